@@ -1,0 +1,3758 @@
+#!/usr/bin/env python3
+"""queuectl: a background job queue in one file.
+
+Shell commands go in, worker processes run them, failures are retried with
+exponential backoff, and what keeps failing lands in the dead letter queue.
+Nothing but Python 3.8 or newer is needed: copy this file and run it.
+
+    queuectl.py enqueue 'gzip -9 big.log'     put a job into the queue
+    queuectl.py worker start --count 4        work on it with four processes
+    queuectl.py status                        see how it goes
+
+A job is always in one of five states:
+
+    pending ──> processing ──> completed              (exit code 0)
+       ^            │
+       │            ├────────> failed ──> processing  (after its backoff)
+       │            │
+       └────────────┴────────> dead                   (no try left: `dlq retry`)
+
+How a job flows. `enqueue` inserts a row, commits, and rings the bell of every
+worker. A worker locks the files that will take the run's output (these locks
+are the run's token), claims the row in a transaction, starts the command with
+those files as its output, and sleeps until it ends. One commit then records
+the outcome and claims the next job.
+
+How nothing gets lost, and nothing runs twice. A worker holds a lock (its life
+lock) that the kernel drops when the process dies, however it dies. The token
+is inherited by the job's processes and is dropped when the last one is gone.
+A job whose worker's life lock is free was lost; what is left of its run is
+ended first, and only then is it given back. No lease, no heartbeat, no clock,
+no process id is trusted for this.
+
+Beside the database `queue.db` stand `queue.db-wal` and `queue.db-shm` (SQLite's
+own), `queue.db.lock` (the write mutex) and the folder `queue.db.d` (life locks,
+bells, the output of current runs).
+
+Contents, in reading order; a section calls only those above it:
+
+    Vocabulary   states, exit codes, errors, settings and their limits
+    Values       durations, times, backoff, job input: pure functions
+    Platform     processes, locks, bells and files; POSIX and Windows
+    SQL          the schema, its migrations, every statement
+    Store        the database: one method for each change of state
+    Runner       one run of one job
+    Worker       claim, run, record; recovery of what dead workers held
+    Pool         the supervisor: start, watch, replace and stop workers
+    Views        rows to text or JSON: pure functions
+    Commands     what a user types, each beside its options
+    main         arguments in, exit code out
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sqlite3
+import sys
+import time
+from collections import namedtuple
+
+TYPE_CHECKING = False  # the name type checkers know; typing itself is slow to import
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+    from typing import (Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NoReturn,
+                        Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+
+# ═══ Vocabulary ═══ states, exit codes, errors, settings and their limits ════════════════════
+
+VERSION = "1.0.0"
+
+PENDING, PROCESSING, COMPLETED, FAILED, DEAD = STATES = (
+    "pending", "processing", "completed", "failed", "dead")
+# How a run can end besides completed and failed: queuectl itself ended it to shut down, its
+# worker was lost, or somebody cancelled the job.
+STOPPED, LOST, CANCELLED = "stopped", "lost", "cancelled"
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_TIMED_OUT, EXIT_INTERRUPTED = 0, 1, 2, 3, 124, 130
+EXIT_DISMISSED = 10  # of a worker that a signal of its own sent home: the pool replaces it
+
+# The fields of a job as users see them, in the order they are shown in.
+FIELDS = ("id", "command", "state", "queue", "priority", "run_at", "timeout_seconds", "attempts",
+          "max_retries", "backoff_base", "cwd", "env", "created_at", "updated_at", "started_at",
+          "finished_at", "next_retry_at", "exit_code", "last_error", "locked_by", "locked_at")
+TIME_FIELDS = ("run_at", "created_at", "updated_at", "started_at", "finished_at",
+               "next_retry_at", "locked_at")
+GIVEN_FIELDS = ("id", "command", "queue", "priority", "run_at", "timeout_seconds",
+                "max_retries", "backoff_base", "cwd", "env")
+ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at"}
+
+# The environment variables a job is given; nobody else may set them.
+JOB_VARIABLES = ("QUEUECTL_JOB_ID", "QUEUECTL_ATTEMPT", "QUEUECTL_MAX_RETRIES",
+                 "QUEUECTL_QUEUE", "QUEUECTL_DB", "QUEUECTL_RUN")
+
+CENTURY = 100 * 365.25 * 86400.0  # seconds; longer durations are taken for mistakes
+NAME_LENGTH = 128
+
+Limit = namedtuple("Limit", "shape low high")
+LIMITS = {  # what is sound, for job fields and settings alike
+    "priority": Limit("whole number", -10**9, 10**9),
+    "max_retries": Limit("whole number", 0, 10**6),
+    "backoff_base": Limit("number", 0.001, 10**6),
+    "timeout_seconds": Limit("duration", 0.001, CENTURY),
+    "delay": Limit("duration", 0, CENTURY),
+    "backoff_max": Limit("duration", 0, CENTURY),
+    "backoff_jitter": Limit("number", 0, 10),
+    "poll_interval_ms": Limit("whole number", 10, 3_600_000),
+    "kill_grace_seconds": Limit("duration", 0, 86400),
+    "max_output_bytes": Limit("whole number", 1024, 256 * 1024 * 1024),
+}
+DURABILITIES = ("full", "normal")
+
+SETTINGS: Dict[str, Any] = {  # every setting with its default
+    "max_retries": 3,
+    "backoff_base": 2.0,
+    "backoff_max": 3600.0,
+    "backoff_jitter": 0.0,
+    "timeout_seconds": None,
+    "priority": 10,
+    "poll_interval_ms": 1000,
+    "kill_grace_seconds": 5.0,
+    "max_output_bytes": 1024 * 1024,
+    "durability": "full",
+}
+
+
+class QueueError(Exception):
+    """The request could not be met; its text tells the user what to do next."""
+    code = EXIT_FAILED
+
+
+class UsageError(QueueError):
+    """Wrong usage or bad input."""
+    code = EXIT_USAGE
+
+
+class TimedOut(QueueError):
+    """A `--timeout` of queuectl's own ran out."""
+    code = EXIT_TIMED_OUT
+
+
+class Unavailable(QueueError):
+    """The database can't be written now, but perhaps later: locked, or the disk is full."""
+
+
+# A claimed job, as its worker knows it; `seq` is its place in the order of arrival.
+Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
+                        "backoff_base context env")
+# How a run ended. `error` says why it failed; times are milliseconds since the epoch, `seconds`
+# was measured by the monotonic clock; `slot` holds the output until the record is committed.
+Ended = namedtuple("Ended", "job ending exit_code error finished_at seconds stdout stderr worker")
+# What running workers follow: settings, and whether their pool is to stop (0, 1: soon, 2: now).
+Control = namedtuple("Control", "epoch settings stop")
+
+# ═══ Values ═══ durations, times, backoff, job input: pure functions, the clock a parameter ══
+
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,20}")
+_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
+_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?)?"
+                   r"\s*(?:Z|z|([+-])(\d\d):?(\d\d))?", re.ASCII)
+
+
+def to_whole(value: Any) -> int:
+    """The whole number that `value` (int, integral float or text) stands for, or ValueError."""
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        raise ValueError(value)
+    return int(value)
+
+
+def to_number(value: Any) -> float:
+    """The number that `value` (int, float or text) stands for, or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(value)
+    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+        raise ValueError(value)
+    return float(value)
+
+
+def to_duration(value: Any) -> float:
+    """Seconds from a number (`90`, `1.5`) or from text with units (`500ms`, `1h30m`), or ValueError."""
+    if not isinstance(value, str) or _NUMBER.fullmatch(value):
+        return to_number(value)
+    parts = _PART.findall(value)
+    if not parts or "".join(number + unit for number, unit in parts) != value:
+        raise ValueError(value)
+    return sum(float(number) * UNITS[unit] for number, unit in parts)
+
+
+SHAPES: Dict[str, Callable[[Any], Any]] = {
+    "whole number": to_whole, "number": to_number, "duration": to_duration}
+
+
+def show_number(value: float) -> str:
+    """A number as short as it can be written: 3 for 3.0."""
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def checked(name: str, value: Any) -> Any:
+    """`value` as the number or duration (in seconds) that `name` in LIMITS asks for.
+
+    Raises UsageError, with the bounds, for anything else: nan, infinity, true, 2**63, "abc".
+    """
+    shape, low, high = LIMITS[name]
+    try:
+        number = SHAPES[shape](value)
+        sound = low <= number <= high
+    except (ValueError, OverflowError):
+        sound = False
+    if sound:
+        return number
+    bounds = ("from 0 s to 100 years, such as 90, 1.5, 500ms, 30s, 5m, 1h30m" if high == CENTURY else
+              "from %s to %s" % (show_number(low), show_number(high)))
+    raise UsageError("%s must be a %s %s, not %s" % (name, shape, bounds, shorten(quoted(value), 60)))
+
+
+def check_setting(name: str, value: str) -> Any:
+    """The value of setting `name` that the text `value` stands for, or UsageError."""
+    if name == "durability":
+        if value not in DURABILITIES:
+            raise UsageError("durability must be full or normal, not %s" % shorten(quoted(value), 60))
+        return value
+    if name == "timeout_seconds" and value == "none":
+        return None
+    return checked(name, value)
+
+
+def setting_name(text: str) -> str:
+    """The setting called `text` (with `-` or `_`), or UsageError with the nearest name."""
+    name = text.replace("-", "_")
+    if name not in SETTINGS:
+        raise UsageError("there is no setting %s%s; `config show` lists them"
+                         % (shorten(quoted(text), 60), nearest(name, SETTINGS)))
+    return name
+
+
+def show_setting(value: Any) -> str:
+    return "none" if value is None else show_number(value) if isinstance(value, float) else str(value)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing where no known word is near."""
+    import difflib
+    near = difflib.get_close_matches(word, list(known), 1)
+    return "; did you mean %s?" % near[0] if near else ""
+
+
+def clean(text: str) -> str:
+    """`text` with control characters, escape sequences and bidirectional marks shown escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in text)
+
+
+def quoted(value: Any) -> str:
+    """A value as it stands in JSON, safe for any terminal: what an error message shows."""
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return clean(str(type(value).__name__))
+
+
+def shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[:max(0, width - 3)] + "..."
+
+
+def to_millis(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def parse_time(text: Any, now: int) -> int:
+    """Milliseconds since the epoch from ISO 8601 (UTC where no offset stands) or `now+5m`.
+
+    A fraction of a millisecond is rounded up: a job never starts before its time.
+    Raises UsageError for anything else.
+    """
+    if isinstance(text, str):
+        if text == "now" or text.startswith("now+"):
+            return now + to_millis(checked("delay", text[4:] or 0))
+        match = _TIME.fullmatch(text.strip())
+        if match:
+            try:
+                return _time_from(match)
+            except (ValueError, OverflowError):
+                pass
+    raise UsageError("run_at must be a time such as 2026-01-31T10:00:00Z (UTC) or now+5m, not %s"
+                     % shorten(quoted(text), 60))
+
+
+def _time_from(match: re.Match[str]) -> int:
+    from datetime import datetime, timedelta, timezone
+    year, month, day, hour, minute, second, fraction, sign, off_hours, off_minutes = match.groups()
+    moment = datetime(int(year), int(month), int(day), int(hour or 0), int(minute or 0),
+                      int(second or 0), tzinfo=timezone.utc)
+    if sign:
+        offset = timedelta(hours=int(off_hours), minutes=int(off_minutes))
+        moment += -offset if sign == "+" else offset
+    nanos = int((fraction or "").ljust(9, "0"))
+    return (moment - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(milliseconds=1) \
+        - (-nanos // 1_000_000)
+
+
+def show_time(millis: int) -> str:
+    """UTC as `2026-01-31T10:00:00.000Z` from milliseconds since the epoch."""
+    return "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(millis // 1000)), millis % 1000)
+
+
+def show_duration(seconds: float) -> str:
+    """0.56s, 12.3s, 5m 3s, 2h 7m, 3d 4h."""
+    if seconds < 10:
+        return "%.2fs" % seconds
+    if seconds < 60:
+        return "%.1fs" % seconds
+    for big, small, size in (("m", "s", 60), ("h", "m", 3600), ("d", "h", 86400)):
+        if seconds < size * (86400 if big == "d" else 60 if big == "m" else 24):
+            break
+    step = {"m": 1, "h": 60, "d": 3600}[big]
+    return "%d%s %d%s" % (seconds // size, big, seconds % size // step, small)
+
+
+def backoff(base: float, attempts: int, longest: float, jitter: float, chance: float) -> float:
+    """Seconds until the next try: `base ** attempts`, at most `longest`, plus jitter.
+
+    `jitter` is the share of the delay that may come on top, `chance` (0 to 1) how much of it does.
+    """
+    try:
+        delay = min(base ** attempts, longest)
+    except OverflowError:
+        delay = longest
+    return delay * (1 + jitter * chance)
+
+
+def settle(ending: str, attempts: int, max_retries: int) -> Tuple[str, int]:
+    """The job's next state and its attempts, after the run `attempts` ended as `ending`.
+
+    Only a run that queuectl ended to shut down gives its attempt back.
+    """
+    if ending == COMPLETED:
+        return COMPLETED, attempts
+    if ending == STOPPED:
+        return PENDING, max(0, attempts - 1)
+    if ending == CANCELLED or attempts >= max_retries:
+        return DEAD, attempts
+    return FAILED, attempts
+
+
+def last_line(output: bytes, width: int = 300) -> str:
+    """The last line with something on it, shortened: the part of stderr that says why."""
+    lines = output[-4096:].decode("utf-8", "replace").split("\n")
+    return shorten(next((line.strip() for line in reversed(lines) if line.strip()), ""), width)
+
+
+# What a user hands in as a job is a shell command or a JSON object; the functions below make a
+# draft of it: a dict of the GIVEN_FIELDS, checked, None where nothing was given.
+
+def check_name(kind: str, name: Any) -> str:
+    """A sound id or queue name, or UsageError: it is shown everywhere and typed by hand."""
+    if not isinstance(name, str):
+        raise UsageError("%s must be text, not %s" % (kind, shorten(quoted(name), 60)))
+    if (not 1 <= len(name) <= NAME_LENGTH or not name.isprintable() or name[0] == "-"
+            or any(c in " ,/\\" for c in name) or name in (".", "..")):
+        raise UsageError("%s must be 1 to %d printable characters, without space, comma or slash, "
+                         "not starting with -; not %s" % (kind, NAME_LENGTH, shorten(quoted(name), 60)))
+    return name
+
+
+def check_text(what: str, text: Any) -> str:
+    """Text that a command line can carry: no NUL, encodable, or UsageError."""
+    if not isinstance(text, str):
+        raise UsageError("%s must be text, not %s" % (what, shorten(quoted(text), 60)))
+    if "\0" in text:
+        raise UsageError("%s must not contain a NUL character" % what)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("%s is not valid UTF-8: %s" % (what, shorten(quoted(text), 60))) from None
+    return text
+
+
+def check_command(command: Any, longest: int) -> str:
+    """A command the system can run, of at most `longest` bytes, or UsageError."""
+    check_text("command", command)
+    if not command.strip():
+        raise UsageError("command must not be empty")
+    if command.startswith("\ufeff"):
+        raise UsageError("the job starts with a byte order mark; save it as UTF-8 without one")
+    if len(command) * 4 > longest and len(command.encode()) > longest:
+        raise UsageError("command is too long: %d bytes, this system takes %d; put it into a script"
+                         % (len(command.encode()), longest))
+    return str(command)
+
+
+def check_env(env: Any) -> Dict[str, str]:
+    """Extra environment variables: an object of strings, or UsageError."""
+    if not isinstance(env, dict):
+        raise UsageError("env must be an object of strings, not %s" % shorten(quoted(env), 60))
+    for name, value in env.items():
+        check_text("env name", name)
+        check_text("env %s" % shorten(quoted(name), 60), value)
+        if not name or "=" in name or name in JOB_VARIABLES:
+            raise UsageError("env can't set %s%s" % (
+                shorten(quoted(name), 60), ": queuectl sets it" if name in JOB_VARIABLES else ""))
+    return env
+
+
+def draft_of(fields: Dict[str, Any], now: int, longest: int) -> Dict[str, Any]:
+    """The draft of a job from fields as users name them.
+
+    `now` is in milliseconds, `longest` the longest command in bytes. What only queuectl sets is
+    ignored, so that the output of `list --json` can be enqueued again; null means not given.
+    Raises UsageError for anything unknown, doubled or unsound.
+    """
+    draft: Dict[str, Any] = dict.fromkeys(GIVEN_FIELDS)
+    for key, value in fields.items():
+        name = ALIASES.get(key, key)
+        if name not in draft:
+            if key not in FIELDS:
+                raise UsageError("a job has no field %s%s" % (
+                    shorten(quoted(key), 60), nearest(key, GIVEN_FIELDS + tuple(ALIASES))))
+        elif value is not None:
+            if draft[name] is not None:
+                raise UsageError("%s is given twice (%s is the same field)" % (name, key))
+            draft[name] = _checked_field(key, name, value, now)
+    draft["command"] = check_command("" if draft["command"] is None else draft["command"], longest)
+    return draft
+
+
+def _checked_field(key: str, name: str, value: Any, now: int) -> Any:
+    if key == "delay":
+        return now + to_millis(checked("delay", value))
+    if name == "run_at":
+        return parse_time(value, now)
+    if name in LIMITS:
+        return checked(name, value)
+    if name in ("id", "queue"):
+        return check_name(name, value)
+    return check_env(value) if name == "env" else check_text(name, value)
+
+
+def read_object(text: str) -> Dict[str, Any]:
+    """The JSON object in `text`, also where a shell has taken its quotes or doubled its backslashes.
+
+    Raises UsageError, showing what arrived and what works, if it can't be understood.
+    """
+    try:
+        return _strict_object(text)
+    except ValueError as error:
+        problem = str(error)
+    except RecursionError:
+        raise UsageError("the JSON is nested too deep for a job") from None
+    if re.match(r'\{\s*\\"', text):  # `{\"id\":…`: the shell left the backslashes in
+        try:
+            return _strict_object(re.sub(r'\\(["\\])', r"\1", text))
+        except (ValueError, RecursionError):
+            pass
+    bare = _bare_object(text)
+    if bare is not None:
+        return bare
+    raise UsageError(
+        "this JSON can't be read (%s): %s; write it as '{\"command\":\"echo hello\"}' in single "
+        "quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"), or put -- before a shell "
+        "command that begins with {" % (clean(problem), shorten(quoted(text)[1:-1], 200)))
+
+
+def _strict_object(text: str) -> Dict[str, Any]:
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse,  # type: ignore[no-any-return]
+                      parse_int=_bounded_int)
+
+
+def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise UsageError("the field %s stands in the JSON twice" % shorten(quoted(double), 60))
+    return fields
+
+
+def _refuse(constant: str) -> Any:
+    raise UsageError("%s is no number that a job can use" % constant)
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > 20:  # int() takes quadratic time, and no field takes a number this long
+        raise UsageError("the number %s is too large" % shorten(digits, 30))
+    return int(digits)
+
+
+_BARE = re.compile(r"(?:^|,)\s*(%s)\s*:" % "|".join(FIELDS + tuple(ALIASES)))
+
+
+def _bare_object(text: str) -> Optional[Dict[str, Any]]:
+    """`{id:job1,command:echo hi}`: JSON whose quotes a shell took, or None where that is a guess."""
+    body = text.strip()[1:-1]
+    if not text.strip().endswith("}") or not _BARE.match(body):
+        return None
+    words = _BARE.split(body)[1:]
+    names, values = words[::2], [value.strip() for value in words[1::2]]
+    if len(set(names)) < len(names) or any(value[:1] in ('"', "'", "{", "[", "") for value in values):
+        return None
+    return {name: None if value == "null" else value for name, value in zip(names, values)}
+
+
+def read_job(text: str, now: int, longest: int, options: Dict[str, Any]) -> Dict[str, Any]:
+    """The draft of a job from one argument or one line of a file; `options` win over its JSON."""
+    if text.lstrip("\ufeff \t\r\n").startswith("{"):
+        if text.startswith("\ufeff"):
+            raise UsageError("the JSON starts with a byte order mark; save it as UTF-8 without one")
+        fields = read_object(text)
+    else:
+        fields = {"command": text}
+    if options:
+        given = {ALIASES.get(name, name) for name in options}
+        env = {**check_env(fields.get("env") or {}), **options["env"]} if "env" in options else None
+        fields = {name: value for name, value in fields.items() if ALIASES.get(name, name) not in given}
+        fields.update(options, **({} if env is None else {"env": env}))
+    return draft_of(fields, now, longest)
+
+
+# ═══ Platform ═══ processes, locks, bells and files; POSIX and Windows ═══════════════════════
+#
+# The only section that knows the operating system. `Posix` and `Windows` are twins with one
+# signature; `system`, at its end, is the one in use.
+
+TICK = 0.25  # seconds a write waits in the kernel before it looks at flags and deadlines again
+TOKEN_FD = 239  # where a job's processes inherit the token: above what scripts use with flock(1)
+NETWORK_FILE_SYSTEMS = frozenset(
+    "nfs nfs4 cifs smb3 smbfs 9p ceph lustre gpfs afs fuse.sshfs fuse.glusterfs fuse.s3fs".split())
+
+
+class _Tick(Exception):
+    """Raised by the alarm that bounds a blocking flock, and by nothing else."""
+
+
+def _raise_tick(signum: int, frame: Optional[FrameType]) -> NoReturn:
+    raise _Tick
+
+
+def open_private(path: str, flags: int) -> int:
+    """A descriptor of `path`, made for this user alone if it is new, and closed at exec."""
+    return os.open(path, flags | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0), 0o600)
+
+
+def read_between(fd: int, start: int, end: int) -> bytes:
+    """The bytes of a file from `start` to `end`, fewer if it is shorter."""
+    os.lseek(fd, start, os.SEEK_SET)
+    parts = []
+    while start < end:
+        part = os.read(fd, end - start)
+        if not part:
+            break
+        parts.append(part)
+        start += len(part)
+    return b"".join(parts)
+
+
+class Posix:
+    """Linux, macOS and other Unixes."""
+
+    shell = ("/bin/sh", "-c")
+    longest_command = 131071 if sys.platform.startswith("linux") else 200_000  # bytes, E2BIG beyond
+    linux = sys.platform.startswith("linux")
+    # Forking takes 2 ms; elsewhere than on Linux system libraries don't survive a fork.
+    start_method = "fork" if linux else "spawn"
+
+    def __init__(self) -> None:
+        self.fcntl: Any = __import__("fcntl")
+        self.childless = False  # nobody but the run just reaped was left below this process
+        self.subreaper = False
+        self.token_fd = TOKEN_FD
+        self.ignored: List[int] = []
+
+    # Locks: flock belongs to the open file, is inherited with it, and dies with its last copy.
+    # Never unlocked by LOCK_UN, which would free every copy: closing is what frees one.
+
+    def try_lock(self, fd: int, shared: bool = False) -> bool:
+        try:
+            self.fcntl.flock(fd, (self.fcntl.LOCK_SH if shared else self.fcntl.LOCK_EX) | self.fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+
+    def unlock(self, fd: int) -> None:
+        """Free the write mutex, which is never inherited: the one lock that is not freed by closing."""
+        self.fcntl.flock(fd, self.fcntl.LOCK_UN)
+
+    def wait_lock(self, fd: int) -> None:
+        """Wait for a lock for at most a TICK; the caller's next `try_lock` tells if it came.
+
+        The kernel queues who waits, so writers take turns. An alarm whose handler raises ends the
+        wait, because handlers that only set flags don't: flock would be resumed after them. The
+        alarm may also strike between flock's return and the disarming: nothing is lost then,
+        for a lock that is held already can be tried again.
+        """
+        try:
+            signal.signal(signal.SIGALRM, _raise_tick)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, TICK)
+                self.fcntl.flock(fd, self.fcntl.LOCK_EX)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except _Tick:
+            pass
+
+    def held(self, path: str) -> bool:
+        """Whether a living process holds the lock on the file `path`."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            return not self.try_lock(fd, shared=True)
+        finally:
+            os.close(fd)
+
+    # Starting and ending processes.
+
+    def prepare_parent(self) -> None:
+        """Before workers are forked: what all of them need, loaded once and shared."""
+        if self.linux:
+            self._libc()
+        for number in (0, 1, 2):  # a file opened later must not become a standard stream
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)
+
+    def prepare_worker(self, supervisor: int) -> None:
+        """A worker's first steps: out of the terminal's reach, told of its supervisor's death."""
+        os.setsid()
+        os.umask(0o077)
+        limit = __import__("resource").getrlimit(__import__("resource").RLIMIT_NOFILE)[0]
+        self.token_fd = TOKEN_FD if limit < 0 or limit > TOKEN_FD else limit - 1
+        self.ignored = [s for s in range(1, signal.NSIG) if _is_ignored(s)]
+        if self.linux:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
+            self._libc().prctl(1, int(signal.SIGHUP), 0, 0, 0)
+            self.subreaper = self._libc().prctl(36, 1, 0, 0, 0) == 0
+        if os.getppid() != supervisor:  # it died before the line above: no signal will come
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    def _libc(self) -> Any:
+        import ctypes
+        return ctypes.CDLL(None, use_errno=True)
+
+    def spawn(self, command: str, env: Dict[str, str], cwd: str, umask: int, out: int, err: int) -> int:
+        """Start `command` in a session of its own; return its process id, or raise OSError.
+
+        posix_spawn is twice as fast as subprocess. It can't set folder or umask, so the worker
+        takes them on for a moment; nothing is imported or opened by relative path meanwhile.
+        """
+        os.umask(umask)
+        try:
+            os.chdir(cwd)
+            argv = [*self.shell, command]
+            stdin = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return self._spawn(argv, env, ((stdin, 0), (out, 1), (err, 2), (err, self.token_fd)))
+            finally:
+                os.close(stdin)
+        finally:
+            os.chdir("/")
+            os.umask(0o077)
+
+    def _spawn(self, argv: List[str], env: Dict[str, str], streams: Tuple[Tuple[int, int], ...]) -> int:
+        try:
+            return os.posix_spawn(argv[0], argv, env, setsid=True, setsigdef=self.ignored, setsigmask=(),
+                                  file_actions=[(os.POSIX_SPAWN_DUP2, have, want) for have, want in streams])
+        except NotImplementedError:  # no POSIX_SPAWN_SETSID: glibc before 2.26
+            return self._fork_exec(argv, env, streams)
+
+    def _fork_exec(self, argv: List[str], env: Dict[str, str], streams: Tuple[Tuple[int, int], ...]) -> int:
+        import subprocess
+
+        def dup() -> None:
+            for have, want in streams:
+                os.dup2(have, want)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            for number in self.ignored:
+                signal.signal(number, signal.SIG_DFL)
+
+        return subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False, preexec_fn=dup).pid
+
+    def reap(self, pid: int) -> Optional[int]:
+        """Collect dead children; the exit code of `pid` (negative: its signal) if it was among them.
+
+        Orphans of earlier runs come to a subreaper too. Sets `childless` if no child is left:
+        then a run that failed has left nothing behind, and nobody has to search for it.
+        """
+        code = None
+        while True:
+            try:
+                dead, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                self.childless = self.subreaper
+                return code
+            if dead == 0:
+                self.childless = False
+                return code
+            if dead == pid:
+                code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+    def reap_strangers(self, own: Set[int]) -> None:
+        """As process 1 of a container: collect dead processes that are not multiprocessing's."""
+        while self.linux and os.getpid() == 1:
+            try:
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if info is None or info.si_pid in own:
+                return
+            os.waitpid(info.si_pid, os.WNOHANG)
+
+    def members(self, run: str, files: Sequence[str], leader: int) -> Dict[int, str]:
+        """The living processes of a run, each with the time it started.
+
+        `run` is its QUEUECTL_RUN, `files` its output files, `leader` the process id of its shell
+        (0: unknown). A member carries QUEUECTL_RUN, can write to the files, or shares a session
+        with a member or descends from one; so also children that closed all descriptors and
+        left the session are found. Processes of other users and namespaces are not.
+        """
+        table = self._process_table(run, files) if self.linux else self._ps_table(run)
+        found = {pid for pid, entry in table.items() if entry.marked or (leader and leader == entry.session)}
+        while True:
+            sessions = {table[pid].session for pid in found}
+            more = {pid for pid, entry in table.items()
+                    if pid not in found and (entry.session in sessions or entry.parent in found)}
+            if not more:
+                return {pid: table[pid].started for pid in found}
+            found |= more
+
+    def _process_table(self, run: str, files: Sequence[str]) -> Dict[int, _Process]:
+        """Every process but this one, its session and process 1, from /proc."""
+        needle = b"QUEUECTL_RUN=%s\0" % run.encode()
+        table = {}
+        for name in os.listdir("/proc"):
+            entry = _proc_stat(name) if name.isdigit() and int(name) not in (1, os.getpid()) else None
+            if entry and entry.session != os.getsid(0):
+                marked = needle in _proc_environ(name) or _writes_to(name, files)
+                table[int(name)] = entry._replace(marked=marked)
+        return table
+
+    def _ps_table(self, run: str) -> Dict[int, _Process]:
+        """The same by ps(1), where there is no /proc; process groups stand in for sessions."""
+        import subprocess
+        listing = subprocess.run(["ps", "-A", "-E", "-ww", "-o", "pid=,ppid=,pgid=,stat=,command="],
+                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+        table = {}
+        for line in listing.decode("utf-8", "replace").splitlines():
+            pid, parent, group, state, command = (line.split(None, 4) + [""] * 5)[:5]
+            if pid.isdigit() and int(pid) not in (1, os.getpid()) and state[0] != "Z" and int(group) != os.getpgid(0):
+                marked = "QUEUECTL_RUN=%s" % run in command.split()
+                table[int(pid)] = _Process(int(parent), int(group), "", marked)
+        return table
+
+    def end_process(self, pid: int, started: str, kill: bool) -> None:
+        """SIGTERM or SIGKILL to a member, if it still is the process that `members` saw."""
+        entry = _proc_stat(str(pid)) if self.linux else None
+        if self.linux and (entry is None or entry.started != started):
+            return  # gone, and its number perhaps given to a stranger
+        try:
+            os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
+            os.kill(pid, signal.SIGCONT)  # a stopped process would not hear SIGTERM
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def dismiss(self, pid: int, now: bool) -> None:
+        """Tell a worker of ours to go: after its job, or now."""
+        os.kill(pid, signal.SIGUSR1 if now else signal.SIGHUP)
+
+    # Files and messages.
+
+    def punch(self, fd: int, start: int, end: int) -> bool:
+        """Give back the disk space between two offsets while others go on writing at the end."""
+        if not self.linux:
+            return False
+        import ctypes
+        offset, length = ctypes.c_int64(start), ctypes.c_int64(end - start)
+        return bool(self._libc().fallocate(fd, 3, offset, length) == 0)  # PUNCH_HOLE | KEEP_SIZE
+
+    def say(self, text: str) -> None:
+        """A worker's line on stdout, whole or not at all: a stopped terminal holds up no job."""
+        import select
+        poll = select.poll()
+        poll.register(1, select.POLLOUT)
+        try:
+            if poll.poll(0):
+                os.write(1, text.encode("utf-8", "replace"))
+        except OSError:
+            pass  # the terminal is gone; the record in the database is what counts
+
+    def distrust(self, path: str) -> str:
+        """Why others could write to `path` (a file or folder), or nothing: workers run what it says."""
+        try:
+            info = os.stat(path)
+        except FileNotFoundError:
+            return ""
+        if info.st_uid not in (0, os.geteuid()):
+            return "%s belongs to another user (uid %d)" % (path, info.st_uid)
+        if info.st_mode & 0o022:
+            return "%s can be written by others; chmod go-w %s" % (path, path)
+        return ""
+
+    def network_file_system(self, folder: str) -> str:
+        """The type of the network file system `folder` is on, or nothing (known on Linux alone)."""
+        try:
+            with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+                entries = [line.split(" ")[1:3] for line in mounts]
+        except OSError:
+            return ""
+        real = os.path.realpath(folder)
+        best = ("", "")
+        for point, kind in entries:  # of equal mount points the last one covers the others
+            point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), point)
+            if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
+                best = (point, kind)
+        return best[1] if best[1] in NETWORK_FILE_SYSTEMS else ""
+
+
+_Process = namedtuple("_Process", "parent session started marked")
+
+
+def _is_ignored(number: int) -> bool:
+    try:
+        return signal.getsignal(number) == signal.SIG_IGN
+    except ValueError:
+        return False
+
+
+def _proc_stat(pid: str) -> Optional[_Process]:
+    """Parent, session and start time of a living process, from /proc/PID/stat (proc(5))."""
+    try:
+        with open("/proc/%s/stat" % pid, "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    if fields[0] in (b"Z", b"X"):
+        return None
+    return _Process(int(fields[1]), int(fields[3]), fields[19].decode(), False)
+
+
+def _proc_environ(pid: str) -> bytes:
+    try:
+        with open("/proc/%s/environ" % pid, "rb") as environ:
+            return environ.read()
+    except OSError:
+        return b""
+
+
+def _writes_to(pid: str, files: Sequence[str]) -> bool:
+    """Whether a process has one of `files` open for writing; who only reads them is no member."""
+    folder = "/proc/%s/fd" % pid
+    try:
+        for name in os.listdir(folder):
+            link = os.path.join(folder, name)
+            if os.readlink(link) in files and os.lstat(link).st_mode & 0o200:
+                return True
+    except OSError:
+        pass
+    return False
+
+
+class Bell:
+    """What a process sleeps on: anyone who knows the path can ring it, and so do its own signals.
+
+    A FIFO, held open for reading and writing, so that it neither ends nor blocks. A bell without
+    a path, or where the file system has no FIFOs, hears signals alone.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        import select
+        self.write_end = -1
+        try:
+            if not path:
+                raise OSError
+            os.mkfifo(path, 0o600)
+            self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            self.fd, self.write_end = os.pipe()
+            os.set_blocking(self.fd, False)
+            os.set_blocking(self.write_end, False)
+        self._poll = select.poll()
+        self._poll.register(self.fd, select.POLLIN)
+
+    def hear_signals(self) -> None:
+        """From now on a signal that has a handler rings this bell too."""
+        signal.set_wakeup_fd(max(self.fd, self.write_end), warn_on_full_buffer=False)
+
+    def watch(self, fd: int) -> None:
+        self._poll.register(fd, 1)  # POLLIN
+
+    def forget(self, fd: int) -> None:
+        self._poll.unregister(fd)
+
+    def wait(self, seconds: Optional[float]) -> bool:
+        """Sleep until the bell rings, a watched descriptor ends, or for `seconds`; True if rung.
+
+        All rings so far are taken together: look at everything afterwards, and none is lost.
+        """
+        self._poll.poll(None if seconds is None else max(0, int(seconds * 1000 + 0.999)))
+        try:
+            return bool(os.read(self.fd, 65536))
+        except BlockingIOError:
+            return False
+
+
+def ring(path: str) -> None:
+    """Wake the process that sleeps on the bell `path`; nothing happens if nobody does."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        os.write(fd, b"!")
+    except OSError:  # full: it was rung often enough
+        pass
+    finally:
+        os.close(fd)
+
+
+class Windows:
+    """Windows, where a run is a Job Object that ends with its worker, and sleeping is polling.
+
+    Locks are byte-range locks far behind the end of the file; they block nobody's reading.
+    Tokens are not needed: the kernel ends the job's processes when the worker's handle closes.
+    """
+
+    shell = ("cmd.exe", "/d", "/s", "/c")
+    longest_command = 8000
+    linux = False
+    start_method = "spawn"
+    LOCK_AT = 1 << 30
+
+    def __init__(self) -> None:
+        self.msvcrt: Any = __import__("msvcrt")
+        self.childless = False
+        self.runs: Dict[int, Tuple[Any, int]] = {}  # pid: (Popen, handle of the Job Object)
+
+    def try_lock(self, fd: int, shared: bool = False) -> bool:
+        os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
+        try:
+            self.msvcrt.locking(fd, self.msvcrt.LK_NBLCK, 1)
+            return True
+        except OSError:
+            return False
+
+    def unlock(self, fd: int) -> None:
+        os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
+        self.msvcrt.locking(fd, self.msvcrt.LK_UNLCK, 1)
+
+    def wait_lock(self, fd: int) -> None:
+        time.sleep(0.001 + os.urandom(1)[0] / 25600)  # jitter: nobody is queued
+
+    def held(self, path: str) -> bool:
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            if not self.try_lock(fd):
+                return True
+            self.unlock(fd)
+            return False
+        finally:
+            os.close(fd)
+
+    def prepare_parent(self) -> None:
+        pass
+
+    def prepare_worker(self, supervisor: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console tells every process
+
+    def _kernel(self) -> Any:
+        ctypes: Any = __import__("ctypes")
+        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        kernel.CreateJobObjectW.restype = ctypes.c_void_p
+        return kernel
+
+    def spawn(self, command: str, env: Dict[str, str], cwd: str, umask: int, out: int, err: int) -> int:
+        """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
+        import subprocess
+        ctypes: Any = __import__("ctypes")
+        line = "%s \"%s\"" % (" ".join(self.shell), command)
+        process = subprocess.Popen(line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                                   creationflags=0x4 | 0x200)  # SUSPENDED, NEW_PROCESS_GROUP
+        handle = self._kernel().CreateJobObjectW(None, None)
+        self._kill_on_close(handle, True)
+        owned = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined]
+        self._kernel().AssignProcessToJobObject(ctypes.c_void_p(handle), owned)
+        ctypes.WinDLL("ntdll").NtResumeProcess(owned)
+        self.runs[process.pid] = process, handle
+        return process.pid
+
+    def _kill_on_close(self, handle: int, kill: bool) -> None:
+        """Set JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE in JOBOBJECT_EXTENDED_LIMIT_INFORMATION (9)."""
+        ctypes: Any = __import__("ctypes")
+        info = ctypes.create_string_buffer(144)
+        info[16:20] = (0x2000 if kill else 0).to_bytes(4, "little")  # LimitFlags
+        self._kernel().SetInformationJobObject(ctypes.c_void_p(handle), 9, info, 144)
+
+    def reap(self, pid: int) -> Optional[int]:
+        code = self.runs[pid][0].poll()
+        if code == 0:  # whatever a completed run left behind may live on
+            _, handle = self.runs.pop(pid)
+            self._kill_on_close(handle, False)
+            self._kernel().CloseHandle(__import__("ctypes").c_void_p(handle))
+        return None if code is None else int(code)
+
+    def reap_strangers(self, own: Set[int]) -> None:
+        pass
+
+    def members(self, run: str, files: Sequence[str], leader: int) -> Dict[int, str]:
+        """The run's Job Object while any process lives in it; nothing for other workers' runs."""
+        if leader not in self.runs:
+            return {}
+        ctypes: Any = __import__("ctypes")
+        info = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION (1)
+        self._kernel().QueryInformationJobObject(ctypes.c_void_p(self.runs[leader][1]), 1, info, 48, None)
+        return {leader: ""} if int.from_bytes(info[40:44], "little") else {}  # ActiveProcesses
+
+    def end_process(self, pid: int, started: str, kill: bool) -> None:
+        self._kernel().TerminateJobObject(__import__("ctypes").c_void_p(self.runs[pid][1]), 1)
+
+    def dismiss(self, pid: int, now: bool) -> None:
+        pass  # workers poll the stop flag of their pool
+
+    def punch(self, fd: int, start: int, end: int) -> bool:
+        return False
+
+    def say(self, text: str) -> None:
+        try:
+            os.write(1, text.encode("utf-8", "replace"))
+        except OSError:
+            pass
+
+    def distrust(self, path: str) -> str:
+        return ""
+
+    def network_file_system(self, folder: str) -> str:
+        return "a network share" if os.path.realpath(folder).startswith("\\\\") else ""
+
+
+class PollingBell(Bell):
+    """The bell where there are no FIFOs to wait on: it rings every 20 ms."""
+
+    def __init__(self, path: str = "") -> None:
+        self.fd = self.write_end = -1
+
+    def hear_signals(self) -> None:
+        pass
+
+    def watch(self, fd: int) -> None:
+        pass
+
+    forget = watch
+
+    def wait(self, seconds: Optional[float]) -> bool:
+        time.sleep(0.02 if seconds is None else max(0.0, min(seconds, 0.02)))
+        return True
+
+
+WINDOWS = os.name == "nt"
+system: Any = Windows() if WINDOWS else Posix()
+make_bell: Type[Bell] = PollingBell if WINDOWS else Bell
+
+# What stands beside the database: the write mutex, and a folder with the files of its workers.
+# Their names begin with the name of their worker or pool, which is never used twice.
+
+
+def mutex_path(db: str) -> str:
+    return db + ".lock"
+
+
+def folder_path(db: str) -> str:
+    return db + ".d"
+
+
+# Workers are called POOL-NUMBER, so that no name is the beginning of another with a dot behind it.
+
+
+def life_path(db: str, name: str) -> str:
+    return os.path.join(folder_path(db), name + ".life")
+
+
+def bell_path(db: str, name: str) -> str:
+    return os.path.join(folder_path(db), name + ".bell")
+
+
+def output_paths(db: str, worker: str, slot: int) -> Tuple[str, str]:
+    stem = os.path.join(folder_path(db), "%s.%d" % (worker, slot))
+    return stem + ".out", stem + ".err"
+
+
+def names_beside(db: str, ending: str) -> List[str]:
+    """The workers and pools that have a file with this ending in the folder."""
+    try:
+        return [name[:-len(ending)] for name in os.listdir(folder_path(db)) if name.endswith(ending)]
+    except FileNotFoundError:
+        return []
+
+
+def is_alive(db: str, name: str) -> bool:
+    """Whether the worker or pool `name` lives: the kernel's word, by its life lock."""
+    return bool(system.held(life_path(db, name)))
+
+
+def ring_all(db: str) -> None:
+    """Wake every worker, after a commit that may concern them."""
+    for name in names_beside(db, ".bell"):
+        ring(bell_path(db, name))
+
+
+def remove_files(db: str, name: str) -> None:
+    """Remove what a worker or pool that has ended left in the folder."""
+    folder = folder_path(db)
+    for entry in os.listdir(folder):
+        if entry.startswith(name + "."):
+            try:
+                os.unlink(os.path.join(folder, entry))
+            except OSError:  # open on Windows: the next sweep gets it
+                pass
+
+
+class Slot:
+    """The two files that take a run's output; the locks on them are the run's token.
+
+    A worker has two slots and uses them in turn, for it must hold the next run's token before
+    the commit that records the last one. They are opened anew for each run: if a daemon that an
+    earlier job left behind still holds one of them, `open` fails, and a slot with a new number
+    takes its place, so nobody's late output lands in another job's record.
+    """
+
+    def __init__(self, db: str, worker: str, number: int) -> None:
+        self.number = number
+        self.paths = output_paths(db, worker, number)
+        self.fds: List[int] = []
+        self.punched = [0, 0]  # up to which offset the middle was given back, for each stream
+
+    def open(self) -> bool:
+        """Open the files and take the token; False if somebody still holds it."""
+        self.fds = [open_private(path, os.O_RDWR | os.O_APPEND) for path in self.paths]
+        if all([system.try_lock(fd) for fd in self.fds]):
+            return True
+        self.close()
+        return False
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds, self.punched = [], [0, 0]
+
+    def remove(self) -> None:
+        """Close the files and give up their names."""
+        self.close()
+        for path in self.paths:
+            try:
+                os.unlink(path)
+            except OSError:  # open on Windows: it goes with its worker's other files
+                pass
+
+    def read(self, limit: int) -> Tuple[bytes, bytes]:
+        """Head and tail of stdout and stderr, at most `limit` bytes each, the gap marked."""
+        out, err = (self._read_one(fd, limit) for fd in self.fds)
+        return out, err
+
+    def _read_one(self, fd: int, limit: int) -> bytes:
+        size = os.fstat(fd).st_size
+        if size <= limit:
+            return read_between(fd, 0, size) if size else b""
+        half = limit // 2
+        return b"%s\n[queuectl: %d bytes left out here]\n%s" % (
+            read_between(fd, 0, half), size - 2 * half, read_between(fd, size - half, size))
+
+    def bound(self, limit: int) -> int:
+        """Keep a run that prints without end from filling the disk; the bytes it has printed.
+
+        Head and tail stay; what lies between them is given back to the file system once it is
+        more than `limit`. Where holes are not supported, the file is cut behind its head.
+        """
+        total = 0
+        for index, fd in enumerate(self.fds):
+            size = os.fstat(fd).st_size
+            total += size
+            start, end = max(self.punched[index], limit // 2), (size - limit) // 4096 * 4096
+            if end - start > limit:
+                if system.punch(fd, start, end):
+                    self.punched[index] = end
+                elif not WINDOWS:
+                    os.ftruncate(fd, limit // 2)
+        return total
+
+    def clear(self) -> None:
+        """After the commit that recorded the run: empty the files, then let go of the token."""
+        for fd in self.fds:
+            if os.fstat(fd).st_size:
+                os.ftruncate(fd, 0)
+        self.close()
+
+# ═══ SQL ═══ the schema, its migrations, every statement ═════════════════════════════════════
+#
+# Nothing newer than SQLite 3.8.3. Times are milliseconds since the epoch.
+#
+# `ready` is 1 for a job that a worker may claim now. Jobs that wait for a time have ready = 0 and
+# that time in `due`, and are made ready when it comes: so the index that claims read, ordered
+# exactly as claims are, holds no job that can't be claimed. `runs` counts a job's runs for life,
+# `attempts` those since it was enqueued or retried. `worker`, `slot` and `locked_at` are set
+# while it is processing; what the output files of that run are called follows from them.
+#
+# A table of few rows keeps what would else be repeated in a million (contexts), another counts
+# the jobs of each queue by state, so that `status` need not. Triggers keep the counts; but
+# inserts are counted by Store.add, for a bulk as one.
+
+APPLICATION_ID = 0x71637431  # "qct1"
+
+MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit one that was released
+    (
+        """CREATE TABLE contexts (
+            id INTEGER PRIMARY KEY, cwd TEXT NOT NULL, path TEXT NOT NULL, umask INTEGER NOT NULL,
+            UNIQUE (cwd, path, umask))""",
+        """CREATE TABLE queues (
+            name TEXT PRIMARY KEY, pending INTEGER NOT NULL DEFAULT 0,
+            processing INTEGER NOT NULL DEFAULT 0, completed INTEGER NOT NULL DEFAULT 0,
+            failed INTEGER NOT NULL DEFAULT 0, dead INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID""",
+        """CREATE TABLE jobs (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+            generated INTEGER NOT NULL, command TEXT NOT NULL, state TEXT NOT NULL,
+            queue TEXT NOT NULL, priority INTEGER NOT NULL, ready INTEGER NOT NULL, due INTEGER,
+            run_at INTEGER, timeout_seconds REAL, attempts INTEGER NOT NULL DEFAULT 0,
+            runs INTEGER NOT NULL DEFAULT 0, max_retries INTEGER NOT NULL, backoff_base REAL,
+            context INTEGER NOT NULL, env TEXT, created_at INTEGER NOT NULL,
+            updated_at INTEGER NOT NULL, started_at INTEGER, finished_at INTEGER,
+            exit_code INTEGER, last_error TEXT, cancel INTEGER NOT NULL DEFAULT 0,
+            worker TEXT, slot INTEGER, locked_at INTEGER)""",
+        "CREATE INDEX jobs_ready ON jobs (queue, priority, seq) WHERE ready = 1",
+        "CREATE INDEX jobs_due ON jobs (due) WHERE ready = 0 AND due IS NOT NULL",
+        "CREATE INDEX jobs_state ON jobs (state, seq)",
+        """CREATE TRIGGER jobs_counted AFTER UPDATE OF state ON jobs BEGIN
+            UPDATE queues SET
+                pending = pending + (new.state = 'pending') - (old.state = 'pending'),
+                processing = processing + (new.state = 'processing') - (old.state = 'processing'),
+                completed = completed + (new.state = 'completed') - (old.state = 'completed'),
+                failed = failed + (new.state = 'failed') - (old.state = 'failed'),
+                dead = dead + (new.state = 'dead') - (old.state = 'dead')
+            WHERE name = new.queue; END""",
+        """CREATE TRIGGER jobs_discounted AFTER DELETE ON jobs BEGIN
+            UPDATE queues SET
+                pending = pending - (old.state = 'pending'),
+                completed = completed - (old.state = 'completed'),
+                failed = failed - (old.state = 'failed'), dead = dead - (old.state = 'dead')
+            WHERE name = old.queue; END""",
+        """CREATE TABLE runs (
+            id INTEGER PRIMARY KEY, job INTEGER NOT NULL, run INTEGER NOT NULL,
+            attempt INTEGER NOT NULL, state TEXT NOT NULL, started_at INTEGER NOT NULL,
+            finished_at INTEGER NOT NULL, seconds REAL NOT NULL, exit_code INTEGER, error TEXT,
+            worker TEXT NOT NULL, stdout BLOB, stderr BLOB)""",
+        "CREATE INDEX runs_job ON runs (job, run)",
+        """CREATE TABLE pools (
+            name TEXT PRIMARY KEY, pid INTEGER NOT NULL, started_at INTEGER NOT NULL,
+            workers INTEGER NOT NULL, queues TEXT, stop INTEGER NOT NULL DEFAULT 0,
+            jobs_left INTEGER, died INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID""",
+        """CREATE TABLE workers (
+            name TEXT PRIMARY KEY, pool TEXT NOT NULL, pid INTEGER NOT NULL,
+            started_at INTEGER NOT NULL) WITHOUT ROWID""",
+        "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+        "CREATE TABLE control (epoch INTEGER NOT NULL)",  # counts changes that workers follow
+        "INSERT INTO control VALUES (0)",
+    ),
+)
+SCHEMA_VERSION = len(MIGRATIONS)
+
+GET_VERSION = "PRAGMA user_version"
+GET_APPLICATION = "PRAGMA application_id"
+SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
+SET_APPLICATION = "PRAGMA application_id = %d" % APPLICATION_ID
+COUNT_TABLES = "SELECT count(*) FROM sqlite_master"
+USE_WAL = "PRAGMA journal_mode = WAL"
+CONNECTION_PRAGMAS = ("PRAGMA journal_size_limit = 16777216", "PRAGMA trusted_schema = OFF") + (
+    ("PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1") if sys.platform == "darwin" else ())
+SYNCHRONOUS = {"full": "PRAGMA synchronous = FULL", "normal": "PRAGMA synchronous = NORMAL"}
+DATA_VERSION = "PRAGMA data_version"  # changes when another connection has committed
+FREE_PAGES = "PRAGMA freelist_count"
+ALL_PAGES = "PRAGMA page_count"
+VACUUM = "VACUUM"
+BULK_CACHE = "PRAGMA cache_size = -40000"  # KiB; a bulk touches the index of ids everywhere
+
+BEGIN = "BEGIN IMMEDIATE"
+COMMIT = "COMMIT"
+ROLLBACK = "ROLLBACK"
+SAVEPOINT = "SAVEPOINT chunk"
+RELEASE = "RELEASE chunk"
+ROLLBACK_TO = "ROLLBACK TO chunk"
+
+FIND_CONTEXT = "SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ?"
+ADD_CONTEXT = "INSERT INTO contexts (cwd, path, umask) VALUES (?, ?, ?)"
+GET_CONTEXT = "SELECT cwd, path, umask FROM contexts WHERE id = ?"
+ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
+COUNT_ADDED = "UPDATE queues SET pending = pending + ? WHERE name = ?"
+ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
+    timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at)
+    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+JOB_EXISTS = "SELECT 1 FROM jobs WHERE id = ?"
+LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
+
+READY_AT_ONCE = 10_000
+EARLIEST_DUE = "SELECT min(due) FROM jobs WHERE ready = 0 AND due IS NOT NULL"
+MAKE_READY = """UPDATE jobs SET ready = 1 WHERE seq IN (
+    SELECT seq FROM jobs WHERE ready = 0 AND due IS NOT NULL AND due <= ? ORDER BY due LIMIT %d)""" % READY_AT_ONCE
+MAKE_READY_AFTER_CLOCK_STEP = """UPDATE jobs SET ready = 1
+    WHERE state = 'failed' AND ready = 0 AND updated_at > ?"""
+OPEN_QUEUES = "SELECT name FROM queues WHERE pending + failed > 0"
+NEXT_READY = """SELECT priority, seq FROM jobs WHERE ready = 1 AND queue = ?
+    ORDER BY priority, seq LIMIT 1"""
+ANY_READY = "SELECT 1 FROM jobs WHERE ready = 1 AND queue = ? LIMIT 1"
+CLAIM = """UPDATE jobs SET state = 'processing', ready = 0, due = NULL, attempts = attempts + 1,
+    runs = runs + 1, worker = ?, slot = ?, locked_at = ?, started_at = ?, updated_at = ?
+    WHERE seq = ?"""
+GET_CLAIMED = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
+    backoff_base, context, env FROM jobs WHERE seq = ?"""
+TAKE_TURN = "UPDATE pools SET jobs_left = jobs_left - 1 WHERE name = ? AND jobs_left > 0"
+COUNT_DEATH = "UPDATE pools SET died = died + 1 WHERE name = ?"
+
+RECORD_JOB = """UPDATE jobs SET state = ?, ready = ?, due = ?, attempts = ?, updated_at = ?,
+    finished_at = ?, exit_code = ?, last_error = ?, cancel = 0, worker = NULL, slot = NULL,
+    locked_at = NULL WHERE seq = ? AND runs = ? AND state = 'processing'"""
+RECORD_RUN = """INSERT INTO runs (job, run, attempt, state, started_at, finished_at, seconds,
+    exit_code, error, worker, stdout, stderr)
+    SELECT seq, runs, attempts, ?, started_at, ?, ?, ?, ?, ?, ?, ? FROM jobs
+    WHERE seq = ? AND runs = ? AND state = 'processing'"""
+IS_CANCELLED = "SELECT cancel FROM jobs WHERE seq = ?"
+ASK_CANCEL = "UPDATE jobs SET cancel = 1, updated_at = ? WHERE seq = ? AND state = 'processing'"
+CANCEL_WAITING = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, last_error = ?,
+    updated_at = ?, finished_at = ? WHERE seq = ? AND state IN ('pending', 'failed')"""
+RETRY = """UPDATE jobs SET state = 'pending', ready = 1, due = NULL, attempts = 0, updated_at = ?
+    WHERE seq = ? AND state IN ('completed', 'dead')"""
+RETRY_ALL_DEAD = """UPDATE jobs SET state = 'pending', ready = 1, due = NULL, attempts = 0,
+    updated_at = ? WHERE state = 'dead'"""
+DELETE_JOB = "DELETE FROM jobs WHERE seq = ? AND state <> 'processing'"
+DELETE_RUNS = "DELETE FROM runs WHERE job = ?"
+STATE_OF = "SELECT state FROM jobs WHERE seq = ?"
+ENDED_BEFORE = """SELECT seq FROM jobs WHERE state = ? AND updated_at <= ? AND seq > ?
+    ORDER BY seq LIMIT 1000"""
+
+HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
+    backoff_base, context, env, worker, slot, started_at, cancel FROM jobs
+    WHERE state = 'processing'"""
+HOLDERS = "SELECT DISTINCT worker FROM jobs WHERE state = 'processing'"
+ADD_POOL = "INSERT INTO pools (name, pid, started_at, workers, queues, jobs_left) VALUES (?, ?, ?, ?, ?, ?)"
+REMOVE_POOL = "DELETE FROM pools WHERE name = ?"
+ALL_POOLS = "SELECT name, pid, started_at, workers, queues, stop, died FROM pools ORDER BY started_at"
+GET_POOL = "SELECT stop, jobs_left, died FROM pools WHERE name = ?"
+ASK_STOP = "UPDATE pools SET stop = max(stop, ?) WHERE name = ?"
+ADD_WORKER = "INSERT INTO workers (name, pool, pid, started_at) VALUES (?, ?, ?, ?)"
+REMOVE_WORKER = "DELETE FROM workers WHERE name = ?"
+ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS started_at,
+    jobs.id AS job, jobs.command AS command, jobs.started_at AS job_started_at
+    FROM workers LEFT JOIN jobs ON jobs.state = 'processing' AND jobs.worker = workers.name
+    ORDER BY workers.started_at, workers.name"""
+
+GET_EPOCH = "SELECT epoch FROM control"
+NEXT_EPOCH = "UPDATE control SET epoch = epoch + 1"
+ALL_SETTINGS = "SELECT name, value FROM settings"
+SET_SETTING = "INSERT OR REPLACE INTO settings VALUES (?, ?)"
+UNSET_SETTING = "DELETE FROM settings WHERE name = ?"
+
+COUNTS = """SELECT total(pending), total(processing), total(completed), total(failed), total(dead)
+    FROM queues"""
+QUEUE_COUNTS = "SELECT name, pending, processing, completed, failed, dead FROM queues ORDER BY name"
+OLDEST_WAITING = "SELECT id, command, created_at FROM jobs WHERE state = 'pending' ORDER BY seq LIMIT 1"
+NEXT_DUE = """SELECT id, command, due FROM jobs WHERE ready = 0 AND due IS NOT NULL
+    ORDER BY due LIMIT 1"""
+
+# CROSS JOIN keeps jobs the outer loop, in the order of its key.
+SELECT_JOBS = """SELECT seq, jobs.id AS id, command, state, queue, priority, run_at, timeout_seconds,
+    attempts, max_retries, backoff_base, cwd, env, created_at, updated_at, started_at, finished_at,
+    CASE WHEN state = 'failed' THEN due END AS next_retry_at, exit_code, last_error,
+    worker AS locked_by, locked_at, runs, slot, cancel, generated
+    FROM jobs CROSS JOIN contexts ON contexts.id = jobs.context """
+WHERE_SEQ = "WHERE seq = ?"
+WHERE_ID = "WHERE jobs.id = ?"
+WHERE_BETWEEN = "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT 1000"
+WHERE_PREFIX = "WHERE jobs.id >= ? AND jobs.id < ? AND generated = 1 LIMIT 6"
+RUNS_OF = """SELECT id, run, attempt, state, started_at, finished_at, seconds AS duration_seconds,
+    exit_code, error, worker, stdout, stderr FROM runs WHERE job = ? AND run > ?
+    ORDER BY run LIMIT 20"""
+RUN_TIMES = "SELECT count(*), avg(seconds) FROM runs WHERE job = ?"
+
+
+def select_jobs(states: Sequence[str], queue: Optional[str], newest: bool, count: int) -> str:
+    """The statement for one page of jobs; its parameters: a seq to start from, states, queue.
+
+    One state is read by its index; several by the key, which needs no sorting (`+` rules the
+    index out).
+    """
+    terms = ["seq < ?" if newest else "seq > ?"]
+    if states:
+        column = "state" if len(states) == 1 else "+state"
+        terms.append("%s IN (%s)" % (column, ", ".join("?" * len(states))))
+    if queue is not None:
+        terms.append("queue = ?")
+    return "%s WHERE %s ORDER BY seq %s LIMIT %d" % (
+        SELECT_JOBS, " AND ".join(terms), "DESC" if newest else "ASC", count)
+
+
+# ═══ Store ═══ the database: one method for each change of state ═════════════════════════════
+#
+# Nobody but SQLite opens the database file: closing any other descriptor of it would drop the
+# locks SQLite holds. Every write goes through `transaction`.
+
+PATIENCE = 30.0  # seconds a command waits to write before it gives up
+WAIT_TOLD = 5.0  # seconds after which it says that it waits
+NEVER = 1 << 62
+
+
+def translate(error: sqlite3.Error, path: str) -> QueueError:
+    """What an error of SQLite means to the user, and what to do next."""
+    text = str(error)
+    if "locked" in text or "busy" in text:
+        return Unavailable("%s is locked by another program; try again when it has finished" % path)
+    if "full" in text:
+        return Unavailable("no space left for %s; free some, nothing was changed" % path)
+    if "disk I/O" in text:
+        return Unavailable("%s can't be read or written (%s); check the disk and its quota" % (path, text))
+    if "readonly" in text or "read-only" in text:
+        return Unavailable("%s can't be written: it or its folder is read-only" % path)
+    if "not a database" in text or "encrypted" in text:
+        return QueueError("%s is not a queuectl database; nothing was changed, name another with --db" % path)
+    if "malformed" in text:
+        return QueueError("%s is damaged (%s); keep a copy of it and of its -wal file, then restore a backup "
+                          "or start anew with another --db" % (path, text))
+    if "unable to open" in text:
+        return QueueError("%s can't be opened; check that the path exists and that you may use it" % path)
+    return QueueError("%s: %s" % (path, text))
+
+
+class Transaction:
+    """One write: the mutex, then BEGIN IMMEDIATE … COMMIT; all or nothing.
+
+    The mutex makes writers wait in a queue that the kernel keeps (SQLite's own waiting is unfair
+    and deaf to signals), and keeps writes from racing checkpoints, a bug of SQLite before 3.51.3.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __enter__(self) -> Store:
+        self.store.begin()
+        return self.store
+
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        self.store.end(commit=kind is None)
+        if isinstance(error, sqlite3.Error):
+            raise translate(error, self.store.path) from error
+
+
+class Store:
+    """The queue's database at `path`, made if it does not exist.
+
+    `patience` is how many seconds a write may wait; `tell` gets a line when it waits long.
+    Raises QueueError if the database can't be used, Unavailable if perhaps later it can.
+    """
+
+    def __init__(self, path: str, patience: float = PATIENCE, tell: Optional[Callable[[str], None]] = None) -> None:
+        self.path = path
+        self.patience = patience
+        self.tell = tell
+        self.mutex = -1
+        if sqlite3.sqlite_version_info < (3, 8, 3):
+            raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer" % sqlite3.sqlite_version)
+        new = not os.path.exists(path)
+        if new:
+            self._prepare_folder()
+        try:
+            self.mutex = open_private(mutex_path(path), os.O_RDWR)
+            self._connect()
+            if new or self._value(GET_VERSION) != SCHEMA_VERSION:
+                self._migrate()
+        except sqlite3.Error as error:
+            raise translate(error, path) from error
+        except OSError as error:
+            raise Unavailable("%s can't be used: %s" % (path, error.strerror)) from error
+        self.identity = self._identify()
+
+    def _prepare_folder(self) -> None:
+        """Before a database is made: a private folder, on a disk of this machine, with no live worker."""
+        folder = os.path.dirname(self.path)
+        try:
+            os.makedirs(folder, 0o700, exist_ok=True)
+        except OSError as error:
+            raise QueueError("the folder %s can't be made: %s; name another database with --db"
+                             % (folder, error.strerror)) from None
+        refuse_network(folder)
+        if any(is_alive(self.path, name) for name in names_beside(self.path, ".life")):
+            raise QueueError("%s is gone, but workers of it still live; let them end before a new one is made"
+                             % self.path)
+
+    def _connect(self) -> None:
+        mask = os.umask(0o077)
+        try:
+            self.db = sqlite3.connect(self.path, timeout=TICK, isolation_level=None)
+        finally:
+            os.umask(mask)
+        self.db.row_factory = None
+        for pragma in CONNECTION_PRAGMAS:
+            self.db.execute(pragma)
+        self.set_durability("full")
+
+    def _migrate(self) -> None:
+        """Bring the schema to this version; many may try at once, one does it, whole or not at all."""
+        self._lock(time.monotonic() + self.patience)
+        mask = os.umask(0o077)
+        try:
+            version, tables = self._value(GET_VERSION), self._value(COUNT_TABLES)
+            if tables and self._value(GET_APPLICATION) != APPLICATION_ID:
+                raise QueueError("%s is a database of another program; name another with --db" % self.path)
+            if version > SCHEMA_VERSION:
+                raise QueueError("%s was made by a newer queuectl (schema %d, this one knows %d); use that one"
+                                 % (self.path, version, SCHEMA_VERSION))
+            if version < SCHEMA_VERSION:
+                self._run_migrations(version)
+        finally:
+            os.umask(mask)
+            system.unlock(self.mutex)
+
+    def _run_migrations(self, version: int) -> None:
+        if version == 0 and self._value(USE_WAL) != "wal":
+            raise QueueError("%s is on a file system that SQLite's WAL can't use; name another with --db" % self.path)
+        self.db.execute(BEGIN)
+        try:
+            for statements in MIGRATIONS[version:]:
+                for statement in statements:
+                    self.db.execute(statement)
+            self.db.execute(SET_APPLICATION)
+            self.db.execute(SET_VERSION)
+            self.db.execute(COMMIT)
+        except sqlite3.Error:
+            if self.db.in_transaction:
+                self.db.execute(ROLLBACK)
+            raise
+
+    def _identify(self) -> Tuple[int, int]:
+        """Which file this is: it changes if the database is replaced, and is lost if it is deleted."""
+        try:
+            info = os.stat(self.path)
+        except OSError:
+            raise QueueError("%s was deleted while it was in use; nothing more is written" % self.path) from None
+        return info.st_dev, info.st_ino
+
+    def _check_identity(self) -> None:
+        if self._identify() != self.identity:
+            raise QueueError("%s was replaced while it was in use; nothing more is written" % self.path)
+
+    def close(self) -> None:
+        self.db.close()
+        os.close(self.mutex)
+
+    # The doors: one for writes, one for reads.
+
+    def transaction(self) -> Transaction:
+        return Transaction(self)
+
+    def begin(self) -> None:
+        """Take the mutex and SQLite's write lock within `patience` seconds, or raise Unavailable."""
+        deadline = time.monotonic() + self.patience
+        while True:
+            self._lock(deadline)
+            try:
+                self._check_identity()
+                self.db.execute(BEGIN)
+                return
+            except sqlite3.Error as error:  # a program that is not queuectl may hold the lock
+                system.unlock(self.mutex)
+                trouble = translate(error, self.path)
+                if not isinstance(trouble, Unavailable) or time.monotonic() >= deadline:
+                    raise trouble from error
+            except BaseException:
+                system.unlock(self.mutex)
+                raise
+
+    def _lock(self, deadline: float) -> None:
+        told = time.monotonic() + WAIT_TOLD
+        while not system.try_lock(self.mutex):
+            now = time.monotonic()
+            if now >= deadline:
+                raise Unavailable("another process has been writing to %s for %d s; try again later"
+                                  % (self.path, self.patience))
+            if self.tell and now >= told:
+                self.tell("waiting for another process to finish writing to %s" % self.path)
+                told = deadline
+            system.wait_lock(self.mutex)
+
+    def end(self, commit: bool) -> None:
+        try:
+            self.db.execute(COMMIT if commit else ROLLBACK)
+        except sqlite3.Error as error:
+            if self.db.in_transaction:
+                self.db.execute(ROLLBACK)
+            if commit:
+                raise translate(error, self.path) from error
+        finally:
+            system.unlock(self.mutex)
+
+    def _rows(self, statement: str, *values: Any) -> List[Tuple[Any, ...]]:
+        """All rows at once: an open cursor would keep checkpoints from finishing."""
+        try:
+            return self.db.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise translate(error, self.path) from error
+
+    def _value(self, statement: str, *values: Any) -> Any:
+        row = self.db.execute(statement, values).fetchone()
+        return row[0] if row else None
+
+    def _dicts(self, statement: str, *values: Any) -> List[Dict[str, Any]]:
+        try:
+            cursor = self.db.execute(statement, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row)) for row in cursor.fetchall()]
+        except sqlite3.Error as error:
+            raise translate(error, self.path) from error
+
+    def set_durability(self, durability: str) -> None:
+        """FULL: what was acknowledged survives a power cut. NORMAL: it may be forgotten, never half kept."""
+        self.db.execute(SYNCHRONOUS[durability])
+
+    def changed(self) -> int:
+        """A number that differs from the last one if anybody else has committed meanwhile.
+
+        Raises QueueError if the database was deleted or replaced: nobody would hear of it else.
+        """
+        self._check_identity()
+        return int(self._rows(DATA_VERSION)[0][0])
+
+    # Jobs come in.
+
+    def add(self, drafts: Iterable[Dict[str, Any]], settings: Dict[str, Any], path: str, umask: int,
+            now: int, skip_existing: bool = False) -> Tuple[int, int]:
+        """Insert jobs, in a transaction; the seq before the first and that of the last one.
+
+        `path` and `umask` are those of whoever enqueues. Raises QueueError if an id exists
+        already, unless `skip_existing`.
+        """
+        before = self._value(LAST_SEQ) or 0
+        contexts: Dict[str, int] = {}
+        added: Dict[str, int] = {}
+        chunk: List[Tuple[Any, ...]] = []
+        for draft in drafts:
+            cwd = draft["cwd"]
+            if cwd not in contexts:
+                contexts[cwd] = self._context(cwd, path, umask)
+            chunk.append(_job_row(draft, settings, contexts[cwd], now))
+            if len(chunk) == 1000:
+                self._add_chunk(chunk, added, skip_existing)
+                chunk = []
+        self._add_chunk(chunk, added, skip_existing)
+        for queue, count in added.items():
+            self.db.execute(ADD_QUEUE, (queue,))
+            self.db.execute(COUNT_ADDED, (count, queue))
+        return before, self._value(LAST_SEQ) or 0
+
+    def _context(self, cwd: str, path: str, umask: int) -> int:
+        found = self._value(FIND_CONTEXT, cwd, path, umask)
+        return int(found or self.db.execute(ADD_CONTEXT, (cwd, path, umask)).lastrowid or 0)
+
+    def _add_chunk(self, chunk: List[Tuple[Any, ...]], added: Dict[str, int], skip_existing: bool) -> None:
+        """Insert rows together; if an id is taken, one by one, which finds out whose."""
+        drawn = iter(_draw_ids(sum(1 for row in chunk if row[1])))
+        rows = [(next(drawn),) + row[1:] if row[1] else row for row in chunk]
+        self.db.execute(SAVEPOINT)
+        try:
+            self.db.executemany(ADD_JOB, rows)
+        except sqlite3.IntegrityError:
+            self.db.execute(ROLLBACK_TO)
+            rows = [row for row in rows if self._add_one(row, skip_existing)]
+        self.db.execute(RELEASE)
+        for row in rows:
+            added[row[3]] = added.get(row[3], 0) + 1
+
+    def _add_one(self, row: Tuple[Any, ...], skip_existing: bool) -> bool:
+        generated = row[1]
+        while self._value(JOB_EXISTS, row[0]):
+            if skip_existing and not generated:
+                return False
+            if not generated:
+                raise QueueError("a job with the id %s exists already; choose another, or use --if-exists skip"
+                                 % row[0])
+            row = (_draw_ids(1)[0],) + row[1:]
+        self.db.execute(ADD_JOB, row)
+        return True
+
+    # Jobs are claimed and recorded.
+
+    def claim(self, worker: str, pool: str, slot: int, queues: Sequence[str], now: int) -> Optional[Job]:
+        """Claim the job that is next for a worker, in a transaction; None if there is none.
+
+        `queues` are those the worker serves (none: all). The lowest (priority, seq) of all of
+        them comes first. Jobs whose time has come are made ready before; where they are very many,
+        a part of them is made ready instead of a claim, so that the mutex is not held for long.
+        """
+        if self._make_ready(now):
+            return None
+        names = queues or [row[0] for row in self.db.execute(OPEN_QUEUES).fetchall()]
+        fronts = [row for name in names for row in self.db.execute(NEXT_READY, (name,)).fetchall()]
+        if not fronts or not self._take_turn(pool):
+            return None
+        seq = min(fronts)[1]
+        self.db.execute(CLAIM, (worker, slot, now, now, now, seq))
+        return Job._make(self.db.execute(GET_CLAIMED, (seq,)).fetchone())
+
+    def _make_ready(self, now: int) -> bool:
+        """Make jobs ready whose time has come; whether there may be more of them."""
+        due = self._value(EARLIEST_DUE)
+        return due is not None and due <= now and self.db.execute(MAKE_READY, (now,)).rowcount == READY_AT_ONCE
+
+    def _take_turn(self, pool: str) -> bool:
+        """Count a claim against the pool's --max-jobs, if it has one."""
+        row = self.db.execute(GET_POOL, (pool,)).fetchone()
+        if row is None or row[1] is None:
+            return row is not None
+        return self.db.execute(TAKE_TURN, (pool,)).rowcount > 0
+
+    def context(self, key: int) -> Tuple[str, str, int]:
+        """Folder, PATH and umask of whoever enqueued a job."""
+        cwd, path, umask = self._rows(GET_CONTEXT, key)[0]
+        return cwd, path, umask
+
+    def make_ready_after_clock_step(self, now: int) -> None:
+        """Retries that were put off by a clock that has since been set back are due now."""
+        self.db.execute(MAKE_READY_AFTER_CLOCK_STEP, (now,))
+
+    def ready(self, queues: Sequence[str], now: int) -> Tuple[bool, Optional[int]]:
+        """Without the mutex: whether a job can be claimed now, and when the next wait ends."""
+        due = self._rows(EARLIEST_DUE)[0][0]
+        if due is not None and due <= now:
+            return True, due
+        names = queues or [row[0] for row in self._rows(OPEN_QUEUES)]
+        return any(self._rows(ANY_READY, name) for name in names), due
+
+    def drained(self, queues: Sequence[str], now: int) -> bool:
+        """Whether no job of these queues (none: all) is due, failed or processing."""
+        counts = {row[0]: row[1:] for row in self._rows(QUEUE_COUNTS)}
+        if any(processing or failed for name, (_, processing, _, failed, _) in counts.items()
+               if not queues or name in queues):
+            return False
+        return not self.ready(queues, now)[0]
+
+    def record(self, ended: Ended, retry_at: Optional[int], pool: str) -> str:
+        """Record how a run ended, in a transaction; the job's new state.
+
+        Only if the job is still in that very run: otherwise somebody else has recorded it as
+        lost, and that stands; returns "" then.
+        """
+        job = ended.job
+        state, attempts = settle(ended.ending, job.attempts, job.max_retries)
+        self.db.execute(RECORD_RUN, (ended.ending, ended.finished_at, ended.seconds, ended.exit_code, ended.error,
+                                     ended.worker, ended.stdout or None, ended.stderr or None, job.seq, job.runs))
+        due = retry_at if state == FAILED else None
+        done = self.db.execute(RECORD_JOB, (
+            state, 1 if state == PENDING else 0, due, attempts, ended.finished_at, ended.finished_at,
+            ended.exit_code, ended.error, job.seq, job.runs)).rowcount
+        if state == DEAD:
+            self.db.execute(COUNT_DEATH, (pool,))
+        return state if done else ""
+
+    def is_cancelled(self, seq: int) -> bool:
+        return bool(self._rows(IS_CANCELLED, seq) == [(1,)])
+
+    # Jobs are cancelled, retried and forgotten, in a transaction; each tells if it was done.
+
+    def cancel_waiting(self, seq: int, now: int) -> bool:
+        return self.db.execute(CANCEL_WAITING, ("cancelled before it ran again", now, now, seq)).rowcount > 0
+
+    def ask_cancel(self, seq: int, now: int) -> bool:
+        return self.db.execute(ASK_CANCEL, (now, seq)).rowcount > 0
+
+    def retry(self, seq: int, now: int) -> bool:
+        return self.db.execute(RETRY, (now, seq)).rowcount > 0
+
+    def retry_all_dead(self, now: int) -> int:
+        return self.db.execute(RETRY_ALL_DEAD, (now,)).rowcount
+
+    def delete(self, seq: int) -> bool:
+        self.db.execute(DELETE_RUNS, (seq,))
+        return self.db.execute(DELETE_JOB, (seq,)).rowcount > 0
+
+    def purge(self, state: str, before: int) -> int:
+        """Forget all jobs in `state` not changed since `before`, in small transactions; their number."""
+        last = count = 0
+        while True:
+            rows = self._rows(ENDED_BEFORE, state, before, last)
+            if not rows:
+                return count
+            with self.transaction():
+                for (last,) in rows:
+                    if self._value(STATE_OF, last) == state:
+                        count += self.delete(last)
+
+    def shrink(self) -> None:
+        """Give disk space back after a purge, once a quarter of the file is free."""
+        if self._value(FREE_PAGES) * 4 > self._value(ALL_PAGES):
+            self._lock(time.monotonic() + self.patience)
+            try:
+                self.db.execute(VACUUM)
+            except sqlite3.Error as error:
+                raise translate(error, self.path) from error
+            finally:
+                system.unlock(self.mutex)
+
+    # Workers and pools come and go, and are told what to do.
+
+    def add_pool(self, name: str, workers: int, queues: Sequence[str], max_jobs: Optional[int], now: int) -> None:
+        self.db.execute(ADD_POOL, (name, os.getpid(), now, workers, ",".join(queues) or None, max_jobs))
+
+    def add_worker(self, name: str, pool: str, now: int) -> None:
+        self.db.execute(ADD_WORKER, (name, pool, os.getpid(), now))
+
+    def remove_pool(self, name: str) -> None:
+        self.db.execute(REMOVE_POOL, (name,))
+
+    def remove_worker(self, name: str) -> None:
+        self.db.execute(REMOVE_WORKER, (name,))
+
+    def deaths(self, pool: str) -> int:
+        """How many jobs have died in the hands of this pool."""
+        rows = self._rows(GET_POOL, pool)
+        return int(rows[0][2]) if rows else 0
+
+    def turns_left(self, pool: str) -> bool:
+        rows = self._rows(GET_POOL, pool)
+        return bool(rows) and rows[0][1] != 0
+
+    def pools(self) -> List[Dict[str, Any]]:
+        """Every pool that is registered, each with `alive`."""
+        return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_POOLS)]
+
+    def workers(self) -> List[Dict[str, Any]]:
+        """Every worker that is registered, each with `alive` and the job it runs."""
+        return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_WORKERS)]
+
+    def ask_stop(self, pools: Iterable[str], level: int) -> None:
+        """Have pools stop soon (1) or now (2), in a transaction; ring their workers afterwards."""
+        for name in pools:
+            self.db.execute(ASK_STOP, (level, name))
+        self.db.execute(NEXT_EPOCH)
+
+    def lost_jobs(self) -> List[Dict[str, Any]]:
+        """Every job whose worker is dead."""
+        if all(is_alive(self.path, row[0]) for row in self._rows(HOLDERS)):
+            return []
+        return [job for job in self._dicts(HELD_JOBS) if not is_alive(self.path, job["worker"])]
+
+    def control(self, pool: str, known: Optional[Control] = None) -> Control:
+        """What the workers of a pool follow; `known` itself if nothing has changed since."""
+        epoch = self._rows(GET_EPOCH)[0][0]
+        if known and epoch == known.epoch:
+            return known
+        rows = self._rows(GET_POOL, pool)
+        return Control(epoch, self.settings(), rows[0][0] if rows else 1)
+
+    def settings(self) -> Dict[str, Any]:
+        """Every setting with the value that holds now."""
+        found = {name: json.loads(value) for name, value in self._rows(ALL_SETTINGS)}
+        return {name: found.get(name, default) for name, default in SETTINGS.items()}
+
+    def set_setting(self, name: str, value: Any) -> None:
+        self.db.execute(SET_SETTING, (name, json.dumps(value)))
+        self.db.execute(NEXT_EPOCH)
+
+    def unset_setting(self, name: str) -> None:
+        self.db.execute(UNSET_SETTING, (name,))
+        self.db.execute(NEXT_EPOCH)
+
+    # What there is to see.
+
+    def counts(self) -> Dict[str, int]:
+        """The number of jobs in each state."""
+        return {state: int(count) for state, count in zip(STATES, self._rows(COUNTS)[0])}
+
+    def oldest_waiting(self) -> Optional[Dict[str, Any]]:
+        return next(iter(self._dicts(OLDEST_WAITING)), None)
+
+    def next_due(self) -> Optional[Dict[str, Any]]:
+        return next(iter(self._dicts(NEXT_DUE)), None)
+
+    def find(self, name: str) -> Dict[str, Any]:
+        """The job with this id, or with this unique prefix of an id that queuectl made.
+
+        Raises QueueError if there is none, or more than one.
+        """
+        exact = self._dicts(SELECT_JOBS + WHERE_ID, name)
+        if exact:
+            return exact[0]
+        like = self._dicts(SELECT_JOBS + WHERE_PREFIX, name, name + "\U0010ffff") if len(name) >= 4 else []
+        if len(like) == 1:
+            return like[0]
+        if like:
+            raise QueueError("%s could be %s%s; give more of the id" % (
+                clean(name), ", ".join(job["id"] for job in like[:5]), " or others" if len(like) > 5 else ""))
+        raise QueueError("there is no job %s; `queuectl list` shows them" % shorten(clean(name), 140))
+
+    def find_by_seq(self, seq: int) -> Optional[Dict[str, Any]]:
+        return next(iter(self._dicts(SELECT_JOBS + WHERE_SEQ, seq)), None)
+
+    def newest(self, states: Sequence[str], queue: Optional[str], count: int) -> List[Dict[str, Any]]:
+        """The newest `count` jobs in these states (none: all) and this queue, newest last."""
+        values = [NEVER, *states] + ([] if queue is None else [queue])
+        return self._dicts(select_jobs(states, queue, True, count), *values)[::-1]
+
+    def jobs(self, states: Sequence[str], queue: Optional[str]) -> Iterator[Dict[str, Any]]:
+        """All jobs in these states (none: all) and this queue, oldest first, a page at a time."""
+        seq = 0
+        while True:
+            values = [seq, *states] + ([] if queue is None else [queue])
+            page = self._dicts(select_jobs(states, queue, False, 1000), *values)
+            yield from page
+            if len(page) < 1000:
+                return
+            seq = page[-1]["seq"]
+
+    def runs(self, seq: int, last: int = 0) -> Iterator[Dict[str, Any]]:
+        """The recorded runs of a job after run `last`, with their output, oldest first, a page at a time."""
+        while True:
+            page = self._dicts(RUNS_OF, seq, last)
+            yield from page
+            if not page:
+                return
+            last = page[-1]["run"]
+
+    def jobs_between(self, first: int, last: int) -> Iterator[Dict[str, Any]]:
+        """The jobs after seq `first` up to `last`, in the order they came."""
+        while first < last:
+            page = self._dicts(SELECT_JOBS + WHERE_BETWEEN, first, last)
+            if not page:
+                return
+            yield from page
+            first = page[-1]["seq"]
+
+    def count(self, states: Sequence[str], queue: Optional[str]) -> int:
+        """How many jobs are in these states (none: all) and this queue (None: all)."""
+        return sum(count for name, *counts in self._rows(QUEUE_COUNTS) if queue in (None, name)
+                   for state, count in zip(STATES, counts) if not states or state in states)
+
+    def run_times(self, seq: int) -> Tuple[int, float]:
+        """How many runs of a job are recorded, and their average in seconds."""
+        count, average = self._rows(RUN_TIMES, seq)[0]
+        return count, average or 0.0
+
+
+def refuse_network(folder: str) -> None:
+    """Raise QueueError if a folder is on a network file system, where SQLite's locks don't hold."""
+    kind = system.network_file_system(folder)
+    if kind:
+        raise QueueError("%s is on a network file system (%s), where locks can't be trusted; name a database "
+                         "on a local disk with --db" % (folder, kind))
+
+
+def _draw_ids(count: int) -> List[str]:
+    """Random ids: 40 bits, ten hex digits each."""
+    digits = os.urandom(5 * count).hex()
+    return [digits[at:at + 10] for at in range(0, 10 * count, 10)]
+
+
+def _job_row(draft: Dict[str, Any], settings: Dict[str, Any], context: int, now: int) -> Tuple[Any, ...]:
+    """The values of ADD_JOB for a draft; what was not given takes the setting of this moment."""
+    run_at = draft["run_at"]
+    due = run_at if run_at is not None and run_at > now else None
+    given = {name: settings[name] if draft[name] is None else draft[name]
+             for name in ("priority", "timeout_seconds", "max_retries")}
+    return (draft["id"], 1 if draft["id"] is None else 0, draft["command"], draft["queue"] or "default",
+            given["priority"], 1 if due is None else 0, due, run_at, given["timeout_seconds"],
+            given["max_retries"], draft["backoff_base"], context,
+            json.dumps(draft["env"]) if draft["env"] else None, now, now)
+
+# ═══ Runner ═══ one run of one job ═══════════════════════════════════════════════════════════
+
+SHORTEST_LOOK, LONGEST_LOOK = 0.02, 0.5  # seconds between looks at a run's output
+LONGEST_PAUSE = 0.25  # seconds between looks at processes that were told to end
+
+
+def run_name(worker: str, seq: int, run: int) -> str:
+    """The QUEUECTL_RUN of a run: unique, for no worker's name is used twice."""
+    return "%s-%d-%d" % (worker, seq, run)
+
+
+def end_processes(members: Callable[[], Dict[int, str]], grace: float,
+                  pause: Callable[[float], object], patience: Optional[float] = None) -> bool:
+    """End the processes that `members` finds: SIGTERM, after `grace` seconds SIGKILL, until none is left.
+
+    `members` is asked again each time, for they may start others meanwhile. `pause` sleeps up to
+    the given seconds. Gives up, and returns False, `patience` seconds after the first SIGKILL;
+    without it never.
+    """
+    start = time.monotonic()
+    nap = 0.005
+    told: Set[Tuple[int, str]] = set()
+    while True:
+        left = members()
+        age = time.monotonic() - start
+        if not left:
+            return True
+        if patience is not None and age >= grace + patience:
+            return False
+        for pid, started in left.items():
+            if age >= grace or (pid, started) not in told:
+                system.end_process(pid, started, age >= grace)
+                told.add((pid, started))
+        pause(min(nap, max(grace - age, 0.001)) if age < grace else nap)
+        nap = min(nap * 2, LONGEST_PAUSE)
+
+
+class Run:
+    """One run of a claimed job: its shell, its deadline, its output, its end."""
+
+    def __init__(self, job: Job, worker: str, slot: Slot) -> None:
+        self.job = job
+        self.slot = slot
+        self.worker = worker
+        self.name = run_name(worker, job.seq, job.runs)
+        self.pid = 0
+        self.exit_code: Optional[int] = None
+        self.began = time.monotonic()
+        self.deadline = self.began + job.timeout_seconds if job.timeout_seconds else None
+        self.printed = 0
+        self.look_every = SHORTEST_LOOK
+        self.next_look = self.began + SHORTEST_LOOK
+
+    def start(self, base: Dict[str, str], context: Tuple[str, str, int], db: str) -> str:
+        """Start the command in its `context` (folder, PATH, umask); why it could not, or ""."""
+        cwd, path, umask = context
+        job = self.job
+        env = dict(base, PATH=path)
+        if job.env:
+            env.update(json.loads(job.env))
+        env.update(zip(JOB_VARIABLES, (job.id, str(job.attempts), str(job.max_retries), job.queue, db, self.name)))
+        try:
+            self.pid = system.spawn(job.command, env, cwd, umask, *self.slot.fds)
+        except OSError as error:
+            where = " in the folder %s" % cwd if error.filename == cwd or not os.path.isdir(cwd) else ""
+            return "can't start%s: %s" % (where, error.strerror)
+        return ""
+
+    def has_ended(self) -> bool:
+        """Whether the shell has ended; `exit_code` (negative: its signal) is known from then on."""
+        if self.exit_code is None:
+            self.exit_code = system.reap(self.pid)
+        return self.exit_code is not None
+
+    def overdue(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def patience(self) -> float:
+        """Seconds for which the worker may sleep without harm to this run."""
+        until = self.next_look if self.deadline is None else min(self.next_look, self.deadline)
+        return max(0.0, until - time.monotonic())
+
+    def bound_output(self, limit: int) -> None:
+        """Look at the output if it is time to: often while it grows fast, seldom while it does not."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        printed = self.slot.bound(limit)
+        grown, self.printed = printed - self.printed, printed
+        self.look_every = SHORTEST_LOOK if grown > limit // 4 else min(self.look_every * 2, LONGEST_LOOK)
+        self.next_look = now + self.look_every
+
+    def members(self) -> Dict[int, str]:
+        self.has_ended()  # collects the dead, so that `childless` is up to date
+        return system.members(self.name, self.slot.paths, self.pid)  # type: ignore[no-any-return]
+
+    def end(self, grace: float, pause: Callable[[float], object]) -> None:
+        """End the shell and everything it started, wherever that went."""
+        end_processes(self.members, grace, pause)
+
+    def end_leftovers(self, grace: float, pause: Callable[[float], object]) -> None:
+        """After a run that did not complete: nothing of it may live beside the next one."""
+        if not system.childless:
+            self.end(grace, pause)
+
+    def ended(self, ending: str, error: Optional[str], limit: int) -> Ended:
+        """What there is to record; the reason of a failure ends with the last line of stderr."""
+        stdout, stderr = self.slot.read(limit)
+        why = last_line(stderr) if error else ""
+        code = None if ending == STOPPED else self.exit_code
+        return Ended(self.job, ending, code, "%s: %s" % (error, why) if why else error,
+                     to_millis(time.time()), time.monotonic() - self.began, stdout, stderr, self.worker)
+
+
+# ═══ Worker ═══ claim, run, record; recovery of what dead workers held ═══════════════════════
+
+CLOCK_STEP = 1.0  # seconds the wall clock must be set back by before retries are looked at again
+
+
+def retry_time(job: Any, settings: Dict[str, Any], now: int) -> int:
+    """When a job runs again whose run failed at `now` (milliseconds)."""
+    base = settings["backoff_base"] if job.backoff_base is None else job.backoff_base
+    chance = int.from_bytes(os.urandom(4), "big") / 2**32 if settings["backoff_jitter"] else 0.0
+    return now + to_millis(backoff(base, job.attempts, settings["backoff_max"], settings["backoff_jitter"], chance))
+
+
+def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str], None]) -> int:
+    """Give back what dead workers held, after ending what is left of it; how many jobs.
+
+    One process at a time does this, under a lock of its own: ending processes takes seconds, and
+    the write mutex must not be held so long. Who finds it taken leaves the work to the other.
+    """
+    folder = folder_path(store.path)
+    if not os.path.isdir(folder):
+        return 0
+    lock = open_private(os.path.join(folder, "recovery.lock"), os.O_RDWR)
+    try:
+        if not system.try_lock(lock):
+            return 0
+        done = sum(_recover_job(store, lost, pause, tell) for lost in store.lost_jobs())
+        _forget_dead(store)
+        return done
+    finally:
+        os.close(lock)
+
+
+def _recover_job(store: Store, lost: Dict[str, Any], pause: Callable[[float], object],
+                 tell: Callable[[str], None]) -> bool:
+    """End the orphans of one lost run and record it; False if they can't be reached."""
+    job = Job._make(lost[field] for field in Job._fields)
+    slot = Slot(store.path, lost["worker"], lost["slot"])
+    settings = store.settings()
+    name = run_name(lost["worker"], job.seq, job.runs)
+    gone = end_processes(lambda: system.members(name, slot.paths, 0), settings["kill_grace_seconds"], pause, 1.0)
+    if not gone or not slot.open():  # the token is held: in another container, or by another user
+        return False
+    now = to_millis(time.time())
+    stdout, stderr = slot.read(settings["max_output_bytes"])
+    error = "cancelled" if lost["cancel"] else "the worker %s was lost while it ran this job" % lost["worker"]
+    ended = Ended(job, CANCELLED if lost["cancel"] else LOST, None, error, now,
+                  max(0, now - lost["started_at"]) / 1000, stdout, stderr, lost["worker"])
+    with store.transaction():
+        state = store.record(ended, retry_time(job, settings, now), _pool_of(lost["worker"]))
+    slot.remove()
+    if state:
+        tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
+            job.id, lost["worker"], job.attempts, max(1, job.max_retries), state))
+    return bool(state)
+
+
+def _pool_of(worker: str) -> str:
+    return worker.rpartition("-")[0]
+
+
+def _forget_dead(store: Store) -> None:
+    """Remove dead workers and pools, and their files, unless a job is still held in their name.
+
+    In a transaction: names are born in one, so a life lock that is not yet locked is not seen.
+    """
+    names = set(names_beside(store.path, ".life")).union(
+        entry["name"] for entry in [*store.pools(), *store.workers()])
+    if all(is_alive(store.path, name) for name in names):
+        return
+    with store.transaction():
+        held = {job["worker"] for job in store.lost_jobs()}
+        for name in names - held:
+            if not is_alive(store.path, name):
+                store.remove_worker(name)
+                store.remove_pool(name)
+                remove_files(store.path, name)
+
+
+def take_life(db: str, name: str) -> int:
+    """Take the life lock of a worker or pool, in the transaction that registers it."""
+    os.makedirs(folder_path(db), 0o700, exist_ok=True)
+    fd = open_private(life_path(db, name), os.O_RDWR)
+    while not system.try_lock(fd):  # somebody asks at this moment whether it is alive
+        time.sleep(0.001)
+    return fd
+
+
+Order = namedtuple("Order", "db pool number queues drain limited supervisor fds")
+Order.__doc__ = """What the supervisor tells a worker: the database, its pool, its number there, the
+queues it serves (none: all), whether to drain, whether --max-jobs was given, the supervisor's
+process id, and the descriptors it inherits but must not keep."""
+
+
+class Worker:
+    """Claims jobs and runs them, one at a time, until it is told to stop.
+
+    Signal handlers only set flags and ring the bell; the loops look at the flags.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.name = "%s-%d" % (order.pool, order.number)
+        self.leave = 0  # 1: after the running job, 2: now
+        self.dismissed = False  # by a signal of its own, while the pool goes on
+        self.life = -1
+        self.bell = make_bell()
+        self.lines = ""
+        self.slots = 0
+        self.spare: List[Slot] = []
+        self.next_slot: Optional[Slot] = None
+        self.contexts: Dict[int, Tuple[str, str, int]] = {}
+        self.base_env = dict(os.environ)
+        self.seen = -1  # the last data version that was looked at
+        self.next_due: Optional[int] = None
+        self.next_patrol = 0.0
+        self.clock = time.time() - time.monotonic()
+
+    def handle_signals(self) -> None:
+        """From here on: SIGHUP lets the running job finish, SIGUSR1 does not, SIGTERM is private."""
+        for name, handler in (("SIGTERM", self._dismiss), ("SIGINT", self._dismiss), ("SIGHUP", self._leave),
+                              ("SIGUSR1", self._leave_now), ("SIGCHLD", lambda signum, frame: None)):
+            if hasattr(signal, name) and not (WINDOWS and name == "SIGINT"):
+                signal.signal(getattr(signal, name), handler)
+        self.bell.hear_signals()
+        if not WINDOWS:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def _dismiss(self, signum: int, frame: Optional[FrameType]) -> None:
+        self.dismissed = True
+        self.leave = max(self.leave, 1)
+
+    def _leave(self, signum: int, frame: Optional[FrameType]) -> None:
+        self.leave = max(self.leave, 1)
+
+    def _leave_now(self, signum: int, frame: Optional[FrameType]) -> None:
+        self.leave = 2
+
+    # Its life.
+
+    def work(self) -> int:
+        """Work until told to stop; the exit code tells the supervisor why it ended."""
+        self.store = Store(self.order.db)
+        self.store.patience = TICK
+        self.commit(self._register)
+        self.follow()
+        self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
+        recover(self.store, self.bell.wait, self.say)
+        self._loop()
+        self.flush()
+        self._deregister()
+        return EXIT_INTERRUPTED if self.leave == 2 else EXIT_DISMISSED if self.dismissed else EXIT_OK
+
+    def _register(self) -> None:
+        """Life lock, bell and row come into being in one transaction: nobody sees a half-born worker."""
+        if self.life < 0:
+            self.life = take_life(self.order.db, self.name)
+            self.bell = make_bell(bell_path(self.order.db, self.name))
+            self.bell.hear_signals()
+        self.store.add_worker(self.name, self.order.pool, to_millis(time.time()))
+
+    def _deregister(self) -> None:
+        """Leave nothing behind; where that fails, whoever looks after dead workers does it."""
+        self.store.patience = 2.0
+        try:
+            with self.store.transaction():
+                self.store.remove_worker(self.name)
+            remove_files(self.order.db, self.name)
+        except QueueError:
+            pass
+
+    def _loop(self) -> None:
+        while not self.leave:
+            if time.monotonic() >= self.next_patrol:
+                self._patrol()
+            if self._may_claim():
+                job = self.turn(None)
+                while job is not None:
+                    job = self.turn(self.execute(job))
+                self._rest()
+            elif self._is_done():
+                self.leave = max(self.leave, 1)
+            elif not self.leave:
+                self._idle()
+
+    def _may_claim(self) -> bool:
+        """After the bell: whether there is a job to claim, by reading alone, and only if something changed."""
+        now = to_millis(time.time())
+        try:
+            seen = self.store.changed()
+            if seen == self.seen and (self.next_due is None or now < self.next_due):
+                return False
+            self.follow()
+            ready, self.next_due = self.store.ready(self.order.queues, now)
+        except Unavailable:
+            return False
+        self.seen = seen
+        return ready and not self.leave and not self._used_up()
+
+    def _used_up(self) -> bool:
+        return self.order.limited and not self.store.turns_left(self.order.pool)
+
+    def _is_done(self) -> bool:
+        try:
+            return self._used_up() or bool(
+                self.order.drain and self.store.drained(self.order.queues, to_millis(time.time())))
+        except Unavailable:
+            return False
+
+    def _rest(self) -> None:
+        """After work: look again before sleeping, for own commits are no news, and tell who drains."""
+        self.seen = -1
+        self.flush()
+        if self.order.drain or self.order.limited:
+            ring_all(self.order.db)
+
+    def _idle(self) -> None:
+        """Sleep until the bell, a signal, or the exact time of the next retry or schedule."""
+        pause = self.control.settings["poll_interval_ms"] / 1000
+        if self.next_due is not None:
+            pause = min(pause, max(0.0, self.next_due / 1000 - time.time()))
+        self.bell.wait(pause)
+        clock = time.time() - time.monotonic()
+        if clock < self.clock - CLOCK_STEP:
+            self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
+            self.seen = -1
+        self.clock = clock
+
+    def _patrol(self) -> None:
+        """Now and then, and at birth: is the supervisor there, and has any worker died?"""
+        self.next_patrol = time.monotonic() + max(1.0, self.control.settings["poll_interval_ms"] / 1000)
+        if not is_alive(self.order.db, self.order.pool):
+            self.leave = max(self.leave, 1)
+        try:
+            if self.store.lost_jobs() and recover(self.store, self.bell.wait, self.say):
+                self.seen = -1
+        except Unavailable:
+            pass  # what can't be done now is still there at the next patrol
+
+    def follow(self) -> None:
+        """Take on settings that have changed, and the order to stop."""
+        control = self.store.control(self.order.pool, getattr(self, "control", None))
+        self.control = control
+        self.leave = max(self.leave, control.stop)
+
+    def commit(self, change: Callable[[], Any], holding: str = "") -> Any:
+        """Make a change in a transaction, trying until it is committed, whatever keeps it from that.
+
+        Raises Unavailable only if the worker is told to leave: with an outcome in its hands
+        (`holding`, the id of the job) only if it is to leave now.
+        """
+        told = time.monotonic() + (0 if holding else WAIT_TOLD)
+        while True:
+            try:
+                with self.store.transaction():
+                    return change()
+            except Unavailable as error:
+                if self.leave > (1 if holding else 0):
+                    raise
+                if time.monotonic() >= told:
+                    told = float("inf")
+                    self.say(("the outcome of %s waits to be recorded: " % holding if holding else "") + str(error))
+                    self.flush()
+                self.bell.wait(TICK)
+
+    # A turn: record, claim, run.
+
+    def turn(self, ended: Optional[Ended]) -> Optional[Job]:
+        """Record how the last run ended and claim the next job, in one commit.
+
+        The token of the next run is held before: from the commit on, whoever finds the job
+        claimed and this worker dead must be able to tell whether the run still lives.
+        """
+        slot = self.next_slot = self.next_slot or self._open_slot()
+        state, job = self.commit(lambda: self._turn(ended, slot), ended.job.id if ended else "")
+        if ended:
+            self.running.clear()
+            self.spare.append(self.running)
+            self._tell_end(ended, state)
+        if job is not None:
+            self.running, self.next_slot = slot, None
+        return job  # type: ignore[no-any-return]
+
+    def _turn(self, ended: Optional[Ended], slot: Slot) -> Tuple[str, Optional[Job]]:
+        state = ""
+        if ended:
+            self.retry_at = retry_time(ended.job, self.control.settings, ended.finished_at)
+            state = self.store.record(ended, self.retry_at, self.order.pool)
+        self.follow()
+        if self.leave or os.getppid() != self.order.supervisor or time.monotonic() >= self.next_patrol:
+            return state, None
+        now = to_millis(time.time())
+        return state, self.store.claim(self.name, self.order.pool, slot.number, self.order.queues, now)
+
+    def _open_slot(self) -> Slot:
+        while True:
+            if not self.spare:
+                self.spare.append(Slot(self.order.db, self.name, self.slots))
+                self.slots += 1
+            slot = self.spare.pop()
+            if slot.open():
+                return slot
+            slot.remove()  # a daemon that an earlier job left behind keeps it
+
+    def execute(self, job: Job) -> Ended:
+        """Run a claimed job to its end, whatever that is."""
+        run = Run(job, self.name, self.running)
+        if job.context not in self.contexts:
+            self.contexts[job.context] = self.store.context(job.context)
+        problem = run.start(self.base_env, self.contexts[job.context], self.order.db)
+        self.say("started %s (pid %s, attempt %d of %d): %s" % (
+            job.id, run.pid or "none", job.attempts, max(1, job.max_retries), shorten(clean(job.command), 100)))
+        self.flush()
+        limit = self.control.settings["max_output_bytes"]
+        return run.ended(FAILED, problem, limit) if problem else self._attend(run, limit)
+
+    def _attend(self, run: Run, limit: int) -> Ended:
+        """Sleep until the run ends, or until there is a reason to end it."""
+        while True:
+            self.bell.wait(run.patience())
+            if run.has_ended():
+                return self._judge(run, limit)
+            ending, error = self._interruption(run)
+            if ending:
+                run.end(self.control.settings["kill_grace_seconds"], self.bell.wait)
+                return run.ended(ending, error, limit)
+            run.bound_output(limit)
+
+    def _interruption(self, run: Run) -> Tuple[str, str]:
+        """Why a run must end now, as its ending and the reason, or two empty strings."""
+        if run.overdue():
+            return FAILED, "timed out after %ss" % show_number(run.job.timeout_seconds)
+        try:
+            seen = self.store.changed()
+            if seen != self.seen:
+                self.seen = seen
+                self.follow()
+                if self.store.is_cancelled(run.job.seq):
+                    return CANCELLED, "cancelled"
+        except QueueError:
+            pass  # the run goes on; what is wrong with the database shows when it is recorded
+        return (STOPPED, "ended with its worker, to be run again") if self.leave == 2 else ("", "")
+
+    def _judge(self, run: Run, limit: int) -> Ended:
+        """What the end of its shell means for a run."""
+        code = run.exit_code or 0
+        if code == 0:
+            return run.ended(COMPLETED, None, limit)
+        grace = self.control.settings["kill_grace_seconds"]
+        run.end_leftovers(grace, self.bell.wait)
+        if code in (-signal.SIGTERM, -9):
+            if not self.leave:
+                self.bell.wait(0.1)  # whoever ends all of us at once may have hit the job first
+            if self.leave:
+                return run.ended(STOPPED, "ended with its worker, to be run again", limit)
+        return run.ended(FAILED, "exit code %d" % code if code > 0 else "ended by signal %s" % signal_name(-code), limit)
+
+    # What it says.
+
+    def _tell_end(self, ended: Ended, state: str) -> None:
+        outcome = {"": "was recorded as lost by another process: ", PENDING: "went back into the queue",
+                   FAILED: "failed", DEAD: "is dead"}.get(state, state)
+        rest = "" if ended.error is None else ": %s" % clean(ended.error)
+        if state == FAILED:
+            rest += "; next try at %s" % show_time(self.retry_at)
+        self.say("%s %s after %s%s" % (ended.job.id, outcome, show_duration(ended.seconds), rest))
+
+    def say(self, text: str) -> None:
+        self.lines += "%s worker %d: %s\n" % (show_time(to_millis(time.time())), self.order.number, text)
+
+    def flush(self) -> None:
+        if self.lines:
+            system.say(self.lines)
+            self.lines = ""
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+def worker_main(order: Order) -> NoReturn:
+    """What a worker process does from its first instruction on."""
+    for fd in order.fds:
+        os.close(fd)
+    system.prepare_worker(order.supervisor)
+    worker = Worker(order)
+    worker.handle_signals()
+    try:
+        code = worker.work()
+    except QueueError as error:
+        worker.say(str(error))
+        code = EXIT_FAILED
+    worker.flush()
+    sys.exit(code)
+
+
+# ═══ Pool ═══ the supervisor: start, watch, replace and stop workers ═════════════════════════
+
+QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing delay
+LONGEST_DELAY = 5.0
+
+
+class Pool:
+    """Worker processes under one supervisor, until all of them have ended.
+
+    The supervisor never touches the database while it forks: a forked copy of a locked file
+    keeps the lock after its owner's death.
+    """
+
+    def __init__(self, db: str, name: str, count: int, queues: Sequence[str], drain: bool,
+                 max_jobs: Optional[int]) -> None:
+        self.db, self.name, self.count = db, name, count
+        self.queues, self.drain, self.max_jobs = tuple(queues), drain, max_jobs
+        self.number = 0
+        self.workers: Dict[Any, float] = {}  # each process with the time it was started
+        self.openings: List[float] = []  # when workers that died are to be replaced
+        self.quick_deaths = 0
+        self.stops = self.told = 0
+        self.code = EXIT_OK
+
+    def run(self) -> int:
+        """Work until drained or stopped; the exit code of `worker start`."""
+        import multiprocessing
+        self.context: Any = multiprocessing.get_context(system.start_method)
+        system.prepare_parent()
+        sys.path[:] = [os.path.abspath(entry) for entry in sys.path]  # workers change folders
+        self._register()
+        self.bell = make_bell()
+        self._handle_signals()
+        self.openings = [0.0] * self.count
+        while self.workers or self.openings:
+            self._hire()
+            self.bell.wait(self._patience())
+            self._stop()
+            self._collect()
+        return self._farewell()
+
+    def _register(self) -> None:
+        store = Store(self.db, tell=complain)
+        with store.transaction():
+            self.life = take_life(self.db, self.name)
+            store.add_pool(self.name, self.count, self.queues, self.max_jobs, to_millis(time.time()))
+        store.close()
+
+    def _handle_signals(self) -> None:
+        self.bell.hear_signals()
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
+                signal.signal(number, self._on_stop)
+        if not WINDOWS:
+            signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+
+    def _on_stop(self, signum: int, frame: Optional[FrameType]) -> None:
+        self.stops += 1
+
+    def _hire(self) -> None:
+        """Start the workers that are due."""
+        now = time.monotonic()
+        due = [opening for opening in self.openings if opening <= now]
+        self.openings = [opening for opening in self.openings if opening > now]
+        for _ in due:
+            self._start_worker()
+
+    def _start_worker(self) -> None:
+        self.number += 1
+        inherited = [fd for fd in (self.life, self.bell.fd, self.bell.write_end) if fd >= 0]
+        fds = tuple(inherited) if system.start_method == "fork" else ()
+        order = Order(self.db, self.name, self.number, self.queues, self.drain, self.max_jobs is not None,
+                      os.getpid(), fds)
+        process = self.context.Process(target=worker_main, args=(order,), name="worker %d" % self.number)
+        mask = None if WINDOWS else signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        process.start()  # until it has handlers of its own, a signal to it must wait
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self.workers[process] = time.monotonic()
+        self.bell.watch(process.sentinel)
+
+    def _patience(self) -> Optional[float]:
+        return max(0.0, min(self.openings) - time.monotonic()) if self.openings else None
+
+    def _stop(self) -> None:
+        """Pass on what signals have asked for: the first lets jobs finish, the second does not."""
+        if self.told >= min(self.stops, 2):
+            return
+        self.told = min(self.stops, 2)
+        self.openings = []
+        complain("ending the running jobs now" if self.told == 2 else
+                 "stopping: running jobs finish first; once more to end them now")
+        for process in self.workers:
+            system.dismiss(process.pid, self.told == 2)
+        if WINDOWS:
+            store = Store(self.db)
+            with store.transaction():
+                store.ask_stop([self.name], self.told)
+            store.close()
+
+    def _collect(self) -> None:
+        """Take note of workers that have ended, and replace those that should not have."""
+        for process in [process for process in self.workers if process.exitcode is not None]:
+            self.bell.forget(process.sentinel)
+            age = time.monotonic() - self.workers.pop(process)
+            code = process.exitcode
+            if code in (EXIT_FAILED, EXIT_INTERRUPTED):
+                self.code = max(self.code, code)
+            elif code != EXIT_OK and not self.stops:
+                self.openings.append(time.monotonic() + self._delay(code, age))
+        system.reap_strangers({process.pid for process in self.workers})
+
+    def _delay(self, code: int, age: float) -> float:
+        """Seconds until a worker that ended with `code` after `age` seconds is replaced."""
+        if code != EXIT_DISMISSED:
+            complain("a worker died (%s); it is replaced" % (
+                "exit code %d" % code if code > 0 else signal_name(-code)))
+        self.quick_deaths = self.quick_deaths + 1 if age < QUICK_DEATH else 0
+        return min(LONGEST_DELAY, 0.1 * 2 ** min(self.quick_deaths - 1, 10)) if self.quick_deaths > 1 else 0.0
+
+    def _farewell(self) -> int:
+        """The last one turns off the light: what killed workers held is given back, the pool forgotten."""
+        try:
+            store = Store(self.db)
+            recover(store, self.bell.wait, complain)
+            died = store.deaths(self.name)
+            with store.transaction():
+                store.remove_pool(self.name)
+            remove_files(self.db, self.name)
+            store.close()
+        except QueueError as error:
+            complain(str(error))
+            return max(self.code, EXIT_FAILED)
+        return self.code or (EXIT_FAILED if self.drain and died else EXIT_OK)
+
+
+HANDLED = () if WINDOWS else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
+
+
+def complain(text: str) -> None:
+    """A line on stderr that is no result."""
+    try:
+        print("queuectl: %s" % text, file=sys.stderr, flush=True)
+    except (OSError, ValueError, AttributeError):
+        pass  # nobody listens
+
+# ═══ Views ═══ rows to text or JSON: pure functions ══════════════════════════════════════════
+
+COLOURS = {PROCESSING: "36", COMPLETED: "32", FAILED: "33", DEAD: "31"}
+
+
+def job_json(job: Dict[str, Any]) -> Dict[str, Any]:
+    """A job as `--json` shows it: the FIELDS, times in ISO 8601."""
+    shown = {name: job[name] for name in FIELDS}
+    for name in TIME_FIELDS:
+        if shown[name] is not None:
+            shown[name] = show_time(shown[name])
+    shown["env"] = json.loads(shown["env"]) if shown["env"] else {}
+    return shown
+
+
+def run_json(run: Dict[str, Any]) -> Dict[str, Any]:
+    """A run as `--json` shows it; output that is not UTF-8 as base64, under a name that says so."""
+    shown = {name: run[name] for name in ("run", "attempt", "state", "started_at", "finished_at",
+                                          "duration_seconds", "exit_code", "error", "worker")}
+    for name in ("started_at", "finished_at"):
+        shown[name] = None if run[name] is None else show_time(run[name])
+    shown["duration_seconds"] = round(run["duration_seconds"], 6)
+    for name in ("stdout", "stderr"):
+        output = run[name] or b""
+        try:
+            shown[name] = output.decode()
+        except UnicodeDecodeError:
+            from base64 import b64encode
+            shown[name + "_base64"] = b64encode(output).decode()
+    return shown
+
+
+def json_lines(values: Iterable[Any]) -> Iterator[str]:
+    """A JSON array, one value a line between `[` and `]`: lines that can also be read one by one."""
+    yield "["
+    before = None
+    for value in values:
+        if before is not None:
+            yield before + ","
+        before = json.dumps(value)
+    if before is not None:
+        yield before
+    yield "]"
+
+
+def text_width(text: str) -> int:
+    """Columns that text takes on a terminal: two for wide characters, none for combining ones."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def fit(text: str, width: int) -> str:
+    """Text cut to a number of columns, or filled up to it."""
+    if text_width(text) > width:
+        while text and text_width(text) > max(0, width - 1):
+            text = text[:-1]
+        text += "…" if width else ""
+    return text + " " * (width - text_width(text))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int, colour: bool) -> List[str]:
+    """Lines of a table in `width` columns (0: as many as it takes); what does not fit is cut at the right."""
+    cells = [[clean(cell) for cell in row] for row in rows]
+    widths = [max(text_width(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
+    if width:  # the last column gives way first, then the widest of the others
+        while sum(widths) + 2 * (len(head) - 1) > width and max(widths) > 4:
+            spare = sum(widths) + 2 * (len(head) - 1) - width
+            at = len(head) - 1 if widths[-1] > 20 else widths.index(max(widths))
+            widths[at] = max(4, 20 if at == len(head) - 1 and widths[at] - spare < 20 < widths[at] else
+                             widths[at] - spare if at == len(head) - 1 else widths[at] - 1)
+    lines = ["  ".join(fit(text, size) for text, size in zip(head, widths)).rstrip()]
+    for row in cells:
+        shown = [fit(text, size) for text, size in zip(row, widths)]
+        if colour:
+            shown = ["\033[%sm%s\033[0m" % (COLOURS[text], cell) if text in COLOURS else cell
+                     for text, cell in zip(row, shown)]
+        lines.append("  ".join(shown).rstrip())
+    return lines
+
+
+def since(then: Optional[int], now: int) -> str:
+    return "" if then is None else show_duration(max(0, now - then) / 1000)
+
+
+JOB_HEAD = ("ID", "STATE", "TRIES", "QUEUE", "PRIO", "WHEN", "COMMAND")
+DEAD_HEAD = ("ID", "TRIES", "DIED", "WHY", "COMMAND")
+
+
+def job_row(job: Dict[str, Any], now: int) -> Tuple[str, ...]:
+    """A job's line in `list`."""
+    if job["state"] == PROCESSING:
+        when = "for " + since(job["started_at"], now)
+    elif job["next_retry_at"] or (job["run_at"] or 0) > now:
+        when = "in " + show_duration(max(0, (job["next_retry_at"] or job["run_at"]) - now) / 1000)
+    else:
+        when = since(job["updated_at"], now) + " ago"
+    return (job["id"], job["state"], "%d/%d" % (job["attempts"], max(1, job["max_retries"])), job["queue"],
+            str(job["priority"]), when, job["command"])
+
+
+def dead_row(job: Dict[str, Any], now: int) -> Tuple[str, ...]:
+    """A job's line in `dlq list`."""
+    return (job["id"], str(job["attempts"]), since(job["updated_at"], now) + " ago", job["last_error"] or "",
+            job["command"])
+
+
+def job_lines(job: Dict[str, Any]) -> List[str]:
+    """Everything about a job, a field a line, without those that say nothing."""
+    shown = job_json(job)
+    shown["env"] = " ".join("%s=%s" % pair for pair in shown["env"].items())
+    return ["%-16s %s" % (name, clean(str(value))) for name, value in shown.items() if value not in (None, "")]
+
+
+def run_title(run: Dict[str, Any]) -> str:
+    """One line about a run: when, which attempt, how it ended."""
+    ending = run["state"] if run["exit_code"] is None else "%s, exit code %d" % (run["state"], run["exit_code"])
+    reason = ": %s" % clean(run["error"]) if run["error"] else ""
+    return "[%s] run %d, attempt %d, %s after %s%s" % (show_time(run["started_at"]), run["run"], run["attempt"],
+                                                       ending, show_duration(run["duration_seconds"]), reason)
+
+
+def shown_output(output: bytes, terminal: bool) -> bytes:
+    """A run's output for a terminal (nothing in it can act on it) or, unchanged, for a pipe."""
+    if not terminal:
+        return output
+    text = output.decode("utf-8", "replace").replace("\r\n", "\n")
+    return re.sub(r"[^\n\t]+", lambda match: clean(match.group()), text).encode("utf-8", "replace")
+
+
+def worker_row(worker: Dict[str, Any], now: int) -> Tuple[str, ...]:
+    doing = "idle" if worker["job"] is None else "%s for %s: %s" % (
+        worker["job"], since(worker["job_started_at"], now), worker["command"])
+    return worker["name"], str(worker["pid"]), since(worker["started_at"], now), doing
+
+
+def status_lines(status: Dict[str, Any], workers: Sequence[Dict[str, Any]], now: int, width: int) -> List[str]:
+    """What `status` shows: jobs by state, workers and what they run, what waits and what comes next."""
+    lines = ["%-11s %d" % (state + ":", status["jobs"][state]) for state in STATES]
+    lines.append("%-11s %d" % ("Workers:", status["workers"]))
+    rows = [worker_row(worker, now) for worker in workers]
+    lines += ["  " + line for line in table(("WORKER", "PID", "UP", "DOES"), rows, max(0, width - 2), False)] \
+        if rows else []
+    if status["oldest_waiting"]:
+        job = status["oldest_waiting"]
+        lines.append("Oldest waiting: %s, for %s: %s" % (
+            clean(job["id"]), since(job["created_at"], now), clean(job["command"])))
+    if status["next"]:
+        job = status["next"]
+        lines.append("Next at %s: %s: %s" % (show_time(job["due"]), clean(job["id"]), clean(job["command"])))
+    if status["jobs"][DEAD]:
+        lines.append("`queuectl dlq list` shows why jobs are dead, `queuectl dlq retry ID` gives one a new start.")
+    waiting = status["jobs"][PENDING] + status["jobs"][FAILED] + status["jobs"][PROCESSING]
+    if waiting and not status["workers"]:
+        lines.append("No worker is running: `queuectl worker start` works on the jobs.")
+    return [fit(line, width).rstrip() if width else line for line in lines]
+
+
+# ═══ Commands ═══ what a user types, each beside its options ═════════════════════════════════
+
+Command = namedtuple("Command", "name run summary options examples")
+COMMANDS: Dict[str, Command] = {}
+
+
+def option(*names: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+    """An option or argument, as argparse's add_argument takes it."""
+    return names, details
+
+
+def command(name: str, summary: str, *options: Tuple[Tuple[str, ...], Dict[str, Any]],
+            examples: str) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
+    """Make a function the command `name`: it takes the parsed arguments and returns the exit code."""
+    def enter(run: Callable[[Any], int]) -> Callable[[Any], int]:
+        COMMANDS[name] = Command(name, run, summary, options, examples)
+        return run
+    return enter
+
+
+JSON = option("--json", action="store_true", help="print JSON")
+IDS = option("ids", nargs="+", metavar="ID", help="the job's id, or a unique part of its beginning")
+ID = option("id", metavar="ID", help="the job's id, or a unique part of its beginning")
+
+
+def out(text: str) -> None:
+    """A line of a command's result."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed")
+    sys.stdout.write(text + "\n")
+
+
+def out_json(value: Any) -> int:
+    out(json.dumps(value, indent=2))
+    return EXIT_OK
+
+
+def terminal_width() -> int:
+    """Columns of the terminal on stdout; 0 if it is none."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
+    except (OSError, AttributeError, ValueError):
+        return 0
+
+
+def out_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    width = terminal_width()
+    for line in table(head, rows, width, bool(width) and not os.environ.get("NO_COLOR")):
+        out(line)
+    return EXIT_OK
+
+
+def open_store(args: Any) -> Store:
+    return Store(args.db, tell=complain)
+
+
+def now_millis() -> int:
+    return to_millis(time.time())
+
+
+def count_of(number: int, noun: str) -> str:
+    return "%d %s%s" % (number, noun, "" if number == 1 else "s")
+
+
+# enqueue
+
+def job_source(args: Any, now: int) -> Iterator[Dict[str, Any]]:
+    """The drafts of what `enqueue` was given: one argument, several words, or the lines of a file."""
+    options = given_options(args)
+    longest = system.longest_command
+    if args.file is None:
+        yield finish_draft(draft_of_words(args.words, args.literal, now, options), {})
+        return
+    folders: Dict[str, str] = {}
+    with open_jobs(args.file) as stream:
+        for number, line in job_lines_of(stream):
+            try:
+                yield finish_draft(read_job(line, now, longest, options), folders)
+            except UsageError as error:
+                raise UsageError("line %d: %s" % (number, error)) from None
+
+
+def given_options(args: Any) -> Dict[str, Any]:
+    """The fields of a job that stand on the command line as options."""
+    names = ("id", "queue", "priority", "run_at", "delay", "timeout", "max_retries", "backoff_base", "cwd")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.env:
+        pairs = [(name, value if equals else os.environ.get(name)) for name, equals, value in
+                 (entry.partition("=") for entry in args.env)]
+        unset = [name for name, value in pairs if value is None]
+        if unset:
+            raise UsageError("--env %s: there is no such variable here; use --env NAME=VALUE" % shorten(quoted(unset[0]), 60))
+        options["env"] = dict(pairs)
+    return options
+
+
+def draft_of_words(words: List[str], literal: bool, now: int, options: Dict[str, Any]) -> Dict[str, Any]:
+    """One word is a shell command or JSON; several are a command and its arguments, or torn JSON."""
+    longest = system.longest_command
+    for word in words:
+        check_text("the command", word)
+    if not literal and len(words) > 1 and words[0].startswith("{") and words[-1].endswith("}"):
+        return read_job(" ".join(words), now, longest, options)
+    if not literal and len(words) == 1:
+        return read_job(words[0], now, longest, options)
+    return draft_of({"command": words[0] if len(words) == 1 else join_words(words), **options}, now, longest)
+
+
+def join_words(words: Sequence[str]) -> str:
+    """A command line that a shell reads as exactly these words."""
+    if WINDOWS:
+        import subprocess
+        return subprocess.list2cmdline(words)
+    import shlex
+    return shlex.join(words)
+
+
+def finish_draft(draft: Dict[str, Any], folders: Dict[str, str]) -> Dict[str, Any]:
+    """Give a draft its folder: an existing one, absolute. `folders` are those seen before."""
+    given = draft["cwd"] or ""
+    if given not in folders:
+        try:
+            folders[given] = os.path.join(os.getcwd(), given) if given else os.getcwd()
+        except OSError:
+            raise UsageError("the folder you are in is gone; cd to another") from None
+        if not os.path.isdir(folders[given]):
+            raise UsageError("cwd %s is not a folder" % shorten(quoted(given), 200))
+    return dict(draft, cwd=folders[given])
+
+
+def open_jobs(path: str) -> BinaryIO:
+    """The file with jobs. What is no plain file is read to its end first: it may be slow, and
+    nobody else can write while its jobs are added."""
+    try:
+        if path != "-" and os.path.isfile(path):
+            return open(path, "rb")
+        if path == "-" and sys.stdin is None:
+            raise OSError("stdin is closed")
+        import shutil
+        import tempfile
+        spool: BinaryIO = tempfile.SpooledTemporaryFile(1 << 23)  # type: ignore[assignment]
+        with (open(path, "rb") if path != "-" else sys.stdin.buffer) as source:
+            shutil.copyfileobj(source, spool)
+        spool.seek(0)
+        return spool
+    except OSError as error:
+        raise UsageError("%s can't be read: %s" % (clean(path), error.strerror or error)) from None
+
+
+LONGEST_LINE = 1 << 24
+
+
+def job_lines_of(stream: BinaryIO) -> Iterator[Tuple[int, str]]:
+    """Each job's line with its number: plain lines, or the array that `list --json` prints."""
+    array = False
+    number = 0
+    while True:
+        raw = stream.readline(LONGEST_LINE)
+        number += 1
+        if not raw:
+            return
+        try:
+            line = raw.decode().strip()
+        except UnicodeDecodeError:
+            raise UsageError("line %d is not valid UTF-8" % number) from None
+        if len(raw) == LONGEST_LINE:
+            raise UsageError("line %d is longer than any command can be" % number)
+        if number == 1 and line == "[":
+            array = True
+        elif array and line == "]":
+            return
+        elif line:
+            yield number, line[:-1] if array and line.endswith(",") else line
+
+
+@command(
+    "enqueue", "add a job, or a file of jobs",
+    option("words", nargs="*", metavar="COMMAND", help="a shell command, a JSON object, or a program and its arguments"),
+    option("--file", metavar="PATH", help="one job a line, command or JSON; - is stdin; all or none"),
+    option("--id", metavar="ID", help="choose the id yourself"),
+    option("--queue", metavar="NAME", help="the queue it waits in (default)"),
+    option("--priority", metavar="N", help="lower runs first (10)"),
+    option("--run-at", metavar="TIME", help="not before this time: 2026-01-31T10:00:00Z, now+5m"),
+    option("--delay", metavar="DURATION", help="not before this long from now: 90, 500ms, 1h30m"),
+    option("--timeout", metavar="DURATION", help="end a run that takes longer"),
+    option("--max-retries", metavar="N", help="runs before it is dead (3)"),
+    option("--backoff-base", metavar="N", help="seconds between tries: N ** attempts (2)"),
+    option("--cwd", metavar="DIR", help="the folder it runs in (this one)"),
+    option("--env", metavar="NAME[=VALUE]", action="append", help="a variable for the job; without value yours"),
+    option("--if-exists", choices=("fail", "skip"), default="fail", help="what to do if the id exists"),
+    option("--quiet", action="store_true", help="print the ids alone"), JSON,
+    examples="""
+queuectl enqueue 'tar czf backup.tgz photos && mv backup.tgz /mnt'
+queuectl enqueue '{"id":"report","command":"./report.sh","max_retries":5}'
+queuectl enqueue --priority 1 --timeout 1h convert in.png out.jpg
+queuectl enqueue --delay 10m 'curl -fsS https://example.org/ping'
+queuectl enqueue -- '{ echo a; echo b; }'
+find . -name '*.log' | sed 's/.*/gzip -9 "&"/' | queuectl enqueue --file -
+""")
+def cmd_enqueue(args: Any) -> int:
+    if (args.file is None) != bool(args.words) or (args.file is not None and args.id):
+        raise UsageError("give either a command or --file PATH%s; see `queuectl enqueue --help`"
+                         % (" (the lines of a file carry their own ids)" if args.id and args.file else ""))
+    now = now_millis()
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if args.file is None:  # what can be refused without the database is
+        drafts: Iterable[Dict[str, Any]] = list(job_source(args, now))
+    else:
+        drafts = job_source(args, now)
+    store = open_store(args)
+    settings = store.settings()
+    with store.transaction():
+        first, last = store.add(drafts, settings, os.environ.get("PATH", os.defpath), umask, now,
+                                args.if_exists == "skip")
+    ring_all(args.db)
+    try:
+        tell_enqueued(args, store, first, last)
+        sys.stdout.flush()
+    except OSError:
+        complain("%s enqueued all the same" % ("the jobs are" if args.file else "the job is"))
+        raise
+    return EXIT_OK
+
+
+def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
+    if args.json:
+        for line in json_lines(job_json(job) for job in store.jobs_between(first, last)):
+            out(line)
+    elif args.quiet:
+        for job in store.jobs_between(first, last):
+            out(job["id"])
+    elif args.file is not None:
+        out("Enqueued: %s" % count_of(last - first, "job"))
+    elif first == last:
+        out("Exists already: nothing changed")
+    else:
+        out("Enqueued: %s" % next(store.jobs_between(first, last))["id"])
+    if sys.stderr is not None and sys.stderr.isatty() and not any(
+            is_alive(args.db, name) for name in names_beside(args.db, ".life")):
+        complain("no worker is running; `queuectl worker start` works on the queue")
+
+
+# worker
+
+@command(
+    "worker start", "run jobs, in the foreground",
+    option("--count", metavar="N", default="1", help="worker processes (1)"),
+    option("--queue", metavar="NAME", action="append", default=[], help="serve this queue only; repeatable"),
+    option("--drain", action="store_true", help="exit when nothing is left to do; 1 if a job died meanwhile"),
+    option("--detach", action="store_true", help="run in the background; prints the process id"),
+    option("--max-jobs", metavar="N", help="exit after N runs"),
+    examples="""
+queuectl worker start --count 4           until Ctrl-C: finishes running jobs; twice ends them
+queuectl worker start --count 4 --drain   until nothing is left to do
+queuectl worker start --detach            in the background, log beside the database
+""")
+def cmd_worker_start(args: Any) -> int:
+    count = _whole_option("--count", args.count, 1000)
+    max_jobs = None if args.max_jobs is None else _whole_option("--max-jobs", args.max_jobs, 10**9)
+    queues = [check_name("--queue", name) for name in args.queue]
+    open_store(args).close()  # made if it is new, and refused here if it can't be used
+    refuse_untrusted(args.db)
+    if args.detach:
+        return _start_detached(args, count)
+    name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name()
+    out("Starting %s, pool %s, pid %d, database %s" % (count_of(count, "worker"), name, os.getpid(), clean(args.db)))
+    sys.stdout.flush()
+    return Pool(args.db, name, count, queues, args.drain, max_jobs).run()
+
+
+def _whole_option(name: str, text: str, most: int) -> int:
+    try:
+        number = to_whole(text)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= most:
+        raise UsageError("%s must be a whole number from 1 to %d, not %s" % (name, most, shorten(quoted(text), 60)))
+    return number
+
+
+def new_pool_name() -> str:
+    return os.urandom(4).hex()
+
+
+def refuse_untrusted(db: str) -> None:
+    """Raise QueueError if others could change what workers run, or if locks can't be trusted."""
+    refuse_network(os.path.dirname(db))
+    for path in (os.path.dirname(db), db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db)):
+        reason = system.distrust(path)
+        if reason:
+            raise QueueError("workers don't run what others could write: %s" % reason)
+
+
+LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside when a pool starts
+START_TIME = 30.0  # seconds a detached pool has to come up
+
+
+def _start_detached(args: Any, count: int) -> int:
+    """Start the same command in a session of its own, and wait until its workers run."""
+    import subprocess
+    log = os.path.join(os.path.dirname(args.db), "queuectl.log")
+    name = new_pool_name()
+    argv = [sys.executable, os.path.abspath(__file__), "--db", args.db, "worker", "start", "--count", str(count)]
+    for queue in args.queue:
+        argv += ["--queue", queue]
+    argv += ["--drain"] * args.drain + (["--max-jobs", args.max_jobs] if args.max_jobs else [])
+    fd = _open_log(log)
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, cwd=os.path.dirname(args.db),
+        env=dict(os.environ, QUEUECTL_POOL=name), start_new_session=not WINDOWS,
+        creationflags=0x208 if WINDOWS else 0)  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+    os.close(fd)
+    store = open_store(args)
+    deadline = time.monotonic() + START_TIME
+    while sum(worker["pool"] == name and worker["alive"] for worker in store.workers()) < count:
+        if process.poll() is not None and process.returncode != EXIT_OK:
+            raise QueueError("the workers did not start; the end of %s says why" % log)
+        if process.poll() is not None:  # drained, or stopped, before we looked
+            break
+        if time.monotonic() > deadline:
+            raise QueueError("the workers are not running after %d s; see %s" % (START_TIME, log))
+        time.sleep(0.01)
+    out(str(process.pid))
+    complain("%s in the background, log in %s; `queuectl worker stop` ends them" % (count_of(count, "worker"), clean(log)))
+    return EXIT_OK
+
+
+def _open_log(path: str) -> int:
+    try:
+        if os.path.exists(path) and os.path.getsize(path) > LONGEST_LOG:
+            os.replace(path, path + ".1")
+        return open_private(path, os.O_WRONLY | os.O_APPEND)
+    except OSError as error:
+        raise QueueError("the log %s can't be written: %s" % (clean(path), error.strerror)) from None
+
+
+@command(
+    "worker stop", "stop every pool on this database, after the running jobs",
+    option("--now", action="store_true", help="end the running jobs and give them back"),
+    option("--timeout", metavar="DURATION", help="exit 124 if it takes longer; they go on stopping"),
+    examples="""
+queuectl worker stop                 running jobs finish first
+queuectl worker stop --now           running jobs go back into the queue
+""")
+def cmd_worker_stop(args: Any) -> int:
+    patience = float("inf") if args.timeout is None else checked("delay", args.timeout)
+    deadline = time.monotonic() + patience
+    store = open_store(args)
+    alive = [entry["name"] for entry in [*store.pools(), *store.workers()] if entry["alive"]]
+    if not alive:
+        out("No workers are running.")
+        return EXIT_OK
+    with store.transaction():
+        store.ask_stop([pool["name"] for pool in store.pools()], 2 if args.now else 1)
+    ring_all(args.db)
+    told = time.monotonic() + WAIT_TOLD
+    while any(is_alive(args.db, name) for name in alive):
+        if time.monotonic() >= deadline:
+            raise TimedOut("workers still run after %s; they go on stopping, `worker stop --now` ends their jobs"
+                           % show_duration(patience))
+        if time.monotonic() >= told:
+            complain("waiting for running jobs to finish; `queuectl worker stop --now` would end them")
+            told = float("inf")
+        time.sleep(0.02)
+    out("All workers have stopped.")
+    return EXIT_OK
+
+
+@command("worker list", "show the workers that live, and what they run", JSON,
+         examples="\nqueuectl worker list\n")
+def cmd_worker_list(args: Any) -> int:
+    workers = [worker for worker in open_store(args).workers() if worker["alive"]]
+    if args.json:
+        shown = [dict(worker, started_at=show_time(worker["started_at"]),
+                      job_started_at=worker["job_started_at"] and show_time(worker["job_started_at"]))
+                 for worker in workers]
+        for line in json_lines(shown):
+            out(line)
+    elif workers:
+        out_table(("WORKER", "PID", "UP", "DOES"), [worker_row(worker, now_millis()) for worker in workers])
+    else:
+        out("No workers are running.")
+    return EXIT_OK
+
+
+# What reads.
+
+@command("status", "show jobs by state, workers, and what comes next", JSON,
+         examples="\nqueuectl status\nqueuectl status --json\n")
+def cmd_status(args: Any) -> int:
+    store = open_store(args)
+    workers = [worker for worker in store.workers() if worker["alive"]]
+    counts = store.counts()
+    status = {"jobs": counts, "workers": len(workers),
+              "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due()}
+    if args.json:
+        for entry, field in ((status["oldest_waiting"], "created_at"), (status["next"], "due")):
+            if isinstance(entry, dict):
+                entry[field] = show_time(entry[field])
+        return out_json(dict(status, running=[worker["job"] for worker in workers if worker["job"]]))
+    for line in status_lines(status, workers, now_millis(), terminal_width()):
+        out(line)
+    return EXIT_OK
+
+
+@command(
+    "list", "show jobs, the newest last",
+    option("--state", action="append", default=[], choices=STATES, help="in this state only; repeatable"),
+    option("--queue", metavar="NAME", help="of this queue only"),
+    option("--limit", metavar="N", help="the newest N (50; with --json all)"),
+    option("--all", action="store_true", help="all of them"), JSON,
+    examples="""
+queuectl list
+queuectl list --state failed --state dead
+queuectl list --json --state pending | queuectl --db /other/queue.db enqueue --file -
+""")
+def cmd_list(args: Any) -> int:
+    return _list(args, args.state, JOB_HEAD, job_row)
+
+
+def _list(args: Any, states: List[str], head: Sequence[str], row: Callable[[Dict[str, Any], int], Sequence[str]]) -> int:
+    """Show jobs: all as a stream of JSON, or the newest as a table."""
+    limit = None if args.limit is None else _whole_option("--limit", args.limit, 10**9)
+    if args.all and limit:
+        raise UsageError("--all and --limit contradict each other")
+    store = open_store(args)
+    now = now_millis()
+    if args.json or args.all:
+        jobs: Iterable[Dict[str, Any]] = store.newest(states, args.queue, limit) if limit else store.jobs(states, args.queue)
+    else:
+        jobs = store.newest(states, args.queue, limit or 50)
+    if args.json:
+        for line in json_lines(map(job_json, jobs)):
+            out(line)
+        return EXIT_OK
+    shown = list(jobs)
+    out_table(head, [row(job, now) for job in shown])
+    total = store.count(states, args.queue)
+    if total > len(shown):
+        sys.stdout.flush()
+        complain("the newest %d of %d; --all shows all, --limit N more" % (len(shown), total))
+    return EXIT_OK
+
+
+def runs_of(store: Store, job: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+    """The runs of a job, oldest first, and at the end the one that runs now."""
+    yield from store.runs(job["seq"])
+    if job["state"] == PROCESSING:
+        yield live_run(store, job)
+
+
+def live_run(store: Store, job: Dict[str, Any]) -> Dict[str, Any]:
+    """The current run of a job, with what it has printed so far."""
+    outputs = [read_output(path, 0, 1 << 28) for path in output_paths(store.path, job["locked_by"], job["slot"])]
+    return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING, "started_at": job["started_at"],
+            "finished_at": None, "duration_seconds": max(0, now_millis() - job["started_at"]) / 1000,
+            "exit_code": None, "error": None, "worker": job["locked_by"], "stdout": outputs[0], "stderr": outputs[1]}
+
+
+def read_output(path: str, start: int, most: int) -> bytes:
+    """What stands in an output file from an offset on; only read for a moment, never held open."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError:
+        return b""
+    try:
+        return read_between(fd, start, start + most)
+    finally:
+        os.close(fd)
+
+
+@command("show", "show everything about one job", ID, JSON,
+         examples="\nqueuectl show job1\nqueuectl show --json 3fa9\n")
+def cmd_show(args: Any) -> int:
+    store = open_store(args)
+    job = store.find(args.id)
+    if args.json:
+        return out_json(dict(job_json(job), runs=[run_json(run) for run in runs_of(store, job)]))
+    for line in job_lines(job):
+        out(line)
+    for run in runs_of(store, job):
+        out(run_title(run))
+    out("`queuectl logs %s` shows what it printed." % clean(job["id"]))
+    return EXIT_OK
+
+
+@command(
+    "logs", "show what a job has printed", ID,
+    option("--attempt", metavar="N", help="of the newest run of this number only"),
+    option("--stdout", dest="stream", action="store_const", const="stdout", help="stdout's bytes and nothing else"),
+    option("--stderr", dest="stream", action="store_const", const="stderr", help="stderr's bytes and nothing else"),
+    option("--follow", action="store_true", help="go on until the job is completed or dead"), JSON,
+    examples="""
+queuectl logs job1
+queuectl logs --follow job1
+queuectl logs --stdout --attempt 2 job1 > result.txt
+""")
+def cmd_logs(args: Any) -> int:
+    store = open_store(args)
+    job = store.find(args.id)
+    attempt = None if args.attempt is None else _whole_option("--attempt", args.attempt, 10**6)
+    if args.follow:
+        if args.json or attempt:
+            raise UsageError("--follow goes neither with --json nor with --attempt")
+        return _follow(store, job, args.stream)
+    runs: Iterable[Dict[str, Any]] = runs_of(store, job)
+    if attempt is not None:
+        matching = [run for run in runs if run["attempt"] == attempt][-1:]
+        if not matching:
+            raise QueueError("%s has no run with attempt %d" % (clean(job["id"]), attempt))
+        runs = matching
+    if args.json:
+        for line in json_lines(map(run_json, runs)):
+            out(line)
+        return EXIT_OK
+    if args.stream is None:
+        out("Logs for job %s:\n" % clean(job["id"]))
+    for run in runs:
+        _out_run(run, args.stream)
+    return _out_average(store, job, args.stream)
+
+
+def out_bytes(output: bytes) -> None:
+    """Output of a job: safe on a terminal, unchanged into a pipe or file."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed")
+    sys.stdout.flush()
+    sys.stdout.buffer.write(shown_output(output, sys.stdout.isatty()))
+    sys.stdout.buffer.flush()
+
+
+def _out_run(run: Dict[str, Any], stream: Optional[str]) -> None:
+    if stream is None:
+        out(run_title(run))
+    for name in ("stdout", "stderr"):
+        output = run[name] or b""
+        if stream in (None, name) and output:
+            if stream is None:
+                out("%s:" % name)
+            out_bytes(output if stream or output.endswith(b"\n") else output + b"\n")
+    if stream is None:
+        out("")
+
+
+def _out_average(store: Store, job: Dict[str, Any], stream: Optional[str]) -> int:
+    if stream is None:
+        count, average = store.run_times(job["seq"])
+        out("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
+    return EXIT_OK
+
+
+FOLLOW_EVERY = 0.1  # seconds
+
+
+def _follow(store: Store, job: Dict[str, Any], stream: Optional[str]) -> int:
+    """Show runs as they go, until the job has ended for good."""
+    if stream is None:
+        out("Logs for job %s:\n" % clean(job["id"]))
+    done, seq = 0, job["seq"]
+    offsets = {"stdout": 0, "stderr": 0}
+    current: Optional[Dict[str, Any]] = job
+    while current is not None:
+        for run in store.runs(seq, done):
+            rest = {name: (run[name] or b"")[offsets[name]:] for name in offsets}
+            if any(offsets.values()):
+                for name in offsets:
+                    if stream in (None, name):
+                        out_bytes(rest[name])
+                if stream is None:
+                    out(run_title(run) + "\n")
+            else:
+                _out_run(run, stream)
+            done, offsets = run["run"], dict.fromkeys(offsets, 0)
+        if current["state"] == PROCESSING and current["runs"] > done:
+            _follow_live(store, current, stream, offsets)
+        elif current["state"] in (COMPLETED, DEAD) and current["runs"] <= done:
+            break
+        sys.stdout.flush()
+        time.sleep(FOLLOW_EVERY)
+        current = store.find_by_seq(seq)
+    return _out_average(store, job, stream)
+
+
+def _follow_live(store: Store, job: Dict[str, Any], stream: Optional[str], offsets: Dict[str, int]) -> None:
+    """Show what a running job has printed since the last look.
+
+    The files are used again for other jobs after the run was recorded: so what was read counts
+    only if the job is still in the same run afterwards.
+    """
+    paths = output_paths(store.path, job["locked_by"], job["slot"])
+    news = {name: read_output(path, offsets[name], 1 << 20) for name, path in zip(offsets, paths)}
+    again = store.find_by_seq(job["seq"])
+    if again and again["state"] == PROCESSING and again["runs"] == job["runs"]:
+        for name, output in news.items():
+            if stream in (None, name) and output:
+                out_bytes(output)
+            offsets[name] += len(output)
+
+
+# What changes jobs.
+
+def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advice: str) -> List[Dict[str, Any]]:
+    """The jobs with these names, each once, if all of them exist and are in one of `fit_states`."""
+    jobs = {job["seq"]: job for job in [store.find(name) for name in names]}
+    for job in jobs.values():
+        if job["state"] not in fit_states:
+            raise QueueError("%s is %s; %s" % (clean(job["id"]), job["state"], advice))
+    return list(jobs.values())
+
+
+ENDED = (COMPLETED, DEAD)
+WAITING = (PENDING, FAILED)
+
+
+@command("retry", "let ended jobs run again from the start", IDS,
+         examples="\nqueuectl retry job1 job2\n")
+def cmd_retry(args: Any) -> int:
+    return _retry(args, ENDED, "only a completed or dead job can be retried")
+
+
+def _retry(args: Any, states: Sequence[str], advice: str) -> int:
+    store = open_store(args)
+    with store.transaction():
+        jobs = find_all(store, args.ids, states, advice)
+        for job in jobs:
+            store.retry(job["seq"], now_millis())
+    ring_all(args.db)
+    for job in jobs:
+        out("Queued again: %s" % clean(job["id"]))
+    return EXIT_OK
+
+
+@command("delete", "forget jobs and their runs", IDS,
+         examples="\nqueuectl delete job1\n")
+def cmd_delete(args: Any) -> int:
+    store = open_store(args)
+    with store.transaction():
+        jobs = find_all(store, args.ids, WAITING + ENDED, "`queuectl cancel` ends a running job")
+        for job in jobs:
+            store.delete(job["seq"])
+    for job in jobs:
+        out("Deleted: %s" % clean(job["id"]))
+    return EXIT_OK
+
+
+@command("cancel", "take waiting jobs out of the queue, end running ones", IDS,
+         examples="\nqueuectl cancel job1\n")
+def cmd_cancel(args: Any) -> int:
+    store = open_store(args)
+    with store.transaction():
+        jobs = find_all(store, args.ids, WAITING + (PROCESSING,), "it has ended already")
+        for job in jobs:
+            change = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
+            change(job["seq"], now_millis())
+    ring_all(args.db)
+    deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
+    for job in jobs:
+        _await_end(store, job, deadline)
+        out("Cancelled: %s" % clean(job["id"]))
+    return EXIT_OK
+
+
+def _await_end(store: Store, job: Dict[str, Any], deadline: float) -> None:
+    """Wait until a cancelled job is no longer running; if its worker is dead, do the worker's part."""
+    while True:
+        current = store.find_by_seq(job["seq"])
+        if current is None or current["state"] != PROCESSING or current["runs"] != job["runs"]:
+            return
+        if not is_alive(store.path, current["locked_by"]):
+            recover(store, time.sleep, complain)
+        if time.monotonic() >= deadline:
+            raise QueueError("%s is still being ended; `queuectl show %s` tells when it is done"
+                             % (clean(job["id"]), clean(job["id"])))
+        time.sleep(0.02)
+
+
+@command("dlq list", "show the dead letter queue: jobs that failed too often",
+         option("--limit", metavar="N", help="the newest N (50; with --json all)"),
+         option("--all", action="store_true", help="all of them"), JSON,
+         examples="\nqueuectl dlq list\n")
+def cmd_dlq_list(args: Any) -> int:
+    args.queue = None
+    return _list(args, [DEAD], DEAD_HEAD, dead_row)
+
+
+@command("dlq retry", "give dead jobs a new start",
+         option("ids", nargs="*", metavar="ID", help="the job's id, or a unique part of its beginning"),
+         option("--all", action="store_true", help="all dead jobs"),
+         examples="\nqueuectl dlq retry job1\nqueuectl dlq retry --all\n")
+def cmd_dlq_retry(args: Any) -> int:
+    if args.all == bool(args.ids):
+        raise UsageError("give either ids or --all")
+    if args.ids:
+        return _retry(args, (DEAD,), "it is not in the dead letter queue")
+    store = open_store(args)
+    with store.transaction():
+        count = store.retry_all_dead(now_millis())
+    ring_all(args.db)
+    out("Queued again: %s" % count_of(count, "job"))
+    return EXIT_OK
+
+
+@command("dlq purge", "forget dead jobs and their runs",
+         option("--older-than", metavar="DURATION", default="0", help="only those dead for longer than this"),
+         examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
+def cmd_dlq_purge(args: Any) -> int:
+    before = now_millis() - to_millis(checked("delay", args.older_than))
+    store = open_store(args)
+    count = store.purge(DEAD, before)
+    store.shrink()
+    out("Deleted: %s" % count_of(count, "job"))
+    return EXIT_OK
+
+
+# config
+
+KEY = option("key", metavar="KEY", help="the setting, with - or _")
+
+
+def _show_config(args: Any) -> int:
+    settings = open_store(args).settings()
+    if args.json:
+        return out_json(settings)
+    return out_table(("SETTING", "VALUE", "DEFAULT"), [
+        (name, show_setting(value), show_setting(SETTINGS[name])) for name, value in settings.items()])
+
+
+@command("config show", "show every setting", JSON, examples="\nqueuectl config show\n")
+def cmd_config_show(args: Any) -> int:
+    return _show_config(args)
+
+
+@command("config list", "the same as show", JSON, examples="\nqueuectl config list\n")
+def cmd_config_list(args: Any) -> int:
+    return _show_config(args)
+
+
+@command("config get", "show one setting", KEY, JSON, examples="\nqueuectl config get max_retries\n")
+def cmd_config_get(args: Any) -> int:
+    name = setting_name(args.key)
+    value = open_store(args).settings()[name]
+    if args.json:
+        return out_json(value)
+    out(show_setting(value))
+    return EXIT_OK
+
+
+@command("config set", "change a setting; running workers follow", KEY,
+         option("value", metavar="VALUE", help="a number, a duration, or a word"),
+         examples="""
+queuectl config set max_retries 5
+queuectl config set backoff-base 3
+queuectl config set timeout_seconds 10m
+""")
+def cmd_config_set(args: Any) -> int:
+    name = setting_name(args.key)
+    value = check_setting(name, args.value)
+    store = open_store(args)
+    with store.transaction():
+        store.set_setting(name, value)
+    ring_all(args.db)
+    out("Config updated: %s = %s" % (name, show_setting(value)))
+    return EXIT_OK
+
+
+@command("config unset", "put a setting back to its default", KEY,
+         examples="\nqueuectl config unset max_retries\n")
+def cmd_config_unset(args: Any) -> int:
+    name = setting_name(args.key)
+    store = open_store(args)
+    with store.transaction():
+        store.unset_setting(name)
+    ring_all(args.db)
+    out("Config updated: %s = %s (the default)" % (name, show_setting(SETTINGS[name])))
+    return EXIT_OK
+
+
+# ═══ main ═══ arguments in, exit code out ════════════════════════════════════════════════════
+
+GROUPS = ("worker", "dlq", "config")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError("%s; see `%s --help`" % (clean(message), self.prog))
+
+
+def parser_of(entry: Command) -> Parser:
+    """The parser of one command; those of the others are never built."""
+    parser = Parser(prog="queuectl " + entry.name, description=entry.summary + ".", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="examples:" + entry.examples.rstrip().replace("\n", "\n  "))
+    for names, details in entry.options:
+        parser.add_argument(*names, **details)
+    parser.add_argument("--db", metavar="PATH", default=argparse.SUPPRESS, help="the database")
+    return parser
+
+
+def overview(group: str = "") -> str:
+    """The help of queuectl itself, or of a group of commands."""
+    shown = [entry for entry in COMMANDS.values() if not group or entry.name.startswith(group + " ")]
+    lines = ["  %-14s %s" % (entry.name, entry.summary) for entry in shown]
+    examples = ("queuectl enqueue 'echo hello'", "queuectl worker start --count 4", "queuectl status") if not group \
+        else tuple(line for entry in shown for line in entry.examples.split("\n") if line)
+    return "\n".join([
+        "usage: queuectl [--db PATH] %s%s ..." % (group + " " if group else "", "COMMAND"), "",
+        "A background job queue in one file: runs shell commands, retries failures, loses nothing.", "",
+        "commands (`queuectl COMMAND --help` tells more):", *lines, "",
+        "examples:", *("  " + line for line in examples), "",
+        "The database is --db PATH, else $QUEUECTL_DB, else ~/.queuectl/queue.db; it is made on first use."])
+
+
+def split_arguments(argv: List[str]) -> Tuple[Optional[str], str, List[str]]:
+    """--db if it stands before the command, the command's name ("" for help), and its arguments."""
+    db = None
+    words = list(argv)
+    while words and words[0].startswith("-"):
+        word = words.pop(0)
+        if word == "--db" and words:
+            db = words.pop(0)
+        elif word.startswith("--db="):
+            db = word[5:]
+        elif word in ("-h", "--help"):
+            out(overview())
+            return db, "", []
+        elif word == "--version":
+            out("queuectl " + VERSION)
+            return db, "", []
+        else:
+            raise UsageError("%s is no option of queuectl, or lacks its value; see `queuectl --help`" % clean(word))
+    if not words:
+        raise UsageError("name a command; `queuectl --help` lists them")
+    return (db, *_command_name(words))
+
+
+def _command_name(words: List[str]) -> Tuple[str, List[str]]:
+    name = words[0]
+    if name in GROUPS:
+        if words[1:2] in (["-h"], ["--help"]):
+            out(overview(name))
+            return "", []
+        name = " ".join(words[:2])
+    if name not in COMMANDS:
+        known = [entry for entry in COMMANDS if words[0] not in GROUPS or entry.startswith(words[0])]
+        raise UsageError("there is no command %s%s; `queuectl --help` lists them" % (
+            shorten(quoted(name), 60), nearest(name, known)))
+    return name, words[name.count(" ") + 1:]
+
+
+def split_enqueue(entry: Command, words: List[str]) -> Tuple[List[str], List[str], bool]:
+    """The options of `enqueue`, the words of the command, and whether -- stood before them.
+
+    Options stand before the first word, or on either side of a single one: what stands behind
+    the first of several belongs to the command, and argparse would take it.
+    """
+    lengths = {name: 1 if details.get("action") == "store_true" else 2
+               for names, details in entry.options + (option("--db"), option("-h", "--help", action="store_true"))
+               for name in names if name.startswith("-")}
+
+    def length(word: str) -> int:
+        return 1 if "=" in word and word.partition("=")[0] in lengths else lengths.get(word, 0)
+
+    at = 0
+    while at < len(words) and words[at].startswith("-") and words[at] != "--":
+        at += length(words[at]) or 1
+    options, rest = words[:at], words[at:]
+    if rest[:1] == ["--"]:
+        return options, rest[1:], True
+    behind = 1
+    while behind < len(rest) and length(rest[behind]):
+        behind += length(rest[behind])
+    if behind >= len(rest):
+        return options + rest[1:], rest[:1], False
+    for place, word in enumerate(rest[1:], 1):
+        if length(word):
+            own = rest[place:place + length(word)]
+            raise UsageError("%s stands behind the command: if it is meant for queuectl, write `queuectl enqueue %s`, "
+                             "if for the command, `queuectl enqueue -- %s`" % (
+                                 clean(word), clean(join_words(own + rest[:place] + rest[place + len(own):])),
+                                 clean(join_words(rest))))
+    if " " in rest[0] and rest[1].startswith("-") and not rest[0].startswith("{"):
+        raise UsageError("%s is no option of queuectl enqueue%s; put -- before a program whose name has spaces" % (
+            clean(rest[1]), nearest(rest[1], lengths)))
+    return options, rest, False
+
+
+def parse(argv: List[str]) -> Tuple[Optional[Command], Any]:
+    """The command that was asked for and its arguments; None if help was asked for, and shown."""
+    db, name, words = split_arguments(argv)
+    if not name:
+        return None, None
+    entry = COMMANDS[name]
+    parser = parser_of(entry)
+    if name == "enqueue":
+        options, given, literal = split_enqueue(entry, words)
+        args = parser.parse_args(options)
+        args.words, args.literal = given, literal
+    else:
+        args = parser.parse_args(words)
+    path = getattr(args, "db", db) or os.environ.get("QUEUECTL_DB") or os.path.join("~", ".queuectl", "queue.db")
+    args.db = os.path.abspath(os.path.expanduser(check_text("--db", path)))
+    return entry, args
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run one command line (`argv` without the program's name; sys.argv by default); its exit code.
+
+    Every expected failure ends here as one line on stderr.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        entry, args = parse(sys.argv[1:] if argv is None else argv)
+        code = EXIT_OK if entry is None else int(entry.run(args))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except QueueError as error:
+        return fail(error, error.code)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return end_as_pipe_reader_wants()
+    except OSError as error:
+        mute_stdout()
+        return fail(error, EXIT_FAILED)
+    except SystemExit as leave:  # argparse has shown the help
+        return leave.code if isinstance(leave.code, int) else EXIT_OK
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        complain("this is a bug in queuectl %s; please report it with the lines above" % VERSION)
+        return EXIT_BUG
+
+
+def fail(error: Exception, code: int) -> int:
+    if os.environ.get("QUEUECTL_DEBUG"):
+        sys.excepthook(*sys.exc_info())
+    complain("error: %s" % clean(str(error)))
+    return code
+
+
+def mute_stdout() -> None:
+    """After a failed write: nothing more, so that Python does not fail again when it exits."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError:
+        pass
+
+
+def end_as_pipe_reader_wants() -> int:
+    """End as `ls | head` does: quietly, by SIGPIPE."""
+    mute_stdout()
+    if WINDOWS:
+        return EXIT_FAILED
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGPIPE)
+    return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
