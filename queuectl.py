@@ -200,6 +200,33 @@ def show_number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing where no known word is near."""
+    import difflib
+    near = difflib.get_close_matches(word, list(known), 1)
+    return "; did you mean %s?" % near[0] if near else ""
+
+
+def clean(text: str) -> str:
+    """`text` with control characters, escape sequences and bidirectional marks shown escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in text)
+
+
+def shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[:max(0, width - 3)] + "..."
+
+
+def quoted(value: Any) -> str:
+    """A value as it stands in JSON, safe for any terminal: what an error message shows."""
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return clean(str(type(value).__name__))
+
+
 def checked(name: str, value: Any) -> Any:
     """`value` as the number or duration (in seconds) that `name` in LIMITS asks for.
 
@@ -242,35 +269,21 @@ def show_setting(value: Any) -> str:
     return "none" if value is None else show_number(value) if isinstance(value, float) else str(value)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing where no known word is near."""
-    import difflib
-    near = difflib.get_close_matches(word, list(known), 1)
-    return "; did you mean %s?" % near[0] if near else ""
-
-
-def clean(text: str) -> str:
-    """`text` with control characters, escape sequences and bidirectional marks shown escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in text)
-
-
-def quoted(value: Any) -> str:
-    """A value as it stands in JSON, safe for any terminal: what an error message shows."""
-    try:
-        return json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        return clean(str(type(value).__name__))
-
-
-def shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[:max(0, width - 3)] + "..."
-
-
 def to_millis(seconds: float) -> int:
     return int(seconds * 1000)
+
+
+def _time_from(match: re.Match[str]) -> int:
+    from datetime import datetime, timedelta, timezone
+    year, month, day, hour, minute, second, fraction, sign, off_hours, off_minutes = match.groups()
+    moment = datetime(int(year), int(month), int(day), int(hour or 0), int(minute or 0),
+                      int(second or 0), tzinfo=timezone.utc)
+    if sign:
+        offset = timedelta(hours=int(off_hours), minutes=int(off_minutes))
+        moment += -offset if sign == "+" else offset
+    nanos = int((fraction or "").ljust(9, "0"))
+    return (moment - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(milliseconds=1) \
+        - (-nanos // 1_000_000)
 
 
 def parse_time(text: Any, now: int) -> int:
@@ -290,19 +303,6 @@ def parse_time(text: Any, now: int) -> int:
                 pass
     raise UsageError("run_at must be a time such as 2026-01-31T10:00:00Z (UTC) or now+5m, not %s"
                      % shorten(quoted(text), 60))
-
-
-def _time_from(match: re.Match[str]) -> int:
-    from datetime import datetime, timedelta, timezone
-    year, month, day, hour, minute, second, fraction, sign, off_hours, off_minutes = match.groups()
-    moment = datetime(int(year), int(month), int(day), int(hour or 0), int(minute or 0),
-                      int(second or 0), tzinfo=timezone.utc)
-    if sign:
-        offset = timedelta(hours=int(off_hours), minutes=int(off_minutes))
-        moment += -offset if sign == "+" else offset
-    nanos = int((fraction or "").ljust(9, "0"))
-    return (moment - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(milliseconds=1) \
-        - (-nanos // 1_000_000)
 
 
 def show_time(millis: int) -> str:
@@ -408,6 +408,18 @@ def check_env(env: Any) -> Dict[str, str]:
     return env
 
 
+def _checked_field(key: str, name: str, value: Any, now: int) -> Any:
+    if key == "delay":
+        return now + to_millis(checked("delay", value))
+    if name == "run_at":
+        return parse_time(value, now)
+    if name in LIMITS:
+        return checked(name, value)
+    if name in ("id", "queue"):
+        return check_name(name, value)
+    return check_env(value) if name == "env" else check_text(name, value)
+
+
 def draft_of(fields: Dict[str, Any], now: int, longest: int) -> Dict[str, Any]:
     """The draft of a job from fields as users name them.
 
@@ -430,16 +442,43 @@ def draft_of(fields: Dict[str, Any], now: int, longest: int) -> Dict[str, Any]:
     return draft
 
 
-def _checked_field(key: str, name: str, value: Any, now: int) -> Any:
-    if key == "delay":
-        return now + to_millis(checked("delay", value))
-    if name == "run_at":
-        return parse_time(value, now)
-    if name in LIMITS:
-        return checked(name, value)
-    if name in ("id", "queue"):
-        return check_name(name, value)
-    return check_env(value) if name == "env" else check_text(name, value)
+def _bounded_int(digits: str) -> int:
+    if len(digits) > 20:  # int() takes quadratic time, and no field takes a number this long
+        raise UsageError("the number %s is too large" % shorten(digits, 30))
+    return int(digits)
+
+
+def _refuse(constant: str) -> Any:
+    raise UsageError("%s is no number that a job can use" % constant)
+
+
+def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise UsageError("the field %s stands in the JSON twice" % shorten(quoted(double), 60))
+    return fields
+
+
+def _strict_object(text: str) -> Dict[str, Any]:
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse,  # type: ignore[no-any-return]
+                      parse_int=_bounded_int)
+
+
+_BARE = re.compile(r"(?:^|,)\s*(%s)\s*:" % "|".join(FIELDS + tuple(ALIASES)))
+
+
+def _bare_object(text: str) -> Optional[Dict[str, Any]]:
+    """`{id:job1,command:echo hi}`: JSON whose quotes a shell took, or None where that is a guess."""
+    body = text.strip()[1:-1]
+    if not text.strip().endswith("}") or not _BARE.match(body):
+        return None
+    words = _BARE.split(body)[1:]
+    names, values = words[::2], [value.strip() for value in words[1::2]]
+    if len(set(names)) < len(names) or any(value[:1] in ('"', "'", "{", "[", "") for value in values):
+        return None
+    return {name: None if value == "null" else value for name, value in zip(names, values)}
 
 
 def read_object(text: str) -> Dict[str, Any]:
@@ -465,45 +504,6 @@ def read_object(text: str) -> Dict[str, Any]:
         "this JSON can't be read (%s): %s; write it as '{\"command\":\"echo hello\"}' in single "
         "quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"), or put -- before a shell "
         "command that begins with {" % (clean(problem), shorten(quoted(text)[1:-1], 200)))
-
-
-def _strict_object(text: str) -> Dict[str, Any]:
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse,  # type: ignore[no-any-return]
-                      parse_int=_bounded_int)
-
-
-def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise UsageError("the field %s stands in the JSON twice" % shorten(quoted(double), 60))
-    return fields
-
-
-def _refuse(constant: str) -> Any:
-    raise UsageError("%s is no number that a job can use" % constant)
-
-
-def _bounded_int(digits: str) -> int:
-    if len(digits) > 20:  # int() takes quadratic time, and no field takes a number this long
-        raise UsageError("the number %s is too large" % shorten(digits, 30))
-    return int(digits)
-
-
-_BARE = re.compile(r"(?:^|,)\s*(%s)\s*:" % "|".join(FIELDS + tuple(ALIASES)))
-
-
-def _bare_object(text: str) -> Optional[Dict[str, Any]]:
-    """`{id:job1,command:echo hi}`: JSON whose quotes a shell took, or None where that is a guess."""
-    body = text.strip()[1:-1]
-    if not text.strip().endswith("}") or not _BARE.match(body):
-        return None
-    words = _BARE.split(body)[1:]
-    names, values = words[::2], [value.strip() for value in words[1::2]]
-    if len(set(names)) < len(names) or any(value[:1] in ('"', "'", "{", "[", "") for value in values):
-        return None
-    return {name: None if value == "null" else value for name, value in zip(names, values)}
 
 
 def read_job(text: str, now: int, longest: int, options: Dict[str, Any]) -> Dict[str, Any]:
@@ -559,6 +559,42 @@ def read_between(fd: int, start: int, end: int) -> bytes:
     return b"".join(parts)
 
 
+_Process = namedtuple("_Process", "parent session started marked")
+
+
+def _proc_stat(pid: str) -> Optional[_Process]:
+    """Parent, session and start time of a living process, from /proc/PID/stat (proc(5))."""
+    try:
+        with open("/proc/%s/stat" % pid, "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    if fields[0] in (b"Z", b"X"):
+        return None
+    return _Process(int(fields[1]), int(fields[3]), fields[19].decode(), False)
+
+
+def _proc_environ(pid: str) -> bytes:
+    try:
+        with open("/proc/%s/environ" % pid, "rb") as environ:
+            return environ.read()
+    except OSError:
+        return b""
+
+
+def _writes_to(pid: str, files: Sequence[str]) -> bool:
+    """Whether a process has one of `files` open for writing; who only reads them is no member."""
+    folder = "/proc/%s/fd" % pid
+    try:
+        for name in os.listdir(folder):
+            link = os.path.join(folder, name)
+            if os.readlink(link) in files and os.lstat(link).st_mode & 0o200:
+                return True
+    except OSError:
+        pass
+    return False
+
+
 class Posix:
     """Linux, macOS and other Unixes."""
 
@@ -573,7 +609,7 @@ class Posix:
         self.childless = False  # nobody but the run just reaped was left below this process
         self.subreaper = False
         self.token_fd = TOKEN_FD
-        self.ignored: List[int] = []
+        self.to_default: List[int] = []  # signals that jobs start with in their default state: all
 
     # Locks: flock belongs to the open file, is inherited with it, and dies with its last copy.
     # Never unlocked by LOCK_UN, which would free every copy: closing is what frees one.
@@ -636,7 +672,7 @@ class Posix:
         os.umask(0o077)
         limit = __import__("resource").getrlimit(__import__("resource").RLIMIT_NOFILE)[0]
         self.token_fd = TOKEN_FD if limit < 0 or limit > TOKEN_FD else limit - 1
-        self.ignored = [s for s in range(1, signal.NSIG) if _is_ignored(s)]
+        self.to_default = list(signal.valid_signals())
         if self.linux:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
             self._libc().prctl(1, int(signal.SIGHUP), 0, 0, 0)
             self.subreaper = self._libc().prctl(36, 1, 0, 0, 0) == 0
@@ -668,7 +704,7 @@ class Posix:
 
     def _spawn(self, argv: List[str], env: Dict[str, str], streams: Tuple[Tuple[int, int], ...]) -> int:
         try:
-            return os.posix_spawn(argv[0], argv, env, setsid=True, setsigdef=self.ignored, setsigmask=(),
+            return os.posix_spawn(argv[0], argv, env, setsid=True, setsigdef=self.to_default, setsigmask=(),
                                   file_actions=[(os.POSIX_SPAWN_DUP2, have, want) for have, want in streams])
         except NotImplementedError:  # no POSIX_SPAWN_SETSID: glibc before 2.26
             return self._fork_exec(argv, env, streams)
@@ -680,7 +716,7 @@ class Posix:
             for have, want in streams:
                 os.dup2(have, want)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            for number in self.ignored:
+            for number in set(self.to_default) - {signal.SIGKILL, signal.SIGSTOP}:
                 signal.signal(number, signal.SIG_DFL)
 
         return subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False, preexec_fn=dup).pid
@@ -723,39 +759,39 @@ class Posix:
         with a member or descends from one; so also children that closed all descriptors and
         left the session are found. Processes of other users and namespaces are not.
         """
-        table = self._process_table(run, files) if self.linux else self._ps_table(run)
-        found = {pid for pid, entry in table.items() if entry.marked or (leader and leader == entry.session)}
+        processes = self._from_proc(run, files) if self.linux else self._from_ps(run)
+        found = {pid for pid, entry in processes.items() if entry.marked or (leader and leader == entry.session)}
         while True:
-            sessions = {table[pid].session for pid in found}
-            more = {pid for pid, entry in table.items()
+            sessions = {processes[pid].session for pid in found}
+            more = {pid for pid, entry in processes.items()
                     if pid not in found and (entry.session in sessions or entry.parent in found)}
             if not more:
-                return {pid: table[pid].started for pid in found}
+                return {pid: processes[pid].started for pid in found}
             found |= more
 
-    def _process_table(self, run: str, files: Sequence[str]) -> Dict[int, _Process]:
+    def _from_proc(self, run: str, files: Sequence[str]) -> Dict[int, _Process]:
         """Every process but this one, its session and process 1, from /proc."""
         needle = b"QUEUECTL_RUN=%s\0" % run.encode()
-        table = {}
+        processes = {}
         for name in os.listdir("/proc"):
             entry = _proc_stat(name) if name.isdigit() and int(name) not in (1, os.getpid()) else None
             if entry and entry.session != os.getsid(0):
                 marked = needle in _proc_environ(name) or _writes_to(name, files)
-                table[int(name)] = entry._replace(marked=marked)
-        return table
+                processes[int(name)] = entry._replace(marked=marked)
+        return processes
 
-    def _ps_table(self, run: str) -> Dict[int, _Process]:
+    def _from_ps(self, run: str) -> Dict[int, _Process]:
         """The same by ps(1), where there is no /proc; process groups stand in for sessions."""
         import subprocess
         listing = subprocess.run(["ps", "-A", "-E", "-ww", "-o", "pid=,ppid=,pgid=,stat=,command="],
                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
-        table = {}
+        processes = {}
         for line in listing.decode("utf-8", "replace").splitlines():
             pid, parent, group, state, command = (line.split(None, 4) + [""] * 5)[:5]
             if pid.isdigit() and int(pid) not in (1, os.getpid()) and state[0] != "Z" and int(group) != os.getpgid(0):
                 marked = "QUEUECTL_RUN=%s" % run in command.split()
-                table[int(pid)] = _Process(int(parent), int(group), "", marked)
-        return table
+                processes[int(pid)] = _Process(int(parent), int(group), "", marked)
+        return processes
 
     def end_process(self, pid: int, started: str, kill: bool) -> None:
         """SIGTERM or SIGKILL to a member, if it still is the process that `members` saw."""
@@ -819,49 +855,6 @@ class Posix:
             if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
                 best = (point, kind)
         return best[1] if best[1] in NETWORK_FILE_SYSTEMS else ""
-
-
-_Process = namedtuple("_Process", "parent session started marked")
-
-
-def _is_ignored(number: int) -> bool:
-    try:
-        return signal.getsignal(number) == signal.SIG_IGN
-    except ValueError:
-        return False
-
-
-def _proc_stat(pid: str) -> Optional[_Process]:
-    """Parent, session and start time of a living process, from /proc/PID/stat (proc(5))."""
-    try:
-        with open("/proc/%s/stat" % pid, "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    if fields[0] in (b"Z", b"X"):
-        return None
-    return _Process(int(fields[1]), int(fields[3]), fields[19].decode(), False)
-
-
-def _proc_environ(pid: str) -> bytes:
-    try:
-        with open("/proc/%s/environ" % pid, "rb") as environ:
-            return environ.read()
-    except OSError:
-        return b""
-
-
-def _writes_to(pid: str, files: Sequence[str]) -> bool:
-    """Whether a process has one of `files` open for writing; who only reads them is no member."""
-    folder = "/proc/%s/fd" % pid
-    try:
-        for name in os.listdir(folder):
-            link = os.path.join(folder, name)
-            if os.readlink(link) in files and os.lstat(link).st_mode & 0o200:
-                return True
-    except OSError:
-        pass
-    return False
 
 
 class Bell:
@@ -1003,7 +996,7 @@ class Windows:
         self._kernel().SetInformationJobObject(ctypes.c_void_p(handle), 9, info, 144)
 
     def reap(self, pid: int) -> Optional[int]:
-        code = self.runs[pid][0].poll()
+        code = self.runs[pid][0].poll() if pid in self.runs else None
         if code == 0:  # whatever a completed run left behind may live on
             _, handle = self.runs.pop(pid)
             self._kill_on_close(handle, False)
@@ -1285,7 +1278,7 @@ DATA_VERSION = "PRAGMA data_version"  # changes when another connection has comm
 FREE_PAGES = "PRAGMA freelist_count"
 ALL_PAGES = "PRAGMA page_count"
 VACUUM = "VACUUM"
-BULK_CACHE = "PRAGMA cache_size = -40000"  # KiB; a bulk touches the index of ids everywhere
+BULK_CACHE = "PRAGMA cache_size = -40000"  # KiB
 
 BEGIN = "BEGIN IMMEDIATE"
 COMMIT = "COMMIT"
@@ -1436,25 +1429,30 @@ def translate(error: sqlite3.Error, path: str) -> QueueError:
     return QueueError("%s: %s" % (path, text))
 
 
-class Transaction:
-    """One write: the mutex, then BEGIN IMMEDIATE … COMMIT; all or nothing.
+def refuse_network(folder: str) -> None:
+    """Raise QueueError if a folder is on a network file system, where SQLite's locks don't hold."""
+    kind = system.network_file_system(folder)
+    if kind:
+        raise QueueError("%s is on a network file system (%s), where locks can't be trusted; name a database "
+                         "on a local disk with --db" % (folder, kind))
 
-    The mutex makes writers wait in a queue that the kernel keeps (SQLite's own waiting is unfair
-    and deaf to signals), and keeps writes from racing checkpoints, a bug of SQLite before 3.51.3.
-    """
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+def _draw_ids(count: int) -> List[str]:
+    """Random ids: 40 bits, ten hex digits each."""
+    digits = os.urandom(5 * count).hex()
+    return [digits[at:at + 10] for at in range(0, 10 * count, 10)]
 
-    def __enter__(self) -> Store:
-        self.store.begin()
-        return self.store
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
-        self.store.end(commit=kind is None)
-        if isinstance(error, sqlite3.Error):
-            raise translate(error, self.store.path) from error
+def _job_row(draft: Dict[str, Any], settings: Dict[str, Any], context: int, now: int) -> Tuple[Any, ...]:
+    """The values of ADD_JOB for a draft; what was not given takes the setting of this moment."""
+    run_at = draft["run_at"]
+    due = run_at if run_at is not None and run_at > now else None
+    given = {name: settings[name] if draft[name] is None else draft[name]
+             for name in ("priority", "timeout_seconds", "max_retries")}
+    return (draft["id"], 1 if draft["id"] is None else 0, draft["command"], draft["queue"] or "default",
+            given["priority"], 1 if due is None else 0, due, run_at, given["timeout_seconds"],
+            given["max_retries"], draft["backoff_base"], context,
+            json.dumps(draft["env"]) if draft["env"] else None, now, now)
 
 
 class Store:
@@ -1560,8 +1558,24 @@ class Store:
 
     # The doors: one for writes, one for reads.
 
-    def transaction(self) -> Transaction:
-        return Transaction(self)
+    def transaction(self) -> Store:
+        """`with store.transaction():` is one write: the mutex, then BEGIN IMMEDIATE … COMMIT; all or nothing.
+
+        The mutex makes writers wait in a queue that the kernel keeps (SQLite's own waiting is
+        unfair and deaf to signals), and keeps writes from racing checkpoints, by which SQLite
+        before 3.51.3 could lose commits.
+        """
+        return self
+
+    def __enter__(self) -> Store:
+        self.begin()
+        return self
+
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        self.end(commit=kind is None)
+        if isinstance(error, sqlite3.Error):
+            raise translate(error, self.path) from error
 
     def begin(self) -> None:
         """Take the mutex and SQLite's write lock within `patience` seconds, or raise Unavailable."""
@@ -1626,6 +1640,10 @@ class Store:
     def set_durability(self, durability: str) -> None:
         """FULL: what was acknowledged survives a power cut. NORMAL: it may be forgotten, never half kept."""
         self.db.execute(SYNCHRONOUS[durability])
+
+    def expect_bulk(self) -> None:
+        """Before many jobs are added: keep more of the index of ids in memory, which is hit everywhere."""
+        self.db.execute(BULK_CACHE)
 
     def changed(self) -> int:
         """A number that differs from the last one if anybody else has committed meanwhile.
@@ -1950,31 +1968,6 @@ class Store:
         return count, average or 0.0
 
 
-def refuse_network(folder: str) -> None:
-    """Raise QueueError if a folder is on a network file system, where SQLite's locks don't hold."""
-    kind = system.network_file_system(folder)
-    if kind:
-        raise QueueError("%s is on a network file system (%s), where locks can't be trusted; name a database "
-                         "on a local disk with --db" % (folder, kind))
-
-
-def _draw_ids(count: int) -> List[str]:
-    """Random ids: 40 bits, ten hex digits each."""
-    digits = os.urandom(5 * count).hex()
-    return [digits[at:at + 10] for at in range(0, 10 * count, 10)]
-
-
-def _job_row(draft: Dict[str, Any], settings: Dict[str, Any], context: int, now: int) -> Tuple[Any, ...]:
-    """The values of ADD_JOB for a draft; what was not given takes the setting of this moment."""
-    run_at = draft["run_at"]
-    due = run_at if run_at is not None and run_at > now else None
-    given = {name: settings[name] if draft[name] is None else draft[name]
-             for name in ("priority", "timeout_seconds", "max_retries")}
-    return (draft["id"], 1 if draft["id"] is None else 0, draft["command"], draft["queue"] or "default",
-            given["priority"], 1 if due is None else 0, due, run_at, given["timeout_seconds"],
-            given["max_retries"], draft["backoff_base"], context,
-            json.dumps(draft["env"]) if draft["env"] else None, now, now)
-
 # ═══ Runner ═══ one run of one job ═══════════════════════════════════════════════════════════
 
 SHORTEST_LOOK, LONGEST_LOOK = 0.02, 0.5  # seconds between looks at a run's output
@@ -2045,8 +2038,9 @@ class Run:
 
     def has_ended(self) -> bool:
         """Whether the shell has ended; `exit_code` (negative: its signal) is known from then on."""
+        code = system.reap(self.pid)
         if self.exit_code is None:
-            self.exit_code = system.reap(self.pid)
+            self.exit_code = code
         return self.exit_code is not None
 
     def overdue(self) -> bool:
@@ -2101,24 +2095,8 @@ def retry_time(job: Any, settings: Dict[str, Any], now: int) -> int:
     return now + to_millis(backoff(base, job.attempts, settings["backoff_max"], settings["backoff_jitter"], chance))
 
 
-def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str], None]) -> int:
-    """Give back what dead workers held, after ending what is left of it; how many jobs.
-
-    One process at a time does this, under a lock of its own: ending processes takes seconds, and
-    the write mutex must not be held so long. Who finds it taken leaves the work to the other.
-    """
-    folder = folder_path(store.path)
-    if not os.path.isdir(folder):
-        return 0
-    lock = open_private(os.path.join(folder, "recovery.lock"), os.O_RDWR)
-    try:
-        if not system.try_lock(lock):
-            return 0
-        done = sum(_recover_job(store, lost, pause, tell) for lost in store.lost_jobs())
-        _forget_dead(store)
-        return done
-    finally:
-        os.close(lock)
+def _pool_of(worker: str) -> str:
+    return worker.rpartition("-")[0]
 
 
 def _recover_job(store: Store, lost: Dict[str, Any], pause: Callable[[float], object],
@@ -2145,10 +2123,6 @@ def _recover_job(store: Store, lost: Dict[str, Any], pause: Callable[[float], ob
     return bool(state)
 
 
-def _pool_of(worker: str) -> str:
-    return worker.rpartition("-")[0]
-
-
 def _forget_dead(store: Store) -> None:
     """Remove dead workers and pools, and their files, unless a job is still held in their name.
 
@@ -2167,6 +2141,26 @@ def _forget_dead(store: Store) -> None:
                 remove_files(store.path, name)
 
 
+def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str], None]) -> int:
+    """Give back what dead workers held, after ending what is left of it; how many jobs.
+
+    One process at a time does this, under a lock of its own: ending processes takes seconds, and
+    the write mutex must not be held so long. Who finds it taken leaves the work to the other.
+    """
+    folder = folder_path(store.path)
+    if not os.path.isdir(folder):
+        return 0
+    lock = open_private(os.path.join(folder, "recovery.lock"), os.O_RDWR)
+    try:
+        if not system.try_lock(lock):
+            return 0
+        done = sum(_recover_job(store, lost, pause, tell) for lost in store.lost_jobs())
+        _forget_dead(store)
+        return done
+    finally:
+        os.close(lock)
+
+
 def take_life(db: str, name: str) -> int:
     """Take the life lock of a worker or pool, in the transaction that registers it."""
     os.makedirs(folder_path(db), 0o700, exist_ok=True)
@@ -2180,6 +2174,13 @@ Order = namedtuple("Order", "db pool number queues drain limited supervisor fds"
 Order.__doc__ = """What the supervisor tells a worker: the database, its pool, its number there, the
 queues it serves (none: all), whether to drain, whether --max-jobs was given, the supervisor's
 process id, and the descriptors it inherits but must not keep."""
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
 
 
 class Worker:
@@ -2464,13 +2465,6 @@ class Worker:
             self.lines = ""
 
 
-def signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)
-
-
 def worker_main(order: Order) -> NoReturn:
     """What a worker process does from its first instruction on."""
     for fd in order.fds:
@@ -2491,6 +2485,14 @@ def worker_main(order: Order) -> NoReturn:
 
 QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing delay
 LONGEST_DELAY = 5.0
+
+
+def complain(text: str) -> None:
+    """A line on stderr that is no result."""
+    try:
+        print("queuectl: %s" % text, file=sys.stderr, flush=True)
+    except (OSError, ValueError, AttributeError):
+        pass  # nobody listens
 
 
 class Pool:
@@ -2626,13 +2628,6 @@ class Pool:
 
 HANDLED = () if WINDOWS else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 
-
-def complain(text: str) -> None:
-    """A line on stderr that is no result."""
-    try:
-        print("queuectl: %s" % text, file=sys.stderr, flush=True)
-    except (OSError, ValueError, AttributeError):
-        pass  # nobody listens
 
 # ═══ Views ═══ rows to text or JSON: pure functions ══════════════════════════════════════════
 
@@ -2804,7 +2799,7 @@ def option(*names: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]
     return names, details
 
 
-def command(name: str, summary: str, *options: Tuple[Tuple[str, ...], Dict[str, Any]],
+def subcommand(name: str, summary: str, *options: Tuple[Tuple[str, ...], Dict[str, Any]],
             examples: str) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
     """Make a function the command `name`: it takes the parsed arguments and returns the exit code."""
     def enter(run: Callable[[Any], int]) -> Callable[[Any], int]:
@@ -2818,7 +2813,7 @@ IDS = option("ids", nargs="+", metavar="ID", help="the job's id, or a unique par
 ID = option("id", metavar="ID", help="the job's id, or a unique part of its beginning")
 
 
-def out(text: str) -> None:
+def emit(text: str) -> None:
     """A line of a command's result."""
     if sys.stdout is None:
         raise OSError("stdout is closed")
@@ -2826,7 +2821,7 @@ def out(text: str) -> None:
 
 
 def out_json(value: Any) -> int:
-    out(json.dumps(value, indent=2))
+    emit(json.dumps(value, indent=2))
     return EXIT_OK
 
 
@@ -2841,7 +2836,7 @@ def terminal_width() -> int:
 def out_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     width = terminal_width()
     for line in table(head, rows, width, bool(width) and not os.environ.get("NO_COLOR")):
-        out(line)
+        emit(line)
     return EXIT_OK
 
 
@@ -2859,22 +2854,6 @@ def count_of(number: int, noun: str) -> str:
 
 # enqueue
 
-def job_source(args: Any, now: int) -> Iterator[Dict[str, Any]]:
-    """The drafts of what `enqueue` was given: one argument, several words, or the lines of a file."""
-    options = given_options(args)
-    longest = system.longest_command
-    if args.file is None:
-        yield finish_draft(draft_of_words(args.words, args.literal, now, options), {})
-        return
-    folders: Dict[str, str] = {}
-    with open_jobs(args.file) as stream:
-        for number, line in job_lines_of(stream):
-            try:
-                yield finish_draft(read_job(line, now, longest, options), folders)
-            except UsageError as error:
-                raise UsageError("line %d: %s" % (number, error)) from None
-
-
 def given_options(args: Any) -> Dict[str, Any]:
     """The fields of a job that stand on the command line as options."""
     names = ("id", "queue", "priority", "run_at", "delay", "timeout", "max_retries", "backoff_base", "cwd")
@@ -2889,6 +2868,15 @@ def given_options(args: Any) -> Dict[str, Any]:
     return options
 
 
+def join_words(words: Sequence[str]) -> str:
+    """A command line that a shell reads as exactly these words."""
+    if WINDOWS:
+        import subprocess
+        return subprocess.list2cmdline(words)
+    import shlex
+    return shlex.join(words)
+
+
 def draft_of_words(words: List[str], literal: bool, now: int, options: Dict[str, Any]) -> Dict[str, Any]:
     """One word is a shell command or JSON; several are a command and its arguments, or torn JSON."""
     longest = system.longest_command
@@ -2899,15 +2887,6 @@ def draft_of_words(words: List[str], literal: bool, now: int, options: Dict[str,
     if not literal and len(words) == 1:
         return read_job(words[0], now, longest, options)
     return draft_of({"command": words[0] if len(words) == 1 else join_words(words), **options}, now, longest)
-
-
-def join_words(words: Sequence[str]) -> str:
-    """A command line that a shell reads as exactly these words."""
-    if WINDOWS:
-        import subprocess
-        return subprocess.list2cmdline(words)
-    import shlex
-    return shlex.join(words)
 
 
 def finish_draft(draft: Dict[str, Any], folders: Dict[str, str]) -> Dict[str, Any]:
@@ -2968,7 +2947,41 @@ def job_lines_of(stream: BinaryIO) -> Iterator[Tuple[int, str]]:
             yield number, line[:-1] if array and line.endswith(",") else line
 
 
-@command(
+def job_source(args: Any, now: int) -> Iterator[Dict[str, Any]]:
+    """The drafts of what `enqueue` was given: one argument, several words, or the lines of a file."""
+    options = given_options(args)
+    longest = system.longest_command
+    if args.file is None:
+        yield finish_draft(draft_of_words(args.words, args.literal, now, options), {})
+        return
+    folders: Dict[str, str] = {}
+    with open_jobs(args.file) as stream:
+        for number, line in job_lines_of(stream):
+            try:
+                yield finish_draft(read_job(line, now, longest, options), folders)
+            except UsageError as error:
+                raise UsageError("line %d: %s" % (number, error)) from None
+
+
+def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
+    if args.json:
+        for line in json_lines(job_json(job) for job in store.jobs_between(first, last)):
+            emit(line)
+    elif args.quiet:
+        for job in store.jobs_between(first, last):
+            emit(job["id"])
+    elif args.file is not None:
+        emit("Enqueued: %s" % count_of(last - first, "job"))
+    elif first == last:
+        emit("Exists already: nothing changed")
+    else:
+        emit("Enqueued: %s" % next(store.jobs_between(first, last))["id"])
+    if sys.stderr is not None and sys.stderr.isatty() and not any(
+            is_alive(args.db, name) for name in names_beside(args.db, ".life")):
+        complain("no worker is running; `queuectl worker start` works on the queue")
+
+
+@subcommand(
     "enqueue", "add a job, or a file of jobs",
     option("words", nargs="*", metavar="COMMAND", help="a shell command, a JSON object, or a program and its arguments"),
     option("--file", metavar="PATH", help="one job a line, command or JSON; - is stdin; all or none"),
@@ -3005,6 +3018,8 @@ def cmd_enqueue(args: Any) -> int:
         drafts = job_source(args, now)
     store = open_store(args)
     settings = store.settings()
+    if args.file is not None:
+        store.expect_bulk()
     with store.transaction():
         first, last = store.add(drafts, settings, os.environ.get("PATH", os.defpath), umask, now,
                                 args.if_exists == "skip")
@@ -3018,51 +3033,7 @@ def cmd_enqueue(args: Any) -> int:
     return EXIT_OK
 
 
-def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
-    if args.json:
-        for line in json_lines(job_json(job) for job in store.jobs_between(first, last)):
-            out(line)
-    elif args.quiet:
-        for job in store.jobs_between(first, last):
-            out(job["id"])
-    elif args.file is not None:
-        out("Enqueued: %s" % count_of(last - first, "job"))
-    elif first == last:
-        out("Exists already: nothing changed")
-    else:
-        out("Enqueued: %s" % next(store.jobs_between(first, last))["id"])
-    if sys.stderr is not None and sys.stderr.isatty() and not any(
-            is_alive(args.db, name) for name in names_beside(args.db, ".life")):
-        complain("no worker is running; `queuectl worker start` works on the queue")
-
-
 # worker
-
-@command(
-    "worker start", "run jobs, in the foreground",
-    option("--count", metavar="N", default="1", help="worker processes (1)"),
-    option("--queue", metavar="NAME", action="append", default=[], help="serve this queue only; repeatable"),
-    option("--drain", action="store_true", help="exit when nothing is left to do; 1 if a job died meanwhile"),
-    option("--detach", action="store_true", help="run in the background; prints the process id"),
-    option("--max-jobs", metavar="N", help="exit after N runs"),
-    examples="""
-queuectl worker start --count 4           until Ctrl-C: finishes running jobs; twice ends them
-queuectl worker start --count 4 --drain   until nothing is left to do
-queuectl worker start --detach            in the background, log beside the database
-""")
-def cmd_worker_start(args: Any) -> int:
-    count = _whole_option("--count", args.count, 1000)
-    max_jobs = None if args.max_jobs is None else _whole_option("--max-jobs", args.max_jobs, 10**9)
-    queues = [check_name("--queue", name) for name in args.queue]
-    open_store(args).close()  # made if it is new, and refused here if it can't be used
-    refuse_untrusted(args.db)
-    if args.detach:
-        return _start_detached(args, count)
-    name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name()
-    out("Starting %s, pool %s, pid %d, database %s" % (count_of(count, "worker"), name, os.getpid(), clean(args.db)))
-    sys.stdout.flush()
-    return Pool(args.db, name, count, queues, args.drain, max_jobs).run()
-
 
 def _whole_option(name: str, text: str, most: int) -> int:
     try:
@@ -3088,6 +3059,17 @@ def refuse_untrusted(db: str) -> None:
 
 
 LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside when a pool starts
+
+
+def _open_log(path: str) -> int:
+    try:
+        if os.path.exists(path) and os.path.getsize(path) > LONGEST_LOG:
+            os.replace(path, path + ".1")
+        return open_private(path, os.O_WRONLY | os.O_APPEND)
+    except OSError as error:
+        raise QueueError("the log %s can't be written: %s" % (clean(path), error.strerror)) from None
+
+
 START_TIME = 30.0  # seconds a detached pool has to come up
 
 
@@ -3116,21 +3098,38 @@ def _start_detached(args: Any, count: int) -> int:
         if time.monotonic() > deadline:
             raise QueueError("the workers are not running after %d s; see %s" % (START_TIME, log))
         time.sleep(0.01)
-    out(str(process.pid))
+    emit(str(process.pid))
     complain("%s in the background, log in %s; `queuectl worker stop` ends them" % (count_of(count, "worker"), clean(log)))
     return EXIT_OK
 
 
-def _open_log(path: str) -> int:
-    try:
-        if os.path.exists(path) and os.path.getsize(path) > LONGEST_LOG:
-            os.replace(path, path + ".1")
-        return open_private(path, os.O_WRONLY | os.O_APPEND)
-    except OSError as error:
-        raise QueueError("the log %s can't be written: %s" % (clean(path), error.strerror)) from None
+@subcommand(
+    "worker start", "run jobs, in the foreground",
+    option("--count", metavar="N", default="1", help="worker processes (1)"),
+    option("--queue", metavar="NAME", action="append", default=[], help="serve this queue only; repeatable"),
+    option("--drain", action="store_true", help="exit when nothing is left to do; 1 if a job died meanwhile"),
+    option("--detach", action="store_true", help="run in the background; prints the process id"),
+    option("--max-jobs", metavar="N", help="exit after N runs"),
+    examples="""
+queuectl worker start --count 4           until Ctrl-C: finishes running jobs; twice ends them
+queuectl worker start --count 4 --drain   until nothing is left to do
+queuectl worker start --detach            in the background, log beside the database
+""")
+def cmd_worker_start(args: Any) -> int:
+    count = _whole_option("--count", args.count, 1000)
+    max_jobs = None if args.max_jobs is None else _whole_option("--max-jobs", args.max_jobs, 10**9)
+    queues = [check_name("--queue", name) for name in args.queue]
+    open_store(args).close()  # made if it is new, and refused here if it can't be used
+    refuse_untrusted(args.db)
+    if args.detach:
+        return _start_detached(args, count)
+    name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name()
+    system.say("Starting %s, pool %s, pid %d, database %s\n" % (
+        count_of(count, "worker"), name, os.getpid(), clean(args.db)))
+    return Pool(args.db, name, count, queues, args.drain, max_jobs).run()
 
 
-@command(
+@subcommand(
     "worker stop", "stop every pool on this database, after the running jobs",
     option("--now", action="store_true", help="end the running jobs and give them back"),
     option("--timeout", metavar="DURATION", help="exit 124 if it takes longer; they go on stopping"),
@@ -3144,7 +3143,7 @@ def cmd_worker_stop(args: Any) -> int:
     store = open_store(args)
     alive = [entry["name"] for entry in [*store.pools(), *store.workers()] if entry["alive"]]
     if not alive:
-        out("No workers are running.")
+        emit("No workers are running.")
         return EXIT_OK
     with store.transaction():
         store.ask_stop([pool["name"] for pool in store.pools()], 2 if args.now else 1)
@@ -3158,11 +3157,11 @@ def cmd_worker_stop(args: Any) -> int:
             complain("waiting for running jobs to finish; `queuectl worker stop --now` would end them")
             told = float("inf")
         time.sleep(0.02)
-    out("All workers have stopped.")
+    emit("All workers have stopped.")
     return EXIT_OK
 
 
-@command("worker list", "show the workers that live, and what they run", JSON,
+@subcommand("worker list", "show the workers that live, and what they run", JSON,
          examples="\nqueuectl worker list\n")
 def cmd_worker_list(args: Any) -> int:
     workers = [worker for worker in open_store(args).workers() if worker["alive"]]
@@ -3171,17 +3170,17 @@ def cmd_worker_list(args: Any) -> int:
                       job_started_at=worker["job_started_at"] and show_time(worker["job_started_at"]))
                  for worker in workers]
         for line in json_lines(shown):
-            out(line)
+            emit(line)
     elif workers:
         out_table(("WORKER", "PID", "UP", "DOES"), [worker_row(worker, now_millis()) for worker in workers])
     else:
-        out("No workers are running.")
+        emit("No workers are running.")
     return EXIT_OK
 
 
 # What reads.
 
-@command("status", "show jobs by state, workers, and what comes next", JSON,
+@subcommand("status", "show jobs by state, workers, and what comes next", JSON,
          examples="\nqueuectl status\nqueuectl status --json\n")
 def cmd_status(args: Any) -> int:
     store = open_store(args)
@@ -3195,23 +3194,8 @@ def cmd_status(args: Any) -> int:
                 entry[field] = show_time(entry[field])
         return out_json(dict(status, running=[worker["job"] for worker in workers if worker["job"]]))
     for line in status_lines(status, workers, now_millis(), terminal_width()):
-        out(line)
+        emit(line)
     return EXIT_OK
-
-
-@command(
-    "list", "show jobs, the newest last",
-    option("--state", action="append", default=[], choices=STATES, help="in this state only; repeatable"),
-    option("--queue", metavar="NAME", help="of this queue only"),
-    option("--limit", metavar="N", help="the newest N (50; with --json all)"),
-    option("--all", action="store_true", help="all of them"), JSON,
-    examples="""
-queuectl list
-queuectl list --state failed --state dead
-queuectl list --json --state pending | queuectl --db /other/queue.db enqueue --file -
-""")
-def cmd_list(args: Any) -> int:
-    return _list(args, args.state, JOB_HEAD, job_row)
 
 
 def _list(args: Any, states: List[str], head: Sequence[str], row: Callable[[Dict[str, Any], int], Sequence[str]]) -> int:
@@ -3227,7 +3211,7 @@ def _list(args: Any, states: List[str], head: Sequence[str], row: Callable[[Dict
         jobs = store.newest(states, args.queue, limit or 50)
     if args.json:
         for line in json_lines(map(job_json, jobs)):
-            out(line)
+            emit(line)
         return EXIT_OK
     shown = list(jobs)
     out_table(head, [row(job, now) for job in shown])
@@ -3238,19 +3222,19 @@ def _list(args: Any, states: List[str], head: Sequence[str], row: Callable[[Dict
     return EXIT_OK
 
 
-def runs_of(store: Store, job: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
-    """The runs of a job, oldest first, and at the end the one that runs now."""
-    yield from store.runs(job["seq"])
-    if job["state"] == PROCESSING:
-        yield live_run(store, job)
-
-
-def live_run(store: Store, job: Dict[str, Any]) -> Dict[str, Any]:
-    """The current run of a job, with what it has printed so far."""
-    outputs = [read_output(path, 0, 1 << 28) for path in output_paths(store.path, job["locked_by"], job["slot"])]
-    return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING, "started_at": job["started_at"],
-            "finished_at": None, "duration_seconds": max(0, now_millis() - job["started_at"]) / 1000,
-            "exit_code": None, "error": None, "worker": job["locked_by"], "stdout": outputs[0], "stderr": outputs[1]}
+@subcommand(
+    "list", "show jobs, the newest last",
+    option("--state", action="append", default=[], choices=STATES, help="in this state only; repeatable"),
+    option("--queue", metavar="NAME", help="of this queue only"),
+    option("--limit", metavar="N", help="the newest N (50; with --json all)"),
+    option("--all", action="store_true", help="all of them"), JSON,
+    examples="""
+queuectl list
+queuectl list --state failed --state dead
+queuectl list --json --state pending | queuectl --db /other/queue.db enqueue --file -
+""")
+def cmd_list(args: Any) -> int:
+    return _list(args, args.state, JOB_HEAD, job_row)
 
 
 def read_output(path: str, start: int, most: int) -> bytes:
@@ -3265,7 +3249,22 @@ def read_output(path: str, start: int, most: int) -> bytes:
         os.close(fd)
 
 
-@command("show", "show everything about one job", ID, JSON,
+def live_run(store: Store, job: Dict[str, Any]) -> Dict[str, Any]:
+    """The current run of a job, with what it has printed so far."""
+    outputs = [read_output(path, 0, 1 << 28) for path in output_paths(store.path, job["locked_by"], job["slot"])]
+    return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING, "started_at": job["started_at"],
+            "finished_at": None, "duration_seconds": max(0, now_millis() - job["started_at"]) / 1000,
+            "exit_code": None, "error": None, "worker": job["locked_by"], "stdout": outputs[0], "stderr": outputs[1]}
+
+
+def runs_of(store: Store, job: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+    """The runs of a job, oldest first, and at the end the one that runs now."""
+    yield from store.runs(job["seq"])
+    if job["state"] == PROCESSING:
+        yield live_run(store, job)
+
+
+@subcommand("show", "show everything about one job", ID, JSON,
          examples="\nqueuectl show job1\nqueuectl show --json 3fa9\n")
 def cmd_show(args: Any) -> int:
     store = open_store(args)
@@ -3273,14 +3272,91 @@ def cmd_show(args: Any) -> int:
     if args.json:
         return out_json(dict(job_json(job), runs=[run_json(run) for run in runs_of(store, job)]))
     for line in job_lines(job):
-        out(line)
+        emit(line)
     for run in runs_of(store, job):
-        out(run_title(run))
-    out("`queuectl logs %s` shows what it printed." % clean(job["id"]))
+        emit(run_title(run))
+    emit("`queuectl logs %s` shows what it printed." % clean(job["id"]))
     return EXIT_OK
 
 
-@command(
+def out_bytes(output: bytes) -> None:
+    """Output of a job: safe on a terminal, unchanged into a pipe or file."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed")
+    sys.stdout.flush()
+    sys.stdout.buffer.write(shown_output(output, sys.stdout.isatty()))
+    sys.stdout.buffer.flush()
+
+
+def _out_run(run: Dict[str, Any], stream: Optional[str]) -> None:
+    if stream is None:
+        emit(run_title(run))
+    for name in ("stdout", "stderr"):
+        output = run[name] or b""
+        if stream in (None, name) and output:
+            if stream is None:
+                emit("%s:" % name)
+            out_bytes(output if stream or output.endswith(b"\n") else output + b"\n")
+    if stream is None:
+        emit("")
+
+
+def _out_average(store: Store, job: Dict[str, Any], stream: Optional[str]) -> int:
+    if stream is None:
+        count, average = store.run_times(job["seq"])
+        emit("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
+    return EXIT_OK
+
+
+def _follow_live(store: Store, job: Dict[str, Any], stream: Optional[str], offsets: Dict[str, int]) -> None:
+    """Show what a running job has printed since the last look.
+
+    The files are used again for other jobs after the run was recorded: so what was read counts
+    only if the job is still in the same run afterwards.
+    """
+    paths = output_paths(store.path, job["locked_by"], job["slot"])
+    news = {name: read_output(path, offsets[name], 1 << 20) for name, path in zip(offsets, paths)}
+    again = store.find_by_seq(job["seq"])
+    if again and again["state"] == PROCESSING and again["runs"] == job["runs"]:
+        for name, output in news.items():
+            if stream in (None, name) and output:
+                out_bytes(output)
+            offsets[name] += len(output)
+
+
+FOLLOW_EVERY = 0.1  # seconds
+
+
+def _follow(store: Store, job: Dict[str, Any], stream: Optional[str]) -> int:
+    """Show runs as they go, until the job has ended for good."""
+    if stream is None:
+        emit("Logs for job %s:\n" % clean(job["id"]))
+    done, seq = 0, job["seq"]
+    offsets = {"stdout": 0, "stderr": 0}
+    current: Optional[Dict[str, Any]] = job
+    while current is not None:
+        for run in store.runs(seq, done):
+            rest = {name: (run[name] or b"")[offsets[name]:] for name in offsets}
+            if any(offsets.values()):
+                for name in offsets:
+                    if stream in (None, name):
+                        out_bytes(rest[name])
+                if stream is None:
+                    emit(run_title(run) + "\n")
+            else:
+                _out_run(run, stream)
+            done, offsets = run["run"], dict.fromkeys(offsets, 0)
+        if current["state"] == PROCESSING and current["runs"] > done:
+            _follow_live(store, current, stream, offsets)
+        elif current["state"] in (COMPLETED, DEAD) and current["runs"] <= done:
+            break
+        sys.stdout.flush()
+        time.sleep(FOLLOW_EVERY)
+        current = store.find_by_seq(seq)
+    return _out_average(store, job, stream)
+
+
+@subcommand(
     "logs", "show what a job has printed", ID,
     option("--attempt", metavar="N", help="of the newest run of this number only"),
     option("--stdout", dest="stream", action="store_const", const="stdout", help="stdout's bytes and nothing else"),
@@ -3307,93 +3383,20 @@ def cmd_logs(args: Any) -> int:
         runs = matching
     if args.json:
         for line in json_lines(map(run_json, runs)):
-            out(line)
+            emit(line)
         return EXIT_OK
     if args.stream is None:
-        out("Logs for job %s:\n" % clean(job["id"]))
+        emit("Logs for job %s:\n" % clean(job["id"]))
     for run in runs:
         _out_run(run, args.stream)
     return _out_average(store, job, args.stream)
 
 
-def out_bytes(output: bytes) -> None:
-    """Output of a job: safe on a terminal, unchanged into a pipe or file."""
-    if sys.stdout is None:
-        raise OSError("stdout is closed")
-    sys.stdout.flush()
-    sys.stdout.buffer.write(shown_output(output, sys.stdout.isatty()))
-    sys.stdout.buffer.flush()
-
-
-def _out_run(run: Dict[str, Any], stream: Optional[str]) -> None:
-    if stream is None:
-        out(run_title(run))
-    for name in ("stdout", "stderr"):
-        output = run[name] or b""
-        if stream in (None, name) and output:
-            if stream is None:
-                out("%s:" % name)
-            out_bytes(output if stream or output.endswith(b"\n") else output + b"\n")
-    if stream is None:
-        out("")
-
-
-def _out_average(store: Store, job: Dict[str, Any], stream: Optional[str]) -> int:
-    if stream is None:
-        count, average = store.run_times(job["seq"])
-        out("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
-    return EXIT_OK
-
-
-FOLLOW_EVERY = 0.1  # seconds
-
-
-def _follow(store: Store, job: Dict[str, Any], stream: Optional[str]) -> int:
-    """Show runs as they go, until the job has ended for good."""
-    if stream is None:
-        out("Logs for job %s:\n" % clean(job["id"]))
-    done, seq = 0, job["seq"]
-    offsets = {"stdout": 0, "stderr": 0}
-    current: Optional[Dict[str, Any]] = job
-    while current is not None:
-        for run in store.runs(seq, done):
-            rest = {name: (run[name] or b"")[offsets[name]:] for name in offsets}
-            if any(offsets.values()):
-                for name in offsets:
-                    if stream in (None, name):
-                        out_bytes(rest[name])
-                if stream is None:
-                    out(run_title(run) + "\n")
-            else:
-                _out_run(run, stream)
-            done, offsets = run["run"], dict.fromkeys(offsets, 0)
-        if current["state"] == PROCESSING and current["runs"] > done:
-            _follow_live(store, current, stream, offsets)
-        elif current["state"] in (COMPLETED, DEAD) and current["runs"] <= done:
-            break
-        sys.stdout.flush()
-        time.sleep(FOLLOW_EVERY)
-        current = store.find_by_seq(seq)
-    return _out_average(store, job, stream)
-
-
-def _follow_live(store: Store, job: Dict[str, Any], stream: Optional[str], offsets: Dict[str, int]) -> None:
-    """Show what a running job has printed since the last look.
-
-    The files are used again for other jobs after the run was recorded: so what was read counts
-    only if the job is still in the same run afterwards.
-    """
-    paths = output_paths(store.path, job["locked_by"], job["slot"])
-    news = {name: read_output(path, offsets[name], 1 << 20) for name, path in zip(offsets, paths)}
-    again = store.find_by_seq(job["seq"])
-    if again and again["state"] == PROCESSING and again["runs"] == job["runs"]:
-        for name, output in news.items():
-            if stream in (None, name) and output:
-                out_bytes(output)
-            offsets[name] += len(output)
-
-
 # What changes jobs.
+
+ENDED = (COMPLETED, DEAD)
+WAITING = (PENDING, FAILED)
+
 
 def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advice: str) -> List[Dict[str, Any]]:
     """The jobs with these names, each once, if all of them exist and are in one of `fit_states`."""
@@ -3404,16 +3407,6 @@ def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advi
     return list(jobs.values())
 
 
-ENDED = (COMPLETED, DEAD)
-WAITING = (PENDING, FAILED)
-
-
-@command("retry", "let ended jobs run again from the start", IDS,
-         examples="\nqueuectl retry job1 job2\n")
-def cmd_retry(args: Any) -> int:
-    return _retry(args, ENDED, "only a completed or dead job can be retried")
-
-
 def _retry(args: Any, states: Sequence[str], advice: str) -> int:
     store = open_store(args)
     with store.transaction():
@@ -3422,11 +3415,17 @@ def _retry(args: Any, states: Sequence[str], advice: str) -> int:
             store.retry(job["seq"], now_millis())
     ring_all(args.db)
     for job in jobs:
-        out("Queued again: %s" % clean(job["id"]))
+        emit("Queued again: %s" % clean(job["id"]))
     return EXIT_OK
 
 
-@command("delete", "forget jobs and their runs", IDS,
+@subcommand("retry", "let ended jobs run again from the start", IDS,
+         examples="\nqueuectl retry job1 job2\n")
+def cmd_retry(args: Any) -> int:
+    return _retry(args, ENDED, "only a completed or dead job can be retried")
+
+
+@subcommand("delete", "forget jobs and their runs", IDS,
          examples="\nqueuectl delete job1\n")
 def cmd_delete(args: Any) -> int:
     store = open_store(args)
@@ -3435,24 +3434,7 @@ def cmd_delete(args: Any) -> int:
         for job in jobs:
             store.delete(job["seq"])
     for job in jobs:
-        out("Deleted: %s" % clean(job["id"]))
-    return EXIT_OK
-
-
-@command("cancel", "take waiting jobs out of the queue, end running ones", IDS,
-         examples="\nqueuectl cancel job1\n")
-def cmd_cancel(args: Any) -> int:
-    store = open_store(args)
-    with store.transaction():
-        jobs = find_all(store, args.ids, WAITING + (PROCESSING,), "it has ended already")
-        for job in jobs:
-            change = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
-            change(job["seq"], now_millis())
-    ring_all(args.db)
-    deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
-    for job in jobs:
-        _await_end(store, job, deadline)
-        out("Cancelled: %s" % clean(job["id"]))
+        emit("Deleted: %s" % clean(job["id"]))
     return EXIT_OK
 
 
@@ -3470,7 +3452,24 @@ def _await_end(store: Store, job: Dict[str, Any], deadline: float) -> None:
         time.sleep(0.02)
 
 
-@command("dlq list", "show the dead letter queue: jobs that failed too often",
+@subcommand("cancel", "take waiting jobs out of the queue, end running ones", IDS,
+         examples="\nqueuectl cancel job1\n")
+def cmd_cancel(args: Any) -> int:
+    store = open_store(args)
+    with store.transaction():
+        jobs = find_all(store, args.ids, WAITING + (PROCESSING,), "it has ended already")
+        for job in jobs:
+            change = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
+            change(job["seq"], now_millis())
+    ring_all(args.db)
+    deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
+    for job in jobs:
+        _await_end(store, job, deadline)
+        emit("Cancelled: %s" % clean(job["id"]))
+    return EXIT_OK
+
+
+@subcommand("dlq list", "show the dead letter queue: jobs that failed too often",
          option("--limit", metavar="N", help="the newest N (50; with --json all)"),
          option("--all", action="store_true", help="all of them"), JSON,
          examples="\nqueuectl dlq list\n")
@@ -3479,7 +3478,7 @@ def cmd_dlq_list(args: Any) -> int:
     return _list(args, [DEAD], DEAD_HEAD, dead_row)
 
 
-@command("dlq retry", "give dead jobs a new start",
+@subcommand("dlq retry", "give dead jobs a new start",
          option("ids", nargs="*", metavar="ID", help="the job's id, or a unique part of its beginning"),
          option("--all", action="store_true", help="all dead jobs"),
          examples="\nqueuectl dlq retry job1\nqueuectl dlq retry --all\n")
@@ -3492,11 +3491,11 @@ def cmd_dlq_retry(args: Any) -> int:
     with store.transaction():
         count = store.retry_all_dead(now_millis())
     ring_all(args.db)
-    out("Queued again: %s" % count_of(count, "job"))
+    emit("Queued again: %s" % count_of(count, "job"))
     return EXIT_OK
 
 
-@command("dlq purge", "forget dead jobs and their runs",
+@subcommand("dlq purge", "forget dead jobs and their runs",
          option("--older-than", metavar="DURATION", default="0", help="only those dead for longer than this"),
          examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
 def cmd_dlq_purge(args: Any) -> int:
@@ -3504,7 +3503,7 @@ def cmd_dlq_purge(args: Any) -> int:
     store = open_store(args)
     count = store.purge(DEAD, before)
     store.shrink()
-    out("Deleted: %s" % count_of(count, "job"))
+    emit("Deleted: %s" % count_of(count, "job"))
     return EXIT_OK
 
 
@@ -3521,27 +3520,27 @@ def _show_config(args: Any) -> int:
         (name, show_setting(value), show_setting(SETTINGS[name])) for name, value in settings.items()])
 
 
-@command("config show", "show every setting", JSON, examples="\nqueuectl config show\n")
+@subcommand("config show", "show every setting", JSON, examples="\nqueuectl config show\n")
 def cmd_config_show(args: Any) -> int:
     return _show_config(args)
 
 
-@command("config list", "the same as show", JSON, examples="\nqueuectl config list\n")
+@subcommand("config list", "the same as show", JSON, examples="\nqueuectl config list\n")
 def cmd_config_list(args: Any) -> int:
     return _show_config(args)
 
 
-@command("config get", "show one setting", KEY, JSON, examples="\nqueuectl config get max_retries\n")
+@subcommand("config get", "show one setting", KEY, JSON, examples="\nqueuectl config get max_retries\n")
 def cmd_config_get(args: Any) -> int:
     name = setting_name(args.key)
     value = open_store(args).settings()[name]
     if args.json:
         return out_json(value)
-    out(show_setting(value))
+    emit(show_setting(value))
     return EXIT_OK
 
 
-@command("config set", "change a setting; running workers follow", KEY,
+@subcommand("config set", "change a setting; running workers follow", KEY,
          option("value", metavar="VALUE", help="a number, a duration, or a word"),
          examples="""
 queuectl config set max_retries 5
@@ -3555,11 +3554,11 @@ def cmd_config_set(args: Any) -> int:
     with store.transaction():
         store.set_setting(name, value)
     ring_all(args.db)
-    out("Config updated: %s = %s" % (name, show_setting(value)))
+    emit("Config updated: %s = %s" % (name, show_setting(value)))
     return EXIT_OK
 
 
-@command("config unset", "put a setting back to its default", KEY,
+@subcommand("config unset", "put a setting back to its default", KEY,
          examples="\nqueuectl config unset max_retries\n")
 def cmd_config_unset(args: Any) -> int:
     name = setting_name(args.key)
@@ -3567,7 +3566,7 @@ def cmd_config_unset(args: Any) -> int:
     with store.transaction():
         store.unset_setting(name)
     ring_all(args.db)
-    out("Config updated: %s = %s (the default)" % (name, show_setting(SETTINGS[name])))
+    emit("Config updated: %s = %s (the default)" % (name, show_setting(SETTINGS[name])))
     return EXIT_OK
 
 
@@ -3606,6 +3605,20 @@ def overview(group: str = "") -> str:
         "The database is --db PATH, else $QUEUECTL_DB, else ~/.queuectl/queue.db; it is made on first use."])
 
 
+def _command_name(words: List[str]) -> Tuple[str, List[str]]:
+    name = words[0]
+    if name in GROUPS:
+        if words[1:2] in (["-h"], ["--help"]):
+            emit(overview(name))
+            return "", []
+        name = " ".join(words[:2])
+    if name not in COMMANDS:
+        known = [entry for entry in COMMANDS if words[0] not in GROUPS or entry.startswith(words[0])]
+        raise UsageError("there is no command %s%s; `queuectl --help` lists them" % (
+            shorten(quoted(name), 60), nearest(name, known)))
+    return name, words[name.count(" ") + 1:]
+
+
 def split_arguments(argv: List[str]) -> Tuple[Optional[str], str, List[str]]:
     """--db if it stands before the command, the command's name ("" for help), and its arguments."""
     db = None
@@ -3617,30 +3630,16 @@ def split_arguments(argv: List[str]) -> Tuple[Optional[str], str, List[str]]:
         elif word.startswith("--db="):
             db = word[5:]
         elif word in ("-h", "--help"):
-            out(overview())
+            emit(overview())
             return db, "", []
         elif word == "--version":
-            out("queuectl " + VERSION)
+            emit("queuectl " + VERSION)
             return db, "", []
         else:
             raise UsageError("%s is no option of queuectl, or lacks its value; see `queuectl --help`" % clean(word))
     if not words:
         raise UsageError("name a command; `queuectl --help` lists them")
     return (db, *_command_name(words))
-
-
-def _command_name(words: List[str]) -> Tuple[str, List[str]]:
-    name = words[0]
-    if name in GROUPS:
-        if words[1:2] in (["-h"], ["--help"]):
-            out(overview(name))
-            return "", []
-        name = " ".join(words[:2])
-    if name not in COMMANDS:
-        known = [entry for entry in COMMANDS if words[0] not in GROUPS or entry.startswith(words[0])]
-        raise UsageError("there is no command %s%s; `queuectl --help` lists them" % (
-            shorten(quoted(name), 60), nearest(name, known)))
-    return name, words[name.count(" ") + 1:]
 
 
 def split_enqueue(entry: Command, words: List[str]) -> Tuple[List[str], List[str], bool]:
@@ -3685,17 +3684,42 @@ def parse(argv: List[str]) -> Tuple[Optional[Command], Any]:
     db, name, words = split_arguments(argv)
     if not name:
         return None, None
-    entry = COMMANDS[name]
-    parser = parser_of(entry)
+    chosen = COMMANDS[name]
+    parser = parser_of(chosen)
     if name == "enqueue":
-        options, given, literal = split_enqueue(entry, words)
+        options, given, literal = split_enqueue(chosen, words)
         args = parser.parse_args(options)
         args.words, args.literal = given, literal
     else:
         args = parser.parse_args(words)
     path = getattr(args, "db", db) or os.environ.get("QUEUECTL_DB") or os.path.join("~", ".queuectl", "queue.db")
     args.db = os.path.abspath(os.path.expanduser(check_text("--db", path)))
-    return entry, args
+    return chosen, args
+
+
+def mute_stdout() -> None:
+    """After a failed write: nothing more, so that Python does not fail again when it exits."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError:
+        pass
+
+
+def end_as_pipe_reader_wants() -> int:
+    """End as `ls | head` does: quietly, by SIGPIPE."""
+    mute_stdout()
+    if WINDOWS:
+        return EXIT_FAILED
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGPIPE)
+    return EXIT_FAILED
+
+
+def fail(error: Exception, code: int) -> int:
+    if os.environ.get("QUEUECTL_DEBUG"):
+        sys.excepthook(*sys.exc_info())
+    complain("error: %s" % clean(str(error)))
+    return code
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -3727,31 +3751,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         sys.excepthook(*sys.exc_info())
         complain("this is a bug in queuectl %s; please report it with the lines above" % VERSION)
         return EXIT_BUG
-
-
-def fail(error: Exception, code: int) -> int:
-    if os.environ.get("QUEUECTL_DEBUG"):
-        sys.excepthook(*sys.exc_info())
-    complain("error: %s" % clean(str(error)))
-    return code
-
-
-def mute_stdout() -> None:
-    """After a failed write: nothing more, so that Python does not fail again when it exits."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except OSError:
-        pass
-
-
-def end_as_pipe_reader_wants() -> int:
-    """End as `ls | head` does: quietly, by SIGPIPE."""
-    mute_stdout()
-    if WINDOWS:
-        return EXIT_FAILED
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGPIPE)
-    return EXIT_FAILED
 
 
 if __name__ == "__main__":
