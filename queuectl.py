@@ -63,8 +63,7 @@ from collections import namedtuple
 TYPE_CHECKING = False  # the name type checkers know; typing itself is slow to import
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
-    from typing import (Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NoReturn,
-                        Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+    from typing import Any, BinaryIO, Callable, Iterable, Iterator, NoReturn, Sequence
 
 # ═══ Vocabulary ═══ states, exit codes, errors, settings and their limits ════════════════════
 
@@ -111,7 +110,7 @@ LIMITS = {  # what is sound, for job fields and settings alike
 }
 DURABILITIES = ("full", "normal")
 
-SETTINGS: Dict[str, Any] = {  # every setting with its default
+SETTINGS: dict[str, Any] = {  # every setting with its default
     "max_retries": 3,
     "backoff_base": 2.0,
     "backoff_max": 3600.0,
@@ -191,7 +190,7 @@ def to_duration(value: Any) -> float:
     return sum(float(number) * UNITS[unit] for number, unit in parts)
 
 
-SHAPES: Dict[str, Callable[[Any], Any]] = {
+SHAPES: dict[str, Callable[[Any], Any]] = {
     "whole number": to_whole, "number": to_number, "duration": to_duration}
 
 
@@ -316,11 +315,8 @@ def show_duration(seconds: float) -> str:
         return "%.2fs" % seconds
     if seconds < 60:
         return "%.1fs" % seconds
-    for big, small, size in (("m", "s", 60), ("h", "m", 3600), ("d", "h", 86400)):
-        if seconds < size * (86400 if big == "d" else 60 if big == "m" else 24):
-            break
-    step = {"m": 1, "h": 60, "d": 3600}[big]
-    return "%d%s %d%s" % (seconds // size, big, seconds % size // step, small)
+    big, small = ("m", "s") if seconds < 3600 else ("h", "m") if seconds < 86400 else ("d", "h")
+    return "%d%s %d%s" % (seconds // UNITS[big], big, seconds % UNITS[big] // UNITS[small], small)
 
 
 def backoff(base: float, attempts: int, longest: float, jitter: float, chance: float) -> float:
@@ -335,7 +331,7 @@ def backoff(base: float, attempts: int, longest: float, jitter: float, chance: f
     return delay * (1 + jitter * chance)
 
 
-def settle(ending: str, attempts: int, max_retries: int) -> Tuple[str, int]:
+def settle(ending: str, attempts: int, max_retries: int) -> tuple[str, int]:
     """The job's next state and its attempts, after the run `attempts` ended as `ending`.
 
     Only a run that queuectl ended to shut down gives its attempt back.
@@ -395,7 +391,7 @@ def check_command(command: Any, longest: int) -> str:
     return str(command)
 
 
-def check_env(env: Any) -> Dict[str, str]:
+def check_env(env: Any) -> dict[str, str]:
     """Extra environment variables: an object of strings, or UsageError."""
     if not isinstance(env, dict):
         raise UsageError("env must be an object of strings, not %s" % shorten(quoted(env), 60))
@@ -420,14 +416,14 @@ def _checked_field(key: str, name: str, value: Any, now: int) -> Any:
     return check_env(value) if name == "env" else check_text(name, value)
 
 
-def draft_of(fields: Dict[str, Any], now: int, longest: int) -> Dict[str, Any]:
+def draft_of(fields: dict[str, Any], now: int, longest: int) -> dict[str, Any]:
     """The draft of a job from fields as users name them.
 
     `now` is in milliseconds, `longest` the longest command in bytes. What only queuectl sets is
     ignored, so that the output of `list --json` can be enqueued again; null means not given.
     Raises UsageError for anything unknown, doubled or unsound.
     """
-    draft: Dict[str, Any] = dict.fromkeys(GIVEN_FIELDS)
+    draft: dict[str, Any] = dict.fromkeys(GIVEN_FIELDS)
     for key, value in fields.items():
         name = ALIASES.get(key, key)
         if name not in draft:
@@ -452,7 +448,7 @@ def _refuse(constant: str) -> Any:
     raise UsageError("%s is no number that a job can use" % constant)
 
 
-def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -461,7 +457,7 @@ def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return fields
 
 
-def _strict_object(text: str) -> Dict[str, Any]:
+def _strict_object(text: str) -> dict[str, Any]:
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse,  # type: ignore[no-any-return]
                       parse_int=_bounded_int)
 
@@ -469,7 +465,7 @@ def _strict_object(text: str) -> Dict[str, Any]:
 _BARE = re.compile(r"(?:^|,)\s*(%s)\s*:" % "|".join(FIELDS + tuple(ALIASES)))
 
 
-def _bare_object(text: str) -> Optional[Dict[str, Any]]:
+def _bare_object(text: str) -> dict[str, Any] | None:
     """`{id:job1,command:echo hi}`: JSON whose quotes a shell took, or None where that is a guess."""
     body = text.strip()[1:-1]
     if not text.strip().endswith("}") or not _BARE.match(body):
@@ -481,7 +477,7 @@ def _bare_object(text: str) -> Optional[Dict[str, Any]]:
     return {name: None if value == "null" else value for name, value in zip(names, values)}
 
 
-def read_object(text: str) -> Dict[str, Any]:
+def read_object(text: str) -> dict[str, Any]:
     """The JSON object in `text`, also where a shell has taken its quotes or doubled its backslashes.
 
     Raises UsageError, showing what arrived and what works, if it can't be understood.
@@ -506,7 +502,7 @@ def read_object(text: str) -> Dict[str, Any]:
         "command that begins with {" % (clean(problem), shorten(quoted(text)[1:-1], 200)))
 
 
-def read_job(text: str, now: int, longest: int, options: Dict[str, Any]) -> Dict[str, Any]:
+def read_job(text: str, now: int, longest: int, options: dict[str, Any]) -> dict[str, Any]:
     """The draft of a job from one argument or one line of a file; `options` win over its JSON."""
     if text.lstrip("\ufeff \t\r\n").startswith("{"):
         if text.startswith("\ufeff"):
@@ -529,15 +525,15 @@ def read_job(text: str, now: int, longest: int, options: Dict[str, Any]) -> Dict
 
 TICK = 0.25  # seconds a write waits in the kernel before it looks at flags and deadlines again
 TOKEN_FD = 239  # where a job's processes inherit the token: above what scripts use with flock(1)
-NETWORK_FILE_SYSTEMS = frozenset(
-    "nfs nfs4 cifs smb3 smbfs 9p ceph lustre gpfs afs fuse.sshfs fuse.glusterfs fuse.s3fs".split())
+NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "afs",
+                        "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs")
 
 
 class _Tick(Exception):
     """Raised by the alarm that bounds a blocking flock, and by nothing else."""
 
 
-def _raise_tick(signum: int, frame: Optional[FrameType]) -> NoReturn:
+def _raise_tick(signum: int, frame: FrameType | None) -> NoReturn:
     raise _Tick
 
 
@@ -562,7 +558,7 @@ def read_between(fd: int, start: int, end: int) -> bytes:
 _Process = namedtuple("_Process", "parent session started marked")
 
 
-def _proc_stat(pid: str) -> Optional[_Process]:
+def _proc_stat(pid: str) -> _Process | None:
     """Parent, session and start time of a living process, from /proc/PID/stat (proc(5))."""
     try:
         with open("/proc/%s/stat" % pid, "rb") as stat:
@@ -609,7 +605,7 @@ class Posix:
         self.childless = False  # nobody but the run just reaped was left below this process
         self.subreaper = False
         self.token_fd = TOKEN_FD
-        self.to_default: List[int] = []  # signals that jobs start with in their default state: all
+        self.to_default: list[int] = []  # signals that jobs start with in their default state: all
 
     # Locks: flock belongs to the open file, is inherited with it, and dies with its last copy.
     # Never unlocked by LOCK_UN, which would free every copy: closing is what frees one.
@@ -683,7 +679,7 @@ class Posix:
         import ctypes
         return ctypes.CDLL(None, use_errno=True)
 
-    def spawn(self, command: str, env: Dict[str, str], cwd: str, umask: int, out: int, err: int) -> int:
+    def spawn(self, command: str, env: dict[str, str], cwd: str, umask: int, out: int, err: int) -> int:
         """Start `command` in a session of its own; return its process id, or raise OSError.
 
         posix_spawn is twice as fast as subprocess. It can't set folder or umask, so the worker
@@ -702,14 +698,14 @@ class Posix:
             os.chdir("/")
             os.umask(0o077)
 
-    def _spawn(self, argv: List[str], env: Dict[str, str], streams: Tuple[Tuple[int, int], ...]) -> int:
+    def _spawn(self, argv: list[str], env: dict[str, str], streams: tuple[tuple[int, int], ...]) -> int:
         try:
             return os.posix_spawn(argv[0], argv, env, setsid=True, setsigdef=self.to_default, setsigmask=(),
                                   file_actions=[(os.POSIX_SPAWN_DUP2, have, want) for have, want in streams])
         except NotImplementedError:  # no POSIX_SPAWN_SETSID: glibc before 2.26
             return self._fork_exec(argv, env, streams)
 
-    def _fork_exec(self, argv: List[str], env: Dict[str, str], streams: Tuple[Tuple[int, int], ...]) -> int:
+    def _fork_exec(self, argv: list[str], env: dict[str, str], streams: tuple[tuple[int, int], ...]) -> int:
         import subprocess
 
         def dup() -> None:
@@ -721,7 +717,7 @@ class Posix:
 
         return subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False, preexec_fn=dup).pid
 
-    def reap(self, pid: int) -> Optional[int]:
+    def reap(self, pid: int) -> int | None:
         """Collect dead children; the exit code of `pid` (negative: its signal) if it was among them.
 
         Orphans of earlier runs come to a subreaper too. Sets `childless` if no child is left:
@@ -740,7 +736,7 @@ class Posix:
             if dead == pid:
                 code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
-    def reap_strangers(self, own: Set[int]) -> None:
+    def reap_strangers(self, own: set[int]) -> None:
         """As process 1 of a container: collect dead processes that are not multiprocessing's."""
         while self.linux and os.getpid() == 1:
             try:
@@ -751,7 +747,7 @@ class Posix:
                 return
             os.waitpid(info.si_pid, os.WNOHANG)
 
-    def members(self, run: str, files: Sequence[str], leader: int) -> Dict[int, str]:
+    def members(self, run: str, files: Sequence[str], leader: int) -> dict[int, str]:
         """The living processes of a run, each with the time it started.
 
         `run` is its QUEUECTL_RUN, `files` its output files, `leader` the process id of its shell
@@ -769,7 +765,7 @@ class Posix:
                 return {pid: processes[pid].started for pid in found}
             found |= more
 
-    def _from_proc(self, run: str, files: Sequence[str]) -> Dict[int, _Process]:
+    def _from_proc(self, run: str, files: Sequence[str]) -> dict[int, _Process]:
         """Every process but this one, its session and process 1, from /proc."""
         needle = b"QUEUECTL_RUN=%s\0" % run.encode()
         processes = {}
@@ -780,7 +776,7 @@ class Posix:
                 processes[int(name)] = entry._replace(marked=marked)
         return processes
 
-    def _from_ps(self, run: str) -> Dict[int, _Process]:
+    def _from_ps(self, run: str) -> dict[int, _Process]:
         """The same by ps(1), where there is no /proc; process groups stand in for sessions."""
         import subprocess
         listing = subprocess.run(["ps", "-A", "-E", "-ww", "-o", "pid=,ppid=,pgid=,stat=,command="],
@@ -889,7 +885,7 @@ class Bell:
     def forget(self, fd: int) -> None:
         self._poll.unregister(fd)
 
-    def wait(self, seconds: Optional[float]) -> bool:
+    def wait(self, seconds: float | None) -> bool:
         """Sleep until the bell rings, a watched descriptor ends, or for `seconds`; True if rung.
 
         All rings so far are taken together: look at everything afterwards, and none is lost.
@@ -931,7 +927,7 @@ class Windows:
     def __init__(self) -> None:
         self.msvcrt: Any = __import__("msvcrt")
         self.childless = False
-        self.runs: Dict[int, Tuple[Any, int]] = {}  # pid: (Popen, handle of the Job Object)
+        self.runs: dict[int, tuple[Any, int]] = {}  # pid: (Popen, handle of the Job Object)
 
     def try_lock(self, fd: int, shared: bool = False) -> bool:
         os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
@@ -973,7 +969,7 @@ class Windows:
         kernel.CreateJobObjectW.restype = ctypes.c_void_p
         return kernel
 
-    def spawn(self, command: str, env: Dict[str, str], cwd: str, umask: int, out: int, err: int) -> int:
+    def spawn(self, command: str, env: dict[str, str], cwd: str, umask: int, out: int, err: int) -> int:
         """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
         import subprocess
         ctypes: Any = __import__("ctypes")
@@ -995,7 +991,7 @@ class Windows:
         info[16:20] = (0x2000 if kill else 0).to_bytes(4, "little")  # LimitFlags
         self._kernel().SetInformationJobObject(ctypes.c_void_p(handle), 9, info, 144)
 
-    def reap(self, pid: int) -> Optional[int]:
+    def reap(self, pid: int) -> int | None:
         code = self.runs[pid][0].poll() if pid in self.runs else None
         if code == 0:  # whatever a completed run left behind may live on
             _, handle = self.runs.pop(pid)
@@ -1003,10 +999,10 @@ class Windows:
             self._kernel().CloseHandle(__import__("ctypes").c_void_p(handle))
         return None if code is None else int(code)
 
-    def reap_strangers(self, own: Set[int]) -> None:
+    def reap_strangers(self, own: set[int]) -> None:
         pass
 
-    def members(self, run: str, files: Sequence[str], leader: int) -> Dict[int, str]:
+    def members(self, run: str, files: Sequence[str], leader: int) -> dict[int, str]:
         """The run's Job Object while any process lives in it; nothing for other workers' runs."""
         if leader not in self.runs:
             return {}
@@ -1051,14 +1047,14 @@ class PollingBell(Bell):
 
     forget = watch
 
-    def wait(self, seconds: Optional[float]) -> bool:
+    def wait(self, seconds: float | None) -> bool:
         time.sleep(0.02 if seconds is None else max(0.0, min(seconds, 0.02)))
         return True
 
 
 WINDOWS = os.name == "nt"
 system: Any = Windows() if WINDOWS else Posix()
-make_bell: Type[Bell] = PollingBell if WINDOWS else Bell
+make_bell: type[Bell] = PollingBell if WINDOWS else Bell
 
 # What stands beside the database: the write mutex, and a folder with the files of its workers.
 # Their names begin with the name of their worker or pool, which is never used twice.
@@ -1083,12 +1079,12 @@ def bell_path(db: str, name: str) -> str:
     return os.path.join(folder_path(db), name + ".bell")
 
 
-def output_paths(db: str, worker: str, slot: int) -> Tuple[str, str]:
+def output_paths(db: str, worker: str, slot: int) -> tuple[str, str]:
     stem = os.path.join(folder_path(db), "%s.%d" % (worker, slot))
     return stem + ".out", stem + ".err"
 
 
-def names_beside(db: str, ending: str) -> List[str]:
+def names_beside(db: str, ending: str) -> list[str]:
     """The workers and pools that have a file with this ending in the folder."""
     try:
         return [name[:-len(ending)] for name in os.listdir(folder_path(db)) if name.endswith(ending)]
@@ -1130,13 +1126,13 @@ class Slot:
     def __init__(self, db: str, worker: str, number: int) -> None:
         self.number = number
         self.paths = output_paths(db, worker, number)
-        self.fds: List[int] = []
+        self.fds: list[int] = []
         self.punched = [0, 0]  # up to which offset the middle was given back, for each stream
 
     def open(self) -> bool:
         """Open the files and take the token; False if somebody still holds it."""
         self.fds = [open_private(path, os.O_RDWR | os.O_APPEND) for path in self.paths]
-        if all([system.try_lock(fd) for fd in self.fds]):
+        if all(system.try_lock(fd) for fd in self.fds):
             return True
         self.close()
         return False
@@ -1155,7 +1151,7 @@ class Slot:
             except OSError:  # open on Windows: it goes with its worker's other files
                 pass
 
-    def read(self, limit: int) -> Tuple[bytes, bytes]:
+    def read(self, limit: int) -> tuple[bytes, bytes]:
         """Head and tail of stdout and stderr, at most `limit` bytes each, the gap marked."""
         out, err = (self._read_one(fd, limit) for fd in self.fds)
         return out, err
@@ -1382,7 +1378,7 @@ RUNS_OF = """SELECT id, run, attempt, state, started_at, finished_at, seconds AS
 RUN_TIMES = "SELECT count(*), avg(seconds) FROM runs WHERE job = ?"
 
 
-def select_jobs(states: Sequence[str], queue: Optional[str], newest: bool, count: int) -> str:
+def select_jobs(states: Sequence[str], queue: str | None, newest: bool, count: int) -> str:
     """The statement for one page of jobs; its parameters: a seq to start from, states, queue.
 
     One state is read by its index; several by the key, which needs no sorting (`+` rules the
@@ -1437,13 +1433,13 @@ def refuse_network(folder: str) -> None:
                          "on a local disk with --db" % (folder, kind))
 
 
-def _draw_ids(count: int) -> List[str]:
+def _draw_ids(count: int) -> list[str]:
     """Random ids: 40 bits, ten hex digits each."""
     digits = os.urandom(5 * count).hex()
     return [digits[at:at + 10] for at in range(0, 10 * count, 10)]
 
 
-def _job_row(draft: Dict[str, Any], settings: Dict[str, Any], context: int, now: int) -> Tuple[Any, ...]:
+def _job_row(draft: dict[str, Any], settings: dict[str, Any], context: int, now: int) -> tuple[Any, ...]:
     """The values of ADD_JOB for a draft; what was not given takes the setting of this moment."""
     run_at = draft["run_at"]
     due = run_at if run_at is not None and run_at > now else None
@@ -1462,7 +1458,7 @@ class Store:
     Raises QueueError if the database can't be used, Unavailable if perhaps later it can.
     """
 
-    def __init__(self, path: str, patience: float = PATIENCE, tell: Optional[Callable[[str], None]] = None) -> None:
+    def __init__(self, path: str, patience: float = PATIENCE, tell: Callable[[str], None] | None = None) -> None:
         self.path = path
         self.patience = patience
         self.tell = tell
@@ -1540,7 +1536,7 @@ class Store:
                 self.db.execute(ROLLBACK)
             raise
 
-    def _identify(self) -> Tuple[int, int]:
+    def _identify(self) -> tuple[int, int]:
         """Which file this is: it changes if the database is replaced, and is lost if it is deleted."""
         try:
             info = os.stat(self.path)
@@ -1571,8 +1567,8 @@ class Store:
         self.begin()
         return self
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self.end(commit=kind is None)
         if isinstance(error, sqlite3.Error):
             raise translate(error, self.path) from error
@@ -1618,7 +1614,7 @@ class Store:
         finally:
             system.unlock(self.mutex)
 
-    def _rows(self, statement: str, *values: Any) -> List[Tuple[Any, ...]]:
+    def _rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         """All rows at once: an open cursor would keep checkpoints from finishing."""
         try:
             return self.db.execute(statement, values).fetchall()
@@ -1629,7 +1625,7 @@ class Store:
         row = self.db.execute(statement, values).fetchone()
         return row[0] if row else None
 
-    def _dicts(self, statement: str, *values: Any) -> List[Dict[str, Any]]:
+    def _dicts(self, statement: str, *values: Any) -> list[dict[str, Any]]:
         try:
             cursor = self.db.execute(statement, values)
             names = [column[0] for column in cursor.description]
@@ -1655,17 +1651,17 @@ class Store:
 
     # Jobs come in.
 
-    def add(self, drafts: Iterable[Dict[str, Any]], settings: Dict[str, Any], path: str, umask: int,
-            now: int, skip_existing: bool = False) -> Tuple[int, int]:
+    def add(self, drafts: Iterable[dict[str, Any]], settings: dict[str, Any], path: str, umask: int,
+            now: int, skip_existing: bool = False) -> tuple[int, int]:
         """Insert jobs, in a transaction; the seq before the first and that of the last one.
 
         `path` and `umask` are those of whoever enqueues. Raises QueueError if an id exists
         already, unless `skip_existing`.
         """
         before = self._value(LAST_SEQ) or 0
-        contexts: Dict[str, int] = {}
-        added: Dict[str, int] = {}
-        chunk: List[Tuple[Any, ...]] = []
+        contexts: dict[str, int] = {}
+        added: dict[str, int] = {}
+        chunk: list[tuple[Any, ...]] = []
         for draft in drafts:
             cwd = draft["cwd"]
             if cwd not in contexts:
@@ -1684,10 +1680,10 @@ class Store:
         found = self._value(FIND_CONTEXT, cwd, path, umask)
         return int(found or self.db.execute(ADD_CONTEXT, (cwd, path, umask)).lastrowid or 0)
 
-    def _add_chunk(self, chunk: List[Tuple[Any, ...]], added: Dict[str, int], skip_existing: bool) -> None:
+    def _add_chunk(self, chunk: list[tuple[Any, ...]], added: dict[str, int], skip_existing: bool) -> None:
         """Insert rows together; if an id is taken, one by one, which finds out whose."""
         drawn = iter(_draw_ids(sum(1 for row in chunk if row[1])))
-        rows = [(next(drawn),) + row[1:] if row[1] else row for row in chunk]
+        rows = [(next(drawn), *row[1:]) if row[1] else row for row in chunk]
         self.db.execute(SAVEPOINT)
         try:
             self.db.executemany(ADD_JOB, rows)
@@ -1698,7 +1694,7 @@ class Store:
         for row in rows:
             added[row[3]] = added.get(row[3], 0) + 1
 
-    def _add_one(self, row: Tuple[Any, ...], skip_existing: bool) -> bool:
+    def _add_one(self, row: tuple[Any, ...], skip_existing: bool) -> bool:
         generated = row[1]
         while self._value(JOB_EXISTS, row[0]):
             if skip_existing and not generated:
@@ -1706,13 +1702,13 @@ class Store:
             if not generated:
                 raise QueueError("a job with the id %s exists already; choose another, or use --if-exists skip"
                                  % row[0])
-            row = (_draw_ids(1)[0],) + row[1:]
+            row = (_draw_ids(1)[0], *row[1:])
         self.db.execute(ADD_JOB, row)
         return True
 
     # Jobs are claimed and recorded.
 
-    def claim(self, worker: str, pool: str, slot: int, queues: Sequence[str], now: int) -> Optional[Job]:
+    def claim(self, worker: str, pool: str, slot: int, queues: Sequence[str], now: int) -> Job | None:
         """Claim the job that is next for a worker, in a transaction; None if there is none.
 
         `queues` are those the worker serves (none: all). The lowest (priority, seq) of all of
@@ -1741,7 +1737,7 @@ class Store:
             return row is not None
         return self.db.execute(TAKE_TURN, (pool,)).rowcount > 0
 
-    def context(self, key: int) -> Tuple[str, str, int]:
+    def context(self, key: int) -> tuple[str, str, int]:
         """Folder, PATH and umask of whoever enqueued a job."""
         cwd, path, umask = self._rows(GET_CONTEXT, key)[0]
         return cwd, path, umask
@@ -1750,7 +1746,7 @@ class Store:
         """Retries that were put off by a clock that has since been set back are due now."""
         self.db.execute(MAKE_READY_AFTER_CLOCK_STEP, (now,))
 
-    def ready(self, queues: Sequence[str], now: int) -> Tuple[bool, Optional[int]]:
+    def ready(self, queues: Sequence[str], now: int) -> tuple[bool, int | None]:
         """Without the mutex: whether a job can be claimed now, and when the next wait ends."""
         due = self._rows(EARLIEST_DUE)[0][0]
         if due is not None and due <= now:
@@ -1766,7 +1762,7 @@ class Store:
             return False
         return not self.ready(queues, now)[0]
 
-    def record(self, ended: Ended, retry_at: Optional[int], pool: str) -> str:
+    def record(self, ended: Ended, retry_at: int | None, pool: str) -> str:
         """Record how a run ended, in a transaction; the job's new state.
 
         Only if the job is still in that very run: otherwise somebody else has recorded it as
@@ -1830,7 +1826,7 @@ class Store:
 
     # Workers and pools come and go, and are told what to do.
 
-    def add_pool(self, name: str, workers: int, queues: Sequence[str], max_jobs: Optional[int], now: int) -> None:
+    def add_pool(self, name: str, workers: int, queues: Sequence[str], max_jobs: int | None, now: int) -> None:
         self.db.execute(ADD_POOL, (name, os.getpid(), now, workers, ",".join(queues) or None, max_jobs))
 
     def add_worker(self, name: str, pool: str, now: int) -> None:
@@ -1851,11 +1847,11 @@ class Store:
         rows = self._rows(GET_POOL, pool)
         return bool(rows) and rows[0][1] != 0
 
-    def pools(self) -> List[Dict[str, Any]]:
+    def pools(self) -> list[dict[str, Any]]:
         """Every pool that is registered, each with `alive`."""
         return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_POOLS)]
 
-    def workers(self) -> List[Dict[str, Any]]:
+    def workers(self) -> list[dict[str, Any]]:
         """Every worker that is registered, each with `alive` and the job it runs."""
         return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_WORKERS)]
 
@@ -1865,13 +1861,13 @@ class Store:
             self.db.execute(ASK_STOP, (level, name))
         self.db.execute(NEXT_EPOCH)
 
-    def lost_jobs(self) -> List[Dict[str, Any]]:
+    def lost_jobs(self) -> list[dict[str, Any]]:
         """Every job whose worker is dead."""
         if all(is_alive(self.path, row[0]) for row in self._rows(HOLDERS)):
             return []
         return [job for job in self._dicts(HELD_JOBS) if not is_alive(self.path, job["worker"])]
 
-    def control(self, pool: str, known: Optional[Control] = None) -> Control:
+    def control(self, pool: str, known: Control | None = None) -> Control:
         """What the workers of a pool follow; `known` itself if nothing has changed since."""
         epoch = self._rows(GET_EPOCH)[0][0]
         if known and epoch == known.epoch:
@@ -1879,7 +1875,7 @@ class Store:
         rows = self._rows(GET_POOL, pool)
         return Control(epoch, self.settings(), rows[0][0] if rows else 1)
 
-    def settings(self) -> Dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Every setting with the value that holds now."""
         found = {name: json.loads(value) for name, value in self._rows(ALL_SETTINGS)}
         return {name: found.get(name, default) for name, default in SETTINGS.items()}
@@ -1894,17 +1890,17 @@ class Store:
 
     # What there is to see.
 
-    def counts(self) -> Dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """The number of jobs in each state."""
         return {state: int(count) for state, count in zip(STATES, self._rows(COUNTS)[0])}
 
-    def oldest_waiting(self) -> Optional[Dict[str, Any]]:
+    def oldest_waiting(self) -> dict[str, Any] | None:
         return next(iter(self._dicts(OLDEST_WAITING)), None)
 
-    def next_due(self) -> Optional[Dict[str, Any]]:
+    def next_due(self) -> dict[str, Any] | None:
         return next(iter(self._dicts(NEXT_DUE)), None)
 
-    def find(self, name: str) -> Dict[str, Any]:
+    def find(self, name: str) -> dict[str, Any]:
         """The job with this id, or with this unique prefix of an id that queuectl made.
 
         Raises QueueError if there is none, or more than one.
@@ -1920,15 +1916,15 @@ class Store:
                 clean(name), ", ".join(job["id"] for job in like[:5]), " or others" if len(like) > 5 else ""))
         raise QueueError("there is no job %s; `queuectl list` shows them" % shorten(clean(name), 140))
 
-    def find_by_seq(self, seq: int) -> Optional[Dict[str, Any]]:
+    def find_by_seq(self, seq: int) -> dict[str, Any] | None:
         return next(iter(self._dicts(SELECT_JOBS + WHERE_SEQ, seq)), None)
 
-    def newest(self, states: Sequence[str], queue: Optional[str], count: int) -> List[Dict[str, Any]]:
+    def newest(self, states: Sequence[str], queue: str | None, count: int) -> list[dict[str, Any]]:
         """The newest `count` jobs in these states (none: all) and this queue, newest last."""
         values = [NEVER, *states] + ([] if queue is None else [queue])
         return self._dicts(select_jobs(states, queue, True, count), *values)[::-1]
 
-    def jobs(self, states: Sequence[str], queue: Optional[str]) -> Iterator[Dict[str, Any]]:
+    def jobs(self, states: Sequence[str], queue: str | None) -> Iterator[dict[str, Any]]:
         """All jobs in these states (none: all) and this queue, oldest first, a page at a time."""
         seq = 0
         while True:
@@ -1939,7 +1935,7 @@ class Store:
                 return
             seq = page[-1]["seq"]
 
-    def runs(self, seq: int, last: int = 0) -> Iterator[Dict[str, Any]]:
+    def runs(self, seq: int, last: int = 0) -> Iterator[dict[str, Any]]:
         """The recorded runs of a job after run `last`, with their output, oldest first, a page at a time."""
         while True:
             page = self._dicts(RUNS_OF, seq, last)
@@ -1948,7 +1944,7 @@ class Store:
                 return
             last = page[-1]["run"]
 
-    def jobs_between(self, first: int, last: int) -> Iterator[Dict[str, Any]]:
+    def jobs_between(self, first: int, last: int) -> Iterator[dict[str, Any]]:
         """The jobs after seq `first` up to `last`, in the order they came."""
         while first < last:
             page = self._dicts(SELECT_JOBS + WHERE_BETWEEN, first, last)
@@ -1957,12 +1953,12 @@ class Store:
             yield from page
             first = page[-1]["seq"]
 
-    def count(self, states: Sequence[str], queue: Optional[str]) -> int:
+    def count(self, states: Sequence[str], queue: str | None) -> int:
         """How many jobs are in these states (none: all) and this queue (None: all)."""
         return sum(count for name, *counts in self._rows(QUEUE_COUNTS) if queue in (None, name)
                    for state, count in zip(STATES, counts) if not states or state in states)
 
-    def run_times(self, seq: int) -> Tuple[int, float]:
+    def run_times(self, seq: int) -> tuple[int, float]:
         """How many runs of a job are recorded, and their average in seconds."""
         count, average = self._rows(RUN_TIMES, seq)[0]
         return count, average or 0.0
@@ -1979,8 +1975,8 @@ def run_name(worker: str, seq: int, run: int) -> str:
     return "%s-%d-%d" % (worker, seq, run)
 
 
-def end_processes(members: Callable[[], Dict[int, str]], grace: float,
-                  pause: Callable[[float], object], patience: Optional[float] = None) -> bool:
+def end_processes(members: Callable[[], dict[int, str]], grace: float,
+                  pause: Callable[[float], object], patience: float | None = None) -> bool:
     """End the processes that `members` finds: SIGTERM, after `grace` seconds SIGKILL, until none is left.
 
     `members` is asked again each time, for they may start others meanwhile. `pause` sleeps up to
@@ -1989,7 +1985,7 @@ def end_processes(members: Callable[[], Dict[int, str]], grace: float,
     """
     start = time.monotonic()
     nap = 0.005
-    told: Set[Tuple[int, str]] = set()
+    told: set[tuple[int, str]] = set()
     while True:
         left = members()
         age = time.monotonic() - start
@@ -2014,14 +2010,14 @@ class Run:
         self.worker = worker
         self.name = run_name(worker, job.seq, job.runs)
         self.pid = 0
-        self.exit_code: Optional[int] = None
+        self.exit_code: int | None = None
         self.began = time.monotonic()
         self.deadline = self.began + job.timeout_seconds if job.timeout_seconds else None
         self.printed = 0
         self.look_every = SHORTEST_LOOK
         self.next_look = self.began + SHORTEST_LOOK
 
-    def start(self, base: Dict[str, str], context: Tuple[str, str, int], db: str) -> str:
+    def start(self, base: dict[str, str], context: tuple[str, str, int], db: str) -> str:
         """Start the command in its `context` (folder, PATH, umask); why it could not, or ""."""
         cwd, path, umask = context
         job = self.job
@@ -2061,7 +2057,7 @@ class Run:
         self.look_every = SHORTEST_LOOK if grown > limit // 4 else min(self.look_every * 2, LONGEST_LOOK)
         self.next_look = now + self.look_every
 
-    def members(self) -> Dict[int, str]:
+    def members(self) -> dict[int, str]:
         self.has_ended()  # collects the dead, so that `childless` is up to date
         return system.members(self.name, self.slot.paths, self.pid)  # type: ignore[no-any-return]
 
@@ -2074,7 +2070,7 @@ class Run:
         if not system.childless:
             self.end(grace, pause)
 
-    def ended(self, ending: str, error: Optional[str], limit: int) -> Ended:
+    def ended(self, ending: str, error: str | None, limit: int) -> Ended:
         """What there is to record; the reason of a failure ends with the last line of stderr."""
         stdout, stderr = self.slot.read(limit)
         why = last_line(stderr) if error else ""
@@ -2088,7 +2084,7 @@ class Run:
 CLOCK_STEP = 1.0  # seconds the wall clock must be set back by before retries are looked at again
 
 
-def retry_time(job: Any, settings: Dict[str, Any], now: int) -> int:
+def retry_time(job: Any, settings: dict[str, Any], now: int) -> int:
     """When a job runs again whose run failed at `now` (milliseconds)."""
     base = settings["backoff_base"] if job.backoff_base is None else job.backoff_base
     chance = int.from_bytes(os.urandom(4), "big") / 2**32 if settings["backoff_jitter"] else 0.0
@@ -2099,7 +2095,7 @@ def _pool_of(worker: str) -> str:
     return worker.rpartition("-")[0]
 
 
-def _recover_job(store: Store, lost: Dict[str, Any], pause: Callable[[float], object],
+def _recover_job(store: Store, lost: dict[str, Any], pause: Callable[[float], object],
                  tell: Callable[[str], None]) -> bool:
     """End the orphans of one lost run and record it; False if they can't be reached."""
     job = Job._make(lost[field] for field in Job._fields)
@@ -2198,12 +2194,14 @@ class Worker:
         self.bell = make_bell()
         self.lines = ""
         self.slots = 0
-        self.spare: List[Slot] = []
-        self.next_slot: Optional[Slot] = None
-        self.contexts: Dict[int, Tuple[str, str, int]] = {}
+        self.spare: list[Slot] = []
+        self.next_slot: Slot | None = None
+        self.running: Slot
+        self.control: Control
+        self.contexts: dict[int, tuple[str, str, int]] = {}
         self.base_env = dict(os.environ)
         self.seen = -1  # the last data version that was looked at
-        self.next_due: Optional[int] = None
+        self.next_due: int | None = None
         self.next_patrol = 0.0
         self.clock = time.time() - time.monotonic()
 
@@ -2217,14 +2215,14 @@ class Worker:
         if not WINDOWS:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
-    def _dismiss(self, signum: int, frame: Optional[FrameType]) -> None:
+    def _dismiss(self, signum: int, frame: FrameType | None) -> None:
         self.dismissed = True
         self.leave = max(self.leave, 1)
 
-    def _leave(self, signum: int, frame: Optional[FrameType]) -> None:
+    def _leave(self, signum: int, frame: FrameType | None) -> None:
         self.leave = max(self.leave, 1)
 
-    def _leave_now(self, signum: int, frame: Optional[FrameType]) -> None:
+    def _leave_now(self, signum: int, frame: FrameType | None) -> None:
         self.leave = 2
 
     # Its life.
@@ -2356,7 +2354,7 @@ class Worker:
 
     # A turn: record, claim, run.
 
-    def turn(self, ended: Optional[Ended]) -> Optional[Job]:
+    def turn(self, ended: Ended | None) -> Job | None:
         """Record how the last run ended and claim the next job, in one commit.
 
         The token of the next run is held before: from the commit on, whoever finds the job
@@ -2372,7 +2370,7 @@ class Worker:
             self.running, self.next_slot = slot, None
         return job  # type: ignore[no-any-return]
 
-    def _turn(self, ended: Optional[Ended], slot: Slot) -> Tuple[str, Optional[Job]]:
+    def _turn(self, ended: Ended | None, slot: Slot) -> tuple[str, Job | None]:
         state = ""
         if ended:
             self.retry_at = retry_time(ended.job, self.control.settings, ended.finished_at)
@@ -2417,7 +2415,7 @@ class Worker:
                 return run.ended(ending, error, limit)
             run.bound_output(limit)
 
-    def _interruption(self, run: Run) -> Tuple[str, str]:
+    def _interruption(self, run: Run) -> tuple[str, str]:
         """Why a run must end now, as its ending and the reason, or two empty strings."""
         if run.overdue():
             return FAILED, "timed out after %ss" % show_number(run.job.timeout_seconds)
@@ -2444,7 +2442,8 @@ class Worker:
                 self.bell.wait(0.1)  # whoever ends all of us at once may have hit the job first
             if self.leave:
                 return run.ended(STOPPED, "ended with its worker, to be run again", limit)
-        return run.ended(FAILED, "exit code %d" % code if code > 0 else "ended by signal %s" % signal_name(-code), limit)
+        error = "exit code %d" % code if code > 0 else "ended by signal %s" % signal_name(-code)
+        return run.ended(FAILED, error, limit)
 
     # What it says.
 
@@ -2503,12 +2502,12 @@ class Pool:
     """
 
     def __init__(self, db: str, name: str, count: int, queues: Sequence[str], drain: bool,
-                 max_jobs: Optional[int]) -> None:
+                 max_jobs: int | None) -> None:
         self.db, self.name, self.count = db, name, count
         self.queues, self.drain, self.max_jobs = tuple(queues), drain, max_jobs
         self.number = 0
-        self.workers: Dict[Any, float] = {}  # each process with the time it was started
-        self.openings: List[float] = []  # when workers that died are to be replaced
+        self.workers: dict[Any, float] = {}  # each process with the time it was started
+        self.openings: list[float] = []  # when workers that died are to be replaced
         self.quick_deaths = 0
         self.stops = self.told = 0
         self.code = EXIT_OK
@@ -2546,7 +2545,7 @@ class Pool:
         if not WINDOWS:
             signal.signal(signal.SIGCHLD, lambda signum, frame: None)
 
-    def _on_stop(self, signum: int, frame: Optional[FrameType]) -> None:
+    def _on_stop(self, signum: int, frame: FrameType | None) -> None:
         self.stops += 1
 
     def _hire(self) -> None:
@@ -2571,7 +2570,7 @@ class Pool:
         self.workers[process] = time.monotonic()
         self.bell.watch(process.sentinel)
 
-    def _patience(self) -> Optional[float]:
+    def _patience(self) -> float | None:
         return max(0.0, min(self.openings) - time.monotonic()) if self.openings else None
 
     def _stop(self) -> None:
@@ -2634,7 +2633,7 @@ HANDLED = () if WINDOWS else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, sign
 COLOURS = {PROCESSING: "36", COMPLETED: "32", FAILED: "33", DEAD: "31"}
 
 
-def job_json(job: Dict[str, Any]) -> Dict[str, Any]:
+def job_json(job: dict[str, Any]) -> dict[str, Any]:
     """A job as `--json` shows it: the FIELDS, times in ISO 8601."""
     shown = {name: job[name] for name in FIELDS}
     for name in TIME_FIELDS:
@@ -2644,7 +2643,7 @@ def job_json(job: Dict[str, Any]) -> Dict[str, Any]:
     return shown
 
 
-def run_json(run: Dict[str, Any]) -> Dict[str, Any]:
+def run_json(run: dict[str, Any]) -> dict[str, Any]:
     """A run as `--json` shows it; output that is not UTF-8 as base64, under a name that says so."""
     shown = {name: run[name] for name in ("run", "attempt", "state", "started_at", "finished_at",
                                           "duration_seconds", "exit_code", "error", "worker")}
@@ -2691,7 +2690,7 @@ def fit(text: str, width: int) -> str:
     return text + " " * (width - text_width(text))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int, colour: bool) -> List[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int, colour: bool) -> list[str]:
     """Lines of a table in `width` columns (0: as many as it takes); what does not fit is cut at the right."""
     cells = [[clean(cell) for cell in row] for row in rows]
     widths = [max(text_width(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
@@ -2711,7 +2710,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int, colour
     return lines
 
 
-def since(then: Optional[int], now: int) -> str:
+def since(then: int | None, now: int) -> str:
     return "" if then is None else show_duration(max(0, now - then) / 1000)
 
 
@@ -2719,7 +2718,7 @@ JOB_HEAD = ("ID", "STATE", "TRIES", "QUEUE", "PRIO", "WHEN", "COMMAND")
 DEAD_HEAD = ("ID", "TRIES", "DIED", "WHY", "COMMAND")
 
 
-def job_row(job: Dict[str, Any], now: int) -> Tuple[str, ...]:
+def job_row(job: dict[str, Any], now: int) -> tuple[str, ...]:
     """A job's line in `list`."""
     if job["state"] == PROCESSING:
         when = "for " + since(job["started_at"], now)
@@ -2731,20 +2730,20 @@ def job_row(job: Dict[str, Any], now: int) -> Tuple[str, ...]:
             str(job["priority"]), when, job["command"])
 
 
-def dead_row(job: Dict[str, Any], now: int) -> Tuple[str, ...]:
+def dead_row(job: dict[str, Any], now: int) -> tuple[str, ...]:
     """A job's line in `dlq list`."""
     return (job["id"], str(job["attempts"]), since(job["updated_at"], now) + " ago", job["last_error"] or "",
             job["command"])
 
 
-def job_lines(job: Dict[str, Any]) -> List[str]:
+def job_lines(job: dict[str, Any]) -> list[str]:
     """Everything about a job, a field a line, without those that say nothing."""
     shown = job_json(job)
     shown["env"] = " ".join("%s=%s" % pair for pair in shown["env"].items())
     return ["%-16s %s" % (name, clean(str(value))) for name, value in shown.items() if value not in (None, "")]
 
 
-def run_title(run: Dict[str, Any]) -> str:
+def run_title(run: dict[str, Any]) -> str:
     """One line about a run: when, which attempt, how it ended."""
     ending = run["state"] if run["exit_code"] is None else "%s, exit code %d" % (run["state"], run["exit_code"])
     reason = ": %s" % clean(run["error"]) if run["error"] else ""
@@ -2760,13 +2759,13 @@ def shown_output(output: bytes, terminal: bool) -> bytes:
     return re.sub(r"[^\n\t]+", lambda match: clean(match.group()), text).encode("utf-8", "replace")
 
 
-def worker_row(worker: Dict[str, Any], now: int) -> Tuple[str, ...]:
+def worker_row(worker: dict[str, Any], now: int) -> tuple[str, ...]:
     doing = "idle" if worker["job"] is None else "%s for %s: %s" % (
         worker["job"], since(worker["job_started_at"], now), worker["command"])
     return worker["name"], str(worker["pid"]), since(worker["started_at"], now), doing
 
 
-def status_lines(status: Dict[str, Any], workers: Sequence[Dict[str, Any]], now: int, width: int) -> List[str]:
+def status_lines(status: dict[str, Any], workers: Sequence[dict[str, Any]], now: int, width: int) -> list[str]:
     """What `status` shows: jobs by state, workers and what they run, what waits and what comes next."""
     lines = ["%-11s %d" % (state + ":", status["jobs"][state]) for state in STATES]
     lines.append("%-11s %d" % ("Workers:", status["workers"]))
@@ -2791,15 +2790,15 @@ def status_lines(status: Dict[str, Any], workers: Sequence[Dict[str, Any]], now:
 # ═══ Commands ═══ what a user types, each beside its options ═════════════════════════════════
 
 Command = namedtuple("Command", "name run summary options examples")
-COMMANDS: Dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {}
 
 
-def option(*names: str, **details: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+def option(*names: str, **details: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     """An option or argument, as argparse's add_argument takes it."""
     return names, details
 
 
-def subcommand(name: str, summary: str, *options: Tuple[Tuple[str, ...], Dict[str, Any]],
+def subcommand(name: str, summary: str, *options: tuple[tuple[str, ...], dict[str, Any]],
             examples: str) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
     """Make a function the command `name`: it takes the parsed arguments and returns the exit code."""
     def enter(run: Callable[[Any], int]) -> Callable[[Any], int]:
@@ -2854,7 +2853,7 @@ def count_of(number: int, noun: str) -> str:
 
 # enqueue
 
-def given_options(args: Any) -> Dict[str, Any]:
+def given_options(args: Any) -> dict[str, Any]:
     """The fields of a job that stand on the command line as options."""
     names = ("id", "queue", "priority", "run_at", "delay", "timeout", "max_retries", "backoff_base", "cwd")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -2863,7 +2862,8 @@ def given_options(args: Any) -> Dict[str, Any]:
                  (entry.partition("=") for entry in args.env)]
         unset = [name for name, value in pairs if value is None]
         if unset:
-            raise UsageError("--env %s: there is no such variable here; use --env NAME=VALUE" % shorten(quoted(unset[0]), 60))
+            raise UsageError("--env %s: there is no such variable here; use --env NAME=VALUE"
+                             % shorten(quoted(unset[0]), 60))
         options["env"] = dict(pairs)
     return options
 
@@ -2877,7 +2877,7 @@ def join_words(words: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def draft_of_words(words: List[str], literal: bool, now: int, options: Dict[str, Any]) -> Dict[str, Any]:
+def draft_of_words(words: list[str], literal: bool, now: int, options: dict[str, Any]) -> dict[str, Any]:
     """One word is a shell command or JSON; several are a command and its arguments, or torn JSON."""
     longest = system.longest_command
     for word in words:
@@ -2889,7 +2889,7 @@ def draft_of_words(words: List[str], literal: bool, now: int, options: Dict[str,
     return draft_of({"command": words[0] if len(words) == 1 else join_words(words), **options}, now, longest)
 
 
-def finish_draft(draft: Dict[str, Any], folders: Dict[str, str]) -> Dict[str, Any]:
+def finish_draft(draft: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
     """Give a draft its folder: an existing one, absolute. `folders` are those seen before."""
     given = draft["cwd"] or ""
     if given not in folders:
@@ -2907,7 +2907,7 @@ def open_jobs(path: str) -> BinaryIO:
     nobody else can write while its jobs are added."""
     try:
         if path != "-" and os.path.isfile(path):
-            return open(path, "rb")
+            return open(path, "rb")  # noqa: SIM115 (the caller closes it)
         if path == "-" and sys.stdin is None:
             raise OSError("stdin is closed")
         import shutil
@@ -2924,7 +2924,7 @@ def open_jobs(path: str) -> BinaryIO:
 LONGEST_LINE = 1 << 24
 
 
-def job_lines_of(stream: BinaryIO) -> Iterator[Tuple[int, str]]:
+def job_lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
     """Each job's line with its number: plain lines, or the array that `list --json` prints."""
     array = False
     number = 0
@@ -2947,14 +2947,14 @@ def job_lines_of(stream: BinaryIO) -> Iterator[Tuple[int, str]]:
             yield number, line[:-1] if array and line.endswith(",") else line
 
 
-def job_source(args: Any, now: int) -> Iterator[Dict[str, Any]]:
+def job_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
     """The drafts of what `enqueue` was given: one argument, several words, or the lines of a file."""
     options = given_options(args)
     longest = system.longest_command
     if args.file is None:
         yield finish_draft(draft_of_words(args.words, args.literal, now, options), {})
         return
-    folders: Dict[str, str] = {}
+    folders: dict[str, str] = {}
     with open_jobs(args.file) as stream:
         for number, line in job_lines_of(stream):
             try:
@@ -2983,7 +2983,7 @@ def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
 
 @subcommand(
     "enqueue", "add a job, or a file of jobs",
-    option("words", nargs="*", metavar="COMMAND", help="a shell command, a JSON object, or a program and its arguments"),
+    option("words", nargs="*", metavar="COMMAND", help="a shell command, JSON, or a program and its arguments"),
     option("--file", metavar="PATH", help="one job a line, command or JSON; - is stdin; all or none"),
     option("--id", metavar="ID", help="choose the id yourself"),
     option("--queue", metavar="NAME", help="the queue it waits in (default)"),
@@ -3013,7 +3013,7 @@ def cmd_enqueue(args: Any) -> int:
     umask = os.umask(0o077)
     os.umask(umask)
     if args.file is None:  # what can be refused without the database is
-        drafts: Iterable[Dict[str, Any]] = list(job_source(args, now))
+        drafts: Iterable[dict[str, Any]] = list(job_source(args, now))
     else:
         drafts = job_source(args, now)
     store = open_store(args)
@@ -3099,7 +3099,8 @@ def _start_detached(args: Any, count: int) -> int:
             raise QueueError("the workers are not running after %d s; see %s" % (START_TIME, log))
         time.sleep(0.01)
     emit(str(process.pid))
-    complain("%s in the background, log in %s; `queuectl worker stop` ends them" % (count_of(count, "worker"), clean(log)))
+    complain("%s in the background, log in %s; `queuectl worker stop` ends them"
+             % (count_of(count, "worker"), clean(log)))
     return EXIT_OK
 
 
@@ -3198,15 +3199,17 @@ def cmd_status(args: Any) -> int:
     return EXIT_OK
 
 
-def _list(args: Any, states: List[str], head: Sequence[str], row: Callable[[Dict[str, Any], int], Sequence[str]]) -> int:
+def _list(args: Any, states: list[str], head: Sequence[str],
+          row: Callable[[dict[str, Any], int], Sequence[str]]) -> int:
     """Show jobs: all as a stream of JSON, or the newest as a table."""
     limit = None if args.limit is None else _whole_option("--limit", args.limit, 10**9)
     if args.all and limit:
         raise UsageError("--all and --limit contradict each other")
     store = open_store(args)
     now = now_millis()
-    if args.json or args.all:
-        jobs: Iterable[Dict[str, Any]] = store.newest(states, args.queue, limit) if limit else store.jobs(states, args.queue)
+    jobs: Iterable[dict[str, Any]]
+    if limit is None and (args.json or args.all):
+        jobs = store.jobs(states, args.queue)
     else:
         jobs = store.newest(states, args.queue, limit or 50)
     if args.json:
@@ -3249,7 +3252,7 @@ def read_output(path: str, start: int, most: int) -> bytes:
         os.close(fd)
 
 
-def live_run(store: Store, job: Dict[str, Any]) -> Dict[str, Any]:
+def live_run(store: Store, job: dict[str, Any]) -> dict[str, Any]:
     """The current run of a job, with what it has printed so far."""
     outputs = [read_output(path, 0, 1 << 28) for path in output_paths(store.path, job["locked_by"], job["slot"])]
     return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING, "started_at": job["started_at"],
@@ -3257,7 +3260,7 @@ def live_run(store: Store, job: Dict[str, Any]) -> Dict[str, Any]:
             "exit_code": None, "error": None, "worker": job["locked_by"], "stdout": outputs[0], "stderr": outputs[1]}
 
 
-def runs_of(store: Store, job: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+def runs_of(store: Store, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The runs of a job, oldest first, and at the end the one that runs now."""
     yield from store.runs(job["seq"])
     if job["state"] == PROCESSING:
@@ -3288,7 +3291,7 @@ def out_bytes(output: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def _out_run(run: Dict[str, Any], stream: Optional[str]) -> None:
+def _out_run(run: dict[str, Any], stream: str | None) -> None:
     if stream is None:
         emit(run_title(run))
     for name in ("stdout", "stderr"):
@@ -3301,14 +3304,14 @@ def _out_run(run: Dict[str, Any], stream: Optional[str]) -> None:
         emit("")
 
 
-def _out_average(store: Store, job: Dict[str, Any], stream: Optional[str]) -> int:
+def _out_average(store: Store, job: dict[str, Any], stream: str | None) -> int:
     if stream is None:
         count, average = store.run_times(job["seq"])
         emit("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
     return EXIT_OK
 
 
-def _follow_live(store: Store, job: Dict[str, Any], stream: Optional[str], offsets: Dict[str, int]) -> None:
+def _follow_live(store: Store, job: dict[str, Any], stream: str | None, offsets: dict[str, int]) -> None:
     """Show what a running job has printed since the last look.
 
     The files are used again for other jobs after the run was recorded: so what was read counts
@@ -3327,13 +3330,13 @@ def _follow_live(store: Store, job: Dict[str, Any], stream: Optional[str], offse
 FOLLOW_EVERY = 0.1  # seconds
 
 
-def _follow(store: Store, job: Dict[str, Any], stream: Optional[str]) -> int:
+def _follow(store: Store, job: dict[str, Any], stream: str | None) -> int:
     """Show runs as they go, until the job has ended for good."""
     if stream is None:
         emit("Logs for job %s:\n" % clean(job["id"]))
     done, seq = 0, job["seq"]
     offsets = {"stdout": 0, "stderr": 0}
-    current: Optional[Dict[str, Any]] = job
+    current: dict[str, Any] | None = job
     while current is not None:
         for run in store.runs(seq, done):
             rest = {name: (run[name] or b"")[offsets[name]:] for name in offsets}
@@ -3375,7 +3378,7 @@ def cmd_logs(args: Any) -> int:
         if args.json or attempt:
             raise UsageError("--follow goes neither with --json nor with --attempt")
         return _follow(store, job, args.stream)
-    runs: Iterable[Dict[str, Any]] = runs_of(store, job)
+    runs: Iterable[dict[str, Any]] = runs_of(store, job)
     if attempt is not None:
         matching = [run for run in runs if run["attempt"] == attempt][-1:]
         if not matching:
@@ -3398,7 +3401,7 @@ ENDED = (COMPLETED, DEAD)
 WAITING = (PENDING, FAILED)
 
 
-def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advice: str) -> List[Dict[str, Any]]:
+def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advice: str) -> list[dict[str, Any]]:
     """The jobs with these names, each once, if all of them exist and are in one of `fit_states`."""
     jobs = {job["seq"]: job for job in [store.find(name) for name in names]}
     for job in jobs.values():
@@ -3438,7 +3441,7 @@ def cmd_delete(args: Any) -> int:
     return EXIT_OK
 
 
-def _await_end(store: Store, job: Dict[str, Any], deadline: float) -> None:
+def _await_end(store: Store, job: dict[str, Any], deadline: float) -> None:
     """Wait until a cancelled job is no longer running; if its worker is dead, do the worker's part."""
     while True:
         current = store.find_by_seq(job["seq"])
@@ -3457,7 +3460,7 @@ def _await_end(store: Store, job: Dict[str, Any], deadline: float) -> None:
 def cmd_cancel(args: Any) -> int:
     store = open_store(args)
     with store.transaction():
-        jobs = find_all(store, args.ids, WAITING + (PROCESSING,), "it has ended already")
+        jobs = find_all(store, args.ids, (*WAITING, PROCESSING), "it has ended already")
         for job in jobs:
             change = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
             change(job["seq"], now_millis())
@@ -3605,7 +3608,7 @@ def overview(group: str = "") -> str:
         "The database is --db PATH, else $QUEUECTL_DB, else ~/.queuectl/queue.db; it is made on first use."])
 
 
-def _command_name(words: List[str]) -> Tuple[str, List[str]]:
+def _command_name(words: list[str]) -> tuple[str, list[str]]:
     name = words[0]
     if name in GROUPS:
         if words[1:2] in (["-h"], ["--help"]):
@@ -3619,7 +3622,7 @@ def _command_name(words: List[str]) -> Tuple[str, List[str]]:
     return name, words[name.count(" ") + 1:]
 
 
-def split_arguments(argv: List[str]) -> Tuple[Optional[str], str, List[str]]:
+def split_arguments(argv: list[str]) -> tuple[str | None, str, list[str]]:
     """--db if it stands before the command, the command's name ("" for help), and its arguments."""
     db = None
     words = list(argv)
@@ -3642,14 +3645,14 @@ def split_arguments(argv: List[str]) -> Tuple[Optional[str], str, List[str]]:
     return (db, *_command_name(words))
 
 
-def split_enqueue(entry: Command, words: List[str]) -> Tuple[List[str], List[str], bool]:
+def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str], bool]:
     """The options of `enqueue`, the words of the command, and whether -- stood before them.
 
     Options stand before the first word, or on either side of a single one: what stands behind
     the first of several belongs to the command, and argparse would take it.
     """
     lengths = {name: 1 if details.get("action") == "store_true" else 2
-               for names, details in entry.options + (option("--db"), option("-h", "--help", action="store_true"))
+               for names, details in (*entry.options, option("--db"), option("-h", "--help", action="store_true"))
                for name in names if name.startswith("-")}
 
     def length(word: str) -> int:
@@ -3679,7 +3682,7 @@ def split_enqueue(entry: Command, words: List[str]) -> Tuple[List[str], List[str
     return options, rest, False
 
 
-def parse(argv: List[str]) -> Tuple[Optional[Command], Any]:
+def parse(argv: list[str]) -> tuple[Command | None, Any]:
     """The command that was asked for and its arguments; None if help was asked for, and shown."""
     db, name, words = split_arguments(argv)
     if not name:
@@ -3722,7 +3725,7 @@ def fail(error: Exception, code: int) -> int:
     return code
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one command line (`argv` without the program's name; sys.argv by default); its exit code.
 
     Every expected failure ends here as one line on stderr.
