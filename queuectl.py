@@ -293,7 +293,7 @@ def parse_time(text: Any, now: int) -> int:
     """
     if isinstance(text, str):
         if text == "now" or text.startswith("now+"):
-            return now + to_millis(checked("delay", text[4:] or 0))
+            return now + to_millis(checked("delay", text[4:] if text != "now" else 0))
         match = _TIME.fullmatch(text.strip())
         if match:
             try:
@@ -675,11 +675,23 @@ class Posix:
         if os.getppid() != supervisor:  # it died before the line above: no signal will come
             os.kill(os.getpid(), signal.SIGHUP)
 
+    def orphaned(self, supervisor: int, life: str) -> bool:
+        """Whether a worker's supervisor has died."""
+        return os.getppid() != supervisor
+
     def _libc(self) -> Any:
         import ctypes
         return ctypes.CDLL(None, use_errno=True)
 
-    def spawn(self, command: str, env: dict[str, str], cwd: str, umask: int, out: int, err: int) -> int:
+    def native(self, text: str) -> Any:
+        """Text as the system takes it: UTF-8, whatever the locale says."""
+        return text.encode("utf-8", "surrogateescape")
+
+    def environment(self) -> dict[Any, Any]:
+        """This process's environment in native form."""
+        return dict(os.environb)
+
+    def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
         """Start `command` in a session of its own; return its process id, or raise OSError.
 
         posix_spawn is twice as fast as subprocess. It can't set folder or umask, so the worker
@@ -687,8 +699,8 @@ class Posix:
         """
         os.umask(umask)
         try:
-            os.chdir(cwd)
-            argv = [*self.shell, command]
+            os.chdir(self.native(cwd))
+            argv = [*self.shell, self.native(command)]
             stdin = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 return self._spawn(argv, env, ((stdin, 0), (out, 1), (err, 2), (err, self.token_fd)))
@@ -698,14 +710,14 @@ class Posix:
             os.chdir("/")
             os.umask(0o077)
 
-    def _spawn(self, argv: list[str], env: dict[str, str], streams: tuple[tuple[int, int], ...]) -> int:
+    def _spawn(self, argv: list[Any], env: dict[Any, Any], streams: tuple[tuple[int, int], ...]) -> int:
         try:
             return os.posix_spawn(argv[0], argv, env, setsid=True, setsigdef=self.to_default, setsigmask=(),
                                   file_actions=[(os.POSIX_SPAWN_DUP2, have, want) for have, want in streams])
         except NotImplementedError:  # no POSIX_SPAWN_SETSID: glibc before 2.26
             return self._fork_exec(argv, env, streams)
 
-    def _fork_exec(self, argv: list[str], env: dict[str, str], streams: tuple[tuple[int, int], ...]) -> int:
+    def _fork_exec(self, argv: list[Any], env: dict[Any, Any], streams: tuple[tuple[int, int], ...]) -> int:
         import subprocess
 
         def dup() -> None:
@@ -740,7 +752,8 @@ class Posix:
         """As process 1 of a container: collect dead processes that are not multiprocessing's."""
         while self.linux and os.getpid() == 1:
             try:
-                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                info = os.waitid(  # type: ignore[attr-defined,unused-ignore]
+                    os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
             if info is None or info.si_pid in own:
@@ -890,7 +903,8 @@ class Bell:
 
         All rings so far are taken together: look at everything afterwards, and none is lost.
         """
-        self._poll.poll(None if seconds is None else max(0, int(seconds * 1000 + 0.999)))
+        if not self._poll.poll(None if seconds is None else max(0, int(seconds * 1000 + 0.999))):
+            return False
         try:
             return bool(os.read(self.fd, 65536))
         except BlockingIOError:
@@ -963,13 +977,22 @@ class Windows:
     def prepare_worker(self, supervisor: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console tells every process
 
+    def orphaned(self, supervisor: int, life: str) -> bool:
+        return not self.held(life)
+
     def _kernel(self) -> Any:
         ctypes: Any = __import__("ctypes")
         kernel = ctypes.WinDLL("kernel32", use_last_error=True)
         kernel.CreateJobObjectW.restype = ctypes.c_void_p
         return kernel
 
-    def spawn(self, command: str, env: dict[str, str], cwd: str, umask: int, out: int, err: int) -> int:
+    def native(self, text: str) -> Any:
+        return text
+
+    def environment(self) -> dict[Any, Any]:
+        return dict(os.environ)
+
+    def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
         """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
         import subprocess
         ctypes: Any = __import__("ctypes")
@@ -1861,10 +1884,12 @@ class Store:
             self.db.execute(ASK_STOP, (level, name))
         self.db.execute(NEXT_EPOCH)
 
+    def holders(self) -> set[str]:
+        """The workers in whose name a job is processing."""
+        return {row[0] for row in self._rows(HOLDERS)}
+
     def lost_jobs(self) -> list[dict[str, Any]]:
         """Every job whose worker is dead."""
-        if all(is_alive(self.path, row[0]) for row in self._rows(HOLDERS)):
-            return []
         return [job for job in self._dicts(HELD_JOBS) if not is_alive(self.path, job["worker"])]
 
     def control(self, pool: str, known: Control | None = None) -> Control:
@@ -2017,18 +2042,20 @@ class Run:
         self.look_every = SHORTEST_LOOK
         self.next_look = self.began + SHORTEST_LOOK
 
-    def start(self, base: dict[str, str], context: tuple[str, str, int], db: str) -> str:
+    def start(self, base: dict[Any, Any], context: tuple[str, str, int], db: str) -> str:
         """Start the command in its `context` (folder, PATH, umask); why it could not, or ""."""
         cwd, path, umask = context
         job = self.job
-        env = dict(base, PATH=path)
+        own = {"PATH": path}
         if job.env:
-            env.update(json.loads(job.env))
-        env.update(zip(JOB_VARIABLES, (job.id, str(job.attempts), str(job.max_retries), job.queue, db, self.name)))
+            own.update(json.loads(job.env))
+        own.update(zip(JOB_VARIABLES, (job.id, str(job.attempts), str(job.max_retries), job.queue, db, self.name)))
+        env = dict(base)
+        env.update([(system.native(name), system.native(value)) for name, value in own.items()])
         try:
             self.pid = system.spawn(job.command, env, cwd, umask, *self.slot.fds)
         except OSError as error:
-            where = " in the folder %s" % cwd if error.filename == cwd or not os.path.isdir(cwd) else ""
+            where = " in the folder %s" % cwd if error.filename == system.native(cwd) else ""
             return "can't start%s: %s" % (where, error.strerror)
         return ""
 
@@ -2081,6 +2108,7 @@ class Run:
 
 # ═══ Worker ═══ claim, run, record; recovery of what dead workers held ═══════════════════════
 
+LAST_PATIENCE = 0.4  # seconds that who leaves waits to write that it is gone
 CLOCK_STEP = 1.0  # seconds the wall clock must be set back by before retries are looked at again
 
 
@@ -2199,10 +2227,11 @@ class Worker:
         self.running: Slot
         self.control: Control
         self.contexts: dict[int, tuple[str, str, int]] = {}
-        self.base_env = dict(os.environ)
+        self.base_env = system.environment()
         self.seen = -1  # the last data version that was looked at
         self.next_due: int | None = None
         self.next_patrol = 0.0
+        self.unpatrolled = True
         self.clock = time.time() - time.monotonic()
 
     def handle_signals(self) -> None:
@@ -2250,7 +2279,7 @@ class Worker:
 
     def _deregister(self) -> None:
         """Leave nothing behind; where that fails, whoever looks after dead workers does it."""
-        self.store.patience = 2.0
+        self.store.patience = LAST_PATIENCE
         try:
             with self.store.transaction():
                 self.store.remove_worker(self.name)
@@ -2260,9 +2289,10 @@ class Worker:
 
     def _loop(self) -> None:
         while not self.leave:
-            if time.monotonic() >= self.next_patrol:
+            news = self._has_news()
+            if self.unpatrolled and time.monotonic() >= self.next_patrol:
                 self._patrol()
-            if self._may_claim():
+            if news and self._may_claim():
                 job = self.turn(None)
                 while job is not None:
                     job = self.turn(self.execute(job))
@@ -2272,19 +2302,29 @@ class Worker:
             elif not self.leave:
                 self._idle()
 
-    def _may_claim(self) -> bool:
-        """After the bell: whether there is a job to claim, by reading alone, and only if something changed."""
-        now = to_millis(time.time())
+    def _has_news(self) -> bool:
+        """After the bell: whether anybody has committed anything, or a time has come."""
+        if system.orphaned(self.order.supervisor, life_path(self.order.db, self.order.pool)):
+            self.leave = max(self.leave, 1)
         try:
             seen = self.store.changed()
-            if seen == self.seen and (self.next_due is None or now < self.next_due):
-                return False
-            self.follow()
-            ready, self.next_due = self.store.ready(self.order.queues, now)
         except Unavailable:
             return False
+        if seen == self.seen and (self.next_due is None or time.time() * 1000 < self.next_due):
+            return False
         self.seen = seen
-        return ready and not self.leave and not self._used_up()
+        self.unpatrolled = True
+        return True
+
+    def _may_claim(self) -> bool:
+        """Whether there is a job to claim: found out by reading, for writers stand in a queue."""
+        try:
+            self.follow()
+            ready, self.next_due = self.store.ready(self.order.queues, to_millis(time.time()))
+            return ready and not self.leave and not self._used_up()
+        except Unavailable:
+            self.seen = -1  # look again
+            return False
 
     def _used_up(self) -> bool:
         return self.order.limited and not self.store.turns_left(self.order.pool)
@@ -2316,21 +2356,23 @@ class Worker:
         self.clock = clock
 
     def _patrol(self) -> None:
-        """Now and then, and at birth: is the supervisor there, and has any worker died?"""
+        """Now and then, while anybody else runs jobs: has a worker died whose supervisor died too?"""
         self.next_patrol = time.monotonic() + max(1.0, self.control.settings["poll_interval_ms"] / 1000)
-        if not is_alive(self.order.db, self.order.pool):
-            self.leave = max(self.leave, 1)
         try:
-            if self.store.lost_jobs() and recover(self.store, self.bell.wait, self.say):
+            others = self.store.holders() - {self.name}
+            self.unpatrolled = bool(others)
+            if not all(is_alive(self.order.db, name) for name in others) and recover(
+                    self.store, self.bell.wait, self.say):
                 self.seen = -1
         except Unavailable:
             pass  # what can't be done now is still there at the next patrol
 
     def follow(self) -> None:
         """Take on settings that have changed, and the order to stop."""
-        control = self.store.control(self.order.pool, getattr(self, "control", None))
-        self.control = control
-        self.leave = max(self.leave, control.stop)
+        self.control = self.store.control(self.order.pool, getattr(self, "control", None))
+        if self.control.stop > self.leave:
+            self.leave = self.control.stop
+            self.say("told to stop%s" % (" now" if self.leave == 2 else ""))
 
     def commit(self, change: Callable[[], Any], holding: str = "") -> Any:
         """Make a change in a transaction, trying until it is committed, whatever keeps it from that.
@@ -2376,7 +2418,8 @@ class Worker:
             self.retry_at = retry_time(ended.job, self.control.settings, ended.finished_at)
             state = self.store.record(ended, self.retry_at, self.order.pool)
         self.follow()
-        if self.leave or os.getppid() != self.order.supervisor or time.monotonic() >= self.next_patrol:
+        if self.leave or time.monotonic() >= self.next_patrol or system.orphaned(
+                self.order.supervisor, life_path(self.order.db, self.order.pool)):
             return state, None
         now = to_millis(time.time())
         return state, self.store.claim(self.name, self.order.pool, slot.number, self.order.queues, now)
@@ -2424,6 +2467,7 @@ class Worker:
             if seen != self.seen:
                 self.seen = seen
                 self.follow()
+                self.flush()
                 if self.store.is_cancelled(run.job.seq):
                     return CANCELLED, "cancelled"
         except QueueError:
@@ -2610,15 +2654,22 @@ class Pool:
         return min(LONGEST_DELAY, 0.1 * 2 ** min(self.quick_deaths - 1, 10)) if self.quick_deaths > 1 else 0.0
 
     def _farewell(self) -> int:
-        """The last one turns off the light: what killed workers held is given back, the pool forgotten."""
+        """Turn off the light: what killed workers held is given back, the pool forgotten.
+
+        Where that can't be written now, whoever comes next does it.
+        """
+        died = 0
         try:
             store = Store(self.db)
-            recover(store, self.bell.wait, complain)
+            store.patience = LAST_PATIENCE
             died = store.deaths(self.name)
+            recover(store, self.bell.wait, complain)
             with store.transaction():
                 store.remove_pool(self.name)
             remove_files(self.db, self.name)
             store.close()
+        except Unavailable:
+            pass
         except QueueError as error:
             complain(str(error))
             return max(self.code, EXIT_FAILED)
@@ -2889,16 +2940,23 @@ def draft_of_words(words: list[str], literal: bool, now: int, options: dict[str,
     return draft_of({"command": words[0] if len(words) == 1 else join_words(words), **options}, now, longest)
 
 
-def finish_draft(draft: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
+def as_utf8(text: str) -> str:
+    """Text from the system as it is meant, also where the locale does not know UTF-8 (LC_ALL=C)."""
+    return text if text.isascii() else os.fsencode(text).decode("utf-8", "surrogateescape")
+
+
+def finish_draft(draft: dict[str, Any], folders: dict[str | None, str]) -> dict[str, Any]:
     """Give a draft its folder: an existing one, absolute. `folders` are those seen before."""
-    given = draft["cwd"] or ""
+    given = draft["cwd"]
     if given not in folders:
         try:
-            folders[given] = os.path.join(os.getcwd(), given) if given else os.getcwd()
+            here = check_text("the name of the folder you are in", as_utf8(os.getcwd()))
         except OSError:
             raise UsageError("the folder you are in is gone; cd to another") from None
-        if not os.path.isdir(folders[given]):
+        folder = here if given is None else os.path.join(here, given)
+        if given == "" or not os.path.isdir(system.native(folder)):
             raise UsageError("cwd %s is not a folder" % shorten(quoted(given), 200))
+        folders[given] = folder
     return dict(draft, cwd=folders[given])
 
 
@@ -2907,12 +2965,12 @@ def open_jobs(path: str) -> BinaryIO:
     nobody else can write while its jobs are added."""
     try:
         if path != "-" and os.path.isfile(path):
-            return open(path, "rb")  # noqa: SIM115 (the caller closes it)
+            return open(path, "rb")
         if path == "-" and sys.stdin is None:
             raise OSError("stdin is closed")
         import shutil
         import tempfile
-        spool: BinaryIO = tempfile.SpooledTemporaryFile(1 << 23)  # type: ignore[assignment]
+        spool: BinaryIO = tempfile.SpooledTemporaryFile(1 << 23)  # type: ignore[assignment]  # noqa: SIM115
         with (open(path, "rb") if path != "-" else sys.stdin.buffer) as source:
             shutil.copyfileobj(source, spool)
         spool.seek(0)
@@ -2926,25 +2984,25 @@ LONGEST_LINE = 1 << 24
 
 def job_lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
     """Each job's line with its number: plain lines, or the array that `list --json` prints."""
-    array = False
-    number = 0
-    while True:
-        raw = stream.readline(LONGEST_LINE)
-        number += 1
-        if not raw:
-            return
+    array = ""  # or "open", or "closed"
+    for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), 1):
+        if len(raw) == LONGEST_LINE:
+            raise UsageError("line %d is longer than any command can be" % number)
         try:
             line = raw.decode().strip()
         except UnicodeDecodeError:
             raise UsageError("line %d is not valid UTF-8" % number) from None
-        if len(raw) == LONGEST_LINE:
-            raise UsageError("line %d is longer than any command can be" % number)
         if number == 1 and line == "[":
-            array = True
+            array = "open"
         elif array and line == "]":
-            return
+            array = "closed"
+        elif array and line and (array == "closed" or not line.startswith("{")):
+            raise UsageError("line %d is not a job as `list --json` prints it: %s"
+                             % (number, shorten(quoted(line), 60)))
         elif line:
             yield number, line[:-1] if array and line.endswith(",") else line
+    if array == "open":
+        raise UsageError("line %d: the array that begins on line 1 has no end; nothing was enqueued" % number)
 
 
 def job_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
@@ -2954,7 +3012,7 @@ def job_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
     if args.file is None:
         yield finish_draft(draft_of_words(args.words, args.literal, now, options), {})
         return
-    folders: dict[str, str] = {}
+    folders: dict[str | None, str] = {}
     with open_jobs(args.file) as stream:
         for number, line in job_lines_of(stream):
             try:
@@ -3010,6 +3068,7 @@ def cmd_enqueue(args: Any) -> int:
         raise UsageError("give either a command or --file PATH%s; see `queuectl enqueue --help`"
                          % (" (the lines of a file carry their own ids)" if args.id and args.file else ""))
     now = now_millis()
+    path = check_text("PATH", as_utf8(os.environ.get("PATH", os.defpath)))
     umask = os.umask(0o077)
     os.umask(umask)
     if args.file is None:  # what can be refused without the database is
@@ -3021,8 +3080,7 @@ def cmd_enqueue(args: Any) -> int:
     if args.file is not None:
         store.expect_bulk()
     with store.transaction():
-        first, last = store.add(drafts, settings, os.environ.get("PATH", os.defpath), umask, now,
-                                args.if_exists == "skip")
+        first, last = store.add(drafts, settings, path, umask, now, args.if_exists == "skip")
     ring_all(args.db)
     try:
         tell_enqueued(args, store, first, last)
@@ -3362,8 +3420,8 @@ def _follow(store: Store, job: dict[str, Any], stream: str | None) -> int:
 @subcommand(
     "logs", "show what a job has printed", ID,
     option("--attempt", metavar="N", help="of the newest run of this number only"),
-    option("--stdout", dest="stream", action="store_const", const="stdout", help="stdout's bytes and nothing else"),
-    option("--stderr", dest="stream", action="store_const", const="stderr", help="stderr's bytes and nothing else"),
+    option("--stdout", action="store_true", help="stdout's bytes and nothing else"),
+    option("--stderr", action="store_true", help="stderr's bytes and nothing else"),
     option("--follow", action="store_true", help="go on until the job is completed or dead"), JSON,
     examples="""
 queuectl logs job1
@@ -3371,13 +3429,16 @@ queuectl logs --follow job1
 queuectl logs --stdout --attempt 2 job1 > result.txt
 """)
 def cmd_logs(args: Any) -> int:
+    if args.stdout and args.stderr:
+        raise UsageError("give --stdout or --stderr, or neither for both")
+    stream = "stdout" if args.stdout else "stderr" if args.stderr else None
     store = open_store(args)
     job = store.find(args.id)
     attempt = None if args.attempt is None else _whole_option("--attempt", args.attempt, 10**6)
     if args.follow:
         if args.json or attempt:
             raise UsageError("--follow goes neither with --json nor with --attempt")
-        return _follow(store, job, args.stream)
+        return _follow(store, job, stream)
     runs: Iterable[dict[str, Any]] = runs_of(store, job)
     if attempt is not None:
         matching = [run for run in runs if run["attempt"] == attempt][-1:]
@@ -3388,11 +3449,11 @@ def cmd_logs(args: Any) -> int:
         for line in json_lines(map(run_json, runs)):
             emit(line)
         return EXIT_OK
-    if args.stream is None:
+    if stream is None:
         emit("Logs for job %s:\n" % clean(job["id"]))
     for run in runs:
-        _out_run(run, args.stream)
-    return _out_average(store, job, args.stream)
+        _out_run(run, stream)
+    return _out_average(store, job, stream)
 
 
 # What changes jobs.
@@ -3684,7 +3745,7 @@ def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str
 
 def parse(argv: list[str]) -> tuple[Command | None, Any]:
     """The command that was asked for and its arguments; None if help was asked for, and shown."""
-    db, name, words = split_arguments(argv)
+    db, name, words = split_arguments([as_utf8(word) for word in argv])
     if not name:
         return None, None
     chosen = COMMANDS[name]
