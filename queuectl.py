@@ -310,7 +310,9 @@ def show_time(millis: int) -> str:
 
 
 def show_duration(seconds: float) -> str:
-    """0.56s, 12.3s, 5m 3s, 2h 7m, 3d 4h."""
+    """7ms, 0.56s, 12.3s, 5m 3s, 2h 7m, 3d 4h."""
+    if seconds < 0.1:
+        return "%dms" % round(seconds * 1000)
     if seconds < 10:
         return "%.2fs" % seconds
     if seconds < 60:
@@ -1799,7 +1801,7 @@ class Store:
         done = self.db.execute(RECORD_JOB, (
             state, 1 if state == PENDING else 0, due, attempts, ended.finished_at, ended.finished_at,
             ended.exit_code, ended.error, job.seq, job.runs)).rowcount
-        if state == DEAD:
+        if done and state == DEAD:
             self.db.execute(COUNT_DEATH, (pool,))
         return state if done else ""
 
@@ -2795,11 +2797,10 @@ def job_lines(job: dict[str, Any]) -> list[str]:
 
 
 def run_title(run: dict[str, Any]) -> str:
-    """One line about a run: when, which attempt, how it ended."""
-    ending = run["state"] if run["exit_code"] is None else "%s, exit code %d" % (run["state"], run["exit_code"])
+    """One line about a run: when, which attempt, how it ended and why."""
     reason = ": %s" % clean(run["error"]) if run["error"] else ""
     return "[%s] run %d, attempt %d, %s after %s%s" % (show_time(run["started_at"]), run["run"], run["attempt"],
-                                                       ending, show_duration(run["duration_seconds"]), reason)
+                                                       run["state"], show_duration(run["duration_seconds"]), reason)
 
 
 def shown_output(output: bytes, terminal: bool) -> bytes:
