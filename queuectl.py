@@ -124,6 +124,10 @@ SETTINGS: dict[str, Any] = {  # every setting with its default
 }
 
 
+def checkpoint(place: str) -> None:
+    """Nothing. Tests put a function here that kills the process at one of these places."""
+
+
 class QueueError(Exception):
     """The request could not be met; its text tells the user what to do next."""
     code = EXIT_FAILED
@@ -840,6 +844,14 @@ class Posix:
         except OSError:
             pass  # the terminal is gone; the record in the database is what counts
 
+    def is_stopped(self, pid: int) -> bool:
+        """Whether a process is stopped, by SIGSTOP or a debugger; only as far as this can be seen."""
+        try:
+            with open("/proc/%d/stat" % pid, "rb") as stat:
+                return stat.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+        except OSError:
+            return False
+
     def distrust(self, path: str) -> str:
         """Why others could write to `path` (a file or folder), or nothing: workers run what it says."""
         try:
@@ -849,7 +861,7 @@ class Posix:
         if info.st_uid not in (0, os.geteuid()):
             return "%s belongs to another user (uid %d)" % (path, info.st_uid)
         if info.st_mode & 0o022:
-            return "%s can be written by others; chmod go-w %s" % (path, path)
+            return "%s can be written by others (chmod go-w mends that)" % path
         return ""
 
     def network_file_system(self, folder: str) -> str:
@@ -1050,6 +1062,9 @@ class Windows:
             os.write(1, text.encode("utf-8", "replace"))
         except OSError:
             pass
+
+    def is_stopped(self, pid: int) -> bool:
+        return False
 
     def distrust(self, path: str) -> str:
         return ""
@@ -1383,6 +1398,8 @@ UNSET_SETTING = "DELETE FROM settings WHERE name = ?"
 COUNTS = """SELECT total(pending), total(processing), total(completed), total(failed), total(dead)
     FROM queues"""
 QUEUE_COUNTS = "SELECT name, pending, processing, completed, failed, dead FROM queues ORDER BY name"
+INTEGRITY = "PRAGMA integrity_check(5)"
+RECOUNT = "SELECT queue, state, count(*) FROM jobs GROUP BY queue, state"
 OLDEST_WAITING = "SELECT id, command, created_at FROM jobs WHERE state = 'pending' ORDER BY seq LIMIT 1"
 NEXT_DUE = """SELECT id, command, due FROM jobs WHERE ready = 0 AND due IS NOT NULL
     ORDER BY due LIMIT 1"""
@@ -1553,6 +1570,7 @@ class Store:
             for statements in MIGRATIONS[version:]:
                 for statement in statements:
                     self.db.execute(statement)
+                checkpoint("migrating")
             self.db.execute(SET_APPLICATION)
             self.db.execute(SET_VERSION)
             self.db.execute(COMMIT)
@@ -1629,6 +1647,7 @@ class Store:
             system.wait_lock(self.mutex)
 
     def end(self, commit: bool) -> None:
+        checkpoint("before commit")
         try:
             self.db.execute(COMMIT if commit else ROLLBACK)
         except sqlite3.Error as error:
@@ -1921,6 +1940,15 @@ class Store:
         """The number of jobs in each state."""
         return {state: int(count) for state, count in zip(STATES, self._rows(COUNTS)[0])}
 
+    def damage(self) -> list[str]:
+        """What SQLite's own check, and a recount of all jobs, find wrong with the database."""
+        found = [row[0] for row in self._rows(INTEGRITY) if row[0] != "ok"]
+        counted = {row[:2]: row[2] for row in self._rows(RECOUNT)}
+        for name, *counts in self._rows(QUEUE_COUNTS):
+            found += ["queue %s has %d %s jobs, not %d" % (name, counted.get((name, state), 0), state, count)
+                      for state, count in zip(STATES, counts) if counted.get((name, state), 0) != count]
+        return found
+
     def oldest_waiting(self) -> dict[str, Any] | None:
         return next(iter(self._dicts(OLDEST_WAITING)), None)
 
@@ -2132,6 +2160,7 @@ def _recover_job(store: Store, lost: dict[str, Any], pause: Callable[[float], ob
     slot = Slot(store.path, lost["worker"], lost["slot"])
     settings = store.settings()
     name = run_name(lost["worker"], job.seq, job.runs)
+    checkpoint("recovering")
     gone = end_processes(lambda: system.members(name, slot.paths, 0), settings["kill_grace_seconds"], pause, 1.0)
     if not gone or not slot.open():  # the token is held: in another container, or by another user
         return False
@@ -2142,6 +2171,7 @@ def _recover_job(store: Store, lost: dict[str, Any], pause: Callable[[float], ob
                   max(0, now - lost["started_at"]) / 1000, stdout, stderr, lost["worker"])
     with store.transaction():
         state = store.record(ended, retry_time(job, settings, now), _pool_of(lost["worker"]))
+    checkpoint("recovered")
     slot.remove()
     if state:
         tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
@@ -2277,6 +2307,7 @@ class Worker:
             self.life = take_life(self.order.db, self.name)
             self.bell = make_bell(bell_path(self.order.db, self.name))
             self.bell.hear_signals()
+        checkpoint("being born")
         self.store.add_worker(self.name, self.order.pool, to_millis(time.time()))
 
     def _deregister(self) -> None:
@@ -2404,8 +2435,10 @@ class Worker:
         The token of the next run is held before: from the commit on, whoever finds the job
         claimed and this worker dead must be able to tell whether the run still lives.
         """
+        checkpoint("before turn")
         slot = self.next_slot = self.next_slot or self._open_slot()
         state, job = self.commit(lambda: self._turn(ended, slot), ended.job.id if ended else "")
+        checkpoint("recorded")
         if ended:
             self.running.clear()
             self.spare.append(self.running)
@@ -2441,10 +2474,12 @@ class Worker:
         run = Run(job, self.name, self.running)
         if job.context not in self.contexts:
             self.contexts[job.context] = self.store.context(job.context)
+        checkpoint("claimed")
         problem = run.start(self.base_env, self.contexts[job.context], self.order.db)
         self.say("started %s (pid %s, attempt %d of %d): %s" % (
             job.id, run.pid or "none", job.attempts, max(1, job.max_retries), shorten(clean(job.command), 100)))
         self.flush()
+        checkpoint("spawned")
         limit = self.control.settings["max_output_bytes"]
         return run.ended(FAILED, problem, limit) if problem else self._attend(run, limit)
 
@@ -3108,10 +3143,15 @@ def new_pool_name() -> str:
     return os.urandom(4).hex()
 
 
+def trusted_paths(db: str) -> tuple[str, ...]:
+    """What nobody else may be able to write, for workers run what it says."""
+    return os.path.dirname(db), db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db)
+
+
 def refuse_untrusted(db: str) -> None:
     """Raise QueueError if others could change what workers run, or if locks can't be trusted."""
     refuse_network(os.path.dirname(db))
-    for path in (os.path.dirname(db), db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db)):
+    for path in trusted_paths(db):
         reason = system.distrust(path)
         if reason:
             raise QueueError("workers don't run what others could write: %s" % reason)
@@ -3455,6 +3495,72 @@ def cmd_logs(args: Any) -> int:
     for run in runs:
         _out_run(run, stream)
     return _out_average(store, job, stream)
+
+
+# doctor
+
+LEAST_SPACE = 100 * 1024 * 1024  # bytes
+LONG_RUN = 86400.0  # seconds
+
+
+def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
+    """Dead or stopped workers, what they hold, and jobs that run for very long."""
+    for lost in store.lost_jobs():
+        what = "%s is held by the worker %s, which is dead" % (clean(lost["id"]), lost["worker"])
+        if any(system.held(path) for path in output_paths(store.path, lost["worker"], lost["slot"])):
+            what += "; processes of that run still live, perhaps in another container or of another user"
+        yield what, "any live or new worker ends them, if it can, and gives the job back: `queuectl worker start`"
+    for entry in [*store.pools(), *store.workers()]:
+        if not entry["alive"]:
+            yield ("%s (pid %d) has died and left its entry behind" % (entry["name"], entry["pid"]),
+                   "`queuectl worker start` clears it away")
+        elif system.is_stopped(entry["pid"]):
+            yield ("%s (pid %d) is stopped by a signal" % (entry["name"], entry["pid"]), "kill -CONT %d" % entry["pid"])
+    now = now_millis()
+    for worker in store.workers():
+        age = (now - (worker["job_started_at"] or now)) / 1000
+        if age > LONG_RUN:
+            name = clean(worker["job"])
+            yield ("%s has been running for %s" % (name, show_duration(age)),
+                   "`queuectl logs %s` shows what it does, `queuectl cancel %s` ends it" % (name, name))
+
+
+def findings_of(store: Store) -> Iterator[tuple[str, str]]:
+    """What is wrong with a queue, each with what mends it."""
+    folder = os.path.dirname(store.path)
+    for damage in store.damage():
+        yield ("the database is damaged: %s" % damage,
+               "stop the workers, keep a copy of queue.db and queue.db-wal, then restore a backup")
+    for path in trusted_paths(store.path):
+        reason = system.distrust(path)
+        if reason:
+            yield "workers refuse to run: %s" % reason, "chown or chmod go-w %s" % path
+    kind = system.network_file_system(folder)
+    if kind:
+        yield "%s is on a network file system (%s)" % (folder, kind), "move the database to a local disk, use --db"
+    import shutil
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_SPACE:
+        yield ("only %d MiB are free in %s" % (free >> 20, folder),
+               "free some space; `queuectl dlq purge` forgets dead jobs")
+    yield from _findings_of_workers(store)
+
+
+@subcommand("doctor", "check the database and what dead workers left; exit 1 if anything is wrong", JSON,
+            examples="\nqueuectl doctor\n")
+def cmd_doctor(args: Any) -> int:
+    store = open_store(args)
+    findings = list(findings_of(store))
+    if args.json:
+        out_json([{"what": what, "mend": mend} for what, mend in findings])
+    elif not findings:
+        emit("Nothing is wrong: %s, %s, %s alive." % (
+            clean(store.path), count_of(sum(store.counts().values()), "job"),
+            count_of(sum(worker["alive"] for worker in store.workers()), "worker")))
+    else:
+        for what, mend in findings:
+            emit("%s\n    %s" % (what, mend))
+    return EXIT_FAILED if findings else EXIT_OK
 
 
 # What changes jobs.
