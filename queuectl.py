@@ -2153,6 +2153,15 @@ def _pool_of(worker: str) -> str:
     return worker.rpartition("-")[0]
 
 
+def _lost_run(job: Job, lost: dict[str, Any], stdout: bytes, stderr: bytes) -> Ended:
+    """What there is to record of a run whose worker died."""
+    now = to_millis(time.time())
+    ending, error = (CANCELLED, "cancelled") if lost["cancel"] else (
+        LOST, "the worker %s was lost while it ran this job" % lost["worker"])
+    seconds = max(0, now - lost["started_at"]) / 1000
+    return Ended(job, ending, None, error, now, seconds, stdout, stderr, lost["worker"])
+
+
 def _recover_job(store: Store, lost: dict[str, Any], pause: Callable[[float], object],
                  tell: Callable[[str], None]) -> bool:
     """End the orphans of one lost run and record it; False if they can't be reached."""
@@ -2164,13 +2173,12 @@ def _recover_job(store: Store, lost: dict[str, Any], pause: Callable[[float], ob
     gone = end_processes(lambda: system.members(name, slot.paths, 0), settings["kill_grace_seconds"], pause, 1.0)
     if not gone or not slot.open():  # the token is held: in another container, or by another user
         return False
-    now = to_millis(time.time())
-    stdout, stderr = slot.read(settings["max_output_bytes"])
-    error = "cancelled" if lost["cancel"] else "the worker %s was lost while it ran this job" % lost["worker"]
-    ended = Ended(job, CANCELLED if lost["cancel"] else LOST, None, error, now,
-                  max(0, now - lost["started_at"]) / 1000, stdout, stderr, lost["worker"])
-    with store.transaction():
-        state = store.record(ended, retry_time(job, settings, now), _pool_of(lost["worker"]))
+    try:
+        ended = _lost_run(job, lost, *slot.read(settings["max_output_bytes"]))
+        with store.transaction():
+            state = store.record(ended, retry_time(job, settings, ended.finished_at), _pool_of(lost["worker"]))
+    finally:
+        slot.close()  # a token kept here by mistake would keep the job from ever being given back
     checkpoint("recovered")
     slot.remove()
     if state:
@@ -2295,7 +2303,7 @@ class Worker:
         self.commit(self._register)
         self.follow()
         self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
-        recover(self.store, self.bell.wait, self.say)
+        self._recover()
         self._loop()
         self.flush()
         self._deregister()
@@ -2394,11 +2402,17 @@ class Worker:
         try:
             others = self.store.holders() - {self.name}
             self.unpatrolled = bool(others)
-            if not all(is_alive(self.order.db, name) for name in others) and recover(
-                    self.store, self.bell.wait, self.say):
-                self.seen = -1
+            if not all(is_alive(self.order.db, name) for name in others):
+                self._recover()
         except Unavailable:
             pass  # what can't be done now is still there at the next patrol
+
+    def _recover(self) -> None:
+        try:
+            if recover(self.store, self.bell.wait, self.say):
+                self.seen = -1
+        except Unavailable:
+            self.unpatrolled = True
 
     def follow(self) -> None:
         """Take on settings that have changed, and the order to stop."""
@@ -2556,7 +2570,8 @@ def worker_main(order: Order) -> NoReturn:
         code = worker.work()
     except QueueError as error:
         worker.say(str(error))
-        code = EXIT_FAILED
+        told = isinstance(error, Unavailable) and worker.leave  # what it can't write now, others will
+        code = EXIT_INTERRUPTED if told == 2 else EXIT_OK if told else EXIT_FAILED
     worker.flush()
     sys.exit(code)
 
