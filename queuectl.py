@@ -2389,7 +2389,8 @@ class Worker:
         pause = self.control.settings["poll_interval_ms"] / 1000
         if self.next_due is not None:
             pause = min(pause, max(0.0, self.next_due / 1000 - time.time()))
-        self.bell.wait(pause)
+        if self.bell.wait(pause):
+            system.reap(0)  # daemons that earlier jobs left behind end as children of this worker
         clock = time.time() - time.monotonic()
         if clock < self.clock - CLOCK_STEP:
             self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))

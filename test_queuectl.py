@@ -1,0 +1,3655 @@
+"""Tests of queuectl, nearly all through the real program: `python queuectl.py …` in processes of its own.
+
+Every test has a queue of its own (fixture `q`): a folder for the database, one to work in, an empty HOME.
+Nothing is mocked: workers are killed with -9, disks are full, locks are held. When a test fails, pytest shows
+under "Captured stdout" each command it ran, with its exit code and what it printed.
+
+Waiting is always `wait_for` a condition with a deadline. Jobs tell what they did by files in `q.work`, the
+folder they run in. After a test nothing of it may still run: `Queue.close` looks in /proc and fails it.
+
+QUEUECTL_TEST_FULL=1 runs the tests of scale in full size, and those that take minutes.
+
+Rooms: harness · values and store · saboteur jobs · seeds · enqueue · worker and pool · time · stop and signals ·
+reading · dlq, retry, delete, cancel · config · bad input · output faults · database faults · scale
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sqlite3
+import stat
+import struct
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import unicodedata
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, NoReturn, Sequence, Union
+
+import pytest
+
+import queuectl
+
+PROGRAM = Path(__file__).resolve().parent / "queuectl.py"
+SCRIPT = (sys.executable, PROGRAM)
+LINUX = sys.platform.startswith("linux")
+FULL = os.environ.get("QUEUECTL_TEST_FULL") == "1"
+ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="drives /bin/sh, signals and terminals"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Queue.look
+]
+linux = pytest.mark.skipif(not LINUX, reason="looks into /proc or /dev/full, or uses setsid(1)")
+full = pytest.mark.skipif(not FULL, reason="takes long: set QUEUECTL_TEST_FULL=1")
+
+
+def can_unshare() -> bool:
+    try:
+        return (
+            subprocess.run(["unshare", "--mount", "--pid", "--fork", "true"], stderr=subprocess.DEVNULL).returncode == 0
+        )
+    except OSError:
+        return False
+
+
+containers = pytest.mark.skipif(not (LINUX and ROOT and can_unshare()), reason="makes namespaces, as root of Linux may")
+not_root = pytest.mark.skipif(ROOT, reason="root may read and write everything")
+
+Word = Union[str, bytes, Path]
+Job = Dict[str, Any]
+UNCHANGED: Mapping[str, Any] = {}
+
+JOB_FIELDS = {
+    "id", "command", "state", "queue", "priority", "run_at", "timeout_seconds", "attempts", "max_retries",
+    "backoff_base", "cwd", "env", "created_at", "updated_at", "started_at", "finished_at", "next_retry_at",
+    "exit_code", "last_error", "locked_by", "locked_at",
+}  # fmt: skip
+RUN_FIELDS = {
+    "run", "attempt", "state", "started_at", "finished_at", "duration_seconds", "exit_code", "error", "worker",
+    "stdout", "stderr",
+}  # fmt: skip
+STATES = ("pending", "processing", "completed", "failed", "dead")
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
+# =====================================================================================================
+# harness: run the program, keep what it said, wait for what it does, leave nothing behind
+# =====================================================================================================
+
+
+class Result(NamedTuple):
+    """One finished command."""
+
+    args: tuple[Word, ...]
+    code: int
+    out: str
+    err: str
+
+    def __repr__(self) -> str:
+        words = " ".join(shlex.quote(shorten(os.fsdecode(word), 300)) for word in self.args)
+        return f"$ {words}\n[exit {self.code}]\n--- stdout\n{shorten(self.out)}\n--- stderr\n{shorten(self.err)}"
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def raw(self) -> bytes:
+        """What stood on stdout, byte by byte."""
+        return self.out.encode("utf-8", "surrogateescape")
+
+
+def shorten(text: str, limit: int = 3000) -> str:
+    """`text`, without its middle if it is long."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} …({len(text) - limit} characters)… {text[-limit // 2 :]}"
+
+
+def decode(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def wait_for(condition: Callable[[], Any], timeout: float = 20, what: str = "a condition", every: float = 0.03) -> Any:
+    """Ask until `condition` is true, and return what it said; past the deadline the test fails."""
+    __tracebackhide__ = True
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout} s for {what}; the last answer was {value!r}")
+        time.sleep(every)
+
+
+def moment(text: str) -> float:
+    """The time that queuectl shows as 2026-01-31T10:00:00.000Z, in seconds."""
+    assert TIME.fullmatch(text), text
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file there (not pipes and the like), but for locks and logs that say nothing."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.stat().st_size}
+
+
+class Process(NamedTuple):
+    pid: int
+    command: str
+
+
+def read_proc(pid: str, name: str) -> bytes:
+    try:
+        return Path("/proc", pid, name).read_bytes()
+    except OSError:
+        return b""
+
+
+def links(pid: str) -> Iterator[bytes]:
+    """Where a process stands, and the files it has open."""
+    try:
+        names = ["cwd"] + ["fd/" + fd for fd in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:
+        return
+    for name in names:
+        try:
+            yield os.fsencode(os.readlink(f"/proc/{pid}/{name}")) + b"/"
+        except OSError:
+            pass
+
+
+def clock_ticks() -> int:
+    """Now, as /proc/PID/stat tells when a process began."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")) if LINUX else 0
+
+
+def processes_of(folder: Path, since: int) -> list[Process]:
+    """Live processes that carry `folder` in environment, command line, working folder or open files (Linux)."""
+    if not LINUX:
+        return []
+    mark, found = os.fsencode(folder) + b"/", []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        status = read_proc(pid, "stat").rpartition(b")")[2].split()
+        if not status or status[0] in b"ZX" or int(status[19]) < since:
+            continue
+        command = read_proc(pid, "cmdline")
+        if mark in read_proc(pid, "environ") or mark in command or any(link.startswith(mark) for link in links(pid)):
+            found.append(Process(int(pid), decode(command).replace("\0", " ")))
+    return found
+
+
+class Background:
+    """A command that runs beside the test; what it prints goes to two files."""
+
+    def __init__(self, words: Sequence[Word], logs: Path, env: dict[str, str], cwd: Path) -> None:
+        self.words = tuple(words)
+        self.files = (logs.with_suffix(".out"), logs.with_suffix(".err"))
+        with open(self.files[0], "wb") as out, open(self.files[1], "wb") as err:
+            self.process = subprocess.Popen(
+                self.words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env, cwd=str(cwd),
+                start_new_session=True,
+            )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"(in the background) {Result(self.words, self.process.poll(), self.out, self.err)!r}"  # type: ignore
+
+    @property
+    def out(self) -> str:
+        return decode(self.files[0].read_bytes())
+
+    @property
+    def err(self) -> str:
+        return decode(self.files[1].read_bytes())
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = 20) -> int:
+        """Its exit code, once it has ended by itself."""
+        __tracebackhide__ = True
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pass
+        pytest.fail(f"still running after {timeout} s: {self!r}")
+
+    def stop(self) -> int:
+        """Ask it to finish, and wait until it has."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+
+class Terminal(Background):
+    """A command at a terminal of its own (a pseudo-terminal that it controls)."""
+
+    # Between fork and exec, so that this process needs no preexec_fn: a new session, and its terminal.
+    LOGIN = (
+        "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+
+    def __init__(
+        self, words: Sequence[Word], env: dict[str, str], cwd: Path, columns: int = 80, rows: int = 24
+    ) -> None:
+        import fcntl
+        import pty
+        import termios
+
+        self.words = tuple(words)
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.LOGIN, *self.words],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=env,
+            cwd=str(cwd),
+        )
+        os.close(slave)
+        self.received = b""
+        self.reader = threading.Thread(target=self.read_all, daemon=True)
+        self.reader.start()
+
+    def read_all(self) -> None:
+        while True:
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:
+                return
+            if not data:
+                return
+            self.received += data
+
+    @property
+    def out(self) -> str:
+        return self.received.decode("utf-8", "replace").replace("\r\n", "\n")
+
+    @property
+    def err(self) -> str:
+        return ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def hang_up(self) -> None:
+        """Close the window: who is at this terminal gets SIGHUP, and errors from then on."""
+        if self.master >= 0:
+            os.close(self.master)
+            self.master = -1
+
+
+class Queue:
+    """A queue in folders of its own, and the program that works on it: `q("enqueue", "echo hi")`."""
+
+    program: Sequence[Word] = SCRIPT  # see `installed`
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.born = folder, clock_ticks() - 1
+        self.home, self.work, self.db = folder / "home", folder / "work", folder / "queue" / "queue.db"
+        for path in (self.home, self.work, self.db.parent):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.env = self.environment()
+        self.background: list[Background] = []
+        self.may_leave = False  # set by a test whose completed jobs leave daemons on purpose
+
+    def environment(self) -> dict[str, str]:
+        """That of pytest, without what would change how queuectl behaves."""
+        ours = ("QUEUECTL_", "PYTEST_", "PYTHON", "LC_", "LANG", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        env.update(HOME=str(self.home), QUEUECTL_DB=str(self.db), TERM="xterm-256color", PYTHONDONTWRITEBYTECODE="1")
+        env["LC_ALL"] = "C.UTF-8" if LINUX else "en_US.UTF-8"
+        return env
+
+    def with_env(self, changes: Mapping[str, Any]) -> dict[str, str]:
+        """The environment with these changes; None removes a variable."""
+        merged = {**self.env, **changes}
+        return {name: str(value) for name, value in merged.items() if value is not None}
+
+    # Running
+
+    def run(
+        self, words: Sequence[Word], stdin: str = "", env: Mapping[str, Any] = UNCHANGED, cwd: Any = None
+    ) -> Result:
+        """Any program, to its end."""
+        try:
+            done = subprocess.run(
+                words, input=stdin.encode("utf-8", "surrogateescape"), capture_output=True, timeout=120,
+                env=self.with_env(env), cwd=str(cwd or self.work),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            pytest.fail(f"no end after 120 s: {Result(tuple(words), -1, repr(error.stdout), repr(error.stderr))}")
+        result = Result(tuple(words), done.returncode, decode(done.stdout), decode(done.stderr))
+        print(result)
+        return result
+
+    def __call__(self, *args: Word, code: Any = 0, **options: Any) -> Result:
+        """queuectl with these arguments; `code` is the exit code it must have, or several, or None for any."""
+        __tracebackhide__ = True
+        result = self.run([*self.program, *args], **options)
+        wanted = code if isinstance(code, tuple) else (code,)
+        if code is not None and result.code not in wanted:
+            pytest.fail(f"exit {result.code}, expected {code}\n{result!r}")
+        if "QUEUECTL_DEBUG" not in options.get("env", {}):
+            assert "Traceback (most recent call last)" not in result.err, result
+        return result
+
+    def fails(self, *args: Word, code: Any = 1, **options: Any) -> Result:
+        """A command that must fail as all do: nothing on stdout, one line on stderr that begins alike."""
+        result = self(*args, code=code, **options)
+        assert result.out == "", result
+        assert re.fullmatch(r"queuectl: error: [^\n]+\n", result.err), result
+        return result
+
+    def bash(self, script: str, code: Any = 0, **options: Any) -> Result:
+        """A script in which `queuectl` is the program."""
+        result = self.run(["bash", "-c", define(self.program) + script], **options)
+        assert code is None or result.code == code, result
+        return result
+
+    def start(self, *args: Word, env: Mapping[str, Any] = UNCHANGED, cwd: Any = None) -> Background:
+        """queuectl in the background."""
+        return self.launch([*self.program, *args], env, cwd)
+
+    def launch(self, words: Sequence[Word], env: Mapping[str, Any] = UNCHANGED, cwd: Any = None) -> Background:
+        logs = self.folder / f"background{len(self.background)}"
+        self.background.append(Background(words, logs, self.with_env(env), cwd or self.work))
+        return self.background[-1]
+
+    def terminal(self, *args: Word, columns: int = 80, env: Mapping[str, Any] = UNCHANGED) -> Terminal:
+        """queuectl at a terminal, in the background."""
+        terminal = Terminal([*self.program, *args], self.with_env(env), self.work, columns=columns)
+        self.background.append(terminal)
+        return terminal
+
+    def at_terminal(self, *args: Word, columns: int = 80, env: Mapping[str, Any] = UNCHANGED) -> str:
+        """What queuectl shows at a terminal, to its end (exit 0)."""
+        terminal = self.terminal(*args, columns=columns, env=env)
+        assert terminal.wait() == 0, terminal
+        terminal.reader.join(5)
+        return terminal.out
+
+    def pool(self, *args: Word, **options: Any) -> Background:
+        """`worker start` in the background, ready to work."""
+        before = self.workers()
+        pool = self.start("worker", "start", *args, **options)
+        self.wait_ready(pool, before + (int(str(args[args.index("--count") + 1])) if "--count" in args else 1))
+        return pool
+
+    def wait_ready(self, pool: Background, workers: int) -> None:
+        def ready() -> bool:
+            assert not pool.ended, pool
+            return self.workers() >= workers
+
+        wait_for(ready, what=f"{workers} live workers")
+
+    def drain(self, *args: Word, code: Any = 0, **options: Any) -> Result:
+        """Work on everything there is to its end."""
+        return self("worker", "start", "--drain", *args, code=code, **options)
+
+    # Preparing and looking. There is much of both, and starting Python takes most of its time: so a fork of this
+    # process does it, which has the program imported. What the commands do for users is tested as users call them.
+
+    def quick(self, *args: str) -> str:
+        """What a command prints that has to succeed and isn't the one under test."""
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            self.answer(write, args)
+        os.close(write)
+        with open(read, encoding="utf-8") as pipe:
+            text = pipe.read()
+        status = os.waitpid(child, 0)[1]
+        print(f"$ … {' '.join(map(shlex.quote, args))}\n{shorten(text, 1000)}")
+        assert status == 0, f"queuectl {args} ended with status {status}"
+        return text
+
+    def answer(self, output: int, args: Sequence[str]) -> NoReturn:
+        """In the forked child: the program's main, its results to `output`, and the end."""
+        code = 3
+        try:
+            os.chdir(str(self.work))
+            os.environ.clear()
+            os.environ.update(self.env)
+            os.dup2(output, 1)
+            sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115
+            sys.stderr = open(2, "w", encoding="utf-8")  # noqa: SIM115
+            code = queuectl.main(list(args))
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+
+    def add(self, command: str, *options: str) -> str:
+        """Enqueue one shell command; its id."""
+        return self.quick("enqueue", "--quiet", *options, "--", command).rstrip("\n")
+
+    def load(self, jobs: Sequence[Any], *options: str) -> list[str]:
+        """Enqueue many, each a command or the fields of a job, in one call; their ids."""
+        file = self.folder / "jobs.json"
+        lines = [json.dumps(job if isinstance(job, dict) else {"command": job}) for job in jobs]
+        file.write_text("\n".join(lines) + "\n")
+        return self.quick("enqueue", "--quiet", "--file", str(file), *options).splitlines()
+
+    def set(self, key: str, value: str) -> None:
+        self.quick("config", "set", key, value)
+
+    def look(self, *args: str) -> Any:
+        return json.loads(self.quick(*args, "--json"))
+
+    def jobs(self, *options: str) -> list[Job]:
+        return self.look("list", *options)  # type: ignore[no-any-return]
+
+    def show(self, job: str) -> Job:
+        return self.look("show", job)  # type: ignore[no-any-return]
+
+    def state(self, job: str) -> str:
+        return str(self.show(job)["state"])
+
+    def states(self) -> dict[str, str]:
+        return {job["id"]: job["state"] for job in self.jobs()}
+
+    def status(self) -> dict[str, Any]:
+        return self.look("status")  # type: ignore[no-any-return]
+
+    def workers(self) -> int:
+        return int(self.status()["workers"])
+
+    def counts(self) -> dict[str, int]:
+        """Jobs by state, without those states that have none."""
+        return {state: count for state, count in self.status()["jobs"].items() if count}
+
+    def wait_state(self, job: str, state: str, timeout: float = 20) -> None:
+        wait_for(lambda: self.state(job) == state, timeout, f"{job} to be {state}")
+
+    def wait_file(self, name: str, timeout: float = 20) -> str:
+        """What a job has written to a file, once it has."""
+        wait_for((self.work / name).exists, timeout, f"the file {name}")
+        return (self.work / name).read_text()
+
+    def lines(self, name: str) -> list[str]:
+        path = self.work / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def touch(self, name: str) -> None:
+        (self.work / name).touch()
+
+    # Leaving
+
+    def processes(self) -> list[Process]:
+        return processes_of(self.folder, self.born)
+
+    def left_over(self) -> list[Process]:
+        """What still runs although every pool has ended, after a moment to go."""
+        if self.may_leave or not all(pool.ended for pool in self.background):
+            return []
+        deadline = time.monotonic() + 2
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.processes()
+
+    def close(self) -> None:
+        """End everything that carries this folder; that is an error if its pools had ended and it had not."""
+        left = self.left_over()
+        deadline = time.monotonic() + 10
+        while True:
+            for pool in self.background:
+                if not pool.ended:
+                    pool.process.kill()
+            alive = self.processes()
+            for process in alive:
+                kill(process.pid, signal.SIGKILL)
+            if not alive and all(pool.ended for pool in self.background):
+                break
+            assert time.monotonic() < deadline, f"can't be killed: {alive}"
+            time.sleep(0.02)
+        for pool in self.background:
+            print(pool)
+            if isinstance(pool, Terminal):
+                pool.hang_up()
+        assert not left, f"left behind: {left}"
+
+
+def define(program: Sequence[Word]) -> str:
+    """What makes `queuectl` a command in a script for bash."""
+    return f'queuectl() {{ {" ".join(shlex.quote(str(word)) for word in program)} "$@"; }}\n'
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in read_proc(str(pid), f"task/{pid}/children").split()]
+
+
+def kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installed(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Most tests call the program as `make install` leaves it, compiled and without site-packages: that takes a
+    third of the time. The seeds, and what depends on the environment of Python, run the script itself.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    (folder / "queuectl").write_text(
+        f"import sys\nsys.path.insert(0, {str(PROGRAM.parent)!r})\nfrom queuectl import main\n\n"
+        "if __name__ == '__main__':\n    sys.exit(main())\n"
+    )
+    Queue.program = (sys.executable, "-IS", "-X", f"pycache_prefix={folder}", folder / "queuectl")
+
+
+@pytest.fixture
+def q(tmp_path: Path) -> Iterator[Queue]:
+    queue = Queue(tmp_path)
+    yield queue
+    queue.close()
+
+
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queue]:
+    """A queue for reading alone: a dead job `one`, a completed one and a waiting one."""
+    queue = Queue(tmp_path_factory.mktemp("settled"))
+    dead = {"id": "one", "command": "echo 'a long story' >&2; exit 4", "max_retries": 1, "queue": "mail"}
+    queue.load([dead, "echo fine", {"command": "true", "delay": "1h"}])
+    queue.drain(code=1)
+    yield queue
+    queue.close()
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Queue]:
+    """A second queue, as if on another machine."""
+    queue = Queue(tmp_path / "other")
+    yield queue
+    queue.close()
+
+
+# =====================================================================================================
+# values and store: units of the program, called directly
+# =====================================================================================================
+
+NOW = 1_767_225_600_000  # 2026-01-01T00:00:00Z in milliseconds
+LONGEST = 131071
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("90", 90),
+        ("1.5", 1.5),
+        (".5", 0.5),
+        (7, 7),
+        (0.25, 0.25),
+        ("500ms", 0.5),
+        ("30s", 30),
+        ("5m", 300),
+        ("2h", 7200),
+        ("1d", 86400),
+        ("1h30m", 5400),
+        ("1.5h", 5400),
+        ("1m500ms", 60.5),
+        ("1e2", 100),
+    ],
+)
+def test_durations_are_read(text: Any, seconds: float) -> None:
+    assert queuectl.to_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", " 5", "5 m", "5x", "m", "1h 30m", "--5", "1_0", "nan", "inf", "5m!", True, None, [1]]
+)
+def test_what_is_no_duration_is_refused(text: Any) -> None:
+    with pytest.raises(queuectl.UsageError):
+        queuectl.checked("delay", text)
+
+
+@pytest.mark.parametrize(
+    "text, millis",
+    [
+        ("2026-01-01T00:00:00Z", NOW),
+        ("2026-01-01T00:00:00", NOW),
+        ("2026-01-01 00:00", NOW),
+        ("2026-01-01", NOW),
+        ("2026-01-01T01:00:00+01:00", NOW),
+        ("2025-12-31T19:30:00-0430", NOW),
+        ("2026-01-01T00:00:00.000Z", NOW),
+        ("2026-01-01T00:00:00.0001Z", NOW + 1),
+        ("2026-01-01T00:00:00.123456789Z", NOW + 124),
+        ("1969-12-31T23:59:59.5Z", -500),
+        ("now", NOW),
+        ("now+5m", NOW + 300_000),
+    ],
+)
+def test_times_are_read_and_rounded_up(text: str, millis: int) -> None:
+    assert queuectl.parse_time(text, NOW) == millis
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "tomorrow",
+        "2026-13-01",
+        "2026-02-30T00:00:00Z",
+        "2026-01-01T25:00:00Z",
+        "now-5m",
+        "now+",
+        "2026-01-01T00:00:00Zx",
+        "٢٠٢٦-01-01",
+        "0000-01-01",
+        "0001-01-01T00:00:00+99:99",
+        5,
+    ],
+)
+def test_what_is_no_time_is_refused(text: Any) -> None:
+    with pytest.raises(queuectl.UsageError):
+        queuectl.parse_time(text, NOW)
+
+
+def test_times_are_shown_as_they_are_read() -> None:
+    for millis in (0, 1, NOW, NOW + 999, 253_402_300_799_999):
+        assert queuectl.parse_time(queuectl.show_time(millis), 0) == millis
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0ms"),
+        (0.0066, "7ms"),
+        (0.1, "0.10s"),
+        (0.564, "0.56s"),
+        (12.34, "12.3s"),
+        (59.94, "59.9s"),
+        (60, "1m 0s"),
+        (303, "5m 3s"),
+        (7620, "2h 7m"),
+        (86400, "1d 0h"),
+        (273_600, "3d 4h"),
+        (40_000_000, "462d 23h"),
+    ],
+)
+def test_durations_are_shown(seconds: float, text: str) -> None:
+    assert queuectl.show_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "base, attempts, longest, jitter, chance, seconds",
+    [
+        (2, 1, 3600, 0, 0.5, 2),
+        (2, 2, 3600, 0, 0.5, 4),
+        (2, 3, 3600, 0, 0, 8),
+        (3, 2, 3600, 0, 0, 9),
+        (2, 20, 3600, 0, 0, 3600),
+        (2, 5000, 3600, 0, 0, 3600),
+        (1e6, 5000, 3600, 0, 0, 3600),
+        (0.5, 2, 3600, 0, 0, 0.25),
+        (2, 1, 3600, 0.5, 1, 3),
+        (2, 1, 3600, 0.5, 0, 2),
+        (2, 9999, 10, 1, 0.5, 15),
+        (10, 2, 0, 1, 1, 0),
+    ],
+)
+def test_backoff_grows_to_its_cap(
+    base: float, attempts: int, longest: float, jitter: float, chance: float, seconds: float
+) -> None:
+    assert queuectl.backoff(base, attempts, longest, jitter, chance) == seconds
+
+
+@pytest.mark.parametrize(
+    "ending, attempts, max_retries, outcome",
+    [
+        ("completed", 1, 3, ("completed", 1)),
+        ("failed", 1, 3, ("failed", 1)),
+        ("failed", 3, 3, ("dead", 3)),
+        ("failed", 1, 0, ("dead", 1)),
+        ("failed", 1, 1, ("dead", 1)),
+        ("lost", 2, 3, ("failed", 2)),
+        ("lost", 3, 3, ("dead", 3)),
+        ("stopped", 1, 3, ("pending", 0)),
+        ("stopped", 3, 3, ("pending", 2)),
+        ("cancelled", 1, 3, ("dead", 1)),
+    ],
+)
+def test_what_becomes_of_a_job(ending: str, attempts: int, max_retries: int, outcome: tuple[str, int]) -> None:
+    assert queuectl.settle(ending, attempts, max_retries) == outcome
+
+
+@pytest.mark.parametrize(
+    "text, fields",
+    [
+        ('{"command":"a"}', {"command": "a"}),
+        ('{\\"command\\":\\"a\\"}', {"command": "a"}),
+        ('{ \\"command\\":\\"echo \\\\\\"x\\\\\\"\\"}', {"command": 'echo "x"'}),
+        ("{command:a}", {"command": "a"}),
+        ("{id:j,command:echo a, b: c,priority:3}", {"id": "j", "command": "echo a, b: c", "priority": "3"}),
+        ("{cmd:a,timeout:null}", {"cmd": "a", "timeout": None}),
+        (' {"command":"a"} ', {"command": "a"}),
+    ],
+)
+def test_objects_are_understood_where_they_are_unambiguous(text: str, fields: Job) -> None:
+    assert queuectl.read_object(text) == fields
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}x",
+        "{ a; b; }",
+        '{command:"a"}',
+        "{command:a,command:b}",
+        "{command:}",
+        "{'command':'a'}",
+        '{"a":' * 100_000,
+        "{nothing:1}",
+    ],
+)
+def test_objects_that_would_be_a_guess_are_refused(text: str) -> None:
+    with pytest.raises(queuectl.UsageError):
+        queuectl.read_object(text)
+
+
+def test_options_win_over_json_whatever_the_field_is_called() -> None:
+    text = '{"cmd":"a","timeout":5,"run_at":"2020-01-01","env":{"A":"1","B":"1"}}'
+    draft = queuectl.read_job(text, NOW, LONGEST, {"timeout": "7", "delay": "1s", "env": {"B": "2"}})
+    assert (draft["timeout_seconds"], draft["run_at"], draft["env"]) == (7, NOW + 1000, {"A": "1", "B": "2"})
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("plain é ✓", "plain é ✓"),
+        ("a\tb\nc", "a\\tb\\nc"),
+        ("\x1b[31m", "\\x1b[31m"),
+        ("a\u202eb", "a\\u202eb"),
+        ("\x9b", "\\x9b"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_characters_that_act_are_shown_escaped(text: str, shown: str) -> None:
+    assert queuectl.clean(text) == shown
+
+
+def test_wide_and_combining_characters_keep_a_table_in_line() -> None:
+    lines = queuectl.table(("A", "B"), [("日本", "x"), ("e\u0301", "y"), ("plain", "z")], 0, False)
+    assert [queuectl.text_width(line.rpartition(" ")[0]) for line in lines] == [6, 6, 6, 6]
+
+
+@pytest.mark.parametrize("width", [10, 20, 40, 80, 200])
+def test_a_table_fits_the_terminal(width: int) -> None:
+    rows = [("0123456789", "completed", "1/3", "default", "10", "5m 3s ago", "echo " + "x" * 300)] * 3
+    lines = queuectl.table(queuectl.JOB_HEAD, rows, width, False)
+    assert max(map(queuectl.text_width, lines)) <= max(width, 7 * 4 + 12)
+
+
+# The store alone, with a clock of its own.
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Any]:
+    store = queuectl.Store(str(tmp_path / "queue.db"), patience=2)
+    with store.transaction():
+        store.add_pool("pool", 1, [], None, NOW)
+    yield store
+    store.close()
+
+
+def put(store: Any, now: int = NOW, **fields: Any) -> None:
+    draft = dict(dict.fromkeys(queuectl.GIVEN_FIELDS), command="true", cwd="/", **fields)
+    with store.transaction():
+        store.add([draft], store.settings(), "/bin", 0o22, now)
+
+
+def take(store: Any, now: int = NOW, queues: Sequence[str] = ()) -> Any:
+    with store.transaction():
+        return store.claim("pool-1", "pool", 0, queues, now)
+
+
+def end(store: Any, job: Any, ending: str, now: int, retry_at: int = 0) -> str:
+    ended = queuectl.Ended(job, ending, 0, None, now, 0.1, b"out", b"", "pool-1")
+    with store.transaction():
+        return str(store.record(ended, retry_at, "pool"))
+
+
+def test_claims_go_by_priority_then_by_arrival_over_all_queues(store: Any) -> None:
+    for name, priority, queue in (("a", 10, "x"), ("b", 1, "y"), ("c", 10, "x"), ("d", 1, "x"), ("e", -5, "z")):
+        put(store, id=name, priority=priority, queue=queue)
+    assert [take(store).id for _ in range(5)] == ["e", "b", "d", "a", "c"]
+    assert take(store) is None
+
+
+def test_claims_keep_to_the_queues_of_a_worker(store: Any) -> None:
+    put(store, id="a", queue="x")
+    put(store, id="b", queue="y")
+    assert take(store, queues=["y", "nowhere"]).id == "b"
+    assert take(store, queues=["y"]) is None
+
+
+def test_a_job_waits_for_its_time_and_not_longer(store: Any) -> None:
+    put(store, run_at=NOW + 1000)
+    assert store.ready([], NOW + 999) == (False, NOW + 1000)
+    assert take(store, NOW + 999) is None
+    assert store.ready([], NOW + 1000)[0]
+    assert take(store, NOW + 1000) is not None
+
+
+def test_many_jobs_due_at_once_are_made_ready_in_parts(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts = [dict(dict.fromkeys(queuectl.GIVEN_FIELDS), command="true", cwd="/", run_at=NOW + 1)] * 25_000
+    with store.transaction():
+        store.add(drafts, store.settings(), "/bin", 0o22, NOW)
+    assert [take(store, NOW + 1) is None for _ in range(3)] == [True, True, False]
+
+
+def test_a_run_is_recorded_once(store: Any) -> None:
+    put(store, id="a")
+    job = take(store)
+    assert end(store, job, "failed", NOW + 5, NOW + 2000) == "failed"
+    assert end(store, job, "completed", NOW + 6) == ""
+    shown = store.find("a")
+    assert (shown["state"], shown["attempts"], shown["next_retry_at"]) == ("failed", 1, NOW + 2000)
+    assert len(list(store.runs(shown["seq"]))) == 1
+
+
+def test_a_late_record_does_not_touch_the_next_run(store: Any) -> None:
+    put(store, id="a")
+    first = take(store)
+    end(store, first, "lost", NOW, NOW)
+    second = take(store, NOW + 1)
+    assert (second.seq, second.runs) == (first.seq, 2)
+    assert end(store, first, "completed", NOW + 2) == ""
+    assert store.find("a")["state"] == "processing"
+
+
+def test_a_retry_is_due_when_the_clock_was_set_back(store: Any) -> None:
+    put(store)
+    end(store, take(store), "failed", NOW, NOW + 2000)
+    day_before = NOW - 86_400_000
+    assert take(store, day_before) is None
+    with store.transaction():
+        store.make_ready_after_clock_step(day_before)
+    assert take(store, day_before) is not None
+
+
+def test_the_counts_agree_with_the_jobs_whatever_happens(store: Any) -> None:
+    for name in "abcdef":
+        put(store, id=name, max_retries=2)
+    for ending in ("completed", "failed", "cancelled", "stopped"):
+        end(store, take(store), ending, NOW, NOW + 50)
+    with store.transaction():
+        store.cancel_waiting(store.find("f")["seq"], NOW)
+        store.delete(store.find("a")["seq"])
+        store.retry(store.find("c")["seq"], NOW)
+    counted = dict.fromkeys(queuectl.STATES, 0)
+    for job in store.jobs([], None):
+        counted[job["state"]] += 1
+    assert store.counts() == counted
+    assert sum(counted.values()) == 5
+
+
+def test_an_id_that_is_drawn_twice_is_drawn_again(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter(["0" * 10, "0" * 10, "0" * 10, "1" * 10])
+    monkeypatch.setattr(queuectl, "_draw_ids", lambda count: [next(drawn) for _ in range(count)])
+    put(store)
+    put(store)
+    assert {job["id"] for job in store.jobs([], None)} == {"0" * 10, "1" * 10}
+
+
+def test_a_failed_transaction_changes_nothing_and_frees_the_mutex(store: Any) -> None:
+    with pytest.raises(ZeroDivisionError):
+        with store.transaction():
+            store.set_setting("priority", 3)
+            raise ZeroDivisionError
+    assert store.settings()["priority"] == 10
+    put(store)
+
+
+def test_a_writer_gives_up_after_its_patience(store: Any) -> None:
+    second = queuectl.Store(store.path, patience=0.3)
+    with store.transaction():
+        with pytest.raises(queuectl.Unavailable, match="another process"):
+            second.begin()
+    second.close()
+
+
+def test_a_foreign_lock_is_told_from_our_own(store: Any) -> None:
+    foreign = sqlite3.connect(store.path, isolation_level=None)
+    foreign.execute("BEGIN IMMEDIATE")
+    store.patience = 0.1
+    with pytest.raises(queuectl.Unavailable, match="another program"):
+        store.begin()
+    foreign.execute("ROLLBACK")
+    foreign.close()
+    put(store)
+
+
+def test_claims_and_status_read_only_indexes(store: Any) -> None:
+    """A claim, and all that an idle worker and `status` read, must not depend on the number of jobs."""
+    for statement, values in (
+        (queuectl.NEXT_READY, ("x",)),
+        (queuectl.ANY_READY, ("x",)),
+        (queuectl.EARLIEST_DUE, ()),
+        (queuectl.HELD_JOBS, ()),
+        (queuectl.OLDEST_WAITING, ()),
+        (queuectl.NEXT_DUE, ()),
+        (queuectl.select_jobs(["dead"], None, True, 50), (0, "dead")),
+    ):
+        plan = " ".join(row[3] for row in store.db.execute("EXPLAIN QUERY PLAN " + statement, values))
+        assert "USING" in plan and "INDEX" in plan and "TEMP B-TREE" not in plan, (statement, plan)
+
+
+def test_a_database_is_migrated_by_one_of_many_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "queue.db"
+    queuectl.Store(str(path)).close()
+    monkeypatch.setattr(queuectl, "MIGRATIONS", (*queuectl.MIGRATIONS, ("CREATE TABLE extra (a)", "broken")))
+    monkeypatch.setattr(queuectl, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(queuectl, "SET_VERSION", "PRAGMA user_version = 2")
+    with pytest.raises(queuectl.QueueError):
+        queuectl.Store(str(path))
+    monkeypatch.setattr(queuectl, "MIGRATIONS", (queuectl.MIGRATIONS[0], ("CREATE TABLE extra (a)",)))
+    opened = [queuectl.Store(str(path)) for _ in range(3)]
+    assert opened[0].db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'extra'").fetchone() == (1,)
+    assert opened[0].db.execute("PRAGMA user_version").fetchone() == (2,)
+    for each in opened:
+        each.close()
+
+
+def test_a_slot_that_a_daemon_holds_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "queue.db.d").mkdir()
+    slot, same = (queuectl.Slot(str(tmp_path / "queue.db"), "pool-1", 0) for _ in range(2))
+    assert slot.open()
+    daemon = subprocess.Popen(["sleep", "30"], stderr=slot.fds[1])
+    try:
+        slot.clear()
+        assert not same.open()
+    finally:
+        daemon.kill()
+        daemon.wait()
+    assert same.open()
+    same.close()
+
+
+def test_output_that_is_too_long_keeps_head_and_tail(tmp_path: Path) -> None:
+    (tmp_path / "queue.db.d").mkdir()
+    slot = queuectl.Slot(str(tmp_path / "queue.db"), "pool-1", 0)
+    assert slot.open()
+    data = bytes(range(256)) * 400
+    os.write(slot.fds[0], data)
+    out, err = slot.read(1024)
+    assert out == data[:512] + b"\n[queuectl: %d bytes left out here]\n" % (len(data) - 1024) + data[-512:]
+    assert err == b""
+    assert slot.read(len(data))[0] == data
+    slot.bound(1024)
+    assert slot.read(1024)[0] == out
+    assert os.fstat(slot.fds[0]).st_blocks * 512 < len(data) / 2
+    slot.close()
+
+
+# The architecture itself.
+
+SECTIONS = ("Vocabulary", "Values", "Platform", "SQL", "Store", "Runner", "Worker", "Pool", "Views", "Commands", "main")
+
+
+def sections() -> dict[str, str]:
+    """The text of each section, by the word that follows the bar of its banner."""
+    parts = re.split(r"^# ═══ (\w+) ═══.*$", PROGRAM.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_the_sections_stand_in_the_order_of_the_contents() -> None:
+    assert tuple(sections()) == SECTIONS
+    contents = re.findall(r"^    (\w+)  +\w", str(queuectl.__doc__).partition("Contents")[2], re.MULTILINE)
+    assert tuple(contents) == SECTIONS
+
+
+@pytest.mark.parametrize(
+    "word, allowed",
+    [
+        (r"\bsqlite3\.", ("Store",)),
+        (r"\bposix_spawn\b|\bfcntl\b|\bctypes\b|\bmsvcrt\b", ("Platform",)),
+        (r"\bos\.name\b", ("Platform",)),
+        (r"\bos\.kill\b", ("Platform", "main")),
+        (r"\bmultiprocessing\.", ("Pool",)),
+        (r"\bSELECT\b|\bUPDATE\b|\bDELETE\b", ("SQL",)),
+        (r"\bsys\.exit\b", ("Worker", "main")),
+        (r"\bargparse\.", ("main",)),
+        (r"\bprint\(", ("Pool",)),
+    ],
+)
+def test_each_outside_thing_has_one_gateway(word: str, allowed: Sequence[str]) -> None:
+    assert [name for name, text in sections().items() if re.search(word, without_comments(text))] in (
+        list(allowed),
+        [],
+    )[:1]
+
+
+def without_comments(text: str) -> str:
+    return re.sub(r'#.*|"""[\s\S]*?"""', "", text)
+
+
+def test_calls_go_upward_only() -> None:
+    tree = ast.parse(PROGRAM.read_text(encoding="utf-8"), feature_version=(3, 8))
+    where = {node.name: node.lineno for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    later = [
+        f"{node.name} uses {name.id}"
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name)
+        and isinstance(name.ctx, ast.Load)
+        and where.get(name.id, 0) > (node.end_lineno or 0)
+    ]
+    assert later == []
+
+
+def test_only_what_every_command_needs_is_imported_at_the_top() -> None:
+    tree = ast.parse(PROGRAM.read_text(encoding="utf-8"))
+    names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    assert names == {"argparse", "json", "os", "re", "signal", "sqlite3", "sys", "time"}
+
+
+def test_functions_are_short() -> None:
+    tree = ast.parse(PROGRAM.read_text(encoding="utf-8"))
+    sizes = sorted(
+        (node.end_lineno or 0) - node.lineno + 1 for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+    )
+    assert sizes[len(sizes) // 2] <= 12
+    assert sizes[-1] <= 60
+
+
+def test_no_sql_is_newer_than_sqlite_3_8_3() -> None:
+    text = sections()["SQL"]
+    assert not re.search(
+        r"RETURNING|ON CONFLICT|\bOVER\b|\bSTRICT\b|json_|->>|IIF\(|NULLS (FIRST|LAST)|\bFILTER\b", text
+    )
+
+
+def test_importing_it_runs_nothing_and_leaves_the_heavy_modules_alone() -> None:
+    heavy = "{'subprocess', 'multiprocessing', 'typing', 'logging', 'tempfile', 'uuid'}"
+    code = f"import sys, queuectl; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-S", "-B", "-c", code], cwd=str(PROGRAM.parent), stdout=subprocess.PIPE, check=True
+    )
+    if sys.version_info < (3, 12):
+        assert done.stdout == b"[]\n"
+
+
+# =====================================================================================================
+# saboteur jobs: what a night's work may contain
+# =====================================================================================================
+
+# Says that it began, goes on when the file `go` appears, says that it ended.
+GATE = "touch started; until [ -e go ]; do sleep 0.03; done; touch ended"
+# The same, with time for a signal to arrive everywhere after the gate is open.
+SLOW_GATE = "touch started; until [ -e go ]; do sleep 0.03; done; sleep 0.5; touch ended"
+HANG = "touch started; exec sleep 300"
+KILL_WORKER = "kill -9 $PPID; exec sleep 300"
+KILL_WORKER_ONCE = 'echo run >>runs; if [ "$QUEUECTL_ATTEMPT" = 1 ]; then kill -9 $PPID; exec sleep 300; fi'
+IGNORE_TERM = "trap '' TERM; touch started; while :; do sleep 0.1; done"
+FLOOD = "exec yes"
+
+# A tree in which every process ignores SIGTERM, one has its own session, one is in a pipeline.
+STUBBORN_TREE = (
+    "trap '' TERM; setsid sh -c 'touch child; while :; do sleep 0.1; done' & "
+    "sleep 300 | cat & until [ -e child ]; do sleep 0.03; done; touch started; while :; do sleep 0.1; done"
+)
+# A grandchild in its own session that has closed everything it inherited: only its environment tells whose it is.
+PYTHON_DAEMON = (
+    "import subprocess as s; n=s.DEVNULL; s.Popen(['sleep','300'],stdin=n,stdout=n,stderr=n,start_new_session=True)"
+)
+HIDDEN_GRANDCHILD = f'{shlex.quote(sys.executable)} -IS -c "{PYTHON_DAEMON}"; touch started; '
+# A child that gave up environment, session and files, but not its parent.
+PYTHON_SCRUBBED = "import os; os.setsid(); os.closerange(0, 9999); os.execve('/bin/sleep', ['sleep', '300'], {})"
+SCRUBBED_CHILD = f'{shlex.quote(sys.executable)} -IS -c "{PYTHON_SCRUBBED}" & touch started; sleep 300'
+
+# The first run kills its worker and leaves a process of its own session; the second looks whether that one lives.
+OVERLAP = (
+    'if [ "$QUEUECTL_ATTEMPT" = 1 ]; then '
+    "  setsid sh -c 'echo $$ >old; {prepare} exec sleep 300' & until [ -s old ]; do sleep 0.03; done; sleep 0.1;"
+    "  kill -9 $PPID; exec sleep 300; "
+    "fi; if grep -q '^State:.[^ZX]' /proc/$(cat old)/status 2>/dev/null; then echo overlap; else echo alone; fi"
+)
+
+
+# =====================================================================================================
+# seeds: every queuectl command line of the five documents, run by bash as it stands there
+# =====================================================================================================
+
+Check = Callable[[Queue, Result], None]
+Prepare = Callable[[Queue], None]
+
+
+def unprepared(q: Queue) -> None:
+    pass
+
+
+class Row(NamedTuple):
+    """A line of the documents (numbers in `docs`), what makes it meaningful, and what must come of it."""
+
+    docs: str
+    line: str
+    check: Check
+    prepare: Prepare = unprepared
+    fill: tuple[tuple[str, str], ...] = ()  # what stands in for the document's placeholders
+
+
+def transliterate(line: str) -> str:
+    """The documents call the program by three names; here it has one."""
+    return line.replace("python -m queuectl.cli", "queuectl").replace("python queuectl.py", "queuectl")
+
+
+def enqueues(command: str, count: int = 1, **fields: Any) -> Check:
+    def check(q: Queue, result: Result) -> None:
+        jobs = q.jobs()
+        assert result.out == "".join(f"Enqueued: {job['id']}\n" for job in jobs)
+        assert result.err == ""
+        assert len(jobs) == count
+        expected = dict(command=command, state="pending", attempts=0, **fields)
+        for job in jobs:
+            assert {name: job[name] for name in expected} == expected
+
+    return check
+
+
+def in_a_minute(q: Queue, result: Result) -> None:
+    enqueues("echo Scheduled job", id="job_scheduled")(q, result)
+    assert 40 < moment(q.jobs()[0]["run_at"]) - time.time() < 61
+
+
+def prints(*words: str) -> Check:
+    def check(q: Queue, result: Result) -> None:
+        assert result.err == ""
+        for word in words:
+            assert word in result.out, result
+
+    return check
+
+
+def prints_a_version(q: Queue, result: Result) -> None:
+    assert re.search(r"\d+\.\d+", result.out) and result.err == ""
+
+
+def prints_states(q: Queue, result: Result) -> None:
+    prints(*STATES)(q, Result(result.args, 0, result.out.lower(), result.err))
+
+
+def sets(key: str, value: str) -> Check:
+    def check(q: Queue, result: Result) -> None:
+        assert q("config", "get", key).out == f"{value}\n"
+
+    return check
+
+
+def requeues(job: str) -> Check:
+    def check(q: Queue, result: Result) -> None:
+        shown = q.show(job)
+        assert (shown["state"], shown["attempts"], len(shown["runs"])) == ("pending", 0, 1)
+
+    return check
+
+
+def logs_hello(q: Queue, result: Result) -> None:
+    assert "Hello World" in result.out
+    assert re.search(r"Average runtime: \d+\.\d\ds over 1 runs?\.\n\Z", result.out), result
+
+
+def logs_timeout(q: Queue, result: Result) -> None:
+    assert re.search(r"tim(e|ed)[ -]?out", result.out, re.I)
+    assert re.search(r"Average runtime: 0\.\d\ds over 1 runs?\.\n\Z", result.out), result
+
+
+def exits_well(q: Queue, result: Result) -> None:
+    assert result.err == ""
+
+
+def two_jobs(q: Queue) -> None:
+    q.load([{"id": "job1", "command": "echo Hello World"}, {"id": "job2", "command": "true", "delay": "1h"}])
+
+
+def job1_ran(q: Queue) -> None:
+    two_jobs(q)
+    q.drain()
+
+
+def died(job: str, command: str = "exit 1", *options: str) -> Prepare:
+    def prepare(q: Queue) -> None:
+        q.add(command, "--id", job, "--max-retries", "1", *options)
+        q.drain(code=1)
+
+    return prepare
+
+
+SEEDS = [
+    Row("0", "queuectl --version", prints_a_version),
+    Row("0", 'queuectl enqueue "echo Hello QueueCTL"', enqueues("echo Hello QueueCTL")),
+    Row("0134", "queuectl status", prints_states, two_jobs),
+    Row("0", "queuectl status                         # Stats", prints_states, two_jobs),
+    Row("013", "queuectl list --state completed", prints("job1", "echo Hello World"), job1_ran),
+    Row("04", "queuectl list --state <state>", prints("job1"), two_jobs, (("<state>", "pending"),)),
+    Row("2", "python queuectl.py list", prints("job1", "job2"), two_jobs),
+    Row("0", "queuectl list                           # All jobs", prints("job1", "job2"), two_jobs),
+    Row("2", "python queuectl.py list --state pending", prints("job1", "job2"), two_jobs),
+    Row("4", "queuectl list --state pending", prints("job1", "job2"), two_jobs),
+    Row(
+        "1",
+        "python -m queuectl.cli list --state 'state_name'",
+        prints("job1"),
+        job1_ran,
+        (("state_name", "completed"),),
+    ),
+    Row("0", 'queuectl enqueue "cmd"', enqueues("cmd")),
+    Row("0", 'queuectl enqueue "cmd"                  # Add job', enqueues("cmd")),
+    Row(
+        "0",
+        r"""queuectl enqueue '{\"id\":\"job1\",\"command\":\"echo test\",\"max_retries\":5}'""",
+        enqueues("echo test", id="job1", max_retries=5),
+    ),
+    Row("0", r"""queuectl enqueue '{\"id\":\"job1\",\"command\":\"echo test\"}'""", enqueues("echo test", id="job1")),
+    Row(
+        "0",
+        r"""queuectl enqueue '{\"id\":\"api-call\",\"command\":\"python api.py\",\"max_retries\":5}'""",
+        enqueues("python api.py", id="api-call", max_retries=5),
+    ),
+    Row(
+        "0",
+        'for i in {1..10}; do queuectl enqueue "python process.py item"; done',
+        enqueues("python process.py item", count=10),
+    ),
+    Row("0", 'queuectl enqueue "timeout /t 5 /nobreak"', enqueues("timeout /t 5 /nobreak")),
+    Row("0", 'queuectl enqueue "python script.py"', enqueues("python script.py")),
+    Row(
+        "1",
+        """python -m queuectl.cli enqueue '{"id":"job1","command":"echo Hello World"}'""",
+        enqueues("echo Hello World", id="job1", priority=10, max_retries=3),
+    ),
+    Row(
+        "1",
+        """python -m queuectl.cli enqueue '{"id":"job_high","command":"echo High priority job","priority":1}'""",
+        enqueues("echo High priority job", id="job_high", priority=1),
+    ),
+    Row(
+        "1",
+        """python -m queuectl.cli enqueue '{"id":"job_low","command":"echo Low priority job","priority":20}'""",
+        enqueues("echo Low priority job", id="job_low", priority=20),
+    ),
+    pytest.param(
+        Row(
+            "1",
+            """future_time=$(date -u -d '+1 minute' +"%Y-%m-%dT%H:%M:%S")\npython -m queuectl.cli enqueue """
+            '"{"id":"job_scheduled","command":"echo Scheduled job","run_at":"$future_time"}"',
+            in_a_minute,
+        ),
+        marks=linux,  # `date -d` is GNU's
+    ),
+    Row(
+        "1",
+        """python -m queuectl.cli enqueue '{"id":"timeout_job","command":"sleep 10","timeout_seconds":5}'""",
+        enqueues("sleep 10", id="timeout_job", timeout_seconds=5),
+    ),
+    Row("1", "python -m queuectl.cli logs job1", logs_hello, job1_ran),
+    Row(
+        "1",
+        "python -m queuectl.cli logs timeout_job",
+        logs_timeout,
+        died("timeout_job", "sleep 10", "--timeout", "0.3"),
+    ),
+    Row("01234", "queuectl dlq list", prints("job_fail", "exit 1"), died("job_fail")),
+    Row("0", "queuectl dlq list                       # Failed jobs", prints("job_fail"), died("job_fail")),
+    Row("04", "queuectl dlq retry <job-id>", requeues("job4"), died("job4"), (("<job-id>", "job4"),)),
+    Row("0", "queuectl dlq retry api-call", requeues("api-call"), died("api-call")),
+    Row("2", "python queuectl.py dlq retry job4", requeues("job4"), died("job4")),
+    Row("3", "queuectl dlq retry job-fail-123", requeues("job-fail-123"), died("job-fail-123")),
+    Row(
+        "04",
+        "queuectl config set <key> <value>",
+        sets("max_retries", "2"),
+        unprepared,
+        (("<key> <value>", "max_retries 2"),),
+    ),
+    Row("0", "queuectl config set max-retries 5", sets("max_retries", "5")),
+    Row("0", "queuectl config set backoff-base 2", sets("backoff_base", "2"), lambda q: q.set("backoff_base", "7")),
+    Row("123", "queuectl config set max_retries 5", sets("max_retries", "5")),
+    Row("2", "python queuectl.py config set backoff_base 3", sets("backoff_base", "3")),
+    Row("3", "queuectl config set poll_interval_ms 1000", sets("poll_interval_ms", "1000")),
+    Row("4", "queuectl config get <key>", prints("3\n"), unprepared, (("<key>", "max_retries"),)),
+    Row("02", "queuectl config show", prints("max_retries", "backoff_base", "poll_interval_ms")),
+    Row("3", "queuectl config list", prints("max_retries", "backoff_base", "poll_interval_ms")),
+    Row(
+        "2",
+        r'''python queuectl.py enqueue "{\"id\":\"job1\",\"command\":\"echo Hello Deepak\"}"''',
+        enqueues("echo Hello Deepak", id="job1"),
+    ),
+    Row(
+        "2",
+        r'''python queuectl.py enqueue "{\"id\":\"job2\",\"command\":\"echo Task 2 Running...\"}"''',
+        enqueues("echo Task 2 Running...", id="job2"),
+    ),
+    Row(
+        "2",
+        r'''python queuectl.py enqueue "{\"id\":\"job3\",\"command\":\"timeout 3\"}"''',
+        enqueues("timeout 3", id="job3"),
+    ),
+    Row(
+        "2",
+        r"""python queuectl.py enqueue "{\"id\":\"job4\",\"command\":\"notarealcommand\"}"   # To test retry & DLQ""",
+        enqueues("notarealcommand", id="job4"),
+    ),
+    Row("234", "queuectl worker stop", exits_well),
+    Row("3", """queuectl enqueue '{"command":"echo Hello World"}'""", enqueues("echo Hello World")),
+    Row("3", """queuectl enqueue '{"command":"sleep 3"}'""", enqueues("sleep 3")),
+    Row(
+        "3",
+        """queuectl enqueue '{"id":"job-fail-123", "command":"exit 1", "max_retries": 2}'""",
+        enqueues("exit 1", id="job-fail-123", max_retries=2),
+    ),
+    Row(
+        "3", """queuectl enqueue '{"command":"this_command_does_not_exist"}'""", enqueues("this_command_does_not_exist")
+    ),
+    Row("4", """queuectl enqueue '{"command":"echo Hello from Docker"}'""", enqueues("echo Hello from Docker")),
+    Row("4", """queuectl enqueue '{"cmd":...}'""", enqueues("echo hi"), unprepared, (("...", '"echo hi"'),)),
+    Row("4", "queuectl --help", prints("enqueue", "worker", "status", "list", "dlq", "config", "logs")),
+    Row("4", "queuectl worker --help", prints("start", "stop")),
+]
+
+SEED_POOLS = [
+    Row("0", "queuectl worker start --count 2", exits_well),
+    Row("0", "queuectl worker start --count N", exits_well, unprepared, ((" N", " 2"),)),
+    Row("0", "queuectl worker start --count 4", exits_well),
+    Row("0", "queuectl worker start --count 3         # Start workers", exits_well),
+    Row("1", "python -m queuectl.cli worker start --count 3", exits_well),
+    Row("1", "python -m queuectl.cli worker start --count 1", exits_well),
+    Row("2", "start python queuectl.py worker start --count 2", exits_well),  # cmd.exe's `start`
+    Row("3", "queuectl worker start", exits_well),
+    Row("4", "queuectl worker start --count <n>", exits_well, unprepared, (("<n>", "2"),)),
+]
+
+
+def filled(row: Row) -> str:
+    line = transliterate(row.line)
+    for placeholder, value in row.fill:
+        assert placeholder in line
+        line = line.replace(placeholder, value)
+    return line
+
+
+def define_for(q: Queue, row: Row) -> str:
+    """`queuectl` as the document has it: an installed command, or the script."""
+    return define(SCRIPT if "queuectl.py" in row.line else q.program)
+
+
+def row_name(row: Row) -> str:
+    return f"{row.docs}: {transliterate(row.line)[9:60]}"
+
+
+@pytest.mark.parametrize("row", SEEDS, ids=row_name)
+def test_a_line_of_the_documents(q: Queue, row: Row) -> None:
+    row.prepare(q)
+    row.check(q, q.bash(define_for(q, row) + filled(row)))
+
+
+@pytest.mark.parametrize("row", SEED_POOLS, ids=row_name)
+def test_a_pool_of_the_documents_in_one_terminal_and_commands_in_another(q: Queue, row: Row) -> None:
+    line = filled(row)
+    count = int(line.partition("--count ")[2].split(" ")[0] or 1)
+    jobs = q.load(["echo one", "echo two"])
+    pool = q.launch(["bash", "-c", define_for(q, row) + 'start() { "$@"; }\n' + line])
+    wait_for(lambda: q.counts() == {"completed": 2}, what="both jobs to complete")
+    q.wait_ready(pool, count)
+    assert q.workers() == count
+    assert len(q("worker", "list", "--json").json()) == count
+    for job in jobs:
+        assert job in pool.text
+    q("worker", "stop")
+    assert pool.wait() == 0
+    assert q.workers() == 0
+
+
+def test_the_second_documents_session(q: Queue) -> None:
+    """Jobs by priority, a scheduled one, three workers; then status and logs from another terminal."""
+    q.bash(
+        """queuectl enqueue '{"id":"job1","command":"echo Hello World"}'
+        queuectl enqueue '{"id":"job_high","command":"echo High priority job","priority":1}'
+        queuectl enqueue '{"id":"job_low","command":"echo Low priority job","priority":20}'
+        queuectl enqueue '{"id":"job_scheduled","command":"echo Scheduled job","delay":"1h"}'"""
+    )
+    pool = q.pool("--count", "3")
+    wait_for(lambda: q.counts() == {"completed": 3, "pending": 1}, what="all but the scheduled job")
+    starts = {job["id"]: job["started_at"] for job in q.jobs("--state", "completed")}
+    assert starts["job_high"] <= starts["job1"] <= starts["job_low"]
+    assert q.status()["workers"] == 3
+    logs_hello(q, q("logs", "job1"))
+    q("worker", "stop")
+    assert pool.wait() == 0
+
+
+def test_the_third_documents_session_at_its_own_pace(q: Queue) -> None:
+    """With the default settings a command that doesn't exist runs at 0, +2 and +4 s and then is dead."""
+    documented = [row for row in SEEDS if isinstance(row, Row) and row.docs == "2" and "enqueue" in row.line]
+    assert q.bash("\n".join(filled(row) for row in documented)).out.count("Enqueued: job") == 4
+    pool = q.pool("--count", "2")
+    wait_for(lambda: q.counts() == {"completed": 2, "dead": 2}, timeout=40, what="the end of all jobs", every=0.3)
+    dead = q("dlq", "list").out
+    assert "job3" in dead and "job4" in dead
+    job = q.show("job4")
+    assert (job["attempts"], job["exit_code"], job["next_retry_at"]) == (3, 127, None)
+    assert "notarealcommand" in job["last_error"]
+    assert [run["attempt"] for run in job["runs"]] == [1, 2, 3]
+    pauses = [moment(b["started_at"]) - moment(a["finished_at"]) for a, b in zip(job["runs"], job["runs"][1:])]
+    assert 1.99 <= pauses[0] < 3.5 and 3.99 <= pauses[1] < 5.5
+    assert q("logs", "job4").out.endswith("s over 3 runs.\n")
+
+    q("dlq", "retry", "job4")  # while the workers run
+    wait_for(lambda: len(q.show("job4")["runs"]) == 4, what="a fourth run")
+    job = wait_for(lambda: [j for j in q.jobs("--state", "failed") if j["id"] == "job4"], what="job4 to fail again")[0]
+    assert (job["attempts"], job["max_retries"]) == (1, 3)
+    q("worker", "stop")
+    assert pool.wait() == 0
+
+
+def test_the_fourth_documents_session(q: Queue) -> None:
+    """A worker that waits for jobs, failures with a limit of their own, `dlq retry` while it runs."""
+    q.set("backoff_base", "0.1")
+    pool = q.pool()
+    q.bash(
+        """queuectl enqueue '{"command":"echo Hello World"}'
+        queuectl enqueue '{"command":"sleep 0.3"}'
+        queuectl enqueue '{"id":"job-fail-123", "command":"exit 1", "max_retries": 2}'
+        queuectl enqueue '{"command":"this_command_does_not_exist"}'"""
+    )
+    wait_for(lambda: q.counts() == {"completed": 2, "dead": 2}, what="two jobs to complete, two to die")
+    assert "job-fail-123" in q("dlq", "list").out
+    assert q.show("job-fail-123")["attempts"] == 2
+    q("dlq", "retry", "job-fail-123")
+    wait_for(
+        lambda: q.show("job-fail-123")["attempts"] == 2 and len(q.show("job-fail-123")["runs"]) == 4,
+        what="two more runs",
+    )
+    q("worker", "stop")
+    assert pool.wait() == 0
+
+
+def test_the_fifth_documents_check(q: Queue) -> None:
+    """Its validate.sh: two workers and max_retries 2; `dlq retry`; one job and five workers, run once."""
+    q.set("max_retries", "2")
+    q.set("backoff_base", "0.1")
+    _, bad, _ = q.load(["echo fine", "exit 3", "sleep 0.5"])
+    pool = q.pool("--count", "2")
+    wait_for(lambda: q.counts() == {"completed": 2, "dead": 1}, what="the end of all jobs")
+    assert q.state(bad) == "dead" and q.show(bad)["attempts"] == 2
+    q("dlq", "retry", bad)
+    wait_for(lambda: len(q.show(bad)["runs"]) == 4, what="two more runs")
+    assert pool.stop() == 0
+
+    pool = q.pool("--count", "5")
+    race = q.add("echo run >>race; sleep 0.2")
+    q.wait_state(race, "completed")
+    assert q.lines("race") == ["run"]
+    q("worker", "stop")
+    assert pool.wait() == 0
+
+
+def test_the_second_documents_timeout_job(q: Queue) -> None:
+    """Three runs, each ended by its timeout, and `logs` says so (with smaller numbers than the document's)."""
+    q.set("backoff_base", "0.1")
+    q.bash("""queuectl enqueue '{"id":"timeout_job","command":"sleep 10","timeout_seconds":0.4}'""")
+    q.drain(code=1)
+    text = q("logs", "timeout_job").out
+    average = re.search(r"Average runtime: (\d+\.\d\d)s over 3 runs\.\n\Z", text)
+    assert average and 0.4 <= float(average[1]) < 5, text
+    assert re.search(r"tim(e|ed)[ -]?out", text, re.I)
+
+
+# =====================================================================================================
+# enqueue
+# =====================================================================================================
+
+
+def test_enqueue_prints_the_id_and_nothing_else(q: Queue) -> None:
+    result = q("enqueue", "echo hi")
+    (job,) = q.jobs()
+    assert (result.out, result.err) == (f"Enqueued: {job['id']}\n", "")
+
+
+def test_a_new_job_has_the_defaults(q: Queue) -> None:
+    job_id = q.add("echo hi")
+    job = q.jobs()[0]
+    assert set(job) == JOB_FIELDS
+    assert set(q.show(job_id)) == JOB_FIELDS | {"runs"}
+    assert TIME.fullmatch(job["created_at"]) and TIME.fullmatch(job["updated_at"])
+    nothing = {"run_at", "timeout_seconds", "backoff_base", "started_at", "finished_at", "next_retry_at", "exit_code",
+               "last_error", "locked_by", "locked_at"}  # fmt: skip
+    assert {name for name, value in job.items() if value is None} == nothing
+    assert (job["command"], job["state"], job["queue"], job["priority"]) == ("echo hi", "pending", "default", 10)
+    assert (job["attempts"], job["max_retries"], job["cwd"], job["env"]) == (0, 3, str(q.work.resolve()), {})
+
+
+EVERY_FIELD = {
+    "id": "full-job", "command": "echo x", "queue": "mail", "priority": -5, "run_at": "2999-01-31T10:00:00.000Z",
+    "timeout_seconds": 90, "max_retries": 7, "backoff_base": 1.5, "cwd": "/", "env": {"A": "1", "B": "x y"},
+}  # fmt: skip
+EVERY_OPTION = (
+    "--id", "full-job", "--queue", "mail", "--priority=-5", "--run-at", "2999-01-31T10:00:00Z", "--timeout", "1m30s",
+    "--max-retries", "7", "--backoff-base", "1.5", "--cwd", "/", "--env", "A=1", "--env", "B=x y",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [json.dumps(EVERY_FIELD)],
+        [*EVERY_OPTION, "echo x"],
+        ["echo x", *EVERY_OPTION],
+        [*EVERY_OPTION, "echo", "x"],
+        [*EVERY_OPTION, "--", "echo x"],
+        ['{"command":"echo x","id":"other","priority":99,"queue":"q","timeout":1,"max_retries":1}', *EVERY_OPTION],
+    ],
+    ids=["JSON", "options before", "options after", "several words", "two dashes", "options win over JSON"],
+)
+def test_every_field_can_be_given(q: Queue, args: list[str]) -> None:
+    q("enqueue", *args)
+    job = q.jobs()[0]
+    assert {name: job[name] for name in EVERY_FIELD} == EVERY_FIELD
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "value"),
+    [
+        ({"cmd": "echo x"}, "command", "echo x"),
+        ({"command": "echo x", "timeout": 2.5}, "timeout_seconds", 2.5),
+        ({"command": "echo x", "run_at": "2999-01-31T12:00:00+02:00"}, "run_at", "2999-01-31T10:00:00.000Z"),
+        ({"command": "echo x", "run_at": "2999-01-31T10:00:00"}, "run_at", "2999-01-31T10:00:00.000Z"),
+        ({"command": "echo x", "run_at": "2999-01-31T10:00:00.123000Z"}, "run_at", "2999-01-31T10:00:00.123Z"),
+        ({"command": "echo x", "run_at": None, "timeout_seconds": None, "env": None}, "run_at", None),
+        ({"command": "printf 'ü€😀'", "id": "jöb"}, "command", "printf 'ü€😀'"),
+    ],
+    ids=[
+        "cmd",
+        "timeout",
+        "run_at with an offset",
+        "run_at without one",
+        "run_at with microseconds",
+        "nulls",
+        "not ASCII",
+    ],
+)
+def test_other_forms_of_fields(q: Queue, given: Job, field: str, value: Any) -> None:
+    q("enqueue", json.dumps(given, ensure_ascii=False))
+    assert q.jobs()[0][field] == value
+
+
+@pytest.mark.parametrize(
+    ("args", "seconds"),
+    [
+        (["--delay", "90", "true"], 90),
+        (["--delay", "1h30m", "true"], 5400),
+        (["--run-at", "now+5m", "true"], 300),
+        (['{"command":"true","delay":"2h"}'], 7200),
+        (['{"command":"true","delay":1.5}'], 1.5),
+        (['{"command":"true","run_at":"now+1d"}'], 86400),
+    ],
+)
+def test_a_delay_counts_from_now(q: Queue, args: list[str], seconds: float) -> None:
+    before = time.time()
+    q("enqueue", *args)
+    assert before + seconds - 0.01 <= moment(q.jobs()[0]["run_at"]) <= time.time() + seconds + 0.01
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("1.5", 1.5), ("500ms", 0.5), ("30s", 30), ("5m", 300), ("2h", 7200), ("1d", 86400)],
+)
+def test_durations(q: Queue, text: str, seconds: float) -> None:
+    q("enqueue", "--timeout", text, "true")
+    assert q.jobs()[0]["timeout_seconds"] == seconds
+
+
+def test_several_words_are_quoted_safely(q: Queue) -> None:
+    words = ["a b", "$HOME", "it's", "*", "x;touch pwned", "ü", "", "\\n", "-e", "tab\there"]
+    job = q("enqueue", "--quiet", "printf", "%s\\n", *words).out.strip()
+    q.drain()
+    assert q("logs", job, "--stdout").out.split("\n") == [*words, ""]
+    assert not (q.work / "pwned").exists()
+
+
+def test_a_commands_own_options_are_its_own(q: Queue) -> None:
+    q("enqueue", "ls", "-l", "--all", "/tmp")
+    assert q.jobs()[0]["command"] == "ls -l --all /tmp"
+
+
+@pytest.mark.parametrize(
+    "option", [["--priority", "5"], ["--priority=5"], ["--quiet"], ["--db", "other.db"], ["--file", "x"]]
+)
+def test_an_option_after_several_words_is_refused_and_both_forms_shown(q: Queue, option: list[str]) -> None:
+    error = q.fails("enqueue", "echo", "a", *option, code=2).err
+    assert option[0].partition("=")[0] in error
+    assert " -- " in error
+    assert q.counts() == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "command"),
+    [
+        (["--", "echo a --priority 5"], "echo a --priority 5"),
+        (["--", "{ echo a; echo b; }"], "{ echo a; echo b; }"),
+        (["--", '{"command":"echo x"}'], '{"command":"echo x"}'),
+        (["--", "echo", "a", "--priority", "5"], "echo a --priority 5"),
+        (["--", "-x"], "-x"),
+    ],
+)
+def test_after_two_dashes_comes_a_command(q: Queue, args: list[str], command: str) -> None:
+    q("enqueue", *args)
+    job = q.jobs()[0]
+    assert (job["command"], job["priority"]) == (command, 10)
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ('''queuectl enqueue "{"id":"x1","command":"ls"}"''', {"id": "x1", "command": "ls"}),
+        (
+            '''queuectl enqueue "{"id":"x1","command":"sleep 1","priority":5,"max_retries":2}"''',
+            {"id": "x1", "command": "sleep 1", "priority": 5, "max_retries": 2},
+        ),
+        ('''queuectl enqueue "{"command":"echo a, b: c","id":"x1"}"''', {"id": "x1", "command": "echo a, b: c"}),
+        (r"""queuectl enqueue '{\"command\":\"echo a\",\"priority\":3}'""", {"command": "echo a", "priority": 3}),
+    ],
+)
+def test_json_that_a_shell_has_mangled(q: Queue, line: str, fields: Job) -> None:
+    q.bash(line)
+    job = q.jobs()[0]
+    assert {name: job[name] for name in fields} == fields
+
+
+def test_braces_of_the_shell_are_explained(q: Queue) -> None:
+    assert " -- " in q.fails("enqueue", "{ echo a; echo b; }", code=2).err
+
+
+def test_an_unknown_field_is_named_with_the_nearest(q: Queue) -> None:
+    error = q.fails("enqueue", '{"command":"echo x","prioritty":3}', code=2).err
+    assert "prioritty" in error and re.search(r"\bpriority\b", error)
+    assert q.counts() == {}
+
+
+def test_fields_that_only_queuectl_sets_are_ignored(q: Queue) -> None:
+    given = {
+        "command": "true", "state": "dead", "attempts": 9, "created_at": "2020-01-01T00:00:00Z", "updated_at": "x",
+        "started_at": 5, "finished_at": None, "next_retry_at": "never", "exit_code": 3, "last_error": "old",
+        "locked_by": "w", "locked_at": "y",
+    }  # fmt: skip
+    q("enqueue", json.dumps(given))
+    job = q.jobs()[0]
+    assert (job["state"], job["attempts"], job["exit_code"], job["last_error"]) == ("pending", 0, None, None)
+    assert moment(job["created_at"]) > time.time() - 60
+
+
+def test_a_file_of_jobs(q: Queue) -> None:
+    (q.work / "jobs").write_text('echo plain\n\n{"id":"j2","cmd":"echo json","priority":1}\n   \necho "quoted $HOME"')
+    assert q("enqueue", "--file", "jobs").out == "Enqueued: 3 jobs\n"
+    assert [job["command"] for job in q.jobs()] == ["echo plain", "echo json", 'echo "quoted $HOME"']
+    assert q.show("j2")["priority"] == 1
+
+
+def test_a_file_from_stdin_with_options_for_all(q: Queue) -> None:
+    result = q(
+        "enqueue", "--file", "-", "--priority", "3", "--queue", "mail", stdin='echo 1\n{"cmd":"echo 2","priority":9}\n'
+    )
+    assert result.out == "Enqueued: 2 jobs\n"
+    assert [(job["command"], job["priority"], job["queue"]) for job in q.jobs()] == [
+        ("echo 1", 3, "mail"),
+        ("echo 2", 3, "mail"),
+    ]
+
+
+def test_what_list_prints_can_be_enqueued_elsewhere(q: Queue, other: Queue) -> None:
+    q.load([EVERY_FIELD, "true", {"command": "exit 1", "max_retries": 1}, "printf 'ü\\n'; echo \"a,b\""])
+    q.drain(code=1)
+    listed = q("list", "--json").out
+    assert other("enqueue", "--file", "-", stdin=listed).out == "Enqueued: 4 jobs\n"
+    ours, theirs = q.jobs(), other.jobs()
+    for field in (
+        "id",
+        "command",
+        "queue",
+        "priority",
+        "run_at",
+        "timeout_seconds",
+        "max_retries",
+        "backoff_base",
+        "cwd",
+        "env",
+    ):
+        assert [job[field] for job in theirs] == [job[field] for job in ours]
+    assert other.counts() == {"pending": 4}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '{"command":}',
+        '{"command":"x","nope":1}',
+        '{"id":"a b","command":"x"}',
+        "{}",
+        '{"command":"x","priority":"high"}',
+        "echo \udcff",
+    ],
+)
+def test_one_bad_line_and_nothing_is_enqueued(q: Queue, bad: str) -> None:
+    error = q.fails("enqueue", "--file", "-", stdin=f"echo 1\n\necho 3\n{bad}\necho 5\n", code=2).err
+    assert re.search(r"\bline 4\b", error)
+    assert q.counts() == {}
+
+
+def test_quiet_and_json_say_what_was_enqueued(q: Queue) -> None:
+    ids = q("enqueue", "--file", "-", "--quiet", stdin="echo 1\necho 2\n").out.splitlines()
+    assert ids == [job["id"] for job in q.jobs()]
+    added = q("enqueue", "--json", "--id", "third", "echo 3").json()
+    assert [job["id"] for job in added] == ["third"] and set(added[0]) == JOB_FIELDS
+    more = q("enqueue", "--file", "-", "--json", stdin="echo 4\necho 5\n").json()
+    assert [job["command"] for job in more] == ["echo 4", "echo 5"]
+
+
+def test_an_id_that_exists_is_refused_or_skipped(q: Queue) -> None:
+    q("enqueue", "--id", "once", "echo first")
+    assert "once" in q.fails("enqueue", "--id", "once", "echo second").err
+    q("enqueue", "--id", "once", "--if-exists", "skip", "echo third")
+    assert [job["command"] for job in q.jobs()] == ["echo first"]
+
+
+def test_an_id_that_exists_in_a_file(q: Queue) -> None:
+    q("enqueue", "--id", "once", "echo first")
+    lines = '{"id":"new","command":"echo 1"}\n{"id":"once","command":"echo 2"}\n'
+    q.fails("enqueue", "--file", "-", stdin=lines)
+    q.fails("enqueue", "--file", "-", stdin='{"id":"twin","command":"a"}\n{"id":"twin","command":"b"}\n', code=(1, 2))
+    assert [job["id"] for job in q.jobs()] == ["once"]
+    q("enqueue", "--file", "-", "--if-exists", "skip", stdin=lines)
+    assert [(job["id"], job["command"]) for job in q.jobs()] == [("once", "echo first"), ("new", "echo 1")]
+
+
+def test_ended_jobs_keep_their_ids(q: Queue) -> None:
+    q("enqueue", "--id", "once", "true")
+    q.drain()
+    q.fails("enqueue", "--id", "once", "true")
+    q("delete", "once")
+    q("enqueue", "--id", "once", "true")
+
+
+def test_the_longest_id_and_odd_but_legal_ones(q: Queue) -> None:
+    for job in ("x" * 128, "jöb", "a:b", "日本", "#1"):
+        q("enqueue", "--id", job, "true")
+        assert q.show(job)["id"] == job
+
+
+def test_the_variables_of_an_enqueuer_are_taken_by_name(q: Queue) -> None:
+    job = q(
+        "enqueue", "--quiet", "--env", "A=1=2", "--env", "B", "--env", "C=", "true", env={"B": "from here"}
+    ).out.strip()
+    assert q.show(job)["env"] == {"A": "1=2", "B": "from here", "C": ""}
+
+
+def test_a_relative_folder_is_meant_from_here(q: Queue) -> None:
+    (q.work / "sub").mkdir()
+    job = q("enqueue", "--quiet", "--cwd", "sub", "pwd >where").out.strip()
+    q.drain(cwd="/")
+    assert (q.work / "sub" / "where").read_text().strip() == str((q.work / "sub").resolve())
+    assert q.state(job) == "completed"
+
+
+def test_the_longest_command_that_the_system_takes(q: Queue) -> None:
+    if not LINUX:
+        pytest.skip("the limit of 131,071 bytes is Linux's")
+    longest = "true " + "x" * (131_071 - 5)
+    q("enqueue", "--file", "-", stdin=longest + "\n")
+    q.drain()
+    assert q.counts() == {"completed": 1}
+    q.fails("enqueue", "--file", "-", stdin=longest + "x\n", code=2)
+    assert q.counts() == {"completed": 1}
+
+
+def test_a_terminal_is_told_how_to_start_workers(q: Queue) -> None:
+    assert "worker start" in q.at_terminal("enqueue", "true")
+    q.pool()
+    assert "worker start" not in q.at_terminal("enqueue", "true")
+
+
+def test_the_database_is_named_by_option_variable_or_home(q: Queue) -> None:
+    one, two = str(q.folder / "queue" / "one.db"), str(q.folder / "queue" / "two.db")
+    q("--db", one, "enqueue", "--id", "before", "true")
+    q("enqueue", "--db", two, "--id", "after", "true")
+    assert [job["id"] for job in q("list", "--json", "--db", one).json()] == ["before"]
+    assert [job["id"] for job in q(f"--db={two}", "list", "--json").json()] == ["after"]
+    assert q.jobs() == []
+    q("enqueue", "true", env={"QUEUECTL_DB": None})
+    home = q.home / ".queuectl"
+    assert (home / "queue.db").is_file()
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+# =====================================================================================================
+# worker and pool
+# =====================================================================================================
+
+
+def test_drain_works_on_everything_and_tells_of_deaths(q: Queue) -> None:
+    good, bad = q.load(["echo hi", {"command": "echo oops >&2; exit 7", "max_retries": 1}])
+    result = q.drain(code=1)
+    for job in (good, bad):
+        assert (result.out + result.err).count(job) >= 2  # a line for the start and one for the end
+    assert (q.state(good), q.state(bad)) == ("completed", "dead")
+    shown = q.show(bad)
+    assert (shown["attempts"], shown["exit_code"]) == (1, 7)
+    assert "oops" in shown["last_error"]
+    q.drain()  # nothing to do, nobody died meanwhile
+
+
+def test_drain_waits_for_retries_and_not_for_later_jobs(q: Queue) -> None:
+    retried = q.add('[ "$QUEUECTL_ATTEMPT" = 3 ]', "--backoff-base", "0.2")
+    later = q.add("true", "--delay", "1h")
+    q.drain()
+    assert (q.state(retried), q.show(retried)["attempts"], q.state(later)) == ("completed", 3, "pending")
+
+
+def test_what_a_completed_job_tells(q: Queue) -> None:
+    job = q.add("echo out; echo err >&2; sleep 0.1")
+    q.drain()
+    shown = q.show(job)
+    (run,) = shown["runs"]
+    assert set(run) >= RUN_FIELDS
+    assert (shown["state"], shown["attempts"], shown["exit_code"], shown["last_error"]) == ("completed", 1, 0, None)
+    assert (shown["locked_by"], shown["locked_at"], shown["next_retry_at"]) == (None, None, None)
+    assert (run["run"], run["attempt"], run["state"], run["exit_code"], run["error"]) == (1, 1, "completed", 0, None)
+    assert (run["stdout"], run["stderr"]) == ("out\n", "err\n")
+    assert 0.1 <= run["duration_seconds"] < 10
+    assert (
+        moment(shown["created_at"])
+        <= moment(shown["started_at"])
+        < moment(shown["finished_at"])
+        <= moment(shown["updated_at"])
+    )
+    assert run["worker"]
+
+
+def test_what_a_running_job_tells(q: Queue) -> None:
+    job = q.add("echo live; " + GATE)
+    pool = q.pool()
+    q.wait_file("started")
+    shown = q.show(job)
+    assert (shown["state"], shown["attempts"], shown["finished_at"]) == ("processing", 1, None)
+    assert shown["locked_by"] and TIME.fullmatch(shown["locked_at"]) and TIME.fullmatch(shown["started_at"])
+    assert "live" in q("logs", job).out
+    assert job in q("status").out
+    q.touch("go")
+    q.wait_state(job, "completed")
+    assert pool.stop() == 0
+
+
+def test_two_workers_work_at_once(q: Queue) -> None:
+    q.load(["touch a; until [ -e b ]; do sleep 0.03; done", "touch b; until [ -e a ]; do sleep 0.03; done"])
+    q.drain("--count", "2")
+    assert q.counts() == {"completed": 2}
+
+
+def test_lower_priorities_first_and_equal_ones_in_order(q: Queue) -> None:
+    given = [("a", 10), ("b", 1), ("c", 10), ("d", -5), ("e", 1)]
+    q.load([{"command": "echo $QUEUECTL_JOB_ID >>order", "id": name * 4, "priority": number} for name, number in given])
+    q.drain()
+    assert [name[0] for name in q.lines("order")] == ["d", "b", "e", "a", "c"]
+
+
+def test_workers_serve_the_queues_they_are_given(q: Queue) -> None:
+    q.load([{"command": "echo $QUEUECTL_QUEUE >>ran", "queue": name} for name in ("mail", "video", "default", "mail")])
+    q.drain("--queue", "mail")
+    assert q.lines("ran") == ["mail", "mail"]
+    q.drain("--queue", "video", "--queue", "default")
+    assert q.lines("ran") == ["mail", "mail", "video", "default"]
+
+
+def test_without_queues_named_workers_serve_all_by_priority(q: Queue) -> None:
+    q.load(
+        [
+            {"command": "echo $QUEUECTL_QUEUE >>ran", "queue": name, "priority": p}
+            for name, p in (("a", 3), ("b", 1), ("c", 2))
+        ]
+    )
+    q.drain()
+    assert q.lines("ran") == ["b", "c", "a"]
+
+
+def test_max_jobs_ends_the_pool(q: Queue) -> None:
+    q.load(["true"] * 3)
+    q("worker", "start", "--max-jobs", "2")
+    assert q.counts() == {"completed": 2, "pending": 1}
+
+
+@linux
+def test_a_detached_pool(q: Queue) -> None:
+    result = q("worker", "start", "--detach", "--count", "2")
+    assert q.workers() == 2  # it returns when they run
+    assert re.search(r"\d+", result.out), result
+    assert int(re.findall(r"\d+", result.out)[-1]) in [process.pid for process in q.processes()]
+    job = q.add("echo hi")
+    q.wait_state(job, "completed")
+    assert job in (q.db.parent / "queuectl.log").read_text()
+    q("worker", "stop")
+    assert q.workers() == 0
+    wait_for(lambda: not q.processes(), what="the pool to be gone")
+
+
+@linux
+def test_the_log_of_detached_pools_is_rotated(q: Queue) -> None:
+    log = q.db.parent / "queuectl.log"
+    log.write_text("an old line\n" * 1_000_000)
+    q("worker", "start", "--detach")
+    q("worker", "stop")
+    assert "an old line" not in log.read_text()
+    assert len(list(q.db.parent.glob("queuectl.log*"))) == 2
+    wait_for(lambda: not q.processes(), what="the pool to be gone")
+
+
+def test_an_idle_worker_is_woken(q: Queue) -> None:
+    q.set("poll_interval_ms", "60000")
+    pool = q.pool("--count", "2")
+    for _ in range(3):
+        q.wait_state(q.add("true"), "completed")
+    failing = q.add("false", "--max-retries", "2", "--backoff-base", "0.1")
+    q.wait_state(failing, "dead")
+    q("dlq", "retry", failing)
+    wait_for(lambda: len(q.show(failing)["runs"]) == 4, what="two more runs")
+    assert pool.stop() == 0
+
+
+def test_a_job_runs_as_its_enqueuer_would(q: Queue) -> None:
+    """Folder, PATH and umask are those of `enqueue`; the rest of the environment is the worker's, plus its own."""
+    tools, place = q.folder / "tools", q.folder / "place"
+    tools.mkdir()
+    place.mkdir()
+    (tools / "mytool").write_text("#!/bin/sh\necho mine\n")
+    (tools / "mytool").chmod(0o755)
+    script = "umask 027; queuectl enqueue --quiet --env EXTRA=own 'umask; pwd; mytool; echo $WORKER $ENQUEUER $EXTRA'"
+    env = {"PATH": f"{tools}:{q.env['PATH']}", "ENQUEUER": "no", "EXTRA": "no"}
+    job = q.bash(script, env=env, cwd=place).out.strip()
+    q.drain(env={"WORKER": "yes", "EXTRA": "no"}, cwd="/")
+    assert q("logs", job, "--stdout").out.split() == ["0027", str(place.resolve()), "mine", "yes", "own"]
+
+
+def test_the_variables_a_job_sees(q: Queue) -> None:
+    names = ("JOB_ID", "ATTEMPT", "MAX_RETRIES", "QUEUE", "DB", "RUN")
+    command = "echo " + " ".join(f"$QUEUECTL_{name}" for name in names) + '; [ "$QUEUECTL_ATTEMPT" = 2 ]'
+    job = q.add(command, "--id", "see-it", "--queue", "mail", "--max-retries", "5", "--backoff-base", "0.1")
+    q.drain(env={"QUEUECTL_DB": os.path.relpath(q.db, q.work)})
+    seen = [run["stdout"].split() for run in q.show(job)["runs"]]
+    assert [words[:4] for words in seen] == [["see-it", "1", "5", "mail"], ["see-it", "2", "5", "mail"]]
+    assert all(os.path.isabs(words[4]) and os.path.samefile(words[4], q.db) for words in seen)
+    assert seen[0][5] != seen[1][5]
+
+
+def test_a_job_has_empty_stdin(q: Queue) -> None:
+    job = q.add("cat; read line || echo nothing")
+    q("worker", "start", "--drain", stdin="from the worker\n")
+    assert q("logs", job, "--stdout").out == "nothing\n"
+
+
+def test_a_pipeline_ends_when_its_reader_does(q: Queue) -> None:
+    job = q.add("""bash -c 'yes | head -1; echo "${PIPESTATUS[0]}"'""")
+    q.drain()
+    assert q("logs", job, "--stdout").out == "y\n141\n"
+
+
+@linux
+def test_jobs_start_with_default_signal_handling(q: Queue) -> None:
+    """Also when the pool inherited ignored signals, as from nohup."""
+    job = q.add("grep -E '^Sig(Ign|Blk)' /proc/self/status")
+    result = q.bash("trap '' HUP INT PIPE QUIT XFSZ USR1; queuectl worker start --drain")
+    assert result.code == 0
+    masks = [int(line.split()[1], 16) for line in q("logs", job, "--stdout").out.splitlines()]
+    assert [mask & 0x7FFFFFFF for mask in masks] == [0, 0]  # without those that the C library keeps for itself
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [("exit 7", 7), ("kill -9 $$", -9), ("kill -INT $$", -2), ("no-such-tool", 127)]
+)
+def test_exit_codes_of_runs(q: Queue, command: str, code: int) -> None:
+    job = q.add(command, "--max-retries", "1")
+    q.drain(code=1)
+    assert q.show(job)["exit_code"] == code
+    assert q.show(job)["last_error"]
+
+
+def test_a_job_whose_folder_is_gone(q: Queue) -> None:
+    folder = q.work / "vanishing"
+    folder.mkdir()
+    job = q("enqueue", "--quiet", "--max-retries", "1", "true", cwd=folder).out.strip()
+    folder.rmdir()
+    other = q.add("true")
+    q.drain(code=1)
+    shown = q.show(job)
+    assert (shown["state"], shown["attempts"], shown["exit_code"]) == ("dead", 1, None)
+    assert "vanishing" in shown["last_error"]
+    assert q.state(other) == "completed"
+
+
+def test_a_killed_workers_job_runs_again(q: Queue) -> None:
+    job = q.add(KILL_WORKER_ONCE, "--backoff-base", "0.1")
+    q.drain()
+    shown = q.show(job)
+    assert (shown["state"], shown["attempts"], shown["last_error"]) == ("completed", 2, None)
+    assert [run["exit_code"] for run in shown["runs"]] == [None, 0]
+    assert "worker" in shown["runs"][0]["error"].lower()
+    assert q.lines("runs") == ["run", "run"]
+
+
+def test_a_job_that_kills_its_worker_every_time(q: Queue) -> None:
+    job = q.add("echo run >>runs; " + KILL_WORKER, "--max-retries", "2", "--backoff-base", "0.1")
+    other = q.add("true")
+    q.drain(code=1)
+    shown = q.show(job)
+    assert (shown["state"], shown["attempts"], shown["exit_code"]) == ("dead", 2, None)
+    assert "worker" in shown["last_error"].lower()
+    assert q.lines("runs") == ["run", "run"]
+    assert q.state(other) == "completed"
+
+
+def test_killed_workers_are_replaced(q: Queue) -> None:
+    pool = q.pool("--count", "2")
+    for _ in range(2):
+        q.add(KILL_WORKER, "--max-retries", "1")
+    wait_for(lambda: q.counts() == {"dead": 2}, what="both jobs to die")
+    wait_for(lambda: q.workers() == 2, what="new workers")
+    assert pool.stop() == 0
+
+
+@linux
+@pytest.mark.parametrize(
+    "prepare",
+    ["", 'trap "" TERM;', "for fd in 3 4 5 6 7 8 9; do eval exec $fd\\>\\&-; done;"],
+    ids=["own session", "ignores SIGTERM", "closes descriptors"],
+)
+def test_never_a_second_run_beside_the_first(q: Queue, prepare: str) -> None:
+    q.set("kill_grace_seconds", "0.3")
+    job = q.add(OVERLAP.replace("{prepare}", prepare), "--backoff-base", "0.1")
+    q.drain()
+    assert q("logs", job, "--stdout", "--attempt", "2").out == "alone\n"
+
+
+@linux
+def test_a_killed_supervisors_workers_finish_and_go(q: Queue) -> None:
+    running, waiting = q.load([GATE, "true"])
+    pool = q.pool()
+    q.wait_file("started")
+    pool.signal(signal.SIGKILL)
+    pool.wait()
+    q.touch("go")
+    q.wait_state(running, "completed")
+    wait_for(lambda: not q.processes(), what="the workers to go")
+    assert (q.workers(), q.state(waiting)) == (0, "pending")
+    q.drain()
+    assert q.counts() == {"completed": 2}
+
+
+@linux
+def test_a_new_pool_starts_beside_a_killed_one(q: Queue) -> None:
+    running = q.add(GATE)
+    pool = q.pool()
+    q.wait_file("started")
+    pool.signal(signal.SIGKILL)
+    pool.wait()
+    second = q.start("worker", "start")
+    q.wait_state(q.add("true"), "completed")
+    assert q.state(running) == "processing"
+    q.touch("go")
+    q.wait_state(running, "completed")
+    assert second.stop() == 0
+    assert q.show(running)["attempts"] == 1
+
+
+@linux
+def test_a_stopped_worker_loses_nothing(q: Queue) -> None:
+    """SIGSTOP, as a suspended machine does: no time-out makes its job anyone else's."""
+    running = q.add("echo run >>runs; echo $PPID >worker.new; mv worker.new worker; " + GATE)
+    first = q.pool()
+    worker = int(q.wait_file("worker"))
+    os.kill(worker, signal.SIGSTOP)
+    second = q.pool()
+    q.wait_state(q.add("true"), "completed")
+    q.touch("go")
+    q.wait_file("ended")
+    assert q.state(running) == "processing"
+    os.kill(worker, signal.SIGCONT)
+    q.wait_state(running, "completed")
+    assert (q.show(running)["attempts"], q.lines("runs")) == (1, ["run"])
+    assert (first.stop(), second.stop()) == (0, 0)
+
+
+@linux
+def test_a_failed_runs_children_are_ended_before_it_is_recorded(q: Queue) -> None:
+    q.add("setsid sleep 300 & sleep 300 & exit 1", "--max-retries", "1")
+    q.drain(code=1)
+    assert not q.processes()
+
+
+def test_a_completed_run_may_leave_a_daemon_that_holds_its_output(q: Queue) -> None:
+    q.may_leave = True
+    job = q.add("sleep 300 & echo hi")
+    q.drain()
+    assert q("logs", job, "--stdout").out == "hi\n"
+    if LINUX:
+        assert [process.command for process in q.processes()] == ["sleep 300 "]
+
+
+@linux
+def test_a_daemon_that_ends_later_is_no_zombie(q: Queue) -> None:
+    """Workers inherit what completed jobs leave, and idle ones too ask how it ended."""
+    q.may_leave = True
+    pool = q.pool()
+    q.wait_state(q.add("setsid sleep 0.5 & true"), "completed")
+    (worker,) = children(pool.process.pid)
+    assert children(worker)
+    wait_for(lambda: not children(worker), what="the daemon to end and to be reaped")
+    assert pool.stop() == 0
+
+
+def test_what_a_daemon_prints_later_is_no_other_jobs_output(q: Queue) -> None:
+    q.may_leave = True
+    q.add("(until [ -e go ]; do sleep 0.03; done; echo late; touch said) & echo daemon")
+    jobs = q.load([f"echo {number}" for number in range(6)])
+    gate = q.add("touch go; until [ -e said ]; do sleep 0.03; done; echo gate")
+    q.drain()
+    assert [q("logs", job, "--stdout").out for job in [*jobs, gate]] == [f"{n}\n" for n in range(6)] + ["gate\n"]
+
+
+def disk_use(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_blocks * 512
+        except OSError:
+            pass
+    return total
+
+
+@linux
+def test_a_flood_is_bounded_on_disk_while_it_runs(q: Queue) -> None:
+    q.set("max_output_bytes", "65536")
+    job = q.add(FLOOD, "--timeout", "1", "--max-retries", "1")
+    pool = q.start("worker", "start", "--drain")
+    most = 0
+
+    def sampled() -> bool:
+        nonlocal most
+        most = max(most, disk_use(q.db.parent))
+        return pool.ended
+
+    wait_for(sampled, what="the timeout")
+    assert pool.wait() == 1
+    assert most < 500_000_000
+    kept = q.show(job)["runs"][0]["stdout"]
+    assert kept.startswith("y\ny\n") and kept.endswith("y\ny\n") and len(kept) < 70_000
+    assert disk_use(q.db.parent) < 10_000_000
+
+
+def test_long_output_keeps_head_and_tail(q: Queue) -> None:
+    q.set("max_output_bytes", "10000")
+    job, short = q.load(["seq 1 300000; seq 1 5 >&2", "seq 1 10; seq 1 5 >&2"])
+    q.drain()
+    kept = q("logs", job, "--stdout").out
+    assert kept.startswith("1\n2\n3\n") and kept.endswith("299999\n300000\n") and 5000 < len(kept) < 11000
+    assert q("logs", job, "--stderr").out == "1\n2\n3\n4\n5\n"
+    shown = [line for line in q("logs", job).out.splitlines() if not line.isdigit()]
+    whole = [line for line in q("logs", short).out.splitlines() if not line.isdigit()]
+    assert len(shown) > len(whole)  # the gap is marked
+
+
+def test_binary_output_is_kept(q: Queue) -> None:
+    data = bytes(range(256))
+    job = q.add(r"printf '\377\000\001'; printf 'fine\n' >&2")
+    many = q.add(f"echo {base64.b64encode(data).decode()} | base64 -d")
+    q.drain()
+    run = q.show(job)["runs"][0]
+    assert base64.b64decode(run["stdout_base64"]) == b"\xff\0\1"
+    assert run["stderr"] == "fine\n"
+    assert q("logs", job, "--stdout").raw() == b"\xff\0\1"
+    assert q("logs", many, "--stdout").raw() == data
+    q("logs", many)
+    q("show", many)
+
+
+def test_a_folder_full_of_modules_is_harmless(q: Queue) -> None:
+    """A worker imports nothing from the folder of a job."""
+    for name in (
+        sorted(set(sys.stdlib_module_names))
+        if sys.version_info >= (3, 10)
+        else ["tempfile", "random", "subprocess", "ctypes"]
+    ):
+        if not name.startswith("_"):
+            (q.work / f"{name}.py").write_text("open('pwned', 'w')\n")
+    q.load(
+        [
+            "echo hi",
+            {"command": "exit 1", "max_retries": 2, "backoff_base": 0.1},
+            {"command": HANG, "timeout": 0.2, "max_retries": 1},
+        ]
+    )
+    q("worker", "start", "--drain", cwd="/", code=1)
+    q.drain()
+    assert not (q.work / "pwned").exists()
+
+
+def test_thirty_enqueuers_and_four_workers_at_once(q: Queue) -> None:
+    pools = [q.start("worker", "start", "--count", "2") for _ in range(2)]
+    lines = [[f"{n}-{k}" for k in range(4)] for n in range(30)]
+    adders = []
+    for ids in lines:
+        (q.work / f"jobs{ids[0]}").write_text("".join(f'{{"id":"{i}","command":"echo {i} >>ran"}}\n' for i in ids))
+        adders.append(q.start("enqueue", "--file", f"jobs{ids[0]}"))
+    for adder in adders:
+        assert adder.wait(60) == 0, adder
+        assert (adder.out, adder.err) == ("Enqueued: 4 jobs\n", "")
+    wait_for(lambda: q.counts() == {"completed": 120}, timeout=60, what="all jobs to complete")
+    assert [pool.stop() for pool in pools] == [0, 0]
+    assert sorted(q.lines("ran")) == sorted(i for ids in lines for i in ids)
+    assert {job["attempts"] for job in q.jobs()} == {1}
+
+
+# What a kill at any moment may not do: run a job beside itself, lose it, or end it twice.
+EXCLUSIVE = (
+    "echo $PPID >>workers; exec 9>lock-$QUEUECTL_JOB_ID; flock -n 9 || echo $QUEUECTL_JOB_ID >>overlaps; "
+    "sleep 0.1; echo $QUEUECTL_JOB_ID >>ended"
+)
+
+
+@linux
+@pytest.mark.skipif(not shutil.which("flock"), reason="needs flock(1)")
+def test_a_storm_of_kills(q: Queue) -> None:
+    q.set("backoff_base", "0.1")
+    q.load([{"command": EXCLUSIVE, "max_retries": 50}] * 30)
+    doomed, pool = q.start("worker", "start", "--count", "2"), q.start("worker", "start", "--count", "2")
+    killed: list[int] = []
+
+    def killed_enough() -> bool:
+        worker = int(q.lines("workers")[-1])
+        if worker not in killed and worker in [process.pid for process in q.processes()]:
+            kill(worker, signal.SIGKILL)
+            killed.append(worker)
+        return len(killed) == 6
+
+    q.wait_file("workers")
+    wait_for(killed_enough, what="six dead workers", every=0.1)
+    doomed.signal(signal.SIGKILL)
+    wait_for(lambda: q.counts() == {"completed": 30}, timeout=60, what="all jobs to complete", every=0.2)
+    assert q.lines("overlaps") == []
+    assert len(set(q.lines("ended"))) == 30
+    assert sum(job["attempts"] for job in q.jobs()) <= 30 + len(killed)
+    assert pool.stop() == 0
+
+
+@linux
+def test_an_enqueuer_killed_at_any_moment_adds_all_or_nothing(q: Queue) -> None:
+    (q.work / "jobs").write_text("true\n" * 3000)
+    total = len(q.jobs())
+    for number in range(8):
+        adder = q.start("enqueue", "--file", "jobs")
+        time.sleep(0.03 + number * 0.015)  # the moment of the kill, spread over the command's life
+        adder.process.kill()
+        adder.wait()
+        added = len(q.jobs()) - total
+        assert added in (0, 3000)
+        assert added or "Enqueued" not in adder.out
+        total += added
+
+
+@containers
+def test_a_pool_in_a_container_of_its_own(q: Queue) -> None:
+    """Pool and commands share the database's folder, and see different process ids; SIGTERM stops it as PID 1."""
+    job = q.add(SLOW_GATE)
+    pool = q.launch(["unshare", "--pid", "--fork", "--mount-proc", *q.program, "worker", "start"])
+    q.wait_ready(pool, 1)
+    q.wait_file("started")
+    assert q.state(job) == "processing"
+    (supervisor,) = children(pool.process.pid)
+    kill(supervisor, signal.SIGTERM)
+    q.touch("go")
+    assert pool.wait() == 0
+    assert q.state(job) == "completed"
+
+
+@containers
+def test_an_orphan_out_of_reach_is_waited_for(q: Queue) -> None:
+    """Its worker was killed, and the pool that finds it lives in another container: no second run beside it."""
+    orphan = q.add("echo run >>runs; " + GATE, "--backoff-base", "0.1")
+    first = q.pool()
+    q.wait_file("started")
+    for process in q.processes():
+        if "worker start" in process.command:
+            kill(process.pid, signal.SIGKILL)
+    first.wait()
+    second = q.launch(["unshare", "--pid", "--fork", "--mount-proc", *q.program, "worker", "start"])
+    q.wait_state(q.add("true"), "completed")
+    assert (q.state(orphan), q.lines("runs")) == ("processing", ["run"])
+    q.touch("go")
+    q.wait_state(orphan, "completed")
+    assert (q.show(orphan)["attempts"], q.lines("runs")) == (2, ["run", "run"])
+    q("worker", "stop")
+    assert second.wait() == 0
+
+
+@linux
+def test_an_idle_pool_rests(q: Queue) -> None:
+    """In a second of idleness four workers use next to no processor time, and write nothing."""
+    pool = q.pool("--count", "4")
+    q.wait_state(q.add("true"), "completed")
+
+    def used() -> float:
+        return sum(
+            sum(map(int, read_proc(str(p.pid), "stat").rpartition(b")")[2].split()[11:13])) for p in q.processes()
+        )
+
+    def written() -> list[tuple[str, int, int]]:
+        return sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in q.db.parent.iterdir())
+
+    before, files = used(), written()
+    time.sleep(1)  # what is measured, not a wait
+    assert used() - before <= 5  # ticks of 10 ms
+    assert written() == files
+    assert pool.stop() == 0
+
+
+# =====================================================================================================
+# time: run_at, backoff, timeouts
+# =====================================================================================================
+
+
+def test_an_idle_worker_starts_a_job_at_its_time(q: Queue) -> None:
+    q.set("poll_interval_ms", "60000")
+    pool = q.pool()
+    jobs = [q.add("true", "--delay", delay) for delay in ("0.9", "0.6")]
+    for job in jobs:
+        q.wait_state(job, "completed")
+        shown = q.show(job)
+        assert 0 <= moment(shown["started_at"]) - moment(shown["run_at"]) < 0.5
+    assert pool.stop() == 0
+
+
+def test_a_time_that_has_passed_means_at_once(q: Queue) -> None:
+    q.add("true", "--run-at", "2020-01-01T00:00:00Z")
+    q.drain()
+    assert q.counts() == {"completed": 1}
+
+
+def test_a_scheduled_job_waits_and_then_keeps_its_priority(q: Queue) -> None:
+    q.add(GATE)
+    pool = q.pool()
+    q.wait_file("started")
+    later = {"command": "echo later >>order", "delay": "0.3", "priority": 1}
+    ids = q.load(["echo first >>order", later, {"command": "echo last >>order", "priority": 11}])
+    due = moment(q.show(ids[1])["run_at"])
+    assert due > time.time() - 5
+    wait_for(lambda: time.time() > due, what="the time of the second job")
+    q.touch("go")
+    q.wait_state(ids[2], "completed")
+    assert q.lines("order") == ["later", "first", "last"]
+    assert pool.stop() == 0
+
+
+def failed_once(q: Queue, *options: str, count: int = 1) -> list[Job]:
+    """Jobs that have failed once and now wait for their next try, with no worker alive."""
+    q.load([{"command": "echo boom >&2; exit 3", "max_retries": 9}] * count, *options)
+    q("worker", "start", "--max-jobs", str(count))
+    return q.jobs()
+
+
+def pause(job: Job) -> float:
+    return moment(job["next_retry_at"]) - moment(job["finished_at"])
+
+
+def test_a_failed_job_says_when_it_runs_again_and_why(q: Queue) -> None:
+    (job,) = failed_once(q, "--backoff-base", "60")
+    assert (job["state"], job["attempts"], job["exit_code"]) == ("failed", 1, 3)
+    assert "boom" in job["last_error"]
+    assert pause(job) == pytest.approx(60, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "option", "seconds"),
+    [
+        ({}, [], 2),
+        ({"backoff_base": "7"}, [], 7),
+        ({"backoff_base": "7"}, ["--backoff-base", "5"], 5),
+        ({"backoff_base": "5000"}, [], 3600),
+        ({"backoff_base": "50", "backoff_max": "30s"}, [], 30),
+    ],
+    ids=["default", "configured", "its own", "capped at an hour", "configured cap"],
+)
+def test_backoff(q: Queue, settings: dict[str, str], option: list[str], seconds: float) -> None:
+    for key, value in settings.items():
+        q.set(key, value)
+    (job,) = failed_once(q, *option)
+    assert pause(job) == pytest.approx(seconds, abs=0.1)
+
+
+def test_backoff_grows_with_the_attempts(q: Queue) -> None:
+    job = q.add("exit 1", "--max-retries", "4", "--backoff-base", "0.5")
+    q.drain(code=1)
+    runs = q.show(job)["runs"]
+    pauses = [moment(b["started_at"]) - moment(a["finished_at"]) for a, b in zip(runs, runs[1:])]
+    for attempt, seen in enumerate(pauses, 1):
+        assert 0.5**attempt - 0.01 <= seen < 0.5**attempt + 1
+    assert len(pauses) == 3
+
+
+def test_jitter_only_adds(q: Queue) -> None:
+    q.set("backoff_jitter", "0.5")
+    pauses = [pause(job) for job in failed_once(q, "--backoff-base", "100", count=20)]
+    assert min(pauses) >= 99.9 and max(pauses) <= 150.1
+    assert max(pauses) - min(pauses) > 1
+
+
+@pytest.mark.parametrize("limit", ["0", "1"])
+def test_no_retries_mean_a_single_run(q: Queue, limit: str) -> None:
+    job = q.add("echo run >>runs; exit 1", "--max-retries", limit)
+    q.drain(code=1)
+    assert (q.state(job), q.show(job)["attempts"], q.lines("runs")) == ("dead", 1, ["run"])
+
+
+def test_a_timeout_ends_a_run(q: Queue) -> None:
+    job = q.add("echo before; echo why >&2; sleep 300", "--timeout", "0.3", "--max-retries", "1")
+    q.drain(code=1)
+    shown = q.show(job)
+    assert (shown["state"], shown["attempts"]) == ("dead", 1)
+    assert re.search(r"tim(e|ed)[ -]?out", shown["last_error"], re.I)
+    assert shown["runs"][0]["stdout"] == "before\n"
+    assert 0.3 <= shown["runs"][0]["duration_seconds"] < 10
+
+
+def test_a_run_that_ends_well_after_its_timeout_has_failed_all_the_same(q: Queue) -> None:
+    job = q.add("trap 'exit 0' TERM; while :; do sleep 0.05; done", "--timeout", "0.3", "--max-retries", "1")
+    q.drain(code=1)
+    assert q.state(job) == "dead"
+
+
+def test_a_run_may_clean_up_before_it_is_killed(q: Queue) -> None:
+    """SIGTERM comes first, SIGKILL only after kill_grace_seconds (5)."""
+    job = q.add(
+        "trap 'sleep 0.3; echo cleaned; exit 1' TERM; while :; do sleep 0.05; done",
+        "--timeout",
+        "0.3",
+        "--max-retries",
+        "1",
+    )
+    q.drain(code=1)
+    assert q.show(job)["runs"][0]["stdout"] == "cleaned\n"
+
+
+@linux
+@pytest.mark.parametrize(
+    "command",
+    [STUBBORN_TREE, HIDDEN_GRANDCHILD + "sleep 300", SCRUBBED_CHILD],
+    ids=["all ignore SIGTERM", "hidden grandchild", "scrubbed child"],
+)
+def test_a_timeout_ends_the_whole_tree(q: Queue, command: str) -> None:
+    q.set("kill_grace_seconds", "0.2")
+    q.add(command, "--timeout", "0.7", "--max-retries", "1")
+    q.drain(code=1)
+    assert (q.work / "started").exists()
+    assert not q.processes()
+
+
+def test_settings_of_time_are_taken_when_a_job_is_enqueued(q: Queue) -> None:
+    earlier = q.add("true")
+    for key, value in (("max_retries", "5"), ("timeout_seconds", "1m"), ("priority", "2")):
+        q.set(key, value)
+    later = q.add("true")
+    fields = ("max_retries", "timeout_seconds", "priority")
+    assert [q.show(earlier)[field] for field in fields] == [3, None, 10]
+    assert [q.show(later)[field] for field in fields] == [5, 60, 2]
+
+
+# =====================================================================================================
+# stop and signals
+# =====================================================================================================
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_first_signal_finishes_running_jobs_and_starts_no_more(q: Queue, number: int) -> None:
+    running, waiting = q.load([SLOW_GATE, "true"])
+    pool = q.pool()
+    q.wait_file("started")
+    pool.signal(number)
+    q.touch("go")
+    assert pool.wait() == 0
+    assert (q.state(running), q.state(waiting)) == ("completed", "pending")
+    assert (q.work / "ended").exists()
+
+
+@pytest.mark.parametrize("command", [HANG, IGNORE_TERM], ids=["hangs", "ignores SIGTERM"])
+def test_a_second_signal_ends_running_jobs_and_gives_them_back(q: Queue, command: str) -> None:
+    q.set("kill_grace_seconds", "0.3")
+    job = q.add(command)
+    pool = q.pool()
+    q.wait_file("started")
+    pool.signal(signal.SIGINT)
+    pool.signal(signal.SIGTERM)  # of another kind, for two of one kind may arrive as one
+    assert pool.wait() == 130
+    assert not q.processes()
+    assert (q.state(job), q.show(job)["attempts"]) == ("pending", 0)
+
+
+def test_an_idle_pool_stops_at_once(q: Queue) -> None:
+    pool = q.pool("--count", "2")
+    assert pool.stop() == 0
+
+
+def test_worker_stop_waits_for_running_jobs(q: Queue) -> None:
+    running, waiting = q.load([SLOW_GATE, "true"])
+    pool = q.pool()
+    q.wait_file("started")
+    stop = q.start("worker", "stop")
+    q.touch("go")
+    assert stop.wait() == 0
+    assert (q.work / "ended").exists()
+    assert pool.wait() == 0
+    assert (q.state(running), q.state(waiting)) == ("completed", "pending")
+
+
+def test_worker_stop_now_gives_jobs_back(q: Queue) -> None:
+    job = q.add(HANG)
+    pool = q.pool()
+    q.wait_file("started")
+    q("worker", "stop", "--now")
+    assert pool.wait() in (0, 130)
+    assert (q.state(job), q.show(job)["attempts"]) == ("pending", 0)
+
+
+def test_worker_stop_gives_up_after_its_timeout(q: Queue) -> None:
+    job = q.add(GATE)
+    pool = q.pool()
+    q.wait_file("started")
+    q("worker", "stop", "--timeout", "300ms", code=124)
+    assert not pool.ended
+    q.touch("go")
+    assert pool.wait() == 0  # it has been asked all the same
+    assert q.state(job) == "completed"
+
+
+def test_worker_stop_ends_every_pool_alive_and_no_later_one(q: Queue) -> None:
+    pools = [q.pool(), q.pool("--count", "2")]
+    q("worker", "stop")
+    assert [pool.wait() for pool in pools] == [0, 0]
+    assert q.workers() == 0
+    q("worker", "stop")  # nothing running is success
+    later = q.pool()
+    q.wait_state(q.add("true"), "completed")
+    assert later.stop() == 0
+
+
+def test_worker_stop_leaves_other_databases_alone(q: Queue, other: Queue) -> None:
+    pool, theirs = q.pool(), other.pool()
+    q("worker", "stop")
+    assert pool.wait() == 0
+    assert other.workers() == 1
+    assert theirs.stop() == 0
+
+
+def test_a_waiting_command_can_be_interrupted(q: Queue) -> None:
+    q.add(GATE)
+    pool = q.pool()
+    q.wait_file("started")
+    said = len(pool.text)
+    stop = q.start("worker", "stop")
+    wait_for(lambda: len(pool.text) > said, what="the pool to say that it stops")
+    stop.signal(signal.SIGINT)
+    assert stop.wait() == 130
+    assert "Traceback" not in stop.err
+
+
+def test_a_job_that_the_same_shutdown_ended_is_given_back(q: Queue) -> None:
+    """systemd sends SIGTERM to every process of a service, jobs included."""
+    job = q.add("echo $$ >pid.new; mv pid.new pid; exec sleep 300")
+    pool = q.pool()
+    pid = int(q.wait_file("pid"))
+    pool.signal(signal.SIGTERM)
+    wait_for(lambda: q.workers() == 0 or not signal_pending(pool.process.pid), what="the signal to arrive")
+    os.kill(pid, signal.SIGTERM)
+    assert pool.wait() == 0
+    assert (q.state(job), q.show(job)["attempts"]) == ("pending", 0)
+
+
+def signal_pending(pid: int) -> bool:
+    pending = re.findall(rb"(?:SigPnd|ShdPnd):\s*([0-9a-f]+)", read_proc(str(pid), "status"))
+    return any(int(mask, 16) for mask in pending)
+
+
+def test_ctrl_c_at_a_terminal_finishes_the_running_job(q: Queue) -> None:
+    job = q.add(SLOW_GATE)
+    pool = q.terminal("worker", "start")
+    q.wait_file("started")
+    pool.type("\x03")
+    wait_for(lambda: "^C" in pool.out, what="the terminal to see ^C")
+    q.touch("go")
+    assert pool.wait() == 0, pool
+    assert q.state(job) == "completed"
+
+
+def test_ctrl_c_twice_at_a_terminal_gives_the_job_back(q: Queue) -> None:
+    job = q.add(HANG)
+    pool = q.terminal("worker", "start")
+    q.wait_file("started")
+    said = len(pool.out)
+    pool.type("\x03")
+    wait_for(lambda: len(pool.out) > said + 4, what="the pool to say that it stops")
+    pool.type("\x03")
+    assert pool.wait() == 130, pool
+    assert (q.state(job), q.show(job)["attempts"]) == ("pending", 0)
+
+
+def test_a_closed_terminal_lets_the_running_job_finish(q: Queue) -> None:
+    job = q.add(SLOW_GATE)
+    pool = q.terminal("worker", "start")
+    q.wait_file("started")
+    pool.hang_up()
+    q.touch("go")
+    pool.wait()
+    q.wait_state(job, "completed")
+
+
+# =====================================================================================================
+# reading: status, list, show, logs
+# =====================================================================================================
+
+
+def test_status_as_json(q: Queue) -> None:
+    assert q.status()["jobs"] == dict.fromkeys(STATES, 0)
+    q.load(["true", {"command": "exit 1", "max_retries": 1}, {"command": "true", "delay": "1h"}])
+    q.drain(code=1)
+    status = q.status()
+    assert status["jobs"] == {"pending": 1, "processing": 0, "completed": 1, "failed": 0, "dead": 1}
+    assert status["workers"] == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "status",
+        "list",
+        "show one",
+        "logs one",
+        "worker list",
+        "dlq list",
+        "config show",
+        "config list",
+        "config get priority",
+    ],
+)
+def test_every_reading_command_takes_json(settled: Queue, command: str) -> None:
+    result = settled(*command.split(), "--json")
+    result.json()
+    assert result.err == ""
+
+
+def test_a_list_as_json_has_one_object_a_line(q: Queue) -> None:
+    assert q("list", "--json").out.split("\n") == ["[", "]", ""]
+    q.load(["echo 1", "echo 2", "echo 3"])
+    lines = q("list", "--json").out.split("\n")
+    assert (lines[0], lines[-2], lines[-1]) == ("[", "]", "")
+    assert [line[-1] for line in lines[1:-2]] == [",", ",", "}"]
+    assert [json.loads(line.rstrip(","))["command"] for line in lines[1:-2]] == ["echo 1", "echo 2", "echo 3"]
+
+
+def test_list_shows_the_newest_fifty_newest_last(q: Queue) -> None:
+    ids = q.load([{"id": f"job-{n:03}", "command": "true"} for n in range(60)])
+    result = q("list")
+    assert re.findall(r"job-\d{3}", result.out) == ids[10:]
+    assert re.search(
+        r"--all|\b10\b|\b60\b", result.out.replace("job-010", "") + result.err
+    )  # says that it leaves some out
+    assert re.findall(r"job-\d{3}", q("list", "--all").out) == ids
+    assert re.findall(r"job-\d{3}", q("list", "--limit", "2").out) == ids[58:]
+    assert [job["id"] for job in q.jobs()] == ids
+    assert [job["id"] for job in q.jobs("--limit", "3")] == ids[57:]
+
+
+def test_list_by_state_and_queue(q: Queue) -> None:
+    done, dead = q.load([{"command": "true", "queue": "a"}, {"command": "exit 1", "max_retries": 1, "queue": "a"}])
+    q.drain(code=1)
+    waiting, elsewhere = q.load([{"command": "true", "queue": "a"}, {"command": "true", "queue": "b"}])
+    assert [job["id"] for job in q.jobs("--state", "dead")] == [dead]
+    assert [job["id"] for job in q.jobs("--state", "dead", "--state", "completed")] == [done, dead]
+    assert [job["id"] for job in q.jobs("--state", "pending", "--queue", "a")] == [waiting]
+    assert [job["id"] for job in q.jobs("--queue", "b")] == [elsewhere]
+
+
+def test_show_tells_everything_to_people(settled: Queue) -> None:
+    text = settled("show", "one").out
+    for word in ("one", "exit 4", "mail", "dead", "a long story"):
+        assert word in text
+
+
+def test_logs_of_streams_and_attempts(q: Queue) -> None:
+    job = q.add(
+        'echo "out $QUEUECTL_ATTEMPT"; echo "err $QUEUECTL_ATTEMPT" >&2; exit 1',
+        "--max-retries",
+        "2",
+        "--backoff-base",
+        "0.1",
+    )
+    q.drain(code=1)
+    assert q("logs", job, "--stdout", "--attempt", "1").out == "out 1\n"
+    assert q("logs", job, "--stderr", "--attempt", "2").out == "err 2\n"
+    text = q("logs", job).out
+    for word in ("out 1", "err 1", "out 2", "err 2"):
+        assert word in text
+    assert text.endswith("s over 2 runs.\n")
+    q.fails("logs", job, "--attempt", "3")
+
+
+def test_an_attempts_newest_run_is_shown(q: Queue) -> None:
+    job = q.add("echo run >>runs; wc -l <runs | tr -d ' '; exit 1", "--max-retries", "2", "--backoff-base", "0.1")
+    q.drain(code=1)
+    q("dlq", "retry", job)
+    q.drain(code=1)
+    runs = q.show(job)["runs"]
+    assert [(run["run"], run["attempt"], run["stdout"]) for run in runs] == [
+        (1, 1, "1\n"),
+        (2, 2, "2\n"),
+        (3, 1, "3\n"),
+        (4, 2, "4\n"),
+    ]
+    assert q("logs", job, "--stdout", "--attempt", "1").out == "3\n"
+    assert q("logs", job).out.endswith("s over 4 runs.\n")
+
+
+def test_logs_of_a_job_that_has_not_run(q: Queue) -> None:
+    job = q.add("true", "--delay", "1h")
+    q("logs", job)
+    assert q("logs", job, "--stdout").out == ""
+
+
+def test_logs_follow_a_running_job(q: Queue) -> None:
+    job = q.add("echo one; until [ -e go ]; do sleep 0.03; done; echo two")
+    pool = q.pool()
+    follow = q.start("logs", job, "--follow")
+    wait_for(lambda: "one" in follow.out, what="the first line")
+    assert "two" not in follow.out
+    q.touch("go")
+    assert follow.wait() == 0
+    assert "two" in follow.out
+    assert follow.out.count("one") == 1
+    assert pool.stop() == 0
+
+
+def test_logs_follow_a_job_from_before_its_start_through_its_retries(q: Queue) -> None:
+    job = q.add('echo "try $QUEUECTL_ATTEMPT"; exit 1', "--max-retries", "2", "--backoff-base", "0.2")
+    follow = q.start("logs", job, "--follow")
+    q.drain(code=1)
+    follow.wait()
+    assert "try 1" in follow.out and "try 2" in follow.out
+
+
+@pytest.mark.parametrize("command", ["show", "logs", "delete", "cancel", "retry", "dlq retry"])
+def test_an_unknown_job_is_one_clear_line(settled: Queue, command: str) -> None:
+    assert "no-such-job" in settled.fails(*command.split(), "no-such-job").err
+
+
+HELP = [
+    "", "enqueue", "worker", "worker start", "worker stop", "worker list", "status", "list", "show", "logs", "cancel",
+    "delete", "retry", "dlq", "dlq list", "dlq retry", "dlq purge", "config", "config show", "config list",
+    "config get", "config set", "config unset",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_has_examples_at_every_level(q: Queue, command: str) -> None:
+    result = q(*command.split(), "--help")
+    assert re.search(rf"^.*queuectl {command}", result.out, re.M)
+    assert re.search("example", result.out, re.I)
+    assert result.err == ""
+    assert not q.db.exists()
+
+
+def test_importing_runs_nothing(q: Queue) -> None:
+    result = q.run(
+        [sys.executable, "-c", "import queuectl; print(callable(queuectl.main))"],
+        env={"PYTHONPATH": str(PROGRAM.parent)},
+    )
+    assert (result.code, result.out, result.err) == (0, "True\n", "")
+    assert list(q.db.parent.iterdir()) == []
+
+
+def test_debug_adds_the_traceback(q: Queue) -> None:
+    assert "Traceback" in q("show", "no-such-job", code=1, env={"QUEUECTL_DEBUG": "1"}).err
+
+
+# =====================================================================================================
+# dlq, retry, delete, cancel; naming jobs
+# =====================================================================================================
+
+
+@pytest.fixture
+def dead(q: Queue) -> Queue:
+    """A queue with two dead jobs, a completed one and a waiting one."""
+    doomed = [{"id": name, "command": "echo no; exit 1", "max_retries": 1} for name in ("dead-1", "dead-2")]
+    q.load([*doomed, {"id": "done", "command": "true"}, {"id": "waits", "command": "true", "delay": "1h"}])
+    q.drain(code=1)
+    return q
+
+
+def test_dlq_list_has_the_dead_alone(dead: Queue) -> None:
+    assert [job["id"] for job in dead("dlq", "list", "--json").json()] == ["dead-1", "dead-2"]
+    text = dead("dlq", "list").out
+    assert "dead-1" in text and "dead-2" in text and "done" not in text and "waits" not in text
+
+
+def test_dlq_retry_starts_afresh_and_keeps_old_runs(dead: Queue) -> None:
+    dead("dlq", "retry", "dead-1")
+    job = dead.show("dead-1")
+    assert (job["state"], job["attempts"], len(job["runs"])) == ("pending", 0, 1)
+    assert dead.state("dead-2") == "dead"
+    dead.drain(code=1)
+    assert [(run["run"], run["attempt"]) for run in dead.show("dead-1")["runs"]] == [(1, 1), (2, 1)]
+
+
+def test_dlq_retry_all(dead: Queue) -> None:
+    dead("dlq", "retry", "--all")
+    assert dead.counts() == {"completed": 1, "pending": 3}
+    dead("dlq", "retry", "--all")  # none left is no error
+    dead.fails("dlq", "retry", code=2)
+
+
+@pytest.mark.parametrize("args", [["dead-1", "waits"], ["dead-1", "done"], ["dead-1", "nobody"]])
+def test_dlq_retry_takes_all_or_none(dead: Queue, args: list[str]) -> None:
+    before = dead.states()
+    dead.fails("dlq", "retry", *args)
+    assert dead.states() == before
+
+
+def test_retry_of_any_ended_job(dead: Queue) -> None:
+    dead("retry", "done", "dead-1")
+    assert dead.states() == {"dead-1": "pending", "dead-2": "dead", "done": "pending", "waits": "pending"}
+    dead.fails("retry", "waits")
+    dead.drain(code=1)
+    assert len(dead.show("done")["runs"]) == 2
+
+
+def test_dlq_purge(dead: Queue) -> None:
+    dead("dlq", "purge", "--older-than", "1h")
+    assert dead.counts() == {"completed": 1, "dead": 2, "pending": 1}
+    dead("dlq", "purge")
+    assert dead.counts() == {"completed": 1, "pending": 1}
+
+
+def test_delete_forgets_jobs(dead: Queue) -> None:
+    dead.fails("delete", "done", "nobody")
+    assert len(dead.jobs()) == 4
+    dead("delete", "done", "dead-1", "waits")
+    assert list(dead.states()) == ["dead-2"]
+    dead.fails("logs", "done")
+
+
+def test_a_running_job_is_not_deleted(q: Queue) -> None:
+    running, waiting = q.load([GATE, "true"])
+    pool = q.pool()
+    q.wait_file("started")
+    q.fails("delete", running, waiting)
+    assert len(q.jobs()) == 2
+    q.touch("go")
+    q.wait_state(running, "completed")
+    assert pool.stop() == 0
+
+
+def test_cancel_of_a_waiting_job(q: Queue) -> None:
+    waiting, other = q.load(["echo ran >>ran", "true"])
+    q("cancel", waiting)
+    assert (q.state(waiting), q.state(other)) == ("dead", "pending")
+    q.drain()
+    assert q.lines("ran") == []
+    (failed, *_) = [job for job in failed_once(q, "--backoff-base", "60") if job["state"] == "failed"]
+    q("cancel", failed["id"])
+    assert (q.state(failed["id"]), q.show(failed["id"])["next_retry_at"]) == ("dead", None)
+
+
+def test_cancel_of_a_running_job_ends_all_its_processes(q: Queue) -> None:
+    q.set("poll_interval_ms", "60000")
+    q.set("kill_grace_seconds", "0.3")
+    pool = q.pool()
+    job = q.add(STUBBORN_TREE if LINUX else IGNORE_TERM)
+    q.wait_file("started")
+    q("cancel", job)
+    q.wait_state(job, "dead")
+    assert not [process for process in q.processes() if "sleep" in process.command]
+    q.wait_state(q.add("true"), "completed")  # the worker lives
+    assert pool.stop() == 0
+
+
+def test_cancel_takes_all_or_none(dead: Queue) -> None:
+    before = dead.states()
+    dead.fails("cancel", "waits", "nobody")
+    dead.fails("cancel", "waits", "done")
+    assert dead.states() == before
+
+
+def test_a_prefix_names_a_job_whose_id_queuectl_made(q: Queue) -> None:
+    job = q.add("true")
+    assert q.show(job[:4])["id"] == job
+    q.fails("show", job[:3])
+    q("delete", job[:6])
+    assert q.jobs() == []
+
+
+def test_a_chosen_id_has_no_prefixes(q: Queue) -> None:
+    q("enqueue", "--id", "job10", "true")
+    for prefix in ("job1", "job", "j"):
+        q.fails("delete", prefix)
+    assert list(q.states()) == ["job10"]
+    q("enqueue", "--id", "job1", "true")
+    q("delete", "job1")
+    assert list(q.states()) == ["job10"]
+
+
+# =====================================================================================================
+# config
+# =====================================================================================================
+
+DEFAULTS = {
+    "max_retries": 3, "backoff_base": 2, "backoff_max": 3600, "backoff_jitter": 0, "timeout_seconds": None,
+    "priority": 10, "poll_interval_ms": 1000, "kill_grace_seconds": 5, "max_output_bytes": 1 << 20,
+    "durability": "full",
+}  # fmt: skip
+
+
+def test_config_has_the_defaults(q: Queue) -> None:
+    assert q("config", "show", "--json").json() == DEFAULTS
+    assert q("config", "list", "--json").json() == DEFAULTS
+    text = q("config", "show").out
+    assert all(key in text for key in DEFAULTS)
+
+
+def test_config_set_get_unset(q: Queue) -> None:
+    given = {
+        "max-retries": ("5", 5), "backoff_base": ("0.1", 0.1), "backoff-max": ("10m", 600),
+        "backoff_jitter": ("0.25", 0.25), "timeout_seconds": ("1h", 3600), "priority": ("-3", -3),
+        "poll-interval-ms": ("2000", 2000), "kill_grace_seconds": ("0.5", 0.5),
+        "max_output_bytes": ("4096", 4096), "durability": ("normal", "normal"),
+    }  # fmt: skip
+    for key, (text, _) in given.items():
+        q("config", "set", key, text)
+    values = {key.replace("-", "_"): value for key, (_, value) in given.items()}
+    assert q("config", "show", "--json").json() == values
+    assert q("config", "get", "poll_interval_ms", "--json").json() == 2000
+    assert q("config", "get", "poll-interval-ms", "--json").json() == 2000
+    q("config", "set", "timeout-seconds", "none")
+    q("config", "set", "max_retries", "0")
+    q("config", "unset", "backoff-base")
+    q("config", "unset", "priority")
+    changed = {"timeout_seconds": None, "max_retries": 0, "backoff_base": 2, "priority": 10}
+    assert q("config", "show", "--json").json() == {**values, **changed}
+
+
+def test_config_get_prints_the_value_alone(q: Queue) -> None:
+    assert q("config", "get", "max_retries").out == "3\n"
+    assert q("config", "get", "max-retries").out == "3\n"
+
+
+def test_running_workers_follow_a_setting(q: Queue) -> None:
+    q("config", "set", "backoff_base", "1000")
+    q("config", "set", "poll_interval_ms", "60000")
+    pool = q.pool()
+    q.wait_state(q.add("true"), "completed")
+    q("config", "set", "backoff_base", "0.1")
+    q("config", "set", "max_output_bytes", "2000")
+    job = q.add("seq 1 5000; exit 1", "--max-retries", "2")
+    q.wait_state(job, "dead")
+    assert len(q.show(job)["runs"][0]["stdout"]) < 3000
+    assert pool.stop() == 0
+
+
+@pytest.mark.parametrize("args", [["get", "max_retry"], ["set", "max_retry", "3"], ["unset", "max_retry"]])
+def test_a_wrong_key_is_refused_and_the_nearest_named(q: Queue, args: list[str]) -> None:
+    error = q.fails("config", *args, code=2).err
+    assert "max_retry" in error and "max_retries" in error
+
+
+# =====================================================================================================
+# bad input: one clear line, exit 2, nothing changed
+# =====================================================================================================
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queue]:
+    """A queue that nothing in this room may change."""
+    queue = Queue(tmp_path_factory.mktemp("still"))
+    queue("enqueue", "--id", "present", "true")
+    yield queue
+    queue.close()
+
+
+def job_json(**fields: Any) -> str:
+    return json.dumps({"command": "echo x", **fields})
+
+
+BIG = str(2**63)
+BAD_OPTIONS = {
+    "priority": ["nan", "1.5", BIG, "abc", ""],
+    "max-retries": ["-1", "1.5", BIG, "abc"],
+    "timeout": ["nan", "inf", "-1", "1e999", "5x", "1h-5m", ""],
+    "delay": ["nan", "-1", "abc"],
+    "backoff-base": ["0", "-1", "nan", "abc"],
+    "run-at": ["tomorrow at noon", "2026-02-30T00:00:00Z", "now+", "now+nan", "", "99999-01-01"],
+    "queue": ["", "a\nb"],
+    "cwd": [""],
+    "env": ["=x", ""],
+    "if-exists": ["maybe"],
+    "id": ["", "a b", "a,b", "-x", "a\tb", "a\nb", "a\x1bb", "a\u202eb", "a\u00a0b", "../x", "x" * 129, "x" * 10_000],
+}
+BAD_SETTINGS = {
+    "max_retries": ["-1", "1.5", BIG, "abc", ""],
+    "backoff_base": ["0", "-1", "nan", "inf", "abc"],
+    "backoff_max": ["-1", "nan", "abc"],
+    "backoff_jitter": ["-0.1", "nan", "abc"],
+    "timeout_seconds": ["-1", "inf", "abc"],
+    "priority": ["1.5", BIG, "abc"],
+    "poll_interval_ms": ["-5", "0", "nan"],
+    "kill_grace_seconds": ["-1", "nan"],
+    "max_output_bytes": ["-1", BIG, "abc"],
+    "durability": ["fast", ""],
+    "no_such_key": ["1"],
+}
+BAD_JOBS = {
+    "broken": '{"command":',
+    "more behind it": '{"command":"echo x"} more',
+    "two objects": '{"command":"echo x"}{"command":"echo y"}',
+    "no command": "{}",
+    "no command but an id": '{"id":"x"}',
+    "empty command": job_json(command=""),
+    "null command": job_json(command=None),
+    "command is a number": job_json(command=5),
+    "command is a list": job_json(command=["echo", "x"]),
+    "NUL in command": job_json(command="echo \0"),
+    "two commands": '{"command":"a","cmd":"b"}',
+    "duplicate key": '{"command":"a","command":"b"}',
+    "byte order mark": '\ufeff{"command":"echo x"}',
+    "lone surrogate": '{"command":"echo \\ud800"}',
+    "lone surrogate in a name": '{"command":"echo","\\udfff":1}',
+    "5,000 digits": '{"command":"echo x","priority":' + "1" * 5000 + "}",
+    "nested 20,000 deep": '{"command":"echo x","env":' + '{"a":' * 20_000,
+    "nested lists": '{"command":"echo x","env":' + "[" * 100_000,
+    "NaN": '{"command":"echo x","priority":NaN}',
+    "Infinity": '{"command":"echo x","timeout_seconds":Infinity}',
+    "1e999": '{"command":"echo x","timeout_seconds":1e999}',
+    "priority true": job_json(priority=True),
+    "priority 1.5": job_json(priority=1.5),
+    "priority 2**63": job_json(priority=2**63),
+    "priority list": job_json(priority=[1]),
+    "max_retries -1": job_json(max_retries=-1),
+    "max_retries 2**63": job_json(max_retries=2**63),
+    "max_retries false": job_json(max_retries=False),
+    "timeout -1": job_json(timeout_seconds=-1),
+    "timeout text": job_json(timeout_seconds="soon"),
+    "backoff_base 0": job_json(backoff_base=0),
+    "backoff_base -2": job_json(backoff_base=-2),
+    "delay -1": job_json(delay=-1),
+    "run_at number in text": job_json(run_at="12"),
+    "run_at list": job_json(run_at=[]),
+    "id number": job_json(id=5),
+    "id space": job_json(id="a b"),
+    "id control": job_json(id="a\x00b"),
+    "queue empty": job_json(queue=""),
+    "queue number": job_json(queue=5),
+    "cwd number": job_json(cwd=5),
+    "env list": job_json(env=["A=1"]),
+    "env number": job_json(env={"A": 1}),
+    "env empty name": job_json(env={"": "x"}),
+    "env name with =": job_json(env={"A=B": "x"}),
+    "env NUL": job_json(env={"A": "x\0"}),
+    "unknown field": job_json(colour="red"),
+}
+
+
+def refused_without_a_change(still: Queue, *args: Word, **options: Any) -> Result:
+    before = contents(still.db.parent)
+    result = still.fails(*args, code=2, **options)
+    assert len(result.err) < 2000
+    assert contents(still.db.parent) == before
+    return result
+
+
+def pairs(table: dict[str, list[str]]) -> list[Any]:
+    """A row for each value that a name may not have."""
+    return [pytest.param(n, v, id=shorten(ascii(f"{n}={v}"), 40)) for n, values in table.items() for v in values]
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(BAD_OPTIONS))
+def test_bad_options_of_enqueue(still: Queue, name: str, value: str) -> None:
+    refused_without_a_change(still, "enqueue", f"--{name}={value}", "echo x")
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(BAD_SETTINGS))
+def test_bad_settings(still: Queue, name: str, value: str) -> None:
+    refused_without_a_change(still, "config", "set", name, value)
+
+
+@pytest.mark.parametrize("text", BAD_JOBS.values(), ids=BAD_JOBS)
+def test_bad_json_for_enqueue(still: Queue, text: str) -> None:
+    refused_without_a_change(still, "enqueue", text)
+
+
+@pytest.mark.parametrize("name", ["lone surrogate", "5,000 digits", "duplicate key", "NaN", "unknown field"])
+def test_bad_json_in_a_file(still: Queue, name: str) -> None:
+    assert (
+        "line 2" in refused_without_a_change(still, "enqueue", "--file", "-", stdin=f"echo 1\n{BAD_JOBS[name]}\n").err
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[\n5\n]\n",
+        '[\n"echo x"\n]\n',
+        '[\n{"command":"x"},\n',
+        "[\n" + "[" * 100_000,
+        "echo \0\n",
+    ],
+    ids=["a number", "a string", "no end", "deep", "NUL"],
+)
+def test_bad_files(still: Queue, text: str) -> None:
+    refused_without_a_change(still, "enqueue", "--file", "-", stdin=text)
+
+
+def test_a_deep_line_in_a_file(still: Queue) -> None:
+    text = '{"command":"echo x","env":' + '{"a":' * 100_000 + "1" + "}" * 100_001
+    refused_without_a_change(still, "enqueue", "--file", "-", stdin=text + "\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["enqueue"], ["enqueue", ""], ["enqueue", "   "], ["enqueue", "--file", "-", "echo x"],
+        ["enqueue", "--prio", "5", "echo x"], ["enqueue", "--no-such-option", "echo x"], ["enqueue", b"echo \xff"],
+        ["enqueue", "--id", b"a\xff", "echo x"], ["frobnicate"], ["list", "--stat", "dead"],
+        ["list", "--state", "foo"], ["list", "--limit=-1"], ["list", "--limit", "x"], ["status", "extra"], ["show"],
+        ["logs", "present", "--attempt", "x"], ["logs", "present", "--stdout", "--stderr"], ["delete"], ["cancel"],
+        ["retry"], ["dlq", "purge", "--older-than", "x"], ["worker", "start", "--count", "0"],
+        ["worker", "start", "--count=-1"], ["worker", "start", "--count", "two"],
+        ["worker", "start", "--max-jobs", "0"], ["worker", "start", "--queue", ""],
+        ["worker", "stop", "--timeout", "x"], ["worker", "start", "--drai"], ["status", "--js"],
+        ["config", "set", "max_retries"], ["config", "get"], ["--d", "x.db", "status"],
+    ],
+    ids=lambda args: shorten(ascii(args), 50),
+)  # fmt: skip
+def test_wrong_usage(still: Queue, args: list[Word]) -> None:
+    refused_without_a_change(still, *args)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        f"--timeout={BIG}",
+        f"--delay={BIG}",
+        "--run-at=9999-12-31T23:59:59Z",
+        "--max-retries=1000000000",
+        f"--backoff-base={BIG}",
+    ],
+)
+def test_huge_numbers_are_refused_or_work(q: Queue, option: str) -> None:
+    if q("enqueue", option, "false", code=(0, 2)).code == 0:
+        q("list")
+        q("list", "--json")
+        q("worker", "start", "--drain" if "delay" in option or "run-at" in option else "--max-jobs=1")
+        q("status")
+
+
+def test_a_file_that_cannot_be_read(still: Queue) -> None:
+    for name in ("no-such-file", "/"):
+        still.fails("enqueue", "--file", name, code=(1, 2))
+
+
+# =====================================================================================================
+# output faults
+# =====================================================================================================
+
+
+@pytest.mark.parametrize("command", ["list --json", "list --all", "status", "--help"])
+def test_a_reader_that_leaves_is_no_error(big: Queue, command: str) -> None:
+    result = big.bash(f'queuectl {command} | head -1; echo "${{PIPESTATUS[0]}}"')
+    assert result.err == ""
+    assert result.out.splitlines()[-1] in ("0", "141")
+
+
+@linux
+@pytest.mark.parametrize(
+    "command", ["status", "list", "list --json", "show one", "logs one", "config show", "--help", "--version"]
+)
+@pytest.mark.parametrize("where", [">/dev/full", ">&-"], ids=["full disk", "closed stdout"])
+def test_output_that_cannot_be_written_is_not_success(settled: Queue, command: str, where: str) -> None:
+    result = settled.bash(f"queuectl {command} {where}", code=None)
+    assert result.code == 1
+    assert re.fullmatch(r"queuectl: error: [^\n]+\n", result.err), result
+
+
+@linux
+@pytest.mark.parametrize("where", [">/dev/full", ">&-"], ids=["full disk", "closed stdout"])
+def test_enqueue_says_that_the_job_is_enqueued_although_it_could_not_print_it(q: Queue, where: str) -> None:
+    result = q.bash(f"queuectl enqueue --id one true {where}", code=None)
+    assert result.code not in (0, 3)
+    assert "enqueued" in result.err.lower() and "Traceback" not in result.err
+    assert q.state("one") == "pending"
+
+
+@linux
+def test_a_pool_whose_output_fails_goes_on_working(q: Queue) -> None:
+    q.load(["echo 1", "echo 2"])
+    q.bash("queuectl worker start --drain >/dev/full", code=None)
+    assert q.counts() == {"completed": 2}
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "latin-1"},
+    ],
+    ids=["C locale", "Latin-1"],
+)
+def test_a_console_without_the_characters(q: Queue, env: dict[str, str]) -> None:
+    q.program = SCRIPT
+    q("enqueue", "--id", "jöb", "printf 'ü€😀\\n'", env=env)
+    q.drain(env=env)
+    for command in ("list", "show jöb", "logs jöb"):
+        q(*command.split(), env=env)
+    assert q("logs", "jöb", "--stdout", env=env).raw() == "ü€😀\n".encode()
+    assert q("show", "jöb", "--json", env=env).json()["command"] == "printf 'ü€😀\\n'"
+    assert q.show("jöb")["command"] == "printf 'ü€😀\\n'"
+
+
+NASTY = "printf '\x1b]0;title\x07\x1b[2J'; true # \u202eevil\u2066 line\n# next\ttab\x9b"
+
+
+def test_control_characters_are_shown_escaped(q: Queue) -> None:
+    q("enqueue", "--id", "nasty", NASTY)
+    q.drain()
+    for args in (["list"], ["show", "nasty"], ["status"], ["list", "--all"]):
+        text = q(*args).out
+        assert not set(text) & set("\x1b\x07\u202e\u2066\x9b\t\r"), args
+    assert len(q("list").out.splitlines()) == len(q("list", "--limit", "1").out.splitlines())
+    assert q.show("nasty")["command"] == NASTY
+
+
+def test_output_of_a_job_is_escaped_at_a_terminal_and_raw_in_a_pipe(q: Queue) -> None:
+    job = q.add(r"printf '\033]0;title\007 \342\200\256evil\n'")
+    q.drain()
+    text = q.at_terminal("logs", job)
+    assert "\x1b]0;" not in text and "\u202e" not in text and "title" in text
+    assert "\x1b]0;title\x07 \u202eevil" in q("logs", job).out
+    assert q("logs", job, "--stdout").raw() == b"\x1b]0;title\x07 \xe2\x80\xaeevil\n"
+
+
+def test_a_pool_at_a_terminal_shows_no_control_characters(q: Queue) -> None:
+    q.add(NASTY)
+    text = q.at_terminal("worker", "start", "--drain", env={"NO_COLOR": "1"})
+    assert not set(text) & set("\x1b\x07\u202e\u2066\x9b")
+
+
+@pytest.mark.parametrize("command", ["status", "list", "show one", "dlq list"])
+def test_no_colour_where_none_is_wanted(settled: Queue, command: str) -> None:
+    assert "\x1b" not in settled(*command.split()).out
+    assert "\x1b" not in settled.at_terminal(*command.split(), env={"NO_COLOR": "1"})
+
+
+def columns(line: str) -> int:
+    """How many columns of a terminal a line takes."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", line)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in plain)
+    return len([c for c in plain if not unicodedata.combining(c)]) + wide
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_tables_fit_the_terminal(q: Queue, width: int) -> None:
+    q.load(
+        [
+            "echo " + "long " * 60,
+            {"command": "echo " + "日本語" * 40, "id": "x" * 30},
+            {"command": "exit 1", "max_retries": 1},
+        ]
+    )
+    q.drain(code=1)
+    for command in ("list", "dlq list", "status", "config show"):
+        for line in q.at_terminal(*command.split(), columns=width).splitlines():
+            assert columns(line) <= width, (command, line)
+
+
+# =====================================================================================================
+# database faults
+# =====================================================================================================
+
+READERS_AND_WRITERS = ["status", "list", "enqueue true", "worker start --drain", "config set priority 5"]
+
+
+@pytest.mark.parametrize("command", READERS_AND_WRITERS)
+def test_a_file_that_is_no_database_is_left_alone(q: Queue, command: str) -> None:
+    q.db.write_text("Dear diary, this is not a database. " * 200)
+    q.db.chmod(0o600)
+    before = contents(q.db.parent)
+    q.fails(*command.split())
+    assert contents(q.db.parent) == before
+
+
+@pytest.mark.parametrize("command", READERS_AND_WRITERS)
+def test_another_programs_database_is_left_alone(q: Queue, command: str) -> None:
+    with sqlite3.connect(str(q.db)) as db:
+        db.execute("CREATE TABLE photos (id INTEGER PRIMARY KEY, name TEXT)")
+    db.close()
+    q.db.chmod(0o600)
+    before = contents(q.db.parent)
+    q.fails(*command.split())
+    assert contents(q.db.parent) == before
+
+
+@pytest.mark.parametrize("command", READERS_AND_WRITERS)
+def test_a_newer_database_is_left_alone(q: Queue, command: str) -> None:
+    q.add("true")
+    with sqlite3.connect(str(q.db)) as db:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        assert version > 0
+        db.execute(f"PRAGMA user_version = {version + 1000}")
+    db.close()
+    before = contents(q.db.parent)
+    assert re.search("newer|version", q.fails(*command.split()).err)
+    assert contents(q.db.parent) == before
+
+
+@pytest.mark.parametrize("how", ["overwritten", "cut"])
+def test_a_corrupt_database_is_reported(q: Queue, how: str) -> None:
+    q.load([f"echo {'x' * 500} {n}" for n in range(300)])
+    q("status")  # the last to leave brings everything into the one file
+    size = q.db.stat().st_size
+    if how == "cut":
+        os.truncate(str(q.db), size // 2 // 4096 * 4096)
+    else:
+        with open(q.db, "r+b") as file:
+            file.seek(4096)
+            file.write(b"\xa5" * (size - 4096))
+    before = q.db.read_bytes()
+    for command in ("list --json", "enqueue true", "status"):
+        assert "Traceback" not in q(*command.split(), code=1).err
+    assert q.db.read_bytes() == before
+
+
+def test_the_doctor_has_nothing_to_say_of_a_healthy_queue(q: Queue) -> None:
+    q.load(["true", {"command": "exit 1", "max_retries": 1}])
+    q.drain(code=1)
+    q("doctor")
+    pool = q.pool()
+    q("doctor")
+    assert pool.stop() == 0
+
+
+def test_the_doctor_finds_what_is_wrong(q: Queue) -> None:
+    q.load([f"echo {'x' * 500} {n}" for n in range(300)])
+    q.db.chmod(0o666)
+    assert str(q.db) in q("doctor", code=1).out
+    q.db.chmod(0o600)
+    q("status")
+    with open(q.db, "r+b") as file:
+        file.seek(4096 * 20)
+        file.write(b"\xa5" * 4096 * 5)
+    q("doctor", code=1)
+
+
+def test_a_folder_is_no_database(q: Queue) -> None:
+    q.fails("status", "--db", str(q.work))
+    q.fails("enqueue", "true", "--db", str(q.work))
+
+
+@not_root
+@pytest.mark.parametrize("what", ["database", "folder"])
+def test_a_read_only_place(q: Queue, what: str) -> None:
+    q.add("true")
+    for path in [*q.db.parent.iterdir()] if what == "database" else [q.db.parent]:
+        path.chmod(0o400 if what == "database" else 0o500)
+    try:
+        if what == "database":
+            q.fails("enqueue", "true")
+            q.fails("config", "set", "priority", "5")
+        else:
+            q.fails("enqueue", "true", "--db", str(q.db.parent / "new.db"))
+    finally:
+        q.db.parent.chmod(0o700)
+
+
+@pytest.mark.parametrize("what", ["database", "folder"])
+def test_workers_refuse_what_others_may_write(q: Queue, what: str) -> None:
+    q.add("touch ran")
+    if what == "database":
+        q.db.chmod(0o666)
+    else:
+        q.db.parent.chmod(0o777)
+    q.fails("worker", "start", "--drain")
+    assert not (q.work / "ran").exists()
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can give files away")
+def test_workers_refuse_what_others_own(q: Queue) -> None:
+    q.add("touch ran")
+    os.chown(str(q.db), 12345, 12345)
+    q.fails("worker", "start", "--drain")
+    assert not (q.work / "ran").exists()
+
+
+def test_everything_beside_the_database_is_private(q: Queue) -> None:
+    q.bash("umask 000; queuectl enqueue --env A=1 'echo secret'; queuectl worker start --drain; queuectl enqueue true")
+    pool = q.bash("umask 000; queuectl worker start --detach")
+    assert pool.code == 0
+    for path in q.db.parent.rglob("*"):
+        assert stat.S_IMODE(path.lstat().st_mode) & 0o077 == 0, path
+    q("worker", "stop")
+
+
+def test_a_locked_database_is_waited_for(q: Queue) -> None:
+    q.add("true")
+    foreign = sqlite3.connect(str(q.db), isolation_level=None)
+    foreign.execute("BEGIN IMMEDIATE")
+    adder = q.start("enqueue", "--id", "patient", "true")
+    assert q.counts() == {"pending": 1}  # readers are not held up
+    foreign.execute("ROLLBACK")
+    foreign.close()
+    assert adder.wait() == 0
+    assert adder.out == "Enqueued: patient\n"
+
+
+@full
+def test_a_database_that_stays_locked_is_an_error(q: Queue) -> None:
+    q.add("true")
+    foreign = sqlite3.connect(str(q.db), isolation_level=None)
+    foreign.execute("BEGIN IMMEDIATE")
+    adder = q.start("enqueue", "--id", "patient", "true")
+    assert adder.wait(60) == 1
+    assert re.search(r"^queuectl: error: [^\n]*locked", adder.err, re.M)
+    foreign.execute("ROLLBACK")
+    foreign.close()
+    assert q.counts() == {"pending": 1}
+
+
+def test_a_signal_is_heard_while_the_database_is_locked(q: Queue) -> None:
+    pool = q.pool("--count", "2")
+    foreign = sqlite3.connect(str(q.db), isolation_level=None)
+    foreign.execute("BEGIN IMMEDIATE")
+    code = pool.stop()
+    foreign.execute("ROLLBACK")
+    foreign.close()
+    assert code == 0
+
+
+def test_an_outcome_is_kept_while_the_database_is_locked(q: Queue) -> None:
+    job = q.add(GATE)
+    pool = q.pool()
+    q.wait_file("started")
+    foreign = sqlite3.connect(str(q.db), isolation_level=None)
+    foreign.execute("BEGIN IMMEDIATE")
+    q.touch("go")
+    q.wait_file("ended")
+    assert q.state(job) == "processing"
+    foreign.execute("ROLLBACK")
+    foreign.close()
+    q.wait_state(job, "completed")
+    assert q.show(job)["attempts"] == 1
+    assert pool.stop() == 0
+
+
+def test_a_full_disk_changes_nothing(q: Queue) -> None:
+    """A file size limit stands in for the disk: writes fail in the middle."""
+    q.add("true", "--id", "before")
+    (q.work / "jobs").write_text("".join(f"echo {'x' * 400} {n}\n" for n in range(5000)))
+    result = q.bash("ulimit -f 600; queuectl enqueue --file jobs", code=None)
+    assert result.code == 1, result
+    assert result.out == "" and re.fullmatch(r"queuectl: error: [^\n]+\n", result.err)
+    assert list(q.states()) == ["before"]
+    q.add("true")
+    q.drain()
+    assert q.counts() == {"completed": 2}
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=2m,mode=700 none "$FOLDER"; queuectl enqueue --id gate "$GATE"; queuectl worker start & pool=$!
+until [ -e started ]; do sleep 0.05; done
+dd if=/dev/zero of="$FOLDER/fill" bs=4k 2>/dev/null
+queuectl enqueue true; echo "enqueue: $?"
+touch go; until [ -e ended ]; do sleep 0.05; done
+queuectl show gate --json | grep '"state": "processing"'
+rm "$FOLDER/fill"
+until queuectl list --state completed --json | grep '"attempts": 1,'; do sleep 0.1; done
+queuectl worker stop; wait $pool; echo "pool: $?"
+"""
+
+
+@containers
+def test_a_really_full_disk(q: Queue) -> None:
+    """A worker keeps the outcome it holds, and records it when it can; a command fails and changes nothing."""
+    env = {"FOLDER": q.db.parent, "GATE": GATE}
+    result = q.run(["unshare", "--mount", "bash", "-c", define(q.program) + FULL_DISK], env=env)
+    assert "enqueue: 1" in result.out and "pool: 0" in result.out
+    assert '"state": "processing"' in result.out and '"id": "gate"' in result.out
+    assert re.search(r"^queuectl: error: [^\n]*space", result.err, re.M)
+
+
+def test_a_deleted_database_stops_its_workers_loudly(q: Queue) -> None:
+    pool = q.pool()
+    for name in (q.db.name, q.db.name + "-wal", q.db.name + "-shm"):
+        if (q.db.parent / name).exists():
+            (q.db.parent / name).unlink()
+    assert pool.wait() != 0
+    assert pool.err
+    assert not q.db.exists()
+
+
+def test_no_new_database_beside_a_live_worker(q: Queue) -> None:
+    q.add(GATE)
+    pool = q.pool()
+    q.wait_file("started")
+    for name in (q.db.name, q.db.name + "-wal", q.db.name + "-shm"):
+        if (q.db.parent / name).exists():
+            (q.db.parent / name).unlink()
+    q.fails("enqueue", "true")
+    assert not q.db.exists()
+    q.touch("go")
+    assert pool.wait() != 0
+
+
+# =====================================================================================================
+# scale: real files, many jobs
+# =====================================================================================================
+
+MANY = 200_000 if FULL else 20_000
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queue]:
+    """A queue of many jobs, enqueued from one file by one command."""
+    queue = Queue(tmp_path_factory.mktemp("big"))
+    (queue.work / "jobs").write_text("".join(f"echo {n}\n" for n in range(MANY)))
+    assert queue("enqueue", "--file", "jobs").out == f"Enqueued: {MANY} jobs\n"
+    yield queue
+    queue.close()
+
+
+def peak_memory(q: Queue, *args: str) -> int:
+    """The most memory a command took, in bytes."""
+    process = subprocess.Popen([*q.program, *args], env=q.env, stdout=subprocess.DEVNULL)
+    _, code, usage = os.wait4(process.pid, 0)
+    process.returncode = code
+    assert code == 0
+    return usage.ru_maxrss * (1024 if LINUX else 1)
+
+
+def test_reading_many_jobs_takes_little_memory(big: Queue) -> None:
+    least = peak_memory(big, "--version")
+    for args in (["status"], ["list"], ["list", "--json"]):
+        assert peak_memory(big, *args) < least + 25_000_000, args
+
+
+def test_many_jobs_are_all_there_in_order(big: Queue) -> None:
+    lines = big("list", "--json").out.splitlines()
+    assert len(lines) == MANY + 2
+    commands = [json.loads(line.rstrip(","))["command"] for line in lines[1:-1:997]]
+    assert commands == [f"echo {n}" for n in range(0, MANY, 997)]
+
+
+def test_an_ambiguous_prefix_lists_the_candidates(big: Queue) -> None:
+    ids = [json.loads(line.rstrip(","))["id"] for line in big("list", "--json").out.splitlines()[1:-1]]
+    seen: dict[str, list[str]] = {}
+    for job in ids:
+        seen.setdefault(job[:4], []).append(job)
+    twins = next((jobs for jobs in seen.values() if len(jobs) == 2), None) or max(seen.values(), key=len)
+    assert len(twins) > 1, "no two ids with one prefix among so many"
+    error = big.fails("show", twins[0][:4]).err
+    if len(twins) == 2:
+        assert all(job in error for job in twins)
+
+
+def test_one_bad_line_among_many(q: Queue) -> None:
+    lines = ["echo x"] * MANY
+    lines[12_344] = '{"command":"echo x","priorty":1}'
+    (q.work / "jobs").write_text("\n".join(lines))
+    assert "12345" in q.fails("enqueue", "--file", "jobs", code=2).err.replace(",", "")
+    assert q.counts() == {}
+
+
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="needs sha256sum")
+def test_checksums_of_real_files(q: Queue) -> None:
+    """A night's work: real files, some of them missing; four workers; every job as often as it should."""
+    number = 3000 if FULL else 400
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in sorted(library.rglob("*")) if path.is_file()][:number]
+    missing = [library / f"missing-{n}" for n in range(10)]
+    sums = q.work / "sums"
+    sums.mkdir()
+    jobs = [
+        {"id": f"file-{n}", "command": f"echo run >>sums/runs-{n}; sha256sum -- {shlex.quote(str(path))} >sums/{n}"}
+        for n, path in enumerate(files + missing)
+    ]
+    q.set("backoff_base", "0.1")
+    q.load(jobs)
+    q.drain("--count", "4", code=1)
+
+    assert q.counts() == {"completed": len(files), "dead": len(missing)}
+    for n, path in enumerate(files):
+        assert (sums / str(n)).read_text().split()[0].lstrip("\\") == hashlib.sha256(path.read_bytes()).hexdigest()
+    runs = [len(q.lines(f"sums/runs-{n}")) for n in range(len(jobs))]
+    assert runs == [1] * len(files) + [3] * len(missing)
+    assert [job["attempts"] for job in q.jobs()] == runs
+    assert {job["id"] for job in q("dlq", "list", "--json").json()} == {f"file-{len(files) + n}" for n in range(10)}
+    assert "missing-0" in q.show(f"file-{len(files)}")["last_error"]
