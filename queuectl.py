@@ -2798,12 +2798,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int, colour
     """Lines of a table in `width` columns (0: as many as it takes); what does not fit is cut at the right."""
     cells = [[clean(cell) for cell in row] for row in rows]
     widths = [max(text_width(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
-    if width:  # the last column gives way first, then the widest of the others
+    if width:  # the last column gives way first, then the widest
+        widths = [min(size, width) for size in widths]
         while sum(widths) + 2 * (len(head) - 1) > width and max(widths) > 4:
-            spare = sum(widths) + 2 * (len(head) - 1) - width
-            at = len(head) - 1 if widths[-1] > 20 else widths.index(max(widths))
-            widths[at] = max(4, 20 if at == len(head) - 1 and widths[at] - spare < 20 < widths[at] else
-                             widths[at] - spare if at == len(head) - 1 else widths[at] - 1)
+            widths[-1 if widths[-1] > 20 else widths.index(max(widths))] -= 1
     lines = ["  ".join(fit(text, size) for text, size in zip(head, widths)).rstrip()]
     for row in cells:
         shown = [fit(text, size) for text, size in zip(row, widths)]
