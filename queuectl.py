@@ -2788,6 +2788,7 @@ def text_width(text: str) -> int:
 def fit(text: str, width: int) -> str:
     """Text cut to a number of columns, or filled up to it."""
     if text_width(text) > width:
+        text = text[:4 * width]
         while text and text_width(text) > max(0, width - 1):
             text = text[:-1]
         text += "…" if width else ""

@@ -356,8 +356,7 @@ class Queue:
     def fails(self, *args: Word, code: Any = 1, **options: Any) -> Result:
         """A command that must fail as all do: nothing on stdout, one line on stderr that begins alike."""
         result = self(*args, code=code, **options)
-        assert result.out == "", result
-        assert re.fullmatch(r"queuectl: error: [^\n]+\n", result.err), result
+        check_error(result)
         return result
 
     def bash(self, script: str, code: Any = 0, **options: Any) -> Result:
@@ -406,37 +405,46 @@ class Queue:
         """Work on everything there is to its end."""
         return self("worker", "start", "--drain", *args, code=code, **options)
 
-    # Preparing and looking. There is much of both, and starting Python takes most of its time: so a fork of this
-    # process does it, which has the program imported. What the commands do for users is tested as users call them.
+    # Preparing, looking and offering bad input: there is much of it, and starting Python takes most of its time. So
+    # a fork of this process does it, which has the program imported; all else runs the program as users do.
 
-    def quick(self, *args: str) -> str:
-        """What a command prints that has to succeed and isn't the one under test."""
-        read, write = os.pipe()
+    def forked(self, *args: Word, stdin: str = "") -> Result:
+        """The program's main in a fork of this process."""
+        files = [self.folder / f"fork.{name}" for name in ("in", "out", "err")]
+        files[0].write_bytes(stdin.encode("utf-8", "surrogateescape"))
         child = os.fork()
         if not child:
-            self.answer(write, args)
-        os.close(write)
-        with open(read, encoding="utf-8") as pipe:
-            text = pipe.read()
+            self.answer(files, [os.fsdecode(word) for word in args])
         status = os.waitpid(child, 0)[1]
-        print(f"$ … {' '.join(map(shlex.quote, args))}\n{shorten(text, 1000)}")
-        assert status == 0, f"queuectl {args} ended with status {status}"
-        return text
+        out, err = (decode(path.read_bytes()) for path in files[1:])
+        result = Result(("queuectl", *args), os.WEXITSTATUS(status) if os.WIFEXITED(status) else -status, out, err)
+        print(result)
+        return result
 
-    def answer(self, output: int, args: Sequence[str]) -> NoReturn:
-        """In the forked child: the program's main, its results to `output`, and the end."""
+    def answer(self, files: Sequence[Path], args: list[str]) -> NoReturn:
+        """In the forked child: main, with these files as standard streams, and the end."""
         code = 3
         try:
             os.chdir(str(self.work))
             os.environ.clear()
             os.environ.update(self.env)
-            os.dup2(output, 1)
-            sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115
-            sys.stderr = open(2, "w", encoding="utf-8")  # noqa: SIM115
-            code = queuectl.main(list(args))
+            for number, (path, mode) in enumerate(zip(files, "rww")):
+                with open(path, mode) as file:
+                    os.dup2(file.fileno(), number)
+            sys.stdin, sys.stdout, sys.stderr = (
+                os.fdopen(number, mode, encoding="utf-8") for number, mode in enumerate("rww")
+            )
+            code = queuectl.main(args)
             sys.stdout.flush()
+            sys.stderr.flush()
         finally:
             os._exit(code)
+
+    def quick(self, *args: Word) -> str:
+        """What a command prints that has to succeed and isn't the one under test."""
+        result = self.forked(*args)
+        assert result.code == 0, result
+        return result.out
 
     def add(self, command: str, *options: str) -> str:
         """Enqueue one shell command; its id."""
@@ -535,6 +543,12 @@ def define(program: Sequence[Word]) -> str:
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in read_proc(str(pid), f"task/{pid}/children").split()]
+
+
+def check_error(result: Result) -> None:
+    """An error is one line on stderr, which begins as all do, and nothing on stdout."""
+    assert result.out == "", result
+    assert re.fullmatch(r"queuectl: error: [^\n]+\n", result.err), result
 
 
 def kill(pid: int, number: int) -> None:
@@ -2332,7 +2346,7 @@ def test_a_pool_in_a_container_of_its_own(q: Queue) -> None:
 @containers
 def test_an_orphan_out_of_reach_is_waited_for(q: Queue) -> None:
     """Its worker was killed, and the pool that finds it lives in another container: no second run beside it."""
-    orphan = q.add("echo run >>runs; " + GATE, "--backoff-base", "0.1")
+    orphan = q.add("echo run >>runs; exec >/dev/null 2>&1; " + GATE, "--backoff-base", "0.1")
     first = q.pool()
     q.wait_file("started")
     for process in q.processes():
@@ -2815,7 +2829,8 @@ HELP = [
 
 @pytest.mark.parametrize("command", HELP)
 def test_help_has_examples_at_every_level(q: Queue, command: str) -> None:
-    result = q(*command.split(), "--help")
+    result = q.forked(*command.split(), "--help")
+    assert result.code == 0
     assert re.search(rf"^.*queuectl {command}", result.out, re.M)
     assert re.search("example", result.out, re.I)
     assert result.err == ""
@@ -3122,7 +3137,9 @@ BAD_JOBS = {
 
 def refused_without_a_change(still: Queue, *args: Word, **options: Any) -> Result:
     before = contents(still.db.parent)
-    result = still.fails(*args, code=2, **options)
+    result = still.forked(*args, **options)
+    assert result.code == 2, result
+    check_error(result)
     assert len(result.err) < 2000
     assert contents(still.db.parent) == before
     return result
