@@ -766,16 +766,18 @@ class Posix:
                 return
             os.waitpid(info.si_pid, os.WNOHANG)
 
-    def members(self, run: str, files: Sequence[str], leader: int) -> dict[int, str]:
+    def members(self, run: str, files: Sequence[str], leader: int, known: dict[int, str]) -> dict[int, str]:
         """The living processes of a run, each with the time it started.
 
         `run` is its QUEUECTL_RUN, `files` its output files, `leader` the process id of its shell
-        (0: unknown). A member carries QUEUECTL_RUN, can write to the files, or shares a session
-        with a member or descends from one; so also children that closed all descriptors and
-        left the session are found. Processes of other users and namespaces are not.
+        (0: unknown), `known` those found before. A member carries QUEUECTL_RUN, can write to the
+        files, or shares a session with a member or descends from one; so also children that
+        closed all descriptors and left the session are found. Processes of other users and
+        namespaces are not.
         """
         processes = self._from_proc(run, files) if self.linux else self._from_ps(run)
-        found = {pid for pid, entry in processes.items() if entry.marked or (leader and leader == entry.session)}
+        found = {pid for pid, entry in processes.items()
+                 if entry.marked or known.get(pid) == entry.started or (leader and leader == entry.session)}
         while True:
             sessions = {processes[pid].session for pid in found}
             more = {pid for pid, entry in processes.items()
@@ -1039,7 +1041,7 @@ class Windows:
     def reap_strangers(self, own: set[int]) -> None:
         pass
 
-    def members(self, run: str, files: Sequence[str], leader: int) -> dict[int, str]:
+    def members(self, run: str, files: Sequence[str], leader: int, known: dict[int, str]) -> dict[int, str]:
         """The run's Job Object while any process lives in it; nothing for other workers' runs."""
         if leader not in self.runs:
             return {}
@@ -1146,7 +1148,7 @@ def ring_all(db: str) -> None:
 def remove_files(db: str, name: str) -> None:
     """Remove what a worker or pool that has ended left in the folder."""
     folder = folder_path(db)
-    for entry in os.listdir(folder):
+    for entry in sorted(os.listdir(folder), key=lambda entry: entry.endswith(".life")):  # last: it tells of the rest
         if entry.startswith(name + "."):
             try:
                 os.unlink(os.path.join(folder, entry))
@@ -1171,7 +1173,12 @@ class Slot:
 
     def open(self) -> bool:
         """Open the files and take the token; False if somebody still holds it."""
-        self.fds = [open_private(path, os.O_RDWR | os.O_APPEND) for path in self.paths]
+        try:
+            for path in self.paths:
+                self.fds.append(open_private(path, os.O_RDWR | os.O_APPEND))
+        except OSError:
+            self.close()
+            raise
         if all(system.try_lock(fd) for fd in self.fds):
             return True
         self.close()
@@ -2030,6 +2037,23 @@ def run_name(worker: str, seq: int, run: int) -> str:
     return "%s-%d-%d" % (worker, seq, run)
 
 
+class Members:
+    """The processes of one run; called, it finds those that live, each with the time it started.
+
+    It remembers whom it has found: a child whose only tie to the run was its parent stays a
+    member when that parent is gone.
+    """
+
+    def __init__(self, run: str, files: Sequence[str], leader: int = 0) -> None:
+        self.run, self.files, self.leader = run, files, leader
+        self.known: dict[int, str] = {}
+
+    def __call__(self) -> dict[int, str]:
+        found: dict[int, str] = system.members(self.run, self.files, self.leader, self.known)
+        self.known.update(found)
+        return found
+
+
 def end_processes(members: Callable[[], dict[int, str]], grace: float,
                   pause: Callable[[float], object], patience: float | None = None) -> bool:
     """End the processes that `members` finds: SIGTERM, after `grace` seconds SIGKILL, until none is left.
@@ -2114,13 +2138,15 @@ class Run:
         self.look_every = SHORTEST_LOOK if grown > limit // 4 else min(self.look_every * 2, LONGEST_LOOK)
         self.next_look = now + self.look_every
 
-    def members(self) -> dict[int, str]:
-        self.has_ended()  # collects the dead, so that `childless` is up to date
-        return system.members(self.name, self.slot.paths, self.pid)  # type: ignore[no-any-return]
-
     def end(self, grace: float, pause: Callable[[float], object]) -> None:
         """End the shell and everything it started, wherever that went."""
-        end_processes(self.members, grace, pause)
+        members = Members(self.name, self.slot.paths, self.pid)
+
+        def living() -> dict[int, str]:
+            self.has_ended()  # the dead are collected, and the exit code of the shell is not lost
+            return members()
+
+        end_processes(living, grace, pause)
 
     def end_leftovers(self, grace: float, pause: Callable[[float], object]) -> None:
         """After a run that did not complete: nothing of it may live beside the next one."""
@@ -2162,16 +2188,13 @@ def _lost_run(job: Job, lost: dict[str, Any], stdout: bytes, stderr: bytes) -> E
     return Ended(job, ending, None, error, now, seconds, stdout, stderr, lost["worker"])
 
 
-def _recover_job(store: Store, lost: dict[str, Any], pause: Callable[[float], object],
-                 tell: Callable[[str], None]) -> bool:
-    """End the orphans of one lost run and record it; False if they can't be reached."""
+def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Callable[[str], None]) -> bool:
+    """Record one lost run whose orphans were ended; False if some could not be."""
     job = Job._make(lost[field] for field in Job._fields)
     slot = Slot(store.path, lost["worker"], lost["slot"])
     settings = store.settings()
-    name = run_name(lost["worker"], job.seq, job.runs)
     checkpoint("recovering")
-    gone = end_processes(lambda: system.members(name, slot.paths, 0), settings["kill_grace_seconds"], pause, 1.0)
-    if not gone or not slot.open():  # the token is held: in another container, or by another user
+    if orphans() or not slot.open():  # the token is held: in another container, or by another user
         return False
     try:
         ended = _lost_run(job, lost, *slot.read(settings["max_output_bytes"]))
@@ -2197,8 +2220,9 @@ def _forget_dead(store: Store) -> None:
     if all(is_alive(store.path, name) for name in names):
         return
     with store.transaction():
-        held = {job["worker"] for job in store.lost_jobs()}
-        for name in names - held:
+        keep = {job["worker"] for job in store.lost_jobs()}
+        keep |= {_pool_of(name) for name in names if is_alive(store.path, name)}  # `stop` reaches them through it
+        for name in names - keep:
             if not is_alive(store.path, name):
                 store.remove_worker(name)
                 store.remove_pool(name)
@@ -2218,7 +2242,12 @@ def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str]
     try:
         if not system.try_lock(lock):
             return 0
-        done = sum(_recover_job(store, lost, pause, tell) for lost in store.lost_jobs())
+        lost = [(job, Members(run_name(job["worker"], job["seq"], job["runs"]),
+                              output_paths(store.path, job["worker"], job["slot"]))) for job in store.lost_jobs()]
+        # All of them together: that takes one grace, not one each.
+        end_processes(lambda: {pid: started for _, orphans in lost for pid, started in orphans().items()},
+                      store.settings()["kill_grace_seconds"], pause, 1.0)
+        done = sum(_recover_job(store, job, orphans, tell) for job, orphans in lost)
         _forget_dead(store)
         return done
     finally:
@@ -2263,11 +2292,13 @@ class Worker:
         self.lines = ""
         self.slots = 0
         self.spare: list[Slot] = []
+        self.told_no_slot = False
         self.next_slot: Slot | None = None
         self.running: Slot
         self.control: Control
         self.contexts: dict[int, tuple[str, str, int]] = {}
         self.base_env = system.environment()
+        self.durability = "full"
         self.seen = -1  # the last data version that was looked at
         self.next_due: int | None = None
         self.next_patrol = 0.0
@@ -2358,7 +2389,7 @@ class Worker:
         return True
 
     def _may_claim(self) -> bool:
-        """Whether there is a job to claim: found out by reading, for writers stand in a queue."""
+        """Whether there is a job to claim: found out by reading, for writers have to wait for each other."""
         try:
             self.follow()
             ready, self.next_due = self.store.ready(self.order.queues, to_millis(time.time()))
@@ -2399,7 +2430,7 @@ class Worker:
 
     def _patrol(self) -> None:
         """Now and then, while anybody else runs jobs: has a worker died whose supervisor died too?"""
-        self.next_patrol = time.monotonic() + max(1.0, self.control.settings["poll_interval_ms"] / 1000)
+        began = time.monotonic()
         try:
             others = self.store.holders() - {self.name}
             self.unpatrolled = bool(others)
@@ -2407,6 +2438,8 @@ class Worker:
                 self._recover()
         except Unavailable:
             pass  # what can't be done now is still there at the next patrol
+        now = time.monotonic()  # an orphan that can't be ended takes seconds: as many for work
+        self.next_patrol = now + max(1.0, self.control.settings["poll_interval_ms"] / 1000, now - began)
 
     def _recover(self) -> None:
         try:
@@ -2451,6 +2484,9 @@ class Worker:
         claimed and this worker dead must be able to tell whether the run still lives.
         """
         checkpoint("before turn")
+        if self.durability != self.control.settings["durability"]:  # SQLite changes it between transactions alone
+            self.durability = self.control.settings["durability"]
+            self.store.set_durability(self.durability)
         slot = self.next_slot = self.next_slot or self._open_slot()
         state, job = self.commit(lambda: self._turn(ended, slot), ended.job.id if ended else "")
         checkpoint("recorded")
@@ -2458,31 +2494,41 @@ class Worker:
             self.running.clear()
             self.spare.append(self.running)
             self._tell_end(ended, state)
-        if job is not None:
+        if slot is None:
+            self.flush()
+            self.bell.wait(1.0)
+        elif job is not None:
             self.running, self.next_slot = slot, None
         return job  # type: ignore[no-any-return]
 
-    def _turn(self, ended: Ended | None, slot: Slot) -> tuple[str, Job | None]:
+    def _turn(self, ended: Ended | None, slot: Slot | None) -> tuple[str, Job | None]:
         state = ""
         if ended:
             self.retry_at = retry_time(ended.job, self.control.settings, ended.finished_at)
             state = self.store.record(ended, self.retry_at, self.order.pool)
         self.follow()
-        if self.leave or time.monotonic() >= self.next_patrol or system.orphaned(
+        if slot is None or self.leave or time.monotonic() >= self.next_patrol or system.orphaned(
                 self.order.supervisor, life_path(self.order.db, self.order.pool)):
             return state, None
         now = to_millis(time.time())
         return state, self.store.claim(self.name, self.order.pool, slot.number, self.order.queues, now)
 
-    def _open_slot(self) -> Slot:
+    def _open_slot(self) -> Slot | None:
+        """A slot with its token in hand; None if there is no room for one, and so for no run."""
         while True:
             if not self.spare:
                 self.spare.append(Slot(self.order.db, self.name, self.slots))
                 self.slots += 1
-            slot = self.spare.pop()
-            if slot.open():
-                return slot
-            slot.remove()  # a daemon that an earlier job left behind keeps it
+            try:
+                if self.spare[-1].open():
+                    self.told_no_slot = False
+                    return self.spare.pop()
+            except OSError as error:
+                if not self.told_no_slot:
+                    self.say("no job can be claimed: %s" % error)
+                self.told_no_slot = True
+                return None
+            self.spare.pop().remove()  # a daemon that an earlier job left behind keeps it
 
     def execute(self, job: Job) -> Ended:
         """Run a claimed job to its end, whatever that is."""
@@ -2573,6 +2619,9 @@ def worker_main(order: Order) -> NoReturn:
         worker.say(str(error))
         told = isinstance(error, Unavailable) and worker.leave  # what it can't write now, others will
         code = EXIT_INTERRUPTED if told == 2 else EXIT_OK if told else EXIT_FAILED
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = EXIT_BUG
     worker.flush()
     sys.exit(code)
 
