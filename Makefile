@@ -32,6 +32,10 @@ help:
 test: pytest ## run the tests; PYTHON=python3.8 with another Python, ARGS="-x -k enqueue" for pytest
 	@$(pytest-python); "$$py" -m pytest -p no:cacheprovider $(ARGS)
 
+.PHONY: stress
+stress: ## the same with storms of minutes and hundreds of thousands of jobs
+	@QUEUECTL_TEST_FULL=1 $(MAKE) test
+
 # Gives PYTHON a pytest in .venv/VERSION, unless it has one of its own or that one is there.
 .PHONY: pytest
 pytest:
