@@ -1511,6 +1511,7 @@ class Store:
         self.path = path
         self.patience = patience
         self.tell = tell
+        self.told = False
         self.mutex = -1
         if sqlite3.sqlite_version_info < (3, 8, 3):
             raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer" % sqlite3.sqlite_version)
@@ -1626,6 +1627,7 @@ class Store:
     def begin(self) -> None:
         """Take the mutex and SQLite's write lock within `patience` seconds, or raise Unavailable."""
         deadline = time.monotonic() + self.patience
+        self.told = False
         while True:
             self._lock(deadline)
             try:
@@ -1637,21 +1639,23 @@ class Store:
                 trouble = translate(error, self.path)
                 if not isinstance(trouble, Unavailable) or time.monotonic() >= deadline:
                     raise trouble from error
+                self._tell_wait(deadline)
             except BaseException:
                 system.unlock(self.mutex)
                 raise
 
     def _lock(self, deadline: float) -> None:
-        told = time.monotonic() + WAIT_TOLD
         while not system.try_lock(self.mutex):
-            now = time.monotonic()
-            if now >= deadline:
+            if time.monotonic() >= deadline:
                 raise Unavailable("another process has been writing to %s for %d s; try again later"
                                   % (self.path, self.patience))
-            if self.tell and now >= told:
-                self.tell("waiting for another process to finish writing to %s" % self.path)
-                told = deadline
+            self._tell_wait(deadline)
             system.wait_lock(self.mutex)
+
+    def _tell_wait(self, deadline: float) -> None:
+        if self.tell and not self.told and time.monotonic() >= deadline - self.patience + WAIT_TOLD:
+            self.tell("waiting for another process to finish writing to %s" % self.path)
+            self.told = True
 
     def end(self, commit: bool) -> None:
         checkpoint("before commit")
@@ -2629,7 +2633,7 @@ def worker_main(order: Order) -> NoReturn:
 # ═══ Pool ═══ the supervisor: start, watch, replace and stop workers ═════════════════════════
 
 QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing delay
-LONGEST_DELAY = 5.0
+LONGEST_DELAY = 1.0
 
 
 def complain(text: str) -> None:
@@ -3928,7 +3932,8 @@ def parse(argv: list[str]) -> tuple[Command | None, Any]:
     else:
         args = parser.parse_args(words)
     path = getattr(args, "db", db) or os.environ.get("QUEUECTL_DB") or os.path.join("~", ".queuectl", "queue.db")
-    args.db = os.path.abspath(os.path.expanduser(check_text("--db", path)))
+    # By its real name: what stands beside it must be the same for all, whatever link they came by.
+    args.db = os.path.realpath(os.path.expanduser(check_text("--db", path)))
     return chosen, args
 
 

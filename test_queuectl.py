@@ -3532,6 +3532,38 @@ def test_a_deleted_database_stops_its_workers_loudly(q: Queue) -> None:
     assert not q.db.exists()
 
 
+def test_a_link_to_the_database_leads_to_the_same_queue(q: Queue) -> None:
+    """What stands beside the database must be the same for all: else two pools would not see each other live."""
+    running = q.add(GATE)
+    pool = q.pool()
+    q.wait_file("started")
+    link = q.work / "link.db"
+    link.symlink_to(q.db)
+    second = q.start("--db", link, "worker", "start", "--drain")
+    waiting = q("--db", link, "enqueue", "--quiet", "touch second").out.strip()
+    q.wait_state(waiting, "completed")
+    assert q.show(running)["attempts"] == 1
+    assert q.workers() == 2
+    q.touch("go")
+    assert second.wait() == 0
+    assert q("--db", link, "worker", "stop").code == 0
+    assert pool.wait() == 0
+    assert q.show(running)["attempts"] == 1
+    assert sorted(path.name for path in q.work.iterdir() if path.name.startswith("link")) == ["link.db"]
+
+
+@full
+def test_who_waits_for_a_foreign_lock_says_so(q: Queue) -> None:
+    q("status")
+    foreign = sqlite3.connect(str(q.db), isolation_level=None)
+    foreign.execute("BEGIN IMMEDIATE")
+    waiting = q.start("enqueue", "true")
+    wait_for(lambda: "waiting" in waiting.err, what="a word about the lock")
+    foreign.execute("ROLLBACK")
+    foreign.close()
+    assert waiting.wait() == 0
+
+
 def test_no_new_database_beside_a_live_worker(q: Queue) -> None:
     q.add(GATE)
     pool = q.pool()
