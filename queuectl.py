@@ -230,10 +230,11 @@ def quoted(value: Any) -> str:
         return clean(str(type(value).__name__))
 
 
-def checked(name: str, value: Any) -> Any:
+def checked(name: str, value: Any, called: str = "") -> Any:
     """`value` as the number or duration (in seconds) that `name` in LIMITS asks for.
 
-    Raises UsageError, with the bounds, for anything else: nan, infinity, true, 2**63, "abc".
+    Raises UsageError, with the bounds, for anything else: nan, infinity, true, 2**63, "abc";
+    it speaks of `called`, by default of `name`.
     """
     shape, low, high = LIMITS[name]
     try:
@@ -245,7 +246,7 @@ def checked(name: str, value: Any) -> Any:
         return number
     bounds = ("from 0 s to 100 years, such as 90, 1.5, 500ms, 30s, 5m, 1h30m" if high == CENTURY else
               "from %s to %s" % (show_number(low), show_number(high)))
-    raise UsageError("%s must be a %s %s, not %s" % (name, shape, bounds, shorten(quoted(value), 60)))
+    raise UsageError("%s must be a %s %s, not %s" % (called or name, shape, bounds, shorten(quoted(value), 60)))
 
 
 def check_setting(name: str, value: str) -> Any:
@@ -457,8 +458,8 @@ def _refuse(constant: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
+        names = sorted(name for name, _ in pairs)
+        double = next(name for name, following in zip(names, names[1:]) if name == following)
         raise UsageError("the field %s stands in the JSON twice" % shorten(quoted(double), 60))
     return fields
 
@@ -637,6 +638,7 @@ class Posix:
         """
         try:
             signal.signal(signal.SIGALRM, _raise_tick)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
             try:
                 signal.setitimer(signal.ITIMER_REAL, TICK)
                 self.fcntl.flock(fd, self.fcntl.LOCK_EX)
@@ -646,11 +648,11 @@ class Posix:
             pass
 
     def held(self, path: str) -> bool:
-        """Whether a living process holds the lock on the file `path`."""
+        """Whether a living process holds the lock on the file `path`; also if that can't be found out."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
+        except OSError as error:
+            return not isinstance(error, FileNotFoundError)
         try:
             return not self.try_lock(fd, shared=True)
         finally:
@@ -1015,6 +1017,9 @@ class Windows:
         line = "%s \"%s\"" % (" ".join(self.shell), command)
         process = subprocess.Popen(line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                                    creationflags=0x4 | 0x200)  # SUSPENDED, NEW_PROCESS_GROUP
+        for _, old in self.runs.values():  # of runs that did not complete: nothing of them may live on
+            self._kernel().CloseHandle(ctypes.c_void_p(old))
+        self.runs.clear()
         handle = self._kernel().CreateJobObjectW(None, None)
         self._kill_on_close(handle, True)
         owned = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined]
@@ -1129,8 +1134,8 @@ def output_paths(db: str, worker: str, slot: int) -> tuple[str, str]:
 def names_beside(db: str, ending: str) -> list[str]:
     """The workers and pools that have a file with this ending in the folder."""
     try:
-        return [name[:-len(ending)] for name in os.listdir(folder_path(db)) if name.endswith(ending)]
-    except FileNotFoundError:
+        return [name[:len(name) - len(ending)] for name in os.listdir(folder_path(db)) if name.endswith(ending)]
+    except OSError:  # there is none, or it can't be read: then nobody can be rung or asked
         return []
 
 
@@ -1147,13 +1152,22 @@ def ring_all(db: str) -> None:
 
 def remove_files(db: str, name: str) -> None:
     """Remove what a worker or pool that has ended left in the folder."""
-    folder = folder_path(db)
-    for entry in sorted(os.listdir(folder), key=lambda entry: entry.endswith(".life")):  # last: it tells of the rest
-        if entry.startswith(name + "."):
-            try:
-                os.unlink(os.path.join(folder, entry))
-            except OSError:  # open on Windows: the next sweep gets it
-                pass
+    endings = [entry for entry in names_beside(db, "") if entry.startswith(name + ".")]
+    for entry in sorted(endings, key=lambda entry: entry.endswith(".life")):  # that last: it tells of the rest
+        try:
+            os.unlink(os.path.join(folder_path(db), entry))
+        except OSError:  # open on Windows, or the folder can't be written: the next sweep gets it
+            pass
+
+
+def head_and_tail(fd: int, limit: int) -> bytes:
+    """The contents of an output file, at most `limit` bytes: its head and its tail, the gap marked."""
+    size = os.fstat(fd).st_size
+    if size <= limit:
+        return read_between(fd, 0, size) if size else b""
+    half = limit // 2
+    return b"%s\n[queuectl: %d bytes left out here]\n%s" % (
+        read_between(fd, 0, half), size - 2 * half, read_between(fd, size - half, size))
 
 
 class Slot:
@@ -1199,17 +1213,9 @@ class Slot:
                 pass
 
     def read(self, limit: int) -> tuple[bytes, bytes]:
-        """Head and tail of stdout and stderr, at most `limit` bytes each, the gap marked."""
-        out, err = (self._read_one(fd, limit) for fd in self.fds)
+        """What the run has printed to stdout and stderr, at most `limit` bytes each."""
+        out, err = (head_and_tail(fd, limit) for fd in self.fds)
         return out, err
-
-    def _read_one(self, fd: int, limit: int) -> bytes:
-        size = os.fstat(fd).st_size
-        if size <= limit:
-            return read_between(fd, 0, size) if size else b""
-        half = limit // 2
-        return b"%s\n[queuectl: %d bytes left out here]\n%s" % (
-            read_between(fd, 0, half), size - 2 * half, read_between(fd, size - half, size))
 
     def bound(self, limit: int) -> int:
         """Keep a run that prints without end from filling the disk; the bytes it has printed.
@@ -1229,11 +1235,14 @@ class Slot:
                     os.ftruncate(fd, limit // 2)
         return total
 
-    def clear(self) -> None:
-        """After the commit that recorded the run: empty the files, then let go of the token."""
+    def empty(self) -> None:
         for fd in self.fds:
             if os.fstat(fd).st_size:
                 os.ftruncate(fd, 0)
+
+    def clear(self) -> None:
+        """After the commit that recorded the run: empty the files, then let go of the token."""
+        self.empty()
         self.close()
 
 # ═══ SQL ═══ the schema, its migrations, every statement ═════════════════════════════════════
@@ -1459,7 +1468,7 @@ def translate(error: sqlite3.Error, path: str) -> QueueError:
     if "locked" in text or "busy" in text:
         return Unavailable("%s is locked by another program; try again when it has finished" % path)
     if "full" in text:
-        return Unavailable("no space left for %s; free some, nothing was changed" % path)
+        return Unavailable("no space left for %s; free some and try again" % path)
     if "disk I/O" in text:
         return Unavailable("%s can't be read or written (%s); check the disk and its quota" % (path, text))
     if "readonly" in text or "read-only" in text:
@@ -1518,8 +1527,11 @@ class Store:
         new = not os.path.exists(path)
         if new:
             self._prepare_folder()
+        else:
+            self._check_file()
         try:
             self.mutex = open_private(mutex_path(path), os.O_RDWR)
+            self._check_replaced()
             self._connect()
             if new or self._value(GET_VERSION) != SCHEMA_VERSION:
                 self._migrate()
@@ -1528,6 +1540,7 @@ class Store:
         except OSError as error:
             raise Unavailable("%s can't be used: %s" % (path, error.strerror)) from error
         self.identity = self._identify()
+        self._note_identity()
 
     def _prepare_folder(self) -> None:
         """Before a database is made: a private folder, on a disk of this machine, with no live worker."""
@@ -1541,6 +1554,31 @@ class Store:
         if any(is_alive(self.path, name) for name in names_beside(self.path, ".life")):
             raise QueueError("%s is gone, but workers of it still live; let them end before a new one is made"
                              % self.path)
+
+    def _check_file(self) -> None:
+        """Before a database is opened: SQLite would make a new queue of an empty file."""
+        if not os.path.isfile(self.path):
+            raise QueueError("%s is not a file; name a database with --db" % self.path)
+        if os.path.getsize(self.path) == 0 and os.path.isdir(folder_path(self.path)):
+            raise QueueError("%s is empty, but has been a queue before; restore a backup, or move it and %s away"
+                             % (self.path, folder_path(self.path)))
+
+    def _check_replaced(self) -> None:
+        """Refuse a file that took the place of a database in use: its log would be mixed with the old one's.
+
+        The mutex file says which file the database was when it was last opened.
+        """
+        known = read_between(self.mutex, 0, 40)
+        if known and os.path.exists(self.path) and known != b"%d" % os.stat(self.path).st_ino and any(
+                is_alive(self.path, name) for name in names_beside(self.path, ".life")):
+            raise QueueError("%s was replaced while workers of the old one live; let them end first" % self.path)
+
+    def _note_identity(self) -> None:
+        known = b"%d" % self.identity[1]
+        if read_between(self.mutex, 0, 40) != known:
+            os.ftruncate(self.mutex, 0)
+            os.lseek(self.mutex, 0, os.SEEK_SET)
+            os.write(self.mutex, known)
 
     def _connect(self) -> None:
         mask = os.umask(0o077)
@@ -1591,8 +1629,10 @@ class Store:
         """Which file this is: it changes if the database is replaced, and is lost if it is deleted."""
         try:
             info = os.stat(self.path)
-        except OSError:
+        except FileNotFoundError:
             raise QueueError("%s was deleted while it was in use; nothing more is written" % self.path) from None
+        except OSError as error:
+            raise Unavailable("%s can't be used: %s" % (self.path, error.strerror)) from error
         return info.st_dev, info.st_ino
 
     def _check_identity(self) -> None:
@@ -1702,7 +1742,8 @@ class Store:
         Raises QueueError if the database was deleted or replaced: nobody would hear of it else.
         """
         self._check_identity()
-        return int(self._rows(DATA_VERSION)[0][0])
+        rows = self._rows(DATA_VERSION)  # none before SQLite 3.8.8: then everything is looked at each time
+        return int(rows[0][0]) if rows else time.monotonic_ns()
 
     # Jobs come in.
 
@@ -1817,14 +1858,16 @@ class Store:
             return False
         return not self.ready(queues, now)[0]
 
-    def record(self, ended: Ended, retry_at: int | None, pool: str) -> str:
-        """Record how a run ended, in a transaction; the job's new state.
+    def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str]) -> str:
+        """Record how a run ended, in a transaction; the job's new state. If it is dead, `pools` are told.
 
         Only if the job is still in that very run: otherwise somebody else has recorded it as
         lost, and that stands; returns "" then.
         """
         job = ended.job
         state, attempts = settle(ended.ending, job.attempts, job.max_retries)
+        if state in (PENDING, FAILED) and self.is_cancelled(job.seq):  # its worker has not heard of it in time
+            state, attempts = DEAD, job.attempts
         self.db.execute(RECORD_RUN, (ended.ending, ended.finished_at, ended.seconds, ended.exit_code, ended.error,
                                      ended.worker, ended.stdout or None, ended.stderr or None, job.seq, job.runs))
         due = retry_at if state == FAILED else None
@@ -1832,7 +1875,7 @@ class Store:
             state, 1 if state == PENDING else 0, due, attempts, ended.finished_at, ended.finished_at,
             ended.exit_code, ended.error, job.seq, job.runs)).rowcount
         if done and state == DEAD:
-            self.db.execute(COUNT_DEATH, (pool,))
+            self.db.executemany(COUNT_DEATH, [(pool,) for pool in pools])
         return state if done else ""
 
     def is_cancelled(self, seq: int) -> bool:
@@ -2192,7 +2235,8 @@ def _lost_run(job: Job, lost: dict[str, Any], stdout: bytes, stderr: bytes) -> E
     return Ended(job, ending, None, error, now, seconds, stdout, stderr, lost["worker"])
 
 
-def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Callable[[str], None]) -> bool:
+def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Callable[[str], None],
+                 pool: str) -> bool:
     """Record one lost run whose orphans were ended; False if some could not be."""
     job = Job._make(lost[field] for field in Job._fields)
     slot = Slot(store.path, lost["worker"], lost["slot"])
@@ -2203,7 +2247,8 @@ def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Cal
     try:
         ended = _lost_run(job, lost, *slot.read(settings["max_output_bytes"]))
         with store.transaction():
-            state = store.record(ended, retry_time(job, settings, ended.finished_at), _pool_of(lost["worker"]))
+            state = store.record(ended, retry_time(job, settings, ended.finished_at),
+                                 {pool, _pool_of(lost["worker"])})
     finally:
         slot.close()  # a token kept here by mistake would keep the job from ever being given back
     checkpoint("recovered")
@@ -2233,8 +2278,10 @@ def _forget_dead(store: Store) -> None:
                 remove_files(store.path, name)
 
 
-def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str], None]) -> int:
+def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str], None], pool: str = "") -> int:
     """Give back what dead workers held, after ending what is left of it; how many jobs.
+
+    If that uses up a job's tries, it has died in the hands of `pool` too.
 
     One process at a time does this, under a lock of its own: ending processes takes seconds, and
     the write mutex must not be held so long. Who finds it taken leaves the work to the other.
@@ -2251,7 +2298,7 @@ def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str]
         # All of them together: that takes one grace, not one each.
         end_processes(lambda: {pid: started for _, orphans in lost for pid, started in orphans().items()},
                       store.settings()["kill_grace_seconds"], pause, 1.0)
-        done = sum(_recover_job(store, job, orphans, tell) for job, orphans in lost)
+        done = sum(_recover_job(store, job, orphans, tell, pool) for job, orphans in lost)
         _forget_dead(store)
         return done
     finally:
@@ -2447,7 +2494,7 @@ class Worker:
 
     def _recover(self) -> None:
         try:
-            if recover(self.store, self.bell.wait, self.say):
+            if recover(self.store, self.bell.wait, self.say, self.order.pool):
                 self.seen = -1
         except Unavailable:
             self.unpatrolled = True
@@ -2509,7 +2556,7 @@ class Worker:
         state = ""
         if ended:
             self.retry_at = retry_time(ended.job, self.control.settings, ended.finished_at)
-            state = self.store.record(ended, self.retry_at, self.order.pool)
+            state = self.store.record(ended, self.retry_at, (self.order.pool,))
         self.follow()
         if slot is None or self.leave or time.monotonic() >= self.next_patrol or system.orphaned(
                 self.order.supervisor, life_path(self.order.db, self.order.pool)):
@@ -2525,6 +2572,7 @@ class Worker:
                 self.slots += 1
             try:
                 if self.spare[-1].open():
+                    self.spare[-1].empty()  # of what a daemon wrote after its job was recorded, and ended since
                     self.told_no_slot = False
                     return self.spare.pop()
             except OSError as error:
@@ -2636,12 +2684,21 @@ QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing
 LONGEST_DELAY = 1.0
 
 
+def mute(stream: int) -> None:
+    """After a failed write to a standard stream: nothing more, so that Python does not fail again at its exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    except OSError:
+        pass
+
+
 def complain(text: str) -> None:
     """A line on stderr that is no result."""
     try:
-        print("queuectl: %s" % text, file=sys.stderr, flush=True)
-    except (OSError, ValueError, AttributeError):
-        pass  # nobody listens
+        if sys.stderr is not None:
+            print("queuectl: %s" % text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        mute(2)  # nobody listens
 
 
 class Pool:
@@ -2691,12 +2748,15 @@ class Pool:
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
-                signal.signal(number, self._on_stop)
+                signal.signal(number, self._on_hangup if name == "SIGHUP" else self._on_stop)
         if not WINDOWS:
             signal.signal(signal.SIGCHLD, lambda signum, frame: None)
 
     def _on_stop(self, signum: int, frame: FrameType | None) -> None:
         self.stops += 1
+
+    def _on_hangup(self, signum: int, frame: FrameType | None) -> None:
+        self.stops = max(self.stops, 1)  # a closing terminal may say it more than once
 
     def _hire(self) -> None:
         """Start the workers that are due."""
@@ -2714,9 +2774,15 @@ class Pool:
                       os.getpid(), fds)
         process = self.context.Process(target=worker_main, args=(order,), name="worker %d" % self.number)
         mask = None if WINDOWS else signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        process.start()  # until it has handlers of its own, a signal to it must wait
-        if mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            process.start()  # until it has handlers of its own, a signal to it must wait
+        except OSError as error:
+            complain("a worker can't be started yet: %s" % error.strerror)
+            self.openings.append(time.monotonic() + LONGEST_DELAY)
+            return
+        finally:
+            if mask is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.workers[process] = time.monotonic()
         self.bell.watch(process.sentinel)
 
@@ -2769,7 +2835,8 @@ class Pool:
             store = Store(self.db)
             store.patience = LAST_PATIENCE
             died = store.deaths(self.name)
-            recover(store, self.bell.wait, complain)
+            recover(store, self.bell.wait, complain, self.name)
+            died = store.deaths(self.name)
             with store.transaction():
                 store.remove_pool(self.name)
             remove_files(self.db, self.name)
@@ -3061,6 +3128,9 @@ def finish_draft(draft: dict[str, Any], folders: dict[str | None, str]) -> dict[
         if given == "" or not os.path.isdir(system.native(folder)):
             raise UsageError("cwd %s is not a folder" % shorten(quoted(given), 200))
         folders[given] = folder
+    for name, value in (draft["env"] or {}).items():
+        if len(name.encode()) + len(value.encode()) + 2 > system.longest_command:
+            raise UsageError("env %s is too long: this system takes %d bytes" % (clean(name), system.longest_command))
     return dict(draft, cwd=folders[given])
 
 
@@ -3083,7 +3153,7 @@ def open_jobs(path: str) -> BinaryIO:
         raise UsageError("%s can't be read: %s" % (clean(path), error.strerror or error)) from None
 
 
-LONGEST_LINE = 1 << 24
+LONGEST_LINE = 1 << 21  # bytes
 
 
 def job_lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -3306,7 +3376,7 @@ queuectl worker stop                 running jobs finish first
 queuectl worker stop --now           running jobs go back into the queue
 """)
 def cmd_worker_stop(args: Any) -> int:
-    patience = float("inf") if args.timeout is None else checked("delay", args.timeout)
+    patience = float("inf") if args.timeout is None else checked("delay", args.timeout, "--timeout")
     deadline = time.monotonic() + patience
     store = open_store(args)
     alive = [entry["name"] for entry in [*store.pools(), *store.workers()] if entry["alive"]]
@@ -3407,21 +3477,23 @@ def cmd_list(args: Any) -> int:
     return _list(args, args.state, JOB_HEAD, job_row)
 
 
-def read_output(path: str, start: int, most: int) -> bytes:
-    """What stands in an output file from an offset on; only read for a moment, never held open."""
+def read_output(path: str, missing: Any, read: Callable[..., Any], *values: Any) -> Any:
+    """What `read(fd, *values)` makes of an output file, which is opened for that moment alone."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError:
-        return b""
+        return missing
     try:
-        return read_between(fd, start, start + most)
+        return read(fd, *values)
     finally:
         os.close(fd)
 
 
 def live_run(store: Store, job: dict[str, Any]) -> dict[str, Any]:
     """The current run of a job, with what it has printed so far."""
-    outputs = [read_output(path, 0, 1 << 28) for path in output_paths(store.path, job["locked_by"], job["slot"])]
+    limit = store.settings()["max_output_bytes"]
+    outputs = [read_output(path, b"", head_and_tail, limit)
+               for path in output_paths(store.path, job["locked_by"], job["slot"])]
     return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING, "started_at": job["started_at"],
             "finished_at": None, "duration_seconds": max(0, now_millis() - job["started_at"]) / 1000,
             "exit_code": None, "error": None, "worker": job["locked_by"], "stdout": outputs[0], "stderr": outputs[1]}
@@ -3478,20 +3550,40 @@ def _out_average(store: Store, job: dict[str, Any], stream: str | None) -> int:
     return EXIT_OK
 
 
+def _output_since(fd: int, start: int, limit: int) -> tuple[bytes, int]:
+    """What an output file holds from `start` on, and its size; the middle of very much is left out."""
+    size = os.fstat(fd).st_size
+    if size - start <= limit:
+        return read_between(fd, start, size), size
+    return b"\n[queuectl: %d bytes left out here]\n%s" % (
+        size - limit // 2 - start, read_between(fd, size - limit // 2, size)), size
+
+
 def _follow_live(store: Store, job: dict[str, Any], stream: str | None, offsets: dict[str, int]) -> None:
     """Show what a running job has printed since the last look.
 
     The files are used again for other jobs after the run was recorded: so what was read counts
     only if the job is still in the same run afterwards.
     """
-    paths = output_paths(store.path, job["locked_by"], job["slot"])
-    news = {name: read_output(path, offsets[name], 1 << 20) for name, path in zip(offsets, paths)}
+    limit = store.settings()["max_output_bytes"]
+    paths = dict(zip(offsets, output_paths(store.path, job["locked_by"], job["slot"])))
+    news = {name: read_output(path, (b"", 0), _output_since, offsets[name], limit) for name, path in paths.items()}
     again = store.find_by_seq(job["seq"])
     if again and again["state"] == PROCESSING and again["runs"] == job["runs"]:
-        for name, output in news.items():
+        for name, (output, size) in news.items():
             if stream in (None, name) and output:
                 out_bytes(output)
-            offsets[name] += len(output)
+            offsets[name] = max(offsets[name], size)
+
+
+def _follow_end(run: dict[str, Any], stream: str | None, offsets: dict[str, int], limit: int) -> None:
+    """Show what is left of a run that was followed and has been recorded."""
+    for name, offset in offsets.items():
+        output = run[name] or b""
+        if stream in (None, name):  # of output that was too long to be kept whole, the gap and the tail
+            out_bytes(output[limit // 2:] if len(output) > limit else output[offset:])
+    if stream is None:
+        emit(run_title(run) + "\n")
 
 
 FOLLOW_EVERY = 0.1  # seconds
@@ -3506,13 +3598,8 @@ def _follow(store: Store, job: dict[str, Any], stream: str | None) -> int:
     current: dict[str, Any] | None = job
     while current is not None:
         for run in store.runs(seq, done):
-            rest = {name: (run[name] or b"")[offsets[name]:] for name in offsets}
             if any(offsets.values()):
-                for name in offsets:
-                    if stream in (None, name):
-                        out_bytes(rest[name])
-                if stream is None:
-                    emit(run_title(run) + "\n")
+                _follow_end(run, stream, offsets, store.settings()["max_output_bytes"])
             else:
                 _out_run(run, stream)
             done, offsets = run["run"], dict.fromkeys(offsets, 0)
@@ -3677,12 +3764,12 @@ def cmd_delete(args: Any) -> int:
     return EXIT_OK
 
 
-def _await_end(store: Store, job: dict[str, Any], deadline: float) -> None:
+def _await_end(store: Store, job: dict[str, Any], deadline: float) -> str:
     """Wait until a cancelled job is no longer running; if its worker is dead, do the worker's part."""
     while True:
         current = store.find_by_seq(job["seq"])
         if current is None or current["state"] != PROCESSING or current["runs"] != job["runs"]:
-            return
+            return current["state"] if current else DEAD
         if not is_alive(store.path, current["locked_by"]):
             recover(store, time.sleep, complain)
         if time.monotonic() >= deadline:
@@ -3703,8 +3790,9 @@ def cmd_cancel(args: Any) -> int:
     ring_all(args.db)
     deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
     for job in jobs:
-        _await_end(store, job, deadline)
-        emit("Cancelled: %s" % clean(job["id"]))
+        state = _await_end(store, job, deadline)
+        emit("%s: %s" % ("Completed before it could be cancelled" if state == COMPLETED else "Cancelled",
+                         clean(job["id"])))
     return EXIT_OK
 
 
@@ -3735,13 +3823,17 @@ def cmd_dlq_retry(args: Any) -> int:
 
 
 @subcommand("dlq purge", "forget dead jobs and their runs",
-         option("--older-than", metavar="DURATION", default="0", help="only those dead for longer than this"),
+         option("--older-than", metavar="DURATION", help="only those dead for longer than this"),
          examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
 def cmd_dlq_purge(args: Any) -> int:
-    before = now_millis() - to_millis(checked("delay", args.older_than))
+    before = NEVER if args.older_than is None else now_millis() - to_millis(
+        checked("delay", args.older_than, "--older-than"))
     store = open_store(args)
     count = store.purge(DEAD, before)
-    store.shrink()
+    try:
+        store.shrink()
+    except QueueError as error:
+        complain("the disk space is not given back yet: %s" % error)
     emit("Deleted: %s" % count_of(count, "job"))
     return EXIT_OK
 
@@ -3817,6 +3909,9 @@ GROUPS = ("worker", "dlq", "config")
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError("%s; see `%s --help`" % (clean(message), self.prog))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        emit(message.rstrip("\n"))
 
 
 def parser_of(entry: Command) -> Parser:
@@ -3920,7 +4015,7 @@ def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str
 
 def parse(argv: list[str]) -> tuple[Command | None, Any]:
     """The command that was asked for and its arguments; None if help was asked for, and shown."""
-    db, name, words = split_arguments([as_utf8(word) for word in argv])
+    db, name, words = split_arguments([check_text("the argument", as_utf8(word)) for word in argv])
     if not name:
         return None, None
     chosen = COMMANDS[name]
@@ -3931,23 +4026,21 @@ def parse(argv: list[str]) -> tuple[Command | None, Any]:
         args.words, args.literal = given, literal
     else:
         args = parser.parse_args(words)
-    path = getattr(args, "db", db) or os.environ.get("QUEUECTL_DB") or os.path.join("~", ".queuectl", "queue.db")
+    path = getattr(args, "db", db)
+    if path == "":
+        raise UsageError("--db needs the path of a database")
+    path = path or os.environ.get("QUEUECTL_DB") or os.path.join("~", ".queuectl", "queue.db")
     # By its real name: what stands beside it must be the same for all, whatever link they came by.
-    args.db = os.path.realpath(os.path.expanduser(check_text("--db", path)))
-    return chosen, args
-
-
-def mute_stdout() -> None:
-    """After a failed write: nothing more, so that Python does not fail again when it exits."""
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except OSError:
-        pass
+        args.db = os.path.realpath(os.path.expanduser(check_text("--db", path)))
+    except UnicodeEncodeError:
+        raise UsageError("%s can't be named in this locale; set LC_ALL=C.UTF-8" % clean(path)) from None
+    return chosen, args
 
 
 def end_as_pipe_reader_wants() -> int:
     """End as `ls | head` does: quietly, by SIGPIPE."""
-    mute_stdout()
+    mute(1)
     if WINDOWS:
         return EXIT_FAILED
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -3971,8 +4064,11 @@ def main(argv: list[str] | None = None) -> int:
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        entry, args = parse(sys.argv[1:] if argv is None else argv)
-        code = EXIT_OK if entry is None else int(entry.run(args))
+        try:
+            entry, args = parse(sys.argv[1:] if argv is None else argv)
+            code = EXIT_OK if entry is None else int(entry.run(args))
+        except SystemExit:  # argparse has shown the help
+            code = EXIT_OK
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -3983,10 +4079,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return end_as_pipe_reader_wants()
     except OSError as error:
-        mute_stdout()
+        mute(1)
         return fail(error, EXIT_FAILED)
-    except SystemExit as leave:  # argparse has shown the help
-        return leave.code if isinstance(leave.code, int) else EXIT_OK
     except Exception:
         sys.excepthook(*sys.exc_info())
         complain("this is a bug in queuectl %s; please report it with the lines above" % VERSION)

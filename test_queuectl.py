@@ -845,7 +845,7 @@ def take(store: Any, now: int = NOW, queues: Sequence[str] = ()) -> Any:
 def end(store: Any, job: Any, ending: str, now: int, retry_at: int = 0) -> str:
     ended = queuectl.Ended(job, ending, 0, None, now, 0.1, b"out", b"", "pool-1")
     with store.transaction():
-        return str(store.record(ended, retry_at, "pool"))
+        return str(store.record(ended, retry_at, ["pool"]))
 
 
 def test_claims_go_by_priority_then_by_arrival_over_all_queues(store: Any) -> None:
