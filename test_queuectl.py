@@ -11,7 +11,7 @@ QUEUECTL_TEST_FULL=1 runs the tests of scale in full size, and those that take m
 
 Rooms: harness · values and store · saboteur jobs · seeds · enqueue · worker and pool · time · stop and signals ·
 reading · dlq, retry, delete, cancel · config · bad input · output faults · database faults · scale ·
-storms
+storms · found by attack
 """
 
 from __future__ import annotations
@@ -4529,3 +4529,198 @@ def test_an_outcome_is_kept_while_no_file_can_be_made(q: Queue) -> None:
         assert pool.stop() == 0
     finally:
         subprocess.run(["umount", "-l", str(small)])
+
+
+# =====================================================================================================
+# found by attack: each of these once went wrong
+# =====================================================================================================
+
+
+def test_late_output_of_a_daemon_that_has_ended_is_nobodys(q: Queue) -> None:
+    """It writes after its job was recorded and ends before the slot is used again."""
+    q.pool()
+    first = q.add("(until [ -e go ]; do sleep 0.03; done; echo late; touch said) & exit 0")
+    q.wait_state(first, "completed")
+    q.touch("go")
+    q.wait_file("said")
+    for _ in range(4):
+        job = q.add("echo mine")
+        q.wait_state(job, "completed")
+        assert q("logs", "--stdout", job).out == "mine\n"
+
+
+def test_a_cancelled_job_does_not_run_again_though_its_run_fails_by_itself(q: Queue) -> None:
+    job = q.add(GATE + "; exit 1", "--backoff-base", "0.01")
+    pool = q.pool()
+    q.wait_file("started")
+    worker = children(pool.process.pid)[0]
+    kill(worker, signal.SIGSTOP)
+    cancel = q.start("cancel", job)
+    database = sqlite3.connect(str(q.db))
+    wait_for(lambda: database.execute("SELECT cancel FROM jobs").fetchone()[0], what="the wish to cancel")
+    database.close()
+    q.touch("go")
+    q.wait_file("ended")
+    kill(worker, signal.SIGCONT)
+    assert cancel.wait() == 0
+    assert (q.state(job), q.show(job)["attempts"]) == ("dead", 1)
+
+
+@linux
+def test_a_flood_is_shown_bounded_while_it_runs(q: Queue) -> None:
+    q("config", "set", "max_output_bytes", "10000")
+    job = q.add("yes | head -c 50000000; touch started; sleep 300")
+    q.pool()
+    q.wait_file("started")
+    shown = q("logs", "--stdout", job).raw()
+    assert len(shown) < 11_000
+    assert b"\0" not in shown and b"left out" in shown
+    run = q.show(job)["runs"][0]
+    assert len(run["stdout"]) < 11_000
+    q("cancel", job)
+
+
+def test_following_a_flood_ends_with_its_tail(q: Queue) -> None:
+    q("config", "set", "max_output_bytes", "10000")
+    job = q.add(GATE + "; seq 100000; echo the end")
+    q.pool()
+    q.wait_file("started")
+    follow = q.start("logs", "--follow", "--stdout", job)
+    q.touch("go")
+    assert follow.wait() == 0
+    assert follow.text.endswith("99999\n100000\nthe end\n")
+    assert "left out" in follow.text
+
+
+def test_a_replaced_database_is_not_opened_while_the_old_ones_workers_live(q: Queue, other: Queue) -> None:
+    other.add("true")
+    pool = q.pool("--count", "1")
+    kill(children(pool.process.pid)[0], signal.SIGSTOP)
+    os.replace(str(other.db), str(q.db))
+    assert "replaced" in q.fails("enqueue", "true").err
+    kill(children(pool.process.pid)[0], signal.SIGCONT)
+    pool.wait()
+    q("enqueue", "true")
+    assert q("doctor").code == 0
+
+
+def test_an_emptied_database_is_not_taken_for_a_new_one(q: Queue) -> None:
+    q.add("true")
+    q.drain()
+    q.db.write_bytes(b"")
+    assert "empty" in q.fails("enqueue", "true").err
+    assert q.db.stat().st_size == 0
+
+
+@pytest.mark.parametrize("args", [["show", b"\xff"], ["cancel", b"\xff"], ["list", "--queue", b"\xff"], ["\udcff"]])
+def test_arguments_that_are_not_utf_8(q: Queue, args: list[Word]) -> None:
+    words = [os.fsencode(word) if isinstance(word, str) else word for word in args]
+    q.fails(*words, code=2)  # type: ignore[arg-type]
+
+
+@linux
+@pytest.mark.parametrize(
+    "command", ["show nope 2>&-", "show nope 2>/dev/full", "enqueue --help >/dev/full", "status >&-"]
+)
+def test_streams_that_take_nothing(q: Queue, command: str) -> None:
+    q("status")
+    result = q.bash("queuectl " + command, code=1)
+    assert result.out == "" and "Traceback" not in result.err and "Exception ignored" not in result.err
+
+
+def test_drain_tells_of_a_death_by_recovery(q: Queue) -> None:
+    job = q.add("kill -9 $PPID; sleep 300", "--max-retries", "1")
+    assert q("worker", "start", "--drain", code=1).code == 1
+    assert q.state(job) == "dead"
+
+
+def test_workers_follow_the_durability(q: Queue) -> None:
+    """Without it each commit waits for the disk: counted by the system calls of the worker."""
+    if not shutil.which("strace"):
+        pytest.skip("there is no strace to count with")
+    syncs = {}
+    for durability in ("full", "normal"):
+        q("config", "set", "durability", durability)
+        q("enqueue", "--file", "-", stdin="true\n" * 40)
+        program = shlex.join([sys.executable, str(PROGRAM)])
+        q.bash(f"strace -f -c -e trace=fdatasync,fsync -o {durability}.txt {program} worker start --drain")
+        text = (q.work / f"{durability}.txt").read_text()
+        syncs[durability] = sum(int(line.split()[3]) for line in text.splitlines() if line.endswith("sync"))
+    assert syncs["normal"] + 30 < syncs["full"]
+
+
+def test_a_worker_that_cannot_be_forked_is_tried_again(q: Queue) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import queuectl, os\n"
+        "fork, failed = os.fork, []\n"
+        "def limited():\n"
+        "    if len(failed) < 1:\n"
+        "        failed.append(1)\n"
+        "        raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
+        "    return fork()\n"
+        "os.fork = limited\n"
+        "sys.exit(queuectl.main(['worker', 'start', '--drain']))\n"
+    )
+    job = q.add("true")
+    done = subprocess.run([sys.executable, "-c", code, str(PROGRAM.parent)], env=q.env, capture_output=True)
+    assert done.returncode == 0, done
+    assert b"can't be started yet" in done.stderr
+    assert q.state(job) == "completed"
+
+
+def test_many_equal_fields_are_refused_quickly(q: Queue) -> None:
+    pairs = ",".join(f'"a{n}":1' for n in range(60_000))
+    began = time.monotonic()
+    q("enqueue", "--file", "-", stdin='{%s,"a5":2}\n' % pairs, code=2)
+    assert time.monotonic() - began < 15
+
+
+@linux
+def test_a_stranger_who_has_the_number_of_a_dead_process_is_not_signalled() -> None:
+    stranger = subprocess.Popen(["sleep", "30"])
+    try:
+        started = read_proc(str(stranger.pid), "stat").rpartition(b")")[2].split()[19].decode()
+        for kill_it in (False, True):
+            queuectl.system.end_process(stranger.pid, str(int(started) - 1), kill_it)
+        time.sleep(0.1)
+        assert stranger.poll() is None
+        queuectl.system.end_process(stranger.pid, started, False)
+        assert stranger.wait(10) == -signal.SIGTERM
+    finally:
+        stranger.kill()
+
+
+MOUNTS = """\
+/dev/sda1 / ext4 rw 0 0
+server:/home /home nfs4 rw 0 0
+tmpfs /home/me/local tmpfs rw 0 0
+share /mnt/with\\040space cifs rw 0 0
+/dev/sdb1 /home2 ext4 rw 0 0
+"""
+
+
+@linux
+@pytest.mark.parametrize(
+    "folder, kind",
+    [
+        ("/", ""),
+        ("/home", "nfs4"),
+        ("/home/me/q", "nfs4"),
+        ("/home/me/local/q", ""),
+        ("/mnt/with space", "cifs"),
+        ("/home2", ""),
+    ],
+)
+def test_network_file_systems_are_known_by_their_mount(
+    folder: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mounts").write_text(MOUNTS)
+    monkeypatch.setattr("builtins.open", lambda path, *args, **named: (tmp_path / "mounts").open(*args, **named))
+    assert queuectl.system.network_file_system(folder) == kind
+
+
+def test_a_database_on_a_network_file_system_is_refused(q: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queuectl.system, "network_file_system", lambda folder: "nfs4", raising=False)
+    with pytest.raises(queuectl.QueueError, match="network file system"):
+        queuectl.Store(str(q.db))
+    assert not q.db.exists()
