@@ -150,8 +150,8 @@ class Unavailable(QueueError):
 # A claimed job, as its worker knows it; `seq` is its place in the order of arrival.
 Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
                         "backoff_base context env")
-# How a run ended. `error` says why it failed; times are milliseconds since the epoch, `seconds`
-# was measured by the monotonic clock; `slot` holds the output until the record is committed.
+# How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
+# `seconds` was measured by the monotonic clock.
 Ended = namedtuple("Ended", "job ending exit_code error finished_at seconds stdout stderr worker")
 # What running workers follow: settings, and whether their pool is to stop (0, 1: soon, 2: now).
 Control = namedtuple("Control", "epoch settings stop")
