@@ -982,15 +982,9 @@ class Windows:
         except FileNotFoundError:
             return False
         try:
-            if not self.try_lock(fd):
-                return True
-            self.unlock(fd)
-            return False
+            return not self.try_lock(fd)
         finally:
-            os.close(fd)
-
-    def prepare_parent(self) -> None:
-        pass
+            os.close(fd)  # which frees the lock
 
     def prepare_worker(self, supervisor: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console tells every process
@@ -1043,9 +1037,6 @@ class Windows:
             self._kernel().CloseHandle(__import__("ctypes").c_void_p(handle))
         return None if code is None else int(code)
 
-    def reap_strangers(self, own: set[int]) -> None:
-        pass
-
     def members(self, run: str, files: Sequence[str], leader: int, known: dict[int, str]) -> dict[int, str]:
         """The run's Job Object while any process lives in it; nothing for other workers' runs."""
         if leader not in self.runs:
@@ -1058,8 +1049,10 @@ class Windows:
     def end_process(self, pid: int, started: str, kill: bool) -> None:
         self._kernel().TerminateJobObject(__import__("ctypes").c_void_p(self.runs[pid][1]), 1)
 
-    def dismiss(self, pid: int, now: bool) -> None:
-        pass  # workers poll the stop flag of their pool
+    def _nothing(self, *values: Any) -> None:
+        """What needs no doing here: workers poll the stop flag of their pool, for one."""
+
+    prepare_parent = reap_strangers = dismiss = _nothing
 
     def punch(self, fd: int, start: int, end: int) -> bool:
         return False
