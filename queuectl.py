@@ -1562,9 +1562,15 @@ class Store:
         The mutex file says which file the database was when it was last opened.
         """
         known = read_between(self.mutex, 0, 40)
-        if known and os.path.exists(self.path) and known != b"%d" % os.stat(self.path).st_ino and any(
-                is_alive(self.path, name) for name in names_beside(self.path, ".life")):
+        if not known or not os.path.exists(self.path) or known == b"%d" % os.stat(self.path).st_ino:
+            return
+        if any(is_alive(self.path, name) for name in names_beside(self.path, ".life")):
             raise QueueError("%s was replaced while workers of the old one live; let them end first" % self.path)
+        log = self.path + "-wal"
+        if os.path.exists(log) and os.path.getsize(log):
+            raise QueueError("%s was replaced, but a log stands beside it: move %s and %s-shm away if they are the old "
+                             "one's, or remove %s if they were copied with it"
+                             % (self.path, log, self.path, mutex_path(self.path)))
 
     def _note_identity(self) -> None:
         known = b"%d" % self.identity[1]
