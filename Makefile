@@ -64,6 +64,11 @@ lint: ## ruff and mypy --strict, installed in .venv/lint (skipped where that is 
 		"$$py" -m mypy --config-file .ci/mypy.ini --strict --platform $$os --cache-dir .venv/lint/mypy queuectl.py || status=1; \
 	done; exit $$status
 
+.PHONY: bench
+bench: ## how fast it is, next to xargs and others, as a table; a quarter of an hour; ARGS="--only drain"
+	@[ -f .ci/bench.py ] || { echo "make: the benchmark is in the repository, not in the archive" >&2; exit 1; }
+	@"$(PYTHON)" .ci/bench.py $(ARGS)
+
 .PHONY: demo
 demo: ## half a minute of real work in a temporary folder, its results checked
 	@[ -f .ci/demo ] || { echo "make: the demo is in the repository, not in the archive" >&2; exit 1; }

@@ -59,6 +59,7 @@ import sqlite3
 import sys
 import time
 from collections import namedtuple
+from functools import lru_cache
 
 TYPE_CHECKING = False  # the name type checkers know; typing itself is slow to import
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Unavailable(QueueError):
 
 # A claimed job, as its worker knows it; `seq` is its place in the order of arrival.
 Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
-                        "backoff_base context env")
+                        "backoff_base context env started_at")
 # How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
 # `seconds` was measured by the monotonic clock.
 Ended = namedtuple("Ended", "job ending exit_code error finished_at seconds stdout stderr worker")
@@ -159,16 +160,17 @@ Control = namedtuple("Control", "epoch settings stop")
 # ═══ Values ═══ durations, times, backoff, job input: pure functions, the clock a parameter ══
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_WHOLE = re.compile(r"[+-]?[0-9]{1,20}")
-_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
-_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?)?"
-                   r"\s*(?:Z|z|([+-])(\d\d):?(\d\d))?", re.ASCII)
+# Patterns are compiled when they are first needed: each would take a millisecond at every start.
+_NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+_WHOLE = r"[+-]?[0-9]{1,20}"
+_PART = r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)"
+_TIME = (r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?)?"
+                   r"\s*(?:Z|z|([+-])(\d\d):?(\d\d))?")
 
 
 def to_whole(value: Any) -> int:
     """The whole number that `value` (int, integral float or text) stands for, or ValueError."""
-    if isinstance(value, str) and _WHOLE.fullmatch(value):
+    if isinstance(value, str) and re.fullmatch(_WHOLE, value):
         return int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
         raise ValueError(value)
@@ -179,16 +181,16 @@ def to_number(value: Any) -> float:
     """The number that `value` (int, float or text) stands for, or ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(value)
-    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+    if isinstance(value, str) and not re.fullmatch(_NUMBER, value):
         raise ValueError(value)
     return float(value)
 
 
 def to_duration(value: Any) -> float:
     """Seconds from a number (`90`, `1.5`) or from text with units (`500ms`, `1h30m`), or ValueError."""
-    if not isinstance(value, str) or _NUMBER.fullmatch(value):
+    if not isinstance(value, str) or re.fullmatch(_NUMBER, value):
         return to_number(value)
-    parts = _PART.findall(value)
+    parts = re.findall(_PART, value)
     if not parts or "".join(number + unit for number, unit in parts) != value:
         raise ValueError(value)
     return sum(float(number) * UNITS[unit] for number, unit in parts)
@@ -299,7 +301,7 @@ def parse_time(text: Any, now: int) -> int:
     if isinstance(text, str):
         if text == "now" or text.startswith("now+"):
             return now + to_millis(checked("delay", text[4:] if text != "now" else 0))
-        match = _TIME.fullmatch(text.strip())
+        match = re.fullmatch(_TIME, text.strip(), re.ASCII)
         if match:
             try:
                 return _time_from(match)
@@ -309,9 +311,14 @@ def parse_time(text: Any, now: int) -> int:
                      % shorten(quoted(text), 60))
 
 
+@lru_cache(16)
+def _show_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
 def show_time(millis: int) -> str:
     """UTC as `2026-01-31T10:00:00.000Z` from milliseconds since the epoch."""
-    return "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(millis // 1000)), millis % 1000)
+    return "%s.%03dZ" % (_show_second(millis // 1000), millis % 1000)
 
 
 def show_duration(seconds: float) -> str:
@@ -469,15 +476,15 @@ def _strict_object(text: str) -> dict[str, Any]:
                       parse_int=_bounded_int)
 
 
-_BARE = re.compile(r"(?:^|,)\s*(%s)\s*:" % "|".join(FIELDS + tuple(ALIASES)))
+_BARE = r"(?:^|,)\s*(%s)\s*:" % "|".join(FIELDS + tuple(ALIASES))
 
 
 def _bare_object(text: str) -> dict[str, Any] | None:
     """`{id:job1,command:echo hi}`: JSON whose quotes a shell took, or None where that is a guess."""
     body = text.strip()[1:-1]
-    if not text.strip().endswith("}") or not _BARE.match(body):
+    if not text.strip().endswith("}") or not re.match(_BARE, body):
         return None
-    words = _BARE.split(body)[1:]
+    words = re.split(_BARE, body)[1:]
     names, values = words[::2], [value.strip() for value in words[1::2]]
     if len(set(names)) < len(names) or any(value[:1] in ('"', "'", "{", "[", "") for value in values):
         return None
@@ -613,6 +620,8 @@ class Posix:
         self.subreaper = False
         self.token_fd = TOKEN_FD
         self.to_default: list[int] = []  # signals that jobs start with in their default state: all
+        self.null = -1  # the stdin of jobs
+        self.stdout: Any = None  # a poll object
 
     # Locks: flock belongs to the open file, is inherited with it, and dies with its last copy.
     # Never unlocked by LOCK_UN, which would free every copy: closing is what frees one.
@@ -677,6 +686,7 @@ class Posix:
         limit = __import__("resource").getrlimit(__import__("resource").RLIMIT_NOFILE)[0]
         self.token_fd = TOKEN_FD if limit < 0 or limit > TOKEN_FD else limit - 1
         self.to_default = list(signal.valid_signals())
+        self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         if self.linux:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
             self._libc().prctl(1, int(signal.SIGHUP), 0, 0, 0)
             self.subreaper = self._libc().prctl(36, 1, 0, 0, 0) == 0
@@ -699,6 +709,13 @@ class Posix:
         """This process's environment in native form."""
         return dict(os.environb)
 
+    def sync(self, fd: int) -> None:
+        """Have the disk keep what was written to a file. macOS has a call of its own for that."""
+        if hasattr(self.fcntl, "F_FULLFSYNC"):
+            self.fcntl.fcntl(fd, self.fcntl.F_FULLFSYNC)
+        else:
+            os.fdatasync(fd)
+
     def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
         """Start `command` in a session of its own; return its process id, or raise OSError.
 
@@ -708,12 +725,8 @@ class Posix:
         os.umask(umask)
         try:
             os.chdir(self.native(cwd))
-            argv = [*self.shell, self.native(command)]
-            stdin = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return self._spawn(argv, env, ((stdin, 0), (out, 1), (err, 2), (err, self.token_fd)))
-            finally:
-                os.close(stdin)
+            return self._spawn([*self.shell, self.native(command)], env,
+                               ((self.null, 0), (out, 1), (err, 2), (err, self.token_fd)))
         finally:
             os.chdir("/")
             os.umask(0o077)
@@ -754,6 +767,8 @@ class Posix:
                 self.childless = False
                 return code
             if dead == pid:
+                if status == 0:  # then nobody will ask for `childless`, and strangers can wait
+                    return 0
                 code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
     def reap_strangers(self, own: set[int]) -> None:
@@ -839,11 +854,12 @@ class Posix:
 
     def say(self, text: str) -> None:
         """A worker's line on stdout, whole or not at all: a stopped terminal holds up no job."""
-        import select
-        poll = select.poll()
-        poll.register(1, select.POLLOUT)
+        if self.stdout is None:
+            import select
+            self.stdout = select.poll()
+            self.stdout.register(1, select.POLLOUT)
         try:
-            if poll.poll(0):
+            if self.stdout.poll(0):
                 os.write(1, text.encode("utf-8", "replace"))
         except OSError:
             pass  # the terminal is gone; the record in the database is what counts
@@ -1004,6 +1020,9 @@ class Windows:
     def environment(self) -> dict[Any, Any]:
         return dict(os.environ)
 
+    def sync(self, fd: int) -> None:
+        os.fsync(fd)
+
     def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
         """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
         import subprocess
@@ -1095,6 +1114,7 @@ class PollingBell(Bell):
 WINDOWS = os.name == "nt"
 system: Any = Windows() if WINDOWS else Posix()
 make_bell: type[Bell] = PollingBell if WINDOWS else Bell
+NATIVE_JOB_VARIABLES = tuple(system.native(name) for name in JOB_VARIABLES)
 
 # What stands beside the database: the write mutex, and a folder with the files of its workers.
 # Their names begin with the name of their worker or pool, which is never used twice.
@@ -1155,7 +1175,7 @@ def remove_files(db: str, name: str) -> None:
 
 def head_and_tail(fd: int, limit: int) -> bytes:
     """The contents of an output file, at most `limit` bytes: its head and its tail, the gap marked."""
-    size = os.fstat(fd).st_size
+    size = os.lseek(fd, 0, os.SEEK_END)
     if size <= limit:
         return read_between(fd, 0, size) if size else b""
     half = limit // 2
@@ -1166,10 +1186,12 @@ def head_and_tail(fd: int, limit: int) -> bytes:
 class Slot:
     """The two files that take a run's output; the locks on them are the run's token.
 
-    A worker has two slots and uses them in turn, for it must hold the next run's token before
-    the commit that records the last one. They are opened anew for each run: if a daemon that an
-    earlier job left behind still holds one of them, `open` fails, and a slot with a new number
-    takes its place, so nobody's late output lands in another job's record.
+    A worker has three slots and uses them in turn: it must hold the next run's token before the
+    commit that records the last one, and the one just closed rests for a run, for a process that
+    is being started holds all the worker's files until its exec has closed them. They are opened
+    anew for each run: if a daemon that an earlier job left behind still holds one of them, `open`
+    fails, and a slot with a new number takes its place, so nobody's late output lands in another
+    job's record.
     """
 
     def __init__(self, db: str, worker: str, number: int) -> None:
@@ -1230,12 +1252,13 @@ class Slot:
 
     def empty(self) -> None:
         for fd in self.fds:
-            if os.fstat(fd).st_size:
+            if os.lseek(fd, 0, os.SEEK_END):
                 os.ftruncate(fd, 0)
 
-    def clear(self) -> None:
+    def clear(self, printed: bool) -> None:
         """After the commit that recorded the run: empty the files, then let go of the token."""
-        self.empty()
+        if printed:
+            self.empty()
         self.close()
 
 # ═══ SQL ═══ the schema, its migrations, every statement ═════════════════════════════════════
@@ -1247,6 +1270,8 @@ class Slot:
 # exactly as claims are, holds no job that can't be claimed. `runs` counts a job's runs for life,
 # `attempts` those since it was enqueued or retried. `worker`, `slot` and `locked_at` are set
 # while it is processing; what the output files of that run are called follows from them.
+#
+# The key of a run is the seq of its job * 2**24 + the run's number.
 #
 # A table of few rows keeps what would else be repeated in a million (contexts), another counts
 # the jobs of each queue by state, so that `status` need not. Triggers keep the counts; but
@@ -1307,6 +1332,16 @@ MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit o
         "CREATE TABLE control (epoch INTEGER NOT NULL)",  # counts changes that workers follow
         "INSERT INTO control VALUES (0)",
     ),
+    (  # the runs of a job stand together by their key, which saves an index, so two pages for each run
+        """CREATE TABLE new_runs (
+            id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, state TEXT NOT NULL,
+            started_at INTEGER NOT NULL, finished_at INTEGER NOT NULL, seconds REAL NOT NULL,
+            exit_code INTEGER, error TEXT, worker TEXT NOT NULL, stdout BLOB, stderr BLOB)""",
+        """INSERT INTO new_runs SELECT job * 16777216 + run, attempt, state, started_at, finished_at, seconds,
+            exit_code, error, worker, stdout, stderr FROM runs ORDER BY job, run""",
+        "DROP TABLE runs",
+        "ALTER TABLE new_runs RENAME TO runs",
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 
@@ -1318,7 +1353,8 @@ COUNT_TABLES = "SELECT count(*) FROM sqlite_master"
 USE_WAL = "PRAGMA journal_mode = WAL"
 CONNECTION_PRAGMAS = ("PRAGMA journal_size_limit = 16777216", "PRAGMA trusted_schema = OFF") + (
     ("PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1") if sys.platform == "darwin" else ())
-SYNCHRONOUS = {"full": "PRAGMA synchronous = FULL", "normal": "PRAGMA synchronous = NORMAL"}
+FULL_SYNC = "PRAGMA synchronous = FULL"
+NORMAL_SYNC = "PRAGMA synchronous = NORMAL"
 DATA_VERSION = "PRAGMA data_version"  # changes when another connection has committed
 FREE_PAGES = "PRAGMA freelist_count"
 ALL_PAGES = "PRAGMA page_count"
@@ -1344,30 +1380,21 @@ JOB_EXISTS = "SELECT 1 FROM jobs WHERE id = ?"
 LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
 
 READY_AT_ONCE = 10_000
-EARLIEST_DUE = "SELECT min(due) FROM jobs WHERE ready = 0 AND due IS NOT NULL"
+PULSE = "SELECT epoch, (SELECT min(due) FROM jobs WHERE ready = 0 AND due IS NOT NULL) FROM control"
 MAKE_READY = """UPDATE jobs SET ready = 1 WHERE seq IN (
     SELECT seq FROM jobs WHERE ready = 0 AND due IS NOT NULL AND due <= ? ORDER BY due LIMIT %d)""" % READY_AT_ONCE
 MAKE_READY_AFTER_CLOCK_STEP = """UPDATE jobs SET ready = 1
     WHERE state = 'failed' AND ready = 0 AND updated_at > ?"""
-OPEN_QUEUES = "SELECT name FROM queues WHERE pending + failed > 0"
-NEXT_READY = """SELECT priority, seq FROM jobs WHERE ready = 1 AND queue = ?
-    ORDER BY priority, seq LIMIT 1"""
-ANY_READY = "SELECT 1 FROM jobs WHERE ready = 1 AND queue = ? LIMIT 1"
 CLAIM = """UPDATE jobs SET state = 'processing', ready = 0, due = NULL, attempts = attempts + 1,
     runs = runs + 1, worker = ?, slot = ?, locked_at = ?, started_at = ?, updated_at = ?
     WHERE seq = ?"""
-GET_CLAIMED = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
-    backoff_base, context, env FROM jobs WHERE seq = ?"""
 TAKE_TURN = "UPDATE pools SET jobs_left = jobs_left - 1 WHERE name = ? AND jobs_left > 0"
 COUNT_DEATH = "UPDATE pools SET died = died + 1 WHERE name = ?"
 
 RECORD_JOB = """UPDATE jobs SET state = ?, ready = ?, due = ?, attempts = ?, updated_at = ?,
     finished_at = ?, exit_code = ?, last_error = ?, cancel = 0, worker = NULL, slot = NULL,
     locked_at = NULL WHERE seq = ? AND runs = ? AND state = 'processing'"""
-RECORD_RUN = """INSERT INTO runs (job, run, attempt, state, started_at, finished_at, seconds,
-    exit_code, error, worker, stdout, stderr)
-    SELECT seq, runs, attempts, ?, started_at, ?, ?, ?, ?, ?, ?, ? FROM jobs
-    WHERE seq = ? AND runs = ? AND state = 'processing'"""
+RECORD_RUN = "INSERT INTO runs VALUES (? * 16777216 + ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 IS_CANCELLED = "SELECT cancel FROM jobs WHERE seq = ?"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1, updated_at = ? WHERE seq = ? AND state = 'processing'"
 CANCEL_WAITING = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, last_error = ?,
@@ -1377,7 +1404,7 @@ RETRY = """UPDATE jobs SET state = 'pending', ready = 1, due = NULL, attempts = 
 RETRY_ALL_DEAD = """UPDATE jobs SET state = 'pending', ready = 1, due = NULL, attempts = 0,
     updated_at = ? WHERE state = 'dead'"""
 DELETE_JOB = "DELETE FROM jobs WHERE seq = ? AND state <> 'processing'"
-DELETE_RUNS = "DELETE FROM runs WHERE job = ?"
+DELETE_RUNS = "DELETE FROM runs WHERE id BETWEEN ?1 * 16777216 AND ?1 * 16777216 + 16777215"
 STATE_OF = "SELECT state FROM jobs WHERE seq = ?"
 ENDED_BEFORE = """SELECT seq FROM jobs WHERE state = ? AND updated_at <= ? AND seq > ?
     ORDER BY seq LIMIT 1000"""
@@ -1398,7 +1425,6 @@ ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS s
     FROM workers LEFT JOIN jobs ON jobs.state = 'processing' AND jobs.worker = workers.name
     ORDER BY workers.started_at, workers.name"""
 
-GET_EPOCH = "SELECT epoch FROM control"
 NEXT_EPOCH = "UPDATE control SET epoch = epoch + 1"
 ALL_SETTINGS = "SELECT name, value FROM settings"
 SET_SETTING = "INSERT OR REPLACE INTO settings VALUES (?, ?)"
@@ -1423,10 +1449,24 @@ WHERE_SEQ = "WHERE seq = ?"
 WHERE_ID = "WHERE jobs.id = ?"
 WHERE_BETWEEN = "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT 1000"
 WHERE_PREFIX = "WHERE jobs.id >= ? AND jobs.id < ? AND generated = 1 LIMIT 6"
-RUNS_OF = """SELECT id, run, attempt, state, started_at, finished_at, seconds AS duration_seconds,
-    exit_code, error, worker, stdout, stderr FROM runs WHERE job = ? AND run > ?
-    ORDER BY run LIMIT 20"""
-RUN_TIMES = "SELECT count(*), avg(seconds) FROM runs WHERE job = ?"
+RUNS_OF = """SELECT id % 16777216 AS run, attempt, state, started_at, finished_at,
+    seconds AS duration_seconds, exit_code, error, worker, stdout, stderr FROM runs
+    WHERE id > ?1 * 16777216 + ?2 AND id <= ?1 * 16777216 + 16777215 ORDER BY id LIMIT 20"""
+RUN_TIMES = "SELECT count(*), avg(seconds) FROM runs WHERE id BETWEEN ?1 * 16777216 AND ?1 * 16777216 + 16777215"
+
+
+@lru_cache(16)
+def next_job(queues: int) -> str:
+    """The statement for the job that is next: of the first of each queue, the lowest (priority, seq).
+
+    `queues` is the number of names that are its parameters; 0 means all queues. Each costs one
+    seek in jobs_ready, however many jobs wait.
+    """
+    return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries, timeout_seconds,
+        backoff_base, context, env FROM queues CROSS JOIN jobs ON seq = (
+            SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name ORDER BY priority, seq LIMIT 1)
+        WHERE pending + failed > 0 %s ORDER BY priority, seq LIMIT 1""" % (
+            "AND name IN (%s)" % ", ".join("?" * queues) if queues else "")
 
 
 def select_jobs(states: Sequence[str], queue: str | None, newest: bool, count: int) -> str:
@@ -1514,7 +1554,7 @@ class Store:
         self.patience = patience
         self.tell = tell
         self.told = False
-        self.mutex = -1
+        self.mutex = self.log = -1
         if sqlite3.sqlite_version_info < (3, 8, 3):
             raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer" % sqlite3.sqlite_version)
         new = not os.path.exists(path)
@@ -1588,7 +1628,7 @@ class Store:
         self.db.row_factory = None
         for pragma in CONNECTION_PRAGMAS:
             self.db.execute(pragma)
-        self.set_durability("full")
+        self.db.execute(FULL_SYNC)
 
     def _migrate(self) -> None:
         """Bring the schema to this version; many may try at once, one does it, whole or not at all."""
@@ -1608,6 +1648,10 @@ class Store:
             system.unlock(self.mutex)
 
     def _run_migrations(self, version: int) -> None:
+        alive = [str(pool["pid"]) for pool in self.pools() if pool["alive"]] if version else []
+        if alive:
+            raise QueueError("workers of an older queuectl still use %s; let them finish (kill %s), then try again"
+                             % (self.path, " ".join(alive)))
         if version == 0 and self._value(USE_WAL) != "wal":
             raise QueueError("%s is on a file system that SQLite's WAL can't use; name another with --db" % self.path)
         self.db.execute(BEGIN)
@@ -1641,6 +1685,8 @@ class Store:
     def close(self) -> None:
         self.db.close()
         os.close(self.mutex)
+        if self.log >= 0:
+            os.close(self.log)
 
     # The doors: one for writes, one for reads.
 
@@ -1727,9 +1773,27 @@ class Store:
         except sqlite3.Error as error:
             raise translate(error, self.path) from error
 
-    def set_durability(self, durability: str) -> None:
-        """FULL: what was acknowledged survives a power cut. NORMAL: it may be forgotten, never half kept."""
-        self.db.execute(SYNCHRONOUS[durability])
+    def defer_sync(self) -> None:
+        """From now on a commit does not wait for the disk: a power cut may undo it, until `sync` has returned.
+
+        With synchronous=FULL SQLite does the same inside COMMIT: it syncs its log. Done outside,
+        nobody waits for the mutex meanwhile, and a worker's next job runs already.
+        """
+        self.db.execute(NORMAL_SYNC)
+
+    def sync(self) -> None:
+        """Make every commit so far survive a power cut; raises Unavailable if the disk can't.
+
+        The log may be opened: unlike the database's, nobody's locks depend on its descriptors.
+        While a connection is open the log is never replaced, only written anew from its start.
+        """
+        try:
+            if self.log < 0:
+                self.log = os.open(self.path + "-wal", os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+            system.sync(self.log)
+        except OSError as error:
+            raise Unavailable("%s-wal can't be synced: %s; a power cut may undo what was written last"
+                              % (self.path, error.strerror)) from error
 
     def expect_bulk(self) -> None:
         """Before many jobs are added: keep more of the index of ids in memory, which is hit everywhere."""
@@ -1803,34 +1867,31 @@ class Store:
 
     # Jobs are claimed and recorded.
 
-    def claim(self, worker: str, pool: str, slot: int, queues: Sequence[str], now: int) -> Job | None:
+    def pulse(self) -> tuple[int, int | None]:
+        """What a worker looks at first: the epoch of settings and orders, and the earliest time a job waits for."""
+        epoch, due = self._rows(PULSE)[0]
+        return epoch, due
+
+    def next(self, queues: Sequence[str]) -> tuple[Any, ...] | None:
+        """The job that is next in these queues (none: all), as it would be claimed; None if there is none."""
+        rows = self._rows(next_job(len(queues)), *queues)
+        return rows[0] if rows else None
+
+    def claim(self, worker: str, slot: int, queues: Sequence[str], due: int | None, now: int,
+              pool: str = "") -> Job | None:
         """Claim the job that is next for a worker, in a transaction; None if there is none.
 
-        `queues` are those the worker serves (none: all). The lowest (priority, seq) of all of
-        them comes first. Jobs whose time has come are made ready before; where they are very many,
-        a part of them is made ready instead of a claim, so that the mutex is not held for long.
+        If `due`, the time that `pulse` told, has come, jobs are made ready before; where they are
+        very many, a part of them is made ready instead of a claim, so that the mutex is not held
+        for long. `pool` is given if its claims are counted against a --max-jobs.
         """
-        if self._make_ready(now):
+        if due is not None and due <= now and self.db.execute(MAKE_READY, (now,)).rowcount == READY_AT_ONCE:
             return None
-        names = queues or [row[0] for row in self.db.execute(OPEN_QUEUES).fetchall()]
-        fronts = [row for name in names for row in self.db.execute(NEXT_READY, (name,)).fetchall()]
-        if not fronts or not self._take_turn(pool):
+        found = self.next(queues)
+        if found is None or (pool and not self.db.execute(TAKE_TURN, (pool,)).rowcount):
             return None
-        seq = min(fronts)[1]
-        self.db.execute(CLAIM, (worker, slot, now, now, now, seq))
-        return Job._make(self.db.execute(GET_CLAIMED, (seq,)).fetchone())
-
-    def _make_ready(self, now: int) -> bool:
-        """Make jobs ready whose time has come; whether there may be more of them."""
-        due = self._value(EARLIEST_DUE)
-        return due is not None and due <= now and self.db.execute(MAKE_READY, (now,)).rowcount == READY_AT_ONCE
-
-    def _take_turn(self, pool: str) -> bool:
-        """Count a claim against the pool's --max-jobs, if it has one."""
-        row = self.db.execute(GET_POOL, (pool,)).fetchone()
-        if row is None or row[1] is None:
-            return row is not None
-        return self.db.execute(TAKE_TURN, (pool,)).rowcount > 0
+        self.db.execute(CLAIM, (worker, slot, now, now, now, found[0]))
+        return Job._make((*found, now))
 
     def context(self, key: int) -> tuple[str, str, int]:
         """Folder, PATH and umask of whoever enqueued a job."""
@@ -1841,21 +1902,14 @@ class Store:
         """Retries that were put off by a clock that has since been set back are due now."""
         self.db.execute(MAKE_READY_AFTER_CLOCK_STEP, (now,))
 
-    def ready(self, queues: Sequence[str], now: int) -> tuple[bool, int | None]:
-        """Without the mutex: whether a job can be claimed now, and when the next wait ends."""
-        due = self._rows(EARLIEST_DUE)[0][0]
-        if due is not None and due <= now:
-            return True, due
-        names = queues or [row[0] for row in self._rows(OPEN_QUEUES)]
-        return any(self._rows(ANY_READY, name) for name in names), due
-
     def drained(self, queues: Sequence[str], now: int) -> bool:
         """Whether no job of these queues (none: all) is due, failed or processing."""
         counts = {row[0]: row[1:] for row in self._rows(QUEUE_COUNTS)}
         if any(processing or failed for name, (_, processing, _, failed, _) in counts.items()
                if not queues or name in queues):
             return False
-        return not self.ready(queues, now)[0]
+        due = self.pulse()[1]
+        return self.next(queues) is None and (due is None or due > now)
 
     def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str]) -> str:
         """Record how a run ended, in a transaction; the job's new state. If it is dead, `pools` are told.
@@ -1867,15 +1921,17 @@ class Store:
         state, attempts = settle(ended.ending, job.attempts, job.max_retries)
         if state in (PENDING, FAILED) and self.is_cancelled(job.seq):  # its worker has not heard of it in time
             state, attempts = DEAD, job.attempts
-        self.db.execute(RECORD_RUN, (ended.ending, ended.finished_at, ended.seconds, ended.exit_code, ended.error,
-                                     ended.worker, ended.stdout or None, ended.stderr or None, job.seq, job.runs))
         due = retry_at if state == FAILED else None
-        done = self.db.execute(RECORD_JOB, (
-            state, 1 if state == PENDING else 0, due, attempts, ended.finished_at, ended.finished_at,
-            ended.exit_code, ended.error, job.seq, job.runs)).rowcount
-        if done and state == DEAD:
+        if not self.db.execute(RECORD_JOB, (
+                state, 1 if state == PENDING else 0, due, attempts, ended.finished_at, ended.finished_at,
+                ended.exit_code, ended.error, job.seq, job.runs)).rowcount:
+            return ""
+        self.db.execute(RECORD_RUN, (
+            job.seq, job.runs, job.attempts, ended.ending, job.started_at, ended.finished_at, ended.seconds,
+            ended.exit_code, ended.error, ended.worker, ended.stdout or None, ended.stderr or None))
+        if state == DEAD:
             self.db.executemany(COUNT_DEATH, [(pool,) for pool in pools])
-        return state if done else ""
+        return state
 
     def is_cancelled(self, seq: int) -> bool:
         return bool(self._rows(IS_CANCELLED, seq) == [(1,)])
@@ -1966,11 +2022,8 @@ class Store:
         """Every job whose worker is dead."""
         return [job for job in self._dicts(HELD_JOBS) if not is_alive(self.path, job["worker"])]
 
-    def control(self, pool: str, known: Control | None = None) -> Control:
-        """What the workers of a pool follow; `known` itself if nothing has changed since."""
-        epoch = self._rows(GET_EPOCH)[0][0]
-        if known and epoch == known.epoch:
-            return known
+    def control(self, pool: str, epoch: int) -> Control:
+        """What the workers of a pool follow since `epoch`."""
         rows = self._rows(GET_POOL, pool)
         return Control(epoch, self.settings(), rows[0][0] if rows else 1)
 
@@ -2126,6 +2179,10 @@ def end_processes(members: Callable[[], dict[int, str]], grace: float,
         nap = min(nap * 2, LONGEST_PAUSE)
 
 
+# Where the jobs of a context run: their folder, umask, and environment in native form.
+Surroundings = namedtuple("Surroundings", "cwd umask env")
+
+
 class Run:
     """One run of a claimed job: its shell, its deadline, its output, its end."""
 
@@ -2142,16 +2199,15 @@ class Run:
         self.look_every = SHORTEST_LOOK
         self.next_look = self.began + SHORTEST_LOOK
 
-    def start(self, base: dict[Any, Any], context: tuple[str, str, int], db: str) -> str:
-        """Start the command in its `context` (folder, PATH, umask); why it could not, or ""."""
-        cwd, path, umask = context
+    def start(self, surroundings: Surroundings, db: str) -> str:
+        """Start the command in its surroundings; why it could not, or ""."""
         job = self.job
-        own = {"PATH": path}
+        cwd, umask, env = surroundings
+        env = dict(env)
         if job.env:
-            own.update(json.loads(job.env))
-        own.update(zip(JOB_VARIABLES, (job.id, str(job.attempts), str(job.max_retries), job.queue, db, self.name)))
-        env = dict(base)
-        env.update([(system.native(name), system.native(value)) for name, value in own.items()])
+            env.update([(system.native(name), system.native(value)) for name, value in json.loads(job.env).items()])
+        env.update(zip(NATIVE_JOB_VARIABLES, map(system.native, (
+            job.id, str(job.attempts), str(job.max_retries), job.queue, db, self.name))))
         try:
             self.pid = system.spawn(job.command, env, cwd, umask, *self.slot.fds)
         except OSError as error:
@@ -2335,6 +2391,7 @@ class Worker:
     def __init__(self, order: Order) -> None:
         self.order = order
         self.name = "%s-%d" % (order.pool, order.number)
+        self.supervisor_life = life_path(order.db, order.pool)
         self.leave = 0  # 1: after the running job, 2: now
         self.dismissed = False  # by a signal of its own, while the pool goes on
         self.life = -1
@@ -2345,10 +2402,9 @@ class Worker:
         self.told_no_slot = False
         self.next_slot: Slot | None = None
         self.running: Slot
-        self.control: Control
-        self.contexts: dict[int, tuple[str, str, int]] = {}
-        self.base_env = system.environment()
-        self.durability = "full"
+        self.control = Control(-1, SETTINGS, 0)
+        self.surroundings: dict[int, Surroundings] = {}
+        self.recorded: tuple[Ended, str, Slot] | None = None  # what `_finish_turn` has still to see to
         self.seen = -1  # the last data version that was looked at
         self.next_due: int | None = None
         self.next_patrol = 0.0
@@ -2381,8 +2437,9 @@ class Worker:
         """Work until told to stop; the exit code tells the supervisor why it ended."""
         self.store = Store(self.order.db)
         self.store.patience = TICK
+        self.store.defer_sync()
         self.commit(self._register)
-        self.follow()
+        self.follow(self.store.pulse()[0])
         self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
         self._recover()
         self._loop()
@@ -2418,6 +2475,7 @@ class Worker:
                 job = self.turn(None)
                 while job is not None:
                     job = self.turn(self.execute(job))
+                self._finish_turn()
                 self._rest()
             elif self._is_done():
                 self.leave = max(self.leave, 1)
@@ -2426,7 +2484,7 @@ class Worker:
 
     def _has_news(self) -> bool:
         """After the bell: whether anybody has committed anything, or a time has come."""
-        if system.orphaned(self.order.supervisor, life_path(self.order.db, self.order.pool)):
+        if self._orphaned():
             self.leave = max(self.leave, 1)
         try:
             seen = self.store.changed()
@@ -2441,12 +2499,16 @@ class Worker:
     def _may_claim(self) -> bool:
         """Whether there is a job to claim: found out by reading, for writers have to wait for each other."""
         try:
-            self.follow()
-            ready, self.next_due = self.store.ready(self.order.queues, to_millis(time.time()))
-            return ready and not self.leave and not self._used_up()
+            epoch, self.next_due = self.store.pulse()
+            self.follow(epoch)
+            due = self.next_due is not None and self.next_due <= to_millis(time.time())
+            return (due or self.store.next(self.order.queues) is not None) and not self.leave and not self._used_up()
         except Unavailable:
             self.seen = -1  # look again
             return False
+
+    def _orphaned(self) -> bool:
+        return bool(system.orphaned(self.order.supervisor, self.supervisor_life))
 
     def _used_up(self) -> bool:
         return self.order.limited and not self.store.turns_left(self.order.pool)
@@ -2498,9 +2560,11 @@ class Worker:
         except Unavailable:
             self.unpatrolled = True
 
-    def follow(self) -> None:
-        """Take on settings that have changed, and the order to stop."""
-        self.control = self.store.control(self.order.pool, getattr(self, "control", None))
+    def follow(self, epoch: int) -> None:
+        """Take on settings that have changed since the epoch before, and the order to stop."""
+        if epoch == self.control.epoch:
+            return
+        self.control = self.store.control(self.order.pool, epoch)
         if self.control.stop > self.leave:
             self.leave = self.control.stop
             self.say("told to stop%s" % (" now" if self.leave == 2 else ""))
@@ -2534,17 +2598,13 @@ class Worker:
         claimed and this worker dead must be able to tell whether the run still lives.
         """
         checkpoint("before turn")
-        if self.durability != self.control.settings["durability"]:  # SQLite changes it between transactions alone
-            self.durability = self.control.settings["durability"]
-            self.store.set_durability(self.durability)
         slot = self.next_slot = self.next_slot or self._open_slot()
         state, job = self.commit(lambda: self._turn(ended, slot), ended.job.id if ended else "")
         checkpoint("recorded")
         if ended:
-            self.running.clear()
-            self.spare.append(self.running)
-            self._tell_end(ended, state)
+            self.recorded = ended, state, self.running
         if slot is None:
+            self._finish_turn()
             self.flush()
             self.bell.wait(1.0)
         elif job is not None:
@@ -2556,44 +2616,69 @@ class Worker:
         if ended:
             self.retry_at = retry_time(ended.job, self.control.settings, ended.finished_at)
             state = self.store.record(ended, self.retry_at, (self.order.pool,))
-        self.follow()
-        if slot is None or self.leave or time.monotonic() >= self.next_patrol or system.orphaned(
-                self.order.supervisor, life_path(self.order.db, self.order.pool)):
+        epoch, due = self.store.pulse()
+        self.follow(epoch)
+        if slot is None or self.leave or time.monotonic() >= self.next_patrol or self._orphaned():
             return state, None
-        now = to_millis(time.time())
-        return state, self.store.claim(self.name, self.order.pool, slot.number, self.order.queues, now)
+        return state, self.store.claim(self.name, slot.number, self.order.queues, due, to_millis(time.time()),
+                                       self.order.pool if self.order.limited else "")
+
+    def _finish_turn(self) -> None:
+        """What else there is to do after a turn's commit, while the next job runs already.
+
+        The record is on disk before the output that it keeps is thrown away, and before it is told.
+        """
+        if self.control.settings["durability"] == "full":
+            try:
+                self.store.sync()
+            except Unavailable as error:
+                self.say(str(error))
+        if self.recorded:
+            ended, state, slot = self.recorded
+            self.recorded = None
+            slot.clear(bool(ended.stdout or ended.stderr))
+            self.spare.append(slot)
+            self._tell_end(ended, state)
+        self.next_slot = self.next_slot or self._open_slot()
 
     def _open_slot(self) -> Slot | None:
         """A slot with its token in hand; None if there is no room for one, and so for no run."""
         while True:
-            if not self.spare:
-                self.spare.append(Slot(self.order.db, self.name, self.slots))
+            if len(self.spare) < 2:
+                self.spare.insert(0, Slot(self.order.db, self.name, self.slots))
                 self.slots += 1
             try:
-                if self.spare[-1].open():
-                    self.spare[-1].empty()  # of what a daemon wrote after its job was recorded, and ended since
+                if self.spare[0].open():
+                    self.spare[0].empty()  # of what a daemon wrote after its job was recorded, and ended since
                     self.told_no_slot = False
-                    return self.spare.pop()
+                    return self.spare.pop(0)
             except OSError as error:
                 if not self.told_no_slot:
                     self.say("no job can be claimed: %s" % error)
                 self.told_no_slot = True
                 return None
-            self.spare.pop().remove()  # a daemon that an earlier job left behind keeps it
+            self.spare.pop(0).remove()  # a daemon that an earlier job left behind keeps it
 
     def execute(self, job: Job) -> Ended:
         """Run a claimed job to its end, whatever that is."""
         run = Run(job, self.name, self.running)
-        if job.context not in self.contexts:
-            self.contexts[job.context] = self.store.context(job.context)
+        surroundings = self.surroundings.get(job.context) or self._look_around(job.context)
         checkpoint("claimed")
-        problem = run.start(self.base_env, self.contexts[job.context], self.order.db)
-        self.say("started %s (pid %s, attempt %d of %d): %s" % (
-            job.id, run.pid or "none", job.attempts, max(1, job.max_retries), shorten(clean(job.command), 100)))
-        self.flush()
+        problem = run.start(surroundings, self.order.db)
+        started = "started %s (pid %s, attempt %d of %d): %s" % (
+            job.id, run.pid or "none", job.attempts, max(1, job.max_retries), shorten(clean(job.command), 100))
         checkpoint("spawned")
+        self._finish_turn()
+        self.say(started)
+        self.flush()
         limit = self.control.settings["max_output_bytes"]
         return run.ended(FAILED, problem, limit) if problem else self._attend(run, limit)
+
+    def _look_around(self, context: int) -> Surroundings:
+        cwd, path, umask = self.store.context(context)
+        env = system.environment()
+        env[system.native("PATH")] = system.native(path)
+        return self.surroundings.setdefault(context, Surroundings(cwd, umask, env))
 
     def _attend(self, run: Run, limit: int) -> Ended:
         """Sleep until the run ends, or until there is a reason to end it."""
@@ -2615,7 +2700,7 @@ class Worker:
             seen = self.store.changed()
             if seen != self.seen:
                 self.seen = seen
-                self.follow()
+                self.follow(self.store.pulse()[0])
                 self.flush()
                 if self.store.is_cancelled(run.job.seq):
                     return CANCELLED, "cancelled"
@@ -3913,10 +3998,17 @@ class Parser(argparse.ArgumentParser):
         emit(message.rstrip("\n"))
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """argparse makes one for every option it is told, and each would import shutil to ask for the width."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=(terminal_width() or 80) - 2)
+
+
 def parser_of(entry: Command) -> Parser:
     """The parser of one command; those of the others are never built."""
     parser = Parser(prog="queuectl " + entry.name, description=entry.summary + ".", allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    formatter_class=Formatter,
                     epilog="examples:" + entry.examples.rstrip().replace("\n", "\n  "))
     for names, details in entry.options:
         parser.add_argument(*names, **details)
@@ -4059,6 +4151,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Every expected failure ends here as one line on stderr.
     """
+    import gc
+    gc.freeze()  # code lives to the end: not looking at it makes exits faster, and forked workers share its pages
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

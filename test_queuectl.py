@@ -839,7 +839,7 @@ def put(store: Any, now: int = NOW, **fields: Any) -> None:
 
 def take(store: Any, now: int = NOW, queues: Sequence[str] = ()) -> Any:
     with store.transaction():
-        return store.claim("pool-1", "pool", 0, queues, now)
+        return store.claim("pool-1", 0, queues, store.pulse()[1], now)
 
 
 def end(store: Any, job: Any, ending: str, now: int, retry_at: int = 0) -> str:
@@ -864,9 +864,8 @@ def test_claims_keep_to_the_queues_of_a_worker(store: Any) -> None:
 
 def test_a_job_waits_for_its_time_and_not_longer(store: Any) -> None:
     put(store, run_at=NOW + 1000)
-    assert store.ready([], NOW + 999) == (False, NOW + 1000)
+    assert (store.next([]), store.pulse()[1]) == (None, NOW + 1000)
     assert take(store, NOW + 999) is None
-    assert store.ready([], NOW + 1000)[0]
     assert take(store, NOW + 1000) is not None
 
 
@@ -961,10 +960,12 @@ def test_a_foreign_lock_is_told_from_our_own(store: Any) -> None:
 
 def test_claims_and_status_read_only_indexes(store: Any) -> None:
     """A claim, and all that an idle worker and `status` read, must not depend on the number of jobs."""
+    for queues in ((), ("x",), ("x", "y")):  # what they sort is one row for each queue
+        statement = "EXPLAIN QUERY PLAN " + queuectl.next_job(len(queues))
+        plan = " ".join(row[3] for row in store.db.execute(statement, queues))
+        assert "INDEX jobs_ready (queue=?)" in plan and not re.search(r"SCAN (TABLE )?jobs", plan), plan
     for statement, values in (
-        (queuectl.NEXT_READY, ("x",)),
-        (queuectl.ANY_READY, ("x",)),
-        (queuectl.EARLIEST_DUE, ()),
+        (queuectl.PULSE.replace("epoch, ", "").replace(" FROM control", ""), ()),
         (queuectl.HELD_JOBS, ()),
         (queuectl.OLDEST_WAITING, ()),
         (queuectl.NEXT_DUE, ()),
@@ -977,17 +978,70 @@ def test_claims_and_status_read_only_indexes(store: Any) -> None:
 def test_a_database_is_migrated_by_one_of_many_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "queue.db"
     queuectl.Store(str(path)).close()
-    monkeypatch.setattr(queuectl, "MIGRATIONS", (*queuectl.MIGRATIONS, ("CREATE TABLE extra (a)", "broken")))
-    monkeypatch.setattr(queuectl, "SCHEMA_VERSION", 2)
-    monkeypatch.setattr(queuectl, "SET_VERSION", "PRAGMA user_version = 2")
+    migrations, version = queuectl.MIGRATIONS, queuectl.SCHEMA_VERSION + 1
+    monkeypatch.setattr(queuectl, "MIGRATIONS", (*migrations, ("CREATE TABLE extra (a)", "broken")))
+    monkeypatch.setattr(queuectl, "SCHEMA_VERSION", version)
+    monkeypatch.setattr(queuectl, "SET_VERSION", f"PRAGMA user_version = {version}")
     with pytest.raises(queuectl.QueueError):
         queuectl.Store(str(path))
-    monkeypatch.setattr(queuectl, "MIGRATIONS", (queuectl.MIGRATIONS[0], ("CREATE TABLE extra (a)",)))
+    monkeypatch.setattr(queuectl, "MIGRATIONS", (*migrations, ("CREATE TABLE extra (a)",)))
     opened = [queuectl.Store(str(path)) for _ in range(3)]
     assert opened[0].db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'extra'").fetchone() == (1,)
-    assert opened[0].db.execute("PRAGMA user_version").fetchone() == (2,)
+    assert opened[0].db.execute("PRAGMA user_version").fetchone() == (version,)
     for each in opened:
         each.close()
+
+
+def make_version_1(path: Path) -> None:
+    """A database as the first version made it, with a job that has run twice."""
+    path.touch(0o600)
+    db = sqlite3.connect(str(path))
+    db.execute("PRAGMA journal_mode = WAL")
+    for statement in (*queuectl.MIGRATIONS[0], queuectl.SET_APPLICATION, "PRAGMA user_version = 1"):
+        db.execute(statement)
+    db.execute("INSERT INTO contexts VALUES (1, '/', '/bin:/usr/bin', 18)")
+    db.execute("INSERT INTO queues (name, dead) VALUES ('default', 1)")
+    db.execute(
+        "INSERT INTO jobs (seq, id, generated, command, state, queue, priority, ready, attempts, runs, max_retries,"
+        " context, created_at, updated_at) VALUES (7, 'old', 0, 'false', 'dead', 'default', 10, 0, 2, 2, 2, 1, 1, 1)"
+    )
+    for run in (1, 2):
+        db.execute(
+            "INSERT INTO runs (job, run, attempt, state, started_at, finished_at, seconds, exit_code, worker, stdout)"
+            " VALUES (7, ?, ?, 'failed', 1000, 2000, 1.0, 1, 'w-1', ?)",
+            (run, run, b"out %d" % run),
+        )
+    db.commit()
+    db.close()
+
+
+def test_a_database_of_the_first_version_keeps_its_runs(q: Queue) -> None:
+    make_version_1(q.db)
+    shown = json.loads(q("show", "old", "--json").out)
+    assert [(run["run"], run["stdout"]) for run in shown["runs"]] == [(1, "out 1"), (2, "out 2")]
+    assert "over 2 runs" in q("logs", "old").out
+    q("retry", "old")
+    q("worker", "start", "--drain", code=None)
+    shown = json.loads(q("show", "old", "--json").out)
+    assert [run["run"] for run in shown["runs"]] == [1, 2, 3, 4]
+    q("doctor")
+    q("delete", "old")
+    db = sqlite3.connect(str(q.db))
+    assert db.execute("SELECT count(*) FROM runs").fetchone() == (0,)
+    db.close()
+
+
+def test_a_database_is_not_migrated_under_workers_of_an_older_version(q: Queue) -> None:
+    make_version_1(q.db)
+    db = sqlite3.connect(str(q.db))
+    db.execute("INSERT INTO pools (name, pid, started_at, workers) VALUES ('p', 4711, 1, 1)")
+    db.commit()
+    db.close()
+    life = queuectl.take_life(str(q.db), "p")
+    refused = q("status", code=1)
+    assert "kill 4711" in refused.err
+    os.close(life)
+    q("status")
 
 
 def test_a_slot_that_a_daemon_holds_is_given_up(tmp_path: Path) -> None:
@@ -996,7 +1050,7 @@ def test_a_slot_that_a_daemon_holds_is_given_up(tmp_path: Path) -> None:
     assert slot.open()
     daemon = subprocess.Popen(["sleep", "30"], stderr=slot.fds[1])
     try:
-        slot.clear()
+        slot.clear(True)
         assert not same.open()
     finally:
         daemon.kill()
@@ -3756,8 +3810,9 @@ def storm_records(q: Queue) -> tuple[dict[str, tuple[str, int, int]], list[RunRo
     try:
         jobs = {row[0]: tuple(row[1:]) for row in db.execute("SELECT id, state, attempts, runs FROM jobs")}
         runs = db.execute(
-            "SELECT jobs.id, run, attempt, runs.state, runs.worker || '-' || seq || '-' || run "
-            "FROM runs LEFT JOIN jobs ON seq = job ORDER BY runs.id"
+            "SELECT jobs.id, run, attempt, runs.state, runs.worker || '-' || seq || '-' || run FROM"
+            " (SELECT *, id / 16777216 AS job, id % 16777216 AS run FROM runs) AS runs"
+            " LEFT JOIN jobs ON seq = job ORDER BY runs.id"
         )
         return jobs, [RunRow(*row) for row in runs]
     finally:
@@ -4653,6 +4708,27 @@ def test_workers_follow_the_durability(q: Queue) -> None:
         text = (q.work / f"{durability}.txt").read_text()
         syncs[durability] = sum(int(line.split()[3]) for line in text.splitlines() if line.endswith("sync"))
     assert syncs["normal"] + 30 < syncs["full"]
+
+
+def test_a_record_is_on_disk_before_it_is_told_and_before_its_output_is_thrown_away(q: Queue) -> None:
+    """Seen in the worker's system calls: what it wrote to SQLite's log was synced by then."""
+    if not shutil.which("strace"):
+        pytest.skip("there is no strace to look with")
+    q("enqueue", "--file", "-", stdin="echo hello\n" * 20)
+    program = shlex.join([sys.executable, str(PROGRAM)])
+    calls = "fdatasync,fsync,write,pwrite64,ftruncate"
+    q.bash(f"strace -f -y -s 4000 -e trace={calls} -o calls.txt {program} worker start --drain > said.txt")
+    unsynced, told, thrown = "nothing yet", 0, 0
+    for line in (q.work / "calls.txt").read_text(errors="replace").splitlines():
+        if "-wal>" in line:
+            unsynced = "" if "sync(" in line else line
+        elif "ftruncate(" in line and ".out>" in line:
+            thrown += 1
+            assert not unsynced, (unsynced, line)
+        elif "write(" in line and " completed after " in line:
+            told += line.count(" completed after ")
+            assert not unsynced, (unsynced, line)
+    assert (told, thrown) == (20, 20)
 
 
 def test_a_worker_that_cannot_be_forked_is_tried_again(q: Queue) -> None:
