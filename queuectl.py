@@ -154,8 +154,9 @@ Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_
 # How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
 # `seconds` was measured by the monotonic clock.
 Ended = namedtuple("Ended", "job ending exit_code error finished_at seconds stdout stderr worker")
-# What running workers follow: settings, and whether their pool is to stop (0, 1: soon, 2: now).
-Control = namedtuple("Control", "epoch settings stop")
+# What running workers follow: settings, and whether their pool is to stop (0, 1: soon, 2: now);
+# `limited` are the queues that have a limit of jobs running at once.
+Control = namedtuple("Control", "epoch settings stop limited")
 
 # ═══ Values ═══ durations, times, backoff, job input: pure functions, the clock a parameter ══
 
@@ -1332,7 +1333,10 @@ MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit o
         "CREATE TABLE control (epoch INTEGER NOT NULL)",  # counts changes that workers follow
         "INSERT INTO control VALUES (0)",
     ),
-    (  # the runs of a job stand together by their key, which saves an index, so two pages for each run
+    (  # queues can be paused and limited; the runs of a job stand together by their key, which saves an index
+        "ALTER TABLE queues ADD COLUMN paused INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE queues ADD COLUMN concurrency INTEGER",
+        "ALTER TABLE control ADD COLUMN paused INTEGER NOT NULL DEFAULT 0",  # all queues, those to come too
         """CREATE TABLE new_runs (
             id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, state TEXT NOT NULL,
             started_at INTEGER NOT NULL, finished_at INTEGER NOT NULL, seconds REAL NOT NULL,
@@ -1405,6 +1409,9 @@ RETRY_ALL_DEAD = """UPDATE jobs SET state = 'pending', ready = 1, due = NULL, at
     updated_at = ? WHERE state = 'dead'"""
 DELETE_JOB = "DELETE FROM jobs WHERE seq = ? AND state <> 'processing'"
 DELETE_RUNS = "DELETE FROM runs WHERE id BETWEEN ?1 * 16777216 AND ?1 * 16777216 + 16777215"
+UNFINISHED_BETWEEN = "SELECT 1 FROM jobs WHERE state = ? AND seq > ? AND seq <= ? LIMIT 1"
+DIED_BETWEEN = """SELECT id, last_error FROM jobs WHERE state = 'dead' AND seq > ? AND seq <= ? AND updated_at >= ?
+    ORDER BY seq LIMIT 5"""
 STATE_OF = "SELECT state FROM jobs WHERE seq = ?"
 ENDED_BEFORE = """SELECT seq FROM jobs WHERE state = ? AND updated_at <= ? AND seq > ?
     ORDER BY seq LIMIT 1000"""
@@ -1433,6 +1440,14 @@ UNSET_SETTING = "DELETE FROM settings WHERE name = ?"
 COUNTS = """SELECT total(pending), total(processing), total(completed), total(failed), total(dead)
     FROM queues"""
 QUEUE_COUNTS = "SELECT name, pending, processing, completed, failed, dead FROM queues ORDER BY name"
+ALL_QUEUES = """SELECT name, concurrency, queues.paused OR control.paused AS paused, pending, processing, completed,
+    failed, dead FROM queues CROSS JOIN control ORDER BY name"""
+LIMITED_QUEUES = "SELECT name FROM queues WHERE concurrency IS NOT NULL"
+SET_CONCURRENCY = "UPDATE queues SET concurrency = ? WHERE name = ?"
+PAUSE_QUEUE = "UPDATE queues SET paused = ? WHERE name = ?"
+PAUSE_ALL = "UPDATE control SET paused = ?"
+RESUME_EACH = "UPDATE queues SET paused = 0"
+ALL_PAUSED = "SELECT paused FROM control"
 INTEGRITY = "PRAGMA integrity_check(5)"
 RECOUNT = "SELECT queue, state, count(*) FROM jobs GROUP BY queue, state"
 OLDEST_WAITING = "SELECT id, command, created_at FROM jobs WHERE state = 'pending' ORDER BY seq LIMIT 1"
@@ -1460,12 +1475,14 @@ def next_job(queues: int) -> str:
     """The statement for the job that is next: of the first of each queue, the lowest (priority, seq).
 
     `queues` is the number of names that are its parameters; 0 means all queues. Each costs one
-    seek in jobs_ready, however many jobs wait.
+    seek in jobs_ready, however many jobs wait. A job that is processing counts against its queue's
+    limit until its run is recorded: so do those of dead workers, whose processes may still live.
     """
     return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries, timeout_seconds,
         backoff_base, context, env FROM queues CROSS JOIN jobs ON seq = (
             SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name ORDER BY priority, seq LIMIT 1)
-        WHERE pending + failed > 0 %s ORDER BY priority, seq LIMIT 1""" % (
+        WHERE pending + failed > 0 AND NOT paused AND NOT (SELECT paused FROM control)
+            AND (concurrency IS NULL OR processing < concurrency) %s ORDER BY priority, seq LIMIT 1""" % (
             "AND name IN (%s)" % ", ".join("?" * queues) if queues else "")
 
 
@@ -1903,10 +1920,9 @@ class Store:
         self.db.execute(MAKE_READY_AFTER_CLOCK_STEP, (now,))
 
     def drained(self, queues: Sequence[str], now: int) -> bool:
-        """Whether no job of these queues (none: all) is due, failed or processing."""
-        counts = {row[0]: row[1:] for row in self._rows(QUEUE_COUNTS)}
-        if any(processing or failed for name, (_, processing, _, failed, _) in counts.items()
-               if not queues or name in queues):
+        """Whether no job of these queues (none: all) is due, failed or processing; paused ones don't count."""
+        if any(queue["processing"] or queue["failed"] for queue in self.queues()
+               if not queue["paused"] and (not queues or queue["name"] in queues)):
             return False
         due = self.pulse()[1]
         return self.next(queues) is None and (due is None or due > now)
@@ -2025,7 +2041,8 @@ class Store:
     def control(self, pool: str, epoch: int) -> Control:
         """What the workers of a pool follow since `epoch`."""
         rows = self._rows(GET_POOL, pool)
-        return Control(epoch, self.settings(), rows[0][0] if rows else 1)
+        limited = {row[0] for row in self._rows(LIMITED_QUEUES)}
+        return Control(epoch, self.settings(), rows[0][0] if rows else 1, limited)
 
     def settings(self) -> dict[str, Any]:
         """Every setting with the value that holds now."""
@@ -2040,7 +2057,61 @@ class Store:
         self.db.execute(UNSET_SETTING, (name,))
         self.db.execute(NEXT_EPOCH)
 
+    # Queues are limited and paused, in a transaction.
+
+    def set_concurrency(self, queue: str, most: int | None) -> None:
+        """Let at most so many jobs of a queue run at once, over all pools; None: as many as there are workers."""
+        self.db.execute(ADD_QUEUE, (queue,))
+        self.db.execute(SET_CONCURRENCY, (most, queue))
+        self.db.execute(NEXT_EPOCH)
+
+    def pause(self, queue: str | None, paused: bool) -> None:
+        """Start no more jobs of a queue (None: of any, those to come included), or start them again."""
+        if queue is None:
+            self.db.execute(PAUSE_ALL, (paused,))
+            if not paused:
+                self.db.execute(RESUME_EACH)
+        else:
+            self.db.execute(ADD_QUEUE, (queue,))
+            self.db.execute(PAUSE_QUEUE, (paused, queue))
+        self.db.execute(NEXT_EPOCH)
+
     # What there is to see.
+
+    def queues(self) -> list[dict[str, Any]]:
+        """Every queue that ever had a job, a limit or a pause, with its number of jobs in each state."""
+        return self._dicts(ALL_QUEUES)
+
+    def all_paused(self) -> bool:
+        return bool(self._rows(ALL_PAUSED)[0][0])
+
+    def last_seq(self) -> int:
+        return int(self._value(LAST_SEQ) or 0)
+
+    def unfinished(self, first: int, last: int) -> bool:
+        """Whether any job after seq `first` up to `last` is neither completed nor dead."""
+        return any(self._rows(UNFINISHED_BETWEEN, state, first, last) for state in (PENDING, PROCESSING, FAILED))
+
+    def died(self, first: int, last: int, start: int) -> list[dict[str, Any]]:
+        """Id and last error of the first few jobs in that range that have died at or after `start`."""
+        return self._dicts(DIED_BETWEEN, first, last, start)
+
+    def backup(self, path: str) -> None:
+        """Copy the database as it is at this moment into a new file, by SQLite's own online backup.
+
+        In one step: in several, each write of a worker between two of them would start it anew.
+        """
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            copy = sqlite3.connect(path)
+            try:
+                self.db.backup(copy)
+            finally:
+                copy.close()
+        except OSError as error:
+            raise QueueError("%s can't be written: %s" % (path, error.strerror)) from error
+        except sqlite3.Error as error:
+            raise translate(error, path) from error
 
     def counts(self) -> dict[str, int]:
         """The number of jobs in each state."""
@@ -2355,6 +2426,8 @@ def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str]
                       store.settings()["kill_grace_seconds"], pause, 1.0)
         done = sum(_recover_job(store, job, orphans, tell, pool) for job, orphans in lost)
         _forget_dead(store)
+        if done:
+            ring_all(store.path)
         return done
     finally:
         os.close(lock)
@@ -2402,7 +2475,7 @@ class Worker:
         self.told_no_slot = False
         self.next_slot: Slot | None = None
         self.running: Slot
-        self.control = Control(-1, SETTINGS, 0)
+        self.control = Control(-1, SETTINGS, 0, set())
         self.surroundings: dict[int, Surroundings] = {}
         self.recorded: tuple[Ended, str, Slot] | None = None  # what `_finish_turn` has still to see to
         self.seen = -1  # the last data version that was looked at
@@ -2636,6 +2709,8 @@ class Worker:
         if self.recorded:
             ended, state, slot = self.recorded
             self.recorded = None
+            if state == FAILED or ended.job.queue in self.control.limited:
+                ring_all(self.order.db)  # another may have to wake for its retry, or take the place it had
             slot.clear(bool(ended.stdout or ended.stderr))
             self.spare.append(slot)
             self._tell_end(ended, state)
@@ -3085,6 +3160,9 @@ def status_lines(status: dict[str, Any], workers: Sequence[dict[str, Any]], now:
     if status["next"]:
         job = status["next"]
         lines.append("Next at %s: %s: %s" % (show_time(job["due"]), clean(job["id"]), clean(job["command"])))
+    if status["paused"]:
+        lines.append("Paused: %s; `queuectl queue resume` lets their jobs start."
+                     % ", ".join(clean(name) for name in status["paused"]))
     if status["jobs"][DEAD]:
         lines.append("`queuectl dlq list` shows why jobs are dead, `queuectl dlq retry ID` gives one a new start.")
     waiting = status["jobs"][PENDING] + status["jobs"][FAILED] + status["jobs"][PROCESSING]
@@ -3155,6 +3233,32 @@ def now_millis() -> int:
 
 def count_of(number: int, noun: str) -> str:
     return "%d %s%s" % (number, noun, "" if number == 1 else "s")
+
+
+def await_jobs(store: Store, ranges: Sequence[tuple[int, int]], start: int, patience: float) -> int:
+    """Wait until no job in these ranges (after a seq, up to a seq) is unfinished; the exit code of `wait`.
+
+    A death before `start` (milliseconds) does not count. Raises TimedOut after `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    told, left = False, ranges
+    while True:
+        seen = store.changed()
+        left = [pair for pair in left if store.unfinished(*pair)]
+        if not left:
+            break
+        while store.changed() == seen and time.monotonic() < deadline:
+            if not told and not names_beside(store.path, ".bell"):
+                told = True
+                complain("no worker is running; `queuectl worker start` works on the queue")
+            time.sleep(0.02)
+        if time.monotonic() >= deadline:
+            raise TimedOut("not all jobs have ended after %s; they stay in the queue" % show_duration(patience))
+    died = [job for pair in ranges for job in store.died(*pair, start)]
+    for job in died[:5]:
+        complain("%s is dead: %s; `queuectl logs %s` shows what it printed"
+                 % (clean(job["id"]), clean(job["last_error"] or "cancelled"), clean(job["id"])))
+    return EXIT_FAILED if died else EXIT_OK
 
 
 # enqueue
@@ -3312,6 +3416,7 @@ def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
     option("--cwd", metavar="DIR", help="the folder it runs in (this one)"),
     option("--env", metavar="NAME[=VALUE]", action="append", help="a variable for the job; without value yours"),
     option("--if-exists", choices=("fail", "skip"), default="fail", help="what to do if the id exists"),
+    option("--wait", action="store_true", help="until it is completed or dead; exit 1 if it died"),
     option("--quiet", action="store_true", help="print the ids alone"), JSON,
     examples="""
 queuectl enqueue 'tar czf backup.tgz photos && mv backup.tgz /mnt'
@@ -3346,7 +3451,7 @@ def cmd_enqueue(args: Any) -> int:
     except OSError:
         complain("%s enqueued all the same" % ("the jobs are" if args.file else "the job is"))
         raise
-    return EXIT_OK
+    return await_jobs(store, [(first, last)], 0, float("inf")) if args.wait else EXIT_OK
 
 
 # worker
@@ -3508,7 +3613,8 @@ def cmd_status(args: Any) -> int:
     store = open_store(args)
     workers = [worker for worker in store.workers() if worker["alive"]]
     counts = store.counts()
-    status = {"jobs": counts, "workers": len(workers),
+    status = {"jobs": counts, "workers": len(workers), "paused": [
+        queue["name"] for queue in store.queues() if queue["paused"]],
               "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due()}
     if args.json:
         for entry, field in ((status["oldest_waiting"], "created_at"), (status["next"], "due")):
@@ -3880,6 +3986,64 @@ def cmd_cancel(args: Any) -> int:
     return EXIT_OK
 
 
+@subcommand(
+    "wait", "until jobs are completed or dead; exit 1 if one died",
+    option("ids", nargs="*", metavar="ID", help="without: all that are unfinished now"),
+    option("--timeout", metavar="DURATION", help="exit 124 if it takes longer"),
+    examples="""
+queuectl wait job1 job2 && echo 'both are completed'
+queuectl wait --timeout 1h
+""")
+def cmd_wait(args: Any) -> int:
+    patience = float("inf") if args.timeout is None else checked("delay", args.timeout, "--timeout")
+    store = open_store(args)
+    seqs = [store.find(name)["seq"] for name in args.ids]
+    ranges = [(seq - 1, seq) for seq in seqs] or [(0, store.last_seq())]
+    return await_jobs(store, ranges, 0 if seqs else now_millis(), patience)
+
+
+def _purge(args: Any, states: Iterable[str]) -> int:
+    before = NEVER if args.older_than is None else now_millis() - to_millis(
+        checked("delay", args.older_than, "--older-than"))
+    store = open_store(args)
+    count = sum(store.purge(state, before) for state in states)
+    try:
+        store.shrink()
+    except QueueError as error:
+        complain("the disk space is not given back yet: %s" % error)
+    emit("Deleted: %s" % count_of(count, "job"))
+    return EXIT_OK
+
+
+OLDER_THAN = option("--older-than", metavar="DURATION", help="only those unchanged for longer than this")
+
+
+@subcommand("purge", "forget completed jobs, or those in other states, and their runs",
+         option("--state", action="append", choices=(*WAITING, *ENDED), help="instead of completed; repeatable"),
+         OLDER_THAN, examples="\nqueuectl purge --older-than 7d\nqueuectl purge --state dead --state completed\n")
+def cmd_purge(args: Any) -> int:
+    return _purge(args, dict.fromkeys(args.state or [COMPLETED]))
+
+
+@subcommand("backup", "copy the database while workers run", option("path", metavar="PATH", help="the new file"),
+         examples="\nqueuectl backup /mnt/queue-backup.db\n")
+def cmd_backup(args: Any) -> int:
+    path = os.path.abspath(args.path)
+    if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, args.db)):
+        raise QueueError("%s can't be a backup; name another file" % clean(path))
+    store = open_store(args)
+    part = "%s.%d.part" % (path, os.getpid())
+    try:
+        store.backup(part)
+        os.replace(part, path)
+    finally:
+        for leftover in (part, part + "-journal", part + "-wal", part + "-shm"):
+            if os.path.exists(leftover):
+                os.unlink(leftover)
+    emit("Backed up: %s in %s" % (count_of(sum(store.counts().values()), "job"), clean(path)))
+    return EXIT_OK
+
+
 @subcommand("dlq list", "show the dead letter queue: jobs that failed too often",
          option("--limit", metavar="N", help="the newest N (50; with --json all)"),
          option("--all", action="store_true", help="all of them"), JSON,
@@ -3907,19 +4071,68 @@ def cmd_dlq_retry(args: Any) -> int:
 
 
 @subcommand("dlq purge", "forget dead jobs and their runs",
-         option("--older-than", metavar="DURATION", help="only those dead for longer than this"),
-         examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
+         OLDER_THAN, examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
 def cmd_dlq_purge(args: Any) -> int:
-    before = NEVER if args.older_than is None else now_millis() - to_millis(
-        checked("delay", args.older_than, "--older-than"))
+    return _purge(args, [DEAD])
+
+
+# queues
+
+QUEUE_HEAD = ("QUEUE", "LIMIT", "STARTS", "PENDING", "PROCESSING", "COMPLETED", "FAILED", "DEAD")
+NAME = option("name", metavar="NAME", help="the queue")
+
+
+@subcommand("queue list", "show the queues, their limits and jobs", JSON, examples="\nqueuectl queue list\n")
+def cmd_queue_list(args: Any) -> int:
+    queues = [dict(queue, paused=bool(queue["paused"])) for queue in open_store(args).queues()]
+    if args.json:
+        for line in json_lines(queues):
+            emit(line)
+        return EXIT_OK
+    return out_table(QUEUE_HEAD, [
+        (queue["name"], show_setting(queue["concurrency"]), "paused" if queue["paused"] else "yes",
+         *(str(queue[state]) for state in STATES)) for queue in queues])
+
+
+@subcommand("queue set", "limit how many jobs of a queue run at once, over all pools", NAME,
+         option("--concurrency", metavar="N", required=True, help="that many, or none for no limit"),
+         examples="\nqueuectl queue set gpu --concurrency 1\nqueuectl queue set gpu --concurrency none\n")
+def cmd_queue_set(args: Any) -> int:
+    name = check_name("the queue's name", args.name)
+    most = None if args.concurrency == "none" else _whole_option("--concurrency", args.concurrency, 10**6)
     store = open_store(args)
-    count = store.purge(DEAD, before)
-    try:
-        store.shrink()
-    except QueueError as error:
-        complain("the disk space is not given back yet: %s" % error)
-    emit("Deleted: %s" % count_of(count, "job"))
+    with store.transaction():
+        store.set_concurrency(name, most)
+    ring_all(args.db)
+    emit("Queue updated: %s: concurrency = %s" % (clean(name), show_setting(most)))
     return EXIT_OK
+
+
+def _pause(args: Any, paused: bool) -> int:
+    name = None if args.name is None else check_name("the queue's name", args.name)
+    store = open_store(args)
+    with store.transaction():
+        store.pause(name, paused)
+        still = not paused and store.all_paused()
+    ring_all(args.db)
+    if still:
+        complain("all queues are paused; `queuectl queue resume` without a name lifts that")
+    emit("%s: %s" % ("Paused" if paused else "Resumed", "all queues" if name is None else clean(name)))
+    return EXIT_OK
+
+
+@subcommand("queue pause", "start no more jobs of a queue; those running go on",
+         option("name", nargs="?", metavar="NAME", help="the queue; without: all, those to come too"),
+         examples="\nqueuectl queue pause gpu\nqueuectl queue pause\n")
+def cmd_queue_pause(args: Any) -> int:
+    return _pause(args, True)
+
+
+@subcommand("queue resume", "start jobs of a paused queue again",
+         option("name", nargs="?", metavar="NAME", help="the queue; without: all"),
+         examples="\nqueuectl queue resume gpu\nqueuectl queue resume\n")
+def cmd_queue_resume(args: Any) -> int:
+    return _pause(args, False)
 
 
 # config
@@ -3987,7 +4200,7 @@ def cmd_config_unset(args: Any) -> int:
 
 # ═══ main ═══ arguments in, exit code out ════════════════════════════════════════════════════
 
-GROUPS = ("worker", "dlq", "config")
+GROUPS = ("worker", "queue", "dlq", "config")
 
 
 class Parser(argparse.ArgumentParser):

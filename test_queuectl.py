@@ -4710,6 +4710,249 @@ def test_workers_follow_the_durability(q: Queue) -> None:
     assert syncs["normal"] + 30 < syncs["full"]
 
 
+# Queues with a limit, and paused ones.
+
+PEAK = """import os, sys, time
+folder = sys.argv[1]
+mine = os.path.join(folder, "run-%d" % os.getpid())
+open(mine, "w").close()
+with open(os.path.join(folder, "peaks"), "a") as f:
+    f.write("%d\\n" % sum(name.startswith("run-") for name in os.listdir(folder)))
+time.sleep(0.15)
+os.unlink(mine)
+"""
+
+
+def peak_job(q: Queue) -> str:
+    (q.work / "peak.py").write_text(PEAK)
+    (q.work / "runs").mkdir(exist_ok=True)
+    return shlex.join([sys.executable, "peak.py", str(q.work / "runs")])
+
+
+def peak(q: Queue) -> int:
+    return max(map(int, (q.work / "runs" / "peaks").read_text().split()))
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_limit_holds_over_all_pools(q: Queue, limit: int) -> None:
+    q("queue", "set", "gpu", "--concurrency", str(limit))
+    q("enqueue", "--file", "-", "--queue", "gpu", stdin=(peak_job(q) + "\n") * 8)
+    pools = [q.start("worker", "start", "--count", "3", "--drain") for _ in range(2)]
+    for pool in pools:
+        assert pool.wait(60) == 0
+    assert q.counts()["completed"] == 8
+    assert peak(q) == limit
+
+
+def test_without_a_limit_and_beside_a_limited_queue_jobs_run_at_once(q: Queue) -> None:
+    q("queue", "set", "gpu", "--concurrency", "1")
+    q("enqueue", "--file", "-", stdin=(peak_job(q) + "\n") * 8)
+    q("worker", "start", "--count", "4", "--drain")
+    assert peak(q) >= 2
+
+
+def test_a_freed_place_is_taken_at_once_by_a_worker_that_sleeps(q: Queue) -> None:
+    """With the safety net out of the way: who ends a job of a limited queue rings, for it may take another's."""
+    q.set("poll-interval-ms", "3600000")
+    q("queue", "set", "one", "--concurrency", "1")
+    q.add("sleep 1", "--queue", "one", "--id", "first")
+    q.pool()
+    q.wait_state("first", "processing")
+    q.pool("--queue", "one")
+    q.add("sleep 30", "--id", "urgent", "--priority", "1")
+    q.add("true", "--id", "second", "--queue", "one")
+    q.wait_state("second", "completed")
+    assert q.state("urgent") == "processing"
+    q("worker", "stop", "--now")
+
+
+def test_a_raised_limit_is_followed_at_once(q: Queue) -> None:
+    q("config", "set", "poll-interval-ms", "3600000")
+    q("queue", "set", "one", "--concurrency", "1")
+    q("enqueue", "--queue", "one", "--file", "-", stdin="sleep 30\n" * 3)
+    q.pool("--count", "3")
+    wait_for(lambda: q.counts().get("processing") == 1)
+    q("queue", "set", "one", "--concurrency", "2")
+    wait_for(lambda: q.counts().get("processing") == 2)
+    q("queue", "set", "one", "--concurrency", "none")
+    wait_for(lambda: q.counts().get("processing") == 3)
+    q("worker", "stop", "--now")
+
+
+def test_an_orphan_counts_against_the_limit(store: Any) -> None:
+    put(store, queue="x")
+    put(store, queue="x")
+    with store.transaction():
+        store.set_concurrency("x", 1)
+    job = take(store)  # held by a worker that does not live
+    assert take(store) is None
+    assert not store.drained([], NOW)
+    end(store, job, "lost", NOW, NOW + 10**9)
+    assert take(store) is not None
+
+
+def test_a_paused_queue_starts_nothing_and_survives_restarts(q: Queue) -> None:
+    q("queue", "pause", "slow")
+    q("enqueue", "--queue", "slow", "--id", "a", "true")
+    q("enqueue", "--id", "b", "true")
+    q("worker", "start", "--drain")  # a paused queue does not count
+    assert (q.state("a"), q.state("b")) == ("pending", "completed")
+    assert "Paused: slow" in q("status").out
+    pool = q.pool("--count", "1")
+    q("queue", "resume", "slow")
+    q.wait_state("a", "completed")
+    pool.stop()
+    assert "Paused" not in q("status").out
+
+
+def test_all_queues_are_paused_those_to_come_too(q: Queue) -> None:
+    q("queue", "pause")
+    q("enqueue", "--queue", "new", "--id", "a", "true")
+    q("worker", "start", "--drain")
+    assert q.state("a") == "pending"
+    assert "all queues are paused" in q("queue", "resume", "new").err
+    pool = q.pool("--count", "1")
+    q("queue", "resume")
+    q.wait_state("a", "completed")
+    pool.stop()
+
+
+def test_a_running_job_goes_on_while_its_queue_is_paused(q: Queue) -> None:
+    q("enqueue", "--id", "a", "sleep 0.5")
+    pool = q.pool("--count", "1")
+    q.wait_state("a", "processing")
+    q("queue", "pause")
+    q.wait_state("a", "completed")
+    pool.stop()
+
+
+def test_the_queues_are_listed(q: Queue) -> None:
+    q("enqueue", "--queue", "b", "true")
+    q("queue", "set", "a", "--concurrency", "3")
+    q("queue", "pause", "b")
+    listed = json.loads(q("queue", "list", "--json").out)
+    assert [(queue["name"], queue["concurrency"], queue["paused"], queue["pending"]) for queue in listed] == [
+        ("a", 3, False, 0),
+        ("b", None, True, 1),
+    ]
+    text = q("queue", "list").out
+    assert "QUEUE" in text and "paused" in text
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "many", "1.5", ""])
+def test_an_unsound_limit_is_refused(q: Queue, number: str) -> None:
+    q("queue", "set", "x", "--concurrency=" + number, code=2)
+
+
+def test_a_recorded_retry_wakes_another_worker(q: Queue) -> None:
+    """The one that recorded it has taken a long job in the same commit, and nobody polls."""
+    q.set("poll-interval-ms", "3600000")
+    q.add("sleep 1; false", "--queue", "x", "--id", "first", "--backoff-base", "0.5", "--max-retries", "2")
+    q.pool()
+    q.wait_state("first", "processing")
+    q.pool("--queue", "x")
+    q.add("sleep 30", "--queue", "y", "--id", "long")
+    q.wait_state("first", "dead")
+    assert q.state("long") == "processing"
+    q("worker", "stop", "--now")
+
+
+# wait, purge, backup
+
+
+def test_wait_ends_when_the_jobs_have_ended(q: Queue) -> None:
+    q("enqueue", "--id", "a", "sleep 0.4")
+    q("enqueue", "--id", "other", "--delay", "1h", "true")
+    pool = q.pool("--count", "1")
+    q("wait", "a")
+    pool.stop()
+    assert q.state("a") == "completed"
+
+
+def test_wait_without_ids_waits_for_what_is_unfinished_now(q: Queue) -> None:
+    q("enqueue", "--file", "-", stdin="sleep 0.2\n" * 3)
+    waiting = q.start("wait")
+    pool = q.pool("--count", "1")
+    assert waiting.wait(30) == 0
+    pool.stop()
+    assert q.counts()["completed"] == 3
+    q("wait")  # nothing is unfinished
+
+
+def test_wait_tells_of_a_job_that_died(q: Queue) -> None:
+    q("enqueue", "--id", "bad", "--max-retries", "1", "echo oh no >&2; exit 3")
+    pool = q.pool("--count", "1")
+    said = q("wait", "bad", code=1)
+    pool.stop()
+    assert "bad is dead: exit code 3: oh no" in said.err
+    q("wait", "bad", code=1)  # it died before
+    q("enqueue", "--id", "good", "true")
+    pool = q.pool("--count", "1")
+    q("wait")  # and so does not count here
+    pool.stop()
+
+
+def test_wait_says_that_no_worker_runs_and_gives_up_in_time(q: Queue) -> None:
+    q("enqueue", "true")
+    said = q("wait", "--timeout", "300ms", code=124)
+    assert "no worker is running" in said.err
+    q("wait", "nosuch", code=1)
+
+
+def test_enqueue_waits_for_its_jobs_alone(q: Queue) -> None:
+    q("enqueue", "--id", "later", "--delay", "1h", "true")
+    pool = q.pool("--count", "1")
+    assert q("enqueue", "--wait", "--id", "a", "sleep 0.2").out == "Enqueued: a\n"
+    assert q.state("a") == "completed"
+    q("enqueue", "--wait", "--file", "-", stdin='true\n{"command": "false", "max_retries": 1}\n', code=1)
+    pool.stop()
+
+
+def test_purge_forgets_completed_jobs_unless_told_others(q: Queue) -> None:
+    q("enqueue", "--id", "a", "true")
+    q("enqueue", "--id", "b", "--max-retries", "1", "false")
+    q("worker", "start", "--drain", code=1)
+    q("enqueue", "--id", "c", "true")
+    assert q("purge", "--older-than", "1h").out == "Deleted: 0 jobs\n"
+    assert q("purge").out == "Deleted: 1 job\n"
+    assert [job["id"] for job in json.loads(q("list", "--json").out)] == ["b", "c"]
+    assert q("purge", "--state", "dead", "--state", "pending").out == "Deleted: 2 jobs\n"
+    q("purge", "--state", "processing", code=2)
+    q("doctor")
+
+
+def test_purge_gives_the_disk_space_back(q: Queue) -> None:
+    q("enqueue", "--file", "-", stdin="head -c 200000 /dev/zero\n" * 20)
+    q("worker", "start", "--drain")
+    before = q.db.stat().st_size
+    q("purge")
+    assert q.db.stat().st_size < before / 4
+
+
+def test_a_backup_is_whole_while_workers_run(q: Queue, tmp_path: Path) -> None:
+    q("enqueue", "--file", "-", stdin="echo hello\n" * 300)
+    copy = tmp_path / "copy.db"
+    pool = q.pool("--count", "2")
+    for _ in range(3):
+        said = q("backup", str(copy))
+    pool.stop()
+    assert said.out.startswith("Backed up: 300 jobs in ")
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("copy")) == ["copy.db"]
+    env = {"QUEUECTL_DB": copy}
+    q("worker", "start", "--drain", "--count", "2", env=env)
+    assert json.loads(q("status", "--json", env=env).out)["jobs"]["completed"] == 300
+    q("doctor", env=env)
+
+
+def test_a_backup_that_cannot_be_written_leaves_nothing(q: Queue, tmp_path: Path) -> None:
+    q("enqueue", "true")
+    q("backup", str(q.db), code=1)
+    q("backup", str(tmp_path), code=1)
+    q("backup", str(tmp_path / "no" / "such" / "folder"), code=1)
+    assert not list(tmp_path.glob("*.part*"))
+
+
 def test_a_record_is_on_disk_before_it_is_told_and_before_its_output_is_thrown_away(q: Queue) -> None:
     """Seen in the worker's system calls: what it wrote to SQLite's log was synced by then."""
     if not shutil.which("strace"):
