@@ -1187,12 +1187,10 @@ def head_and_tail(fd: int, limit: int) -> bytes:
 class Slot:
     """The two files that take a run's output; the locks on them are the run's token.
 
-    A worker has three slots and uses them in turn: it must hold the next run's token before the
-    commit that records the last one, and the one just closed rests for a run, for a process that
-    is being started holds all the worker's files until its exec has closed them. They are opened
-    anew for each run: if a daemon that an earlier job left behind still holds one of them, `open`
-    fails, and a slot with a new number takes its place, so nobody's late output lands in another
-    job's record.
+    A worker has several: it must hold the next run's token before the commit that records the last
+    one, and keeps the output of runs whose record is not on disk yet. They are opened anew for each
+    run: if a daemon that an earlier job left behind still holds one of them, `open` fails, and a
+    slot with a new number takes its place, so nobody's late output lands in another job's record.
     """
 
     def __init__(self, db: str, worker: str, number: int) -> None:
@@ -2337,6 +2335,8 @@ class Run:
 
 # ═══ Worker ═══ claim, run, record; recovery of what dead workers held ═══════════════════════
 
+SHARED_SYNC = 4  # records that may share a sync of the disk, where jobs are short
+SYNC_WAIT = 0.005  # seconds a record waits for others to share its sync
 LAST_PATIENCE = 0.4  # seconds that who leaves waits to write that it is gone
 CLOCK_STEP = 1.0  # seconds the wall clock must be set back by before retries are looked at again
 
@@ -2477,7 +2477,8 @@ class Worker:
         self.running: Slot
         self.control = Control(-1, SETTINGS, 0, set())
         self.surroundings: dict[int, Surroundings] = {}
-        self.recorded: tuple[Ended, str, Slot] | None = None  # what `_finish_turn` has still to see to
+        self.unsynced = False  # whether a record may not be on disk yet
+        self.used: list[tuple[Slot, bool]] = []  # slots of recorded runs, and whether they printed anything
         self.seen = -1  # the last data version that was looked at
         self.next_due: int | None = None
         self.next_patrol = 0.0
@@ -2548,7 +2549,7 @@ class Worker:
                 job = self.turn(None)
                 while job is not None:
                     job = self.turn(self.execute(job))
-                self._finish_turn()
+                self._make_sure()
                 self._rest()
             elif self._is_done():
                 self.leave = max(self.leave, 1)
@@ -2674,11 +2675,14 @@ class Worker:
         slot = self.next_slot = self.next_slot or self._open_slot()
         state, job = self.commit(lambda: self._turn(ended, slot), ended.job.id if ended else "")
         checkpoint("recorded")
+        self.unsynced = True
         if ended:
-            self.recorded = ended, state, self.running
+            self.used.append((self.running, bool(ended.stdout or ended.stderr)))
+            self._tell_end(ended, state)
+            if state == FAILED or ended.job.queue in self.control.limited:
+                ring_all(self.order.db)  # another may have to wake for its retry, or take the place it had
         if slot is None:
-            self._finish_turn()
-            self.flush()
+            self._make_sure()
             self.bell.wait(1.0)
         elif job is not None:
             self.running, self.next_slot = slot, None
@@ -2696,31 +2700,23 @@ class Worker:
         return state, self.store.claim(self.name, slot.number, self.order.queues, due, to_millis(time.time()),
                                        self.order.pool if self.order.limited else "")
 
-    def _finish_turn(self) -> None:
-        """What else there is to do after a turn's commit, while the next job runs already.
+    def _make_sure(self) -> None:
+        """Have the disk keep what was recorded; only then it is told, and the output files are emptied.
 
-        The record is on disk before the output that it keeps is thrown away, and before it is told.
+        Done while the next job runs already, and where jobs are very short for a few of them at
+        once: waiting for the disk would cost them a tenth of their rate.
         """
-        if self.control.settings["durability"] == "full":
-            try:
-                self.store.sync()
-            except Unavailable as error:
-                self.say(str(error))
-        if self.recorded:
-            ended, state, slot = self.recorded
-            self.recorded = None
-            if state == FAILED or ended.job.queue in self.control.limited:
-                ring_all(self.order.db)  # another may have to wake for its retry, or take the place it had
-            slot.clear(bool(ended.stdout or ended.stderr))
+        self.flush()
+        for slot, printed in self.used:
+            slot.clear(printed)
             self.spare.append(slot)
-            self._tell_end(ended, state)
-        self.next_slot = self.next_slot or self._open_slot()
+        self.used.clear()
 
     def _open_slot(self) -> Slot | None:
         """A slot with its token in hand; None if there is no room for one, and so for no run."""
         while True:
-            if len(self.spare) < 2:
-                self.spare.insert(0, Slot(self.order.db, self.name, self.slots))
+            if not self.spare:
+                self.spare.append(Slot(self.order.db, self.name, self.slots))
                 self.slots += 1
             try:
                 if self.spare[0].open():
@@ -2740,12 +2736,11 @@ class Worker:
         surroundings = self.surroundings.get(job.context) or self._look_around(job.context)
         checkpoint("claimed")
         problem = run.start(surroundings, self.order.db)
-        started = "started %s (pid %s, attempt %d of %d): %s" % (
-            job.id, run.pid or "none", job.attempts, max(1, job.max_retries), shorten(clean(job.command), 100))
+        self.say("started %s (pid %s, attempt %d of %d): %s" % (
+            job.id, run.pid or "none", job.attempts, max(1, job.max_retries), shorten(clean(job.command), 100)))
         checkpoint("spawned")
-        self._finish_turn()
-        self.say(started)
-        self.flush()
+        if len(self.used) >= SHARED_SYNC:
+            self._make_sure()
         limit = self.control.settings["max_output_bytes"]
         return run.ended(FAILED, problem, limit) if problem else self._attend(run, limit)
 
@@ -2758,9 +2753,11 @@ class Worker:
     def _attend(self, run: Run, limit: int) -> Ended:
         """Sleep until the run ends, or until there is a reason to end it."""
         while True:
-            self.bell.wait(run.patience())
+            self.bell.wait(min(run.patience(), SYNC_WAIT) if self.unsynced else run.patience())
             if run.has_ended():
                 return self._judge(run, limit)
+            if self.unsynced:
+                self._make_sure()
             ending, error = self._interruption(run)
             if ending:
                 run.end(self.control.settings["kill_grace_seconds"], self.bell.wait)
@@ -2812,6 +2809,13 @@ class Worker:
         self.lines += "%s worker %d: %s\n" % (show_time(to_millis(time.time())), self.order.number, text)
 
     def flush(self) -> None:
+        """Say it, once what it tells of is on disk."""
+        if self.unsynced and self.control.settings["durability"] == "full":
+            try:
+                self.store.sync()
+            except Unavailable as error:
+                self.say(str(error))
+        self.unsynced = False
         if self.lines:
             system.say(self.lines)
             self.lines = ""

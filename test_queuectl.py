@@ -4696,7 +4696,7 @@ def test_drain_tells_of_a_death_by_recovery(q: Queue) -> None:
 
 
 def test_workers_follow_the_durability(q: Queue) -> None:
-    """Without it each commit waits for the disk: counted by the system calls of the worker."""
+    """In full the disk is waited for, by a few very short jobs at once: counted by the worker's system calls."""
     if not shutil.which("strace"):
         pytest.skip("there is no strace to count with")
     syncs = {}
@@ -4707,7 +4707,7 @@ def test_workers_follow_the_durability(q: Queue) -> None:
         q.bash(f"strace -f -c -e trace=fdatasync,fsync -o {durability}.txt {program} worker start --drain")
         text = (q.work / f"{durability}.txt").read_text()
         syncs[durability] = sum(int(line.split()[3]) for line in text.splitlines() if line.endswith("sync"))
-    assert syncs["normal"] + 30 < syncs["full"]
+    assert syncs["normal"] + 40 / queuectl.SHARED_SYNC <= syncs["full"]
 
 
 # Queues with a limit, and paused ones.
