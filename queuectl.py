@@ -166,7 +166,7 @@ _NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 _WHOLE = r"[+-]?[0-9]{1,20}"
 _PART = r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)"
 _TIME = (r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?)?"
-                   r"\s*(?:Z|z|([+-])(\d\d):?(\d\d))?")
+         r"\s*(?:Z|z|([+-])(\d\d):?(\d\d))?")
 
 
 def to_whole(value: Any) -> int:
@@ -472,9 +472,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+@lru_cache(1)
+def _decoder() -> json.JSONDecoder:
+    """json.loads with hooks would make a new one for each line of a file."""
+    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_bounded_int)
+
+
 def _strict_object(text: str) -> dict[str, Any]:
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse,  # type: ignore[no-any-return]
-                      parse_int=_bounded_int)
+    return _decoder().decode(text)  # type: ignore[no-any-return]
 
 
 _BARE = r"(?:^|,)\s*(%s)\s*:" % "|".join(FIELDS + tuple(ALIASES))
@@ -1698,10 +1703,10 @@ class Store:
             raise QueueError("%s was replaced while it was in use; nothing more is written" % self.path)
 
     def close(self) -> None:
-        self.db.close()
-        os.close(self.mutex)
         if self.log >= 0:
             os.close(self.log)
+        self.db.close()
+        os.close(self.mutex)
 
     # The doors: one for writes, one for reads.
 
@@ -2378,6 +2383,7 @@ def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Cal
     finally:
         slot.close()  # a token kept here by mistake would keep the job from ever being given back
     checkpoint("recovered")
+    store.sync()  # before the output is thrown away
     slot.remove()
     if state:
         tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
@@ -3164,9 +3170,9 @@ def status_lines(status: dict[str, Any], workers: Sequence[dict[str, Any]], now:
     if status["next"]:
         job = status["next"]
         lines.append("Next at %s: %s: %s" % (show_time(job["due"]), clean(job["id"]), clean(job["command"])))
-    if status["paused"]:
-        lines.append("Paused: %s; `queuectl queue resume` lets their jobs start."
-                     % ", ".join(clean(name) for name in status["paused"]))
+    if status["paused"] or status["all_paused"]:
+        names = "all queues" if status["all_paused"] else ", ".join(clean(name) for name in status["paused"])
+        lines.append("Paused: %s; `queuectl queue resume` lets their jobs start." % names)
     if status["jobs"][DEAD]:
         lines.append("`queuectl dlq list` shows why jobs are dead, `queuectl dlq retry ID` gives one a new start.")
     waiting = status["jobs"][PENDING] + status["jobs"][FAILED] + status["jobs"][PROCESSING]
@@ -3252,7 +3258,7 @@ def await_jobs(store: Store, ranges: Sequence[tuple[int, int]], start: int, pati
         if not left:
             break
         while store.changed() == seen and time.monotonic() < deadline:
-            if not told and not names_beside(store.path, ".bell"):
+            if not told and not any(is_alive(store.path, name) for name in names_beside(store.path, ".life")):
                 told = True
                 complain("no worker is running; `queuectl worker start` works on the queue")
             time.sleep(0.02)
@@ -3617,8 +3623,8 @@ def cmd_status(args: Any) -> int:
     store = open_store(args)
     workers = [worker for worker in store.workers() if worker["alive"]]
     counts = store.counts()
-    status = {"jobs": counts, "workers": len(workers), "paused": [
-        queue["name"] for queue in store.queues() if queue["paused"]],
+    status = {"jobs": counts, "workers": len(workers), "all_paused": store.all_paused(),
+              "paused": [queue["name"] for queue in store.queues() if queue["paused"]],
               "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due()}
     if args.json:
         for entry, field in ((status["oldest_waiting"], "created_at"), (status["next"], "due")):
@@ -4369,7 +4375,7 @@ def main(argv: list[str] | None = None) -> int:
     Every expected failure ends here as one line on stderr.
     """
     import gc
-    gc.freeze()  # code lives to the end: not looking at it makes exits faster, and forked workers share its pages
+    gc.freeze()  # code lives to the end; not searching it for garbage makes the exit faster
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -4807,6 +4807,7 @@ def test_a_paused_queue_starts_nothing_and_survives_restarts(q: Queue) -> None:
 
 def test_all_queues_are_paused_those_to_come_too(q: Queue) -> None:
     q("queue", "pause")
+    assert "Paused: all queues" in q("status").out and q.status()["all_paused"] is True
     q("enqueue", "--queue", "new", "--id", "a", "true")
     q("worker", "start", "--drain")
     assert q.state("a") == "pending"
@@ -4897,6 +4898,16 @@ def test_wait_says_that_no_worker_runs_and_gives_up_in_time(q: Queue) -> None:
     said = q("wait", "--timeout", "300ms", code=124)
     assert "no worker is running" in said.err
     q("wait", "nosuch", code=1)
+
+
+def test_wait_is_not_fooled_by_what_a_killed_worker_left(q: Queue) -> None:
+    pool = q.pool()
+    worker = q.look("worker", "list")[0]["pid"]
+    kill(pool.process.pid, signal.SIGKILL)
+    kill(worker, signal.SIGKILL)
+    pool.wait()
+    q("enqueue", "true")
+    assert "no worker is running" in q("wait", "--timeout", "300ms", code=124).err
 
 
 def test_enqueue_waits_for_its_jobs_alone(q: Queue) -> None:
