@@ -309,7 +309,7 @@ def drain(bench: Bench) -> Iterator[Row]:
 # priorities, retries, time-outs, signals, log lines or environment of jobs; and the queue is ready made.
 BARE_LOOP = """
 import fcntl, os, sqlite3, sys, time
-folder, size, full = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "full"
+folder, size, full, command = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "full", sys.argv[4]
 path, flags = folder + "/loop.db", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 db = sqlite3.connect(path, isolation_level=None)
 db.execute("PRAGMA journal_mode = WAL")
@@ -317,7 +317,7 @@ db.execute("CREATE TABLE jobs (seq INTEGER PRIMARY KEY, command TEXT, state TEXT
 db.execute("CREATE INDEX waiting ON jobs (seq) WHERE state = 'pending'")
 db.execute("CREATE TABLE runs (job INTEGER PRIMARY KEY, code INTEGER, finished REAL, out BLOB, err BLOB)")
 db.execute("BEGIN")
-db.executemany("INSERT INTO jobs (command, state) VALUES (?, 'pending')", [("true",)] * size)
+db.executemany("INSERT INTO jobs (command, state) VALUES (?, 'pending')", [(command,)] * size)
 db.execute("COMMIT")
 db.close()
 def work(me):
@@ -330,7 +330,8 @@ def work(me):
         run("BEGIN IMMEDIATE")
         if job:
             run("UPDATE jobs SET state = 'completed', worker = NULL WHERE seq = ?", job[:1])
-            run("INSERT INTO runs VALUES (?, ?, ?, NULL, NULL)", (job[0], code, time.time()))
+            out, err = (os.pread(fd, 1 << 20, 0) or None for fd in old)
+            run("INSERT INTO runs VALUES (?, ?, ?, ?, ?)", (job[0], code, time.time(), out, err))
         job = run("SELECT seq, command FROM jobs WHERE state = 'pending' ORDER BY seq LIMIT 1").fetchone()
         if job:
             run("UPDATE jobs SET state = 'processing', worker = ?, started = ? WHERE seq = ?",
@@ -348,6 +349,8 @@ def work(me):
         if full:
             os.fdatasync(log)
         for fd in old:
+            if os.lseek(fd, 0, os.SEEK_END):
+                os.ftruncate(fd, 0)
             os.close(fd)
         old, code = new, os.waitpid(pid, 0)[1]
 for me in (1, 2):
@@ -361,29 +364,38 @@ if sqlite3.connect(path).execute("SELECT count(*) FROM runs WHERE code = 0").fet
 """
 
 
-def bare_loop(bench: Bench, durability: str, size: int) -> float:
+def bare_loop(bench: Bench, durability: str, command: str, size: int) -> float:
     folder = bench.folder()
-    seconds = run([bench.python, "-c", BARE_LOOP, folder, str(size), durability], env=environment(folder))
+    seconds = run([bench.python, "-c", BARE_LOOP, folder, str(size), durability, command], env=environment(folder))
     shutil.rmtree(folder)
     return size / seconds
 
 
 def limit(bench: Bench) -> Iterator[Row]:
     """What the barest loop in Python reaches that keeps a record; against xargs."""
-    size = bench.size(5000)
-    for durability in ("full", "normal"):
+    path = big_output(bench)
+    for durability, command, length, full in (("full", "true", 0, 5000), ("normal", "true", 0, 5000),
+                                              ("full", f"cat {shlex.quote(path)}", 100_000, 2000)):
+        size = bench.size(full)
         bare = f"the barest loop in Python that records its jobs, {durability}"
-        measures: dict[str, Measure] = {bare: partial(bare_loop, bench, durability)}
+        measures: dict[str, Measure] = {bare: partial(bare_loop, bench, durability, command)}
         if bench.has("xargs"):
-            measures["`xargs -P 2 -I{} sh -c ...`"] = partial(xargs, bench, 2, "true", 0)
-        yield from bench.compare(f"the limit: {bare}, 2 processes", bench.turns("limit", size, measures))
+            measures["`xargs -P 2 -I{} sh -c ...`"] = partial(xargs, bench, 2, command, length)
+        what = f"the limit: {bare}, 2 processes, {size:,} jobs " + ("that print 100 KB" if length else "`true`")
+        yield from bench.compare(what, bench.turns("limit", size, measures))
+
+
+def big_output(bench: Bench) -> str:
+    """A file of 100 KB that jobs print."""
+    path = os.path.join(bench.temp, "output")
+    with open(path, "wb") as f:
+        f.write((b"a line of 100 bytes ".ljust(99, b".") + b"\n") * 1000)
+    return path
 
 
 def output(bench: Bench) -> Iterator[Row]:
     """The same with jobs that print a line, or 100 KB; against xargs with its output in a file."""
-    path = os.path.join(bench.temp, "output")
-    with open(path, "wb") as f:
-        f.write((b"a line of 100 bytes ".ljust(99, b".") + b"\n") * 1000)
+    path = big_output(bench)
     for called, command, length, full in (("a line", "echo hello", 6, 5000),
                                           ("100 KB", f"cat {shlex.quote(path)}", 100_000, 2000)):
         size = bench.size(full)
