@@ -720,7 +720,7 @@ class Posix:
         if hasattr(self.fcntl, "F_FULLFSYNC"):
             self.fcntl.fcntl(fd, self.fcntl.F_FULLFSYNC)
         else:
-            os.fdatasync(fd)
+            getattr(os, "fdatasync", os.fsync)(fd)
 
     def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
         """Start `command` in a session of its own; return its process id, or raise OSError.
