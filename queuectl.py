@@ -1163,6 +1163,11 @@ def is_alive(db: str, name: str) -> bool:
     return bool(system.held(life_path(db, name)))
 
 
+def anyone_alive(db: str) -> bool:
+    """Whether any worker or pool of this database lives."""
+    return any(is_alive(db, name) for name in names_beside(db, ".life"))
+
+
 def ring_all(db: str) -> None:
     """Wake every worker, after a commit that may concern them."""
     for name in names_beside(db, ".bell"):
@@ -1411,7 +1416,8 @@ RETRY = """UPDATE jobs SET state = 'pending', ready = 1, due = NULL, attempts = 
 RETRY_ALL_DEAD = """UPDATE jobs SET state = 'pending', ready = 1, due = NULL, attempts = 0,
     updated_at = ? WHERE state = 'dead'"""
 DELETE_JOB = "DELETE FROM jobs WHERE seq = ? AND state <> 'processing'"
-DELETE_RUNS = "DELETE FROM runs WHERE id BETWEEN ?1 * 16777216 AND ?1 * 16777216 + 16777215"
+RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ?1 * 16777216 AND ?1 * 16777216 + 16777215"
+DELETE_RUNS = "DELETE " + RUNS_OF_JOB
 UNFINISHED_BETWEEN = "SELECT 1 FROM jobs WHERE state = ? AND seq > ? AND seq <= ? LIMIT 1"
 DIED_BETWEEN = """SELECT id, last_error FROM jobs WHERE state = 'dead' AND seq > ? AND seq <= ? AND updated_at >= ?
     ORDER BY seq LIMIT 5"""
@@ -1442,7 +1448,6 @@ UNSET_SETTING = "DELETE FROM settings WHERE name = ?"
 
 COUNTS = """SELECT total(pending), total(processing), total(completed), total(failed), total(dead)
     FROM queues"""
-QUEUE_COUNTS = "SELECT name, pending, processing, completed, failed, dead FROM queues ORDER BY name"
 ALL_QUEUES = """SELECT name, concurrency, queues.paused OR control.paused AS paused, pending, processing, completed,
     failed, dead FROM queues CROSS JOIN control ORDER BY name"""
 LIMITED_QUEUES = "SELECT name FROM queues WHERE concurrency IS NOT NULL"
@@ -1470,7 +1475,7 @@ WHERE_PREFIX = "WHERE jobs.id >= ? AND jobs.id < ? AND generated = 1 LIMIT 6"
 RUNS_OF = """SELECT id % 16777216 AS run, attempt, state, started_at, finished_at,
     seconds AS duration_seconds, exit_code, error, worker, stdout, stderr FROM runs
     WHERE id > ?1 * 16777216 + ?2 AND id <= ?1 * 16777216 + 16777215 ORDER BY id LIMIT 20"""
-RUN_TIMES = "SELECT count(*), avg(seconds) FROM runs WHERE id BETWEEN ?1 * 16777216 AND ?1 * 16777216 + 16777215"
+RUN_TIMES = "SELECT count(*), avg(seconds) " + RUNS_OF_JOB
 
 
 @lru_cache(16)
@@ -1604,7 +1609,7 @@ class Store:
             raise QueueError("the folder %s can't be made: %s; name another database with --db"
                              % (folder, error.strerror)) from None
         refuse_network(folder)
-        if any(is_alive(self.path, name) for name in names_beside(self.path, ".life")):
+        if anyone_alive(self.path):
             raise QueueError("%s is gone, but workers of it still live; let them end before a new one is made"
                              % self.path)
 
@@ -1624,7 +1629,7 @@ class Store:
         known = read_between(self.mutex, 0, 40)
         if not known or not os.path.exists(self.path) or known == b"%d" % os.stat(self.path).st_ino:
             return
-        if any(is_alive(self.path, name) for name in names_beside(self.path, ".life")):
+        if anyone_alive(self.path):
             raise QueueError("%s was replaced while workers of the old one live; let them end first" % self.path)
         log = self.path + "-wal"
         if os.path.exists(log) and os.path.getsize(log):
@@ -1897,6 +1902,10 @@ class Store:
         rows = self._rows(next_job(len(queues)), *queues)
         return rows[0] if rows else None
 
+    def ready(self, queues: Sequence[str], due: int | None, now: int) -> bool:
+        """Without the mutex: whether a job can be claimed now, `due` being the time that `pulse` told."""
+        return (due is not None and due <= now) or self.next(queues) is not None
+
     def claim(self, worker: str, slot: int, queues: Sequence[str], due: int | None, now: int,
               pool: str = "") -> Job | None:
         """Claim the job that is next for a worker, in a transaction; None if there is none.
@@ -1927,8 +1936,7 @@ class Store:
         if any(queue["processing"] or queue["failed"] for queue in self.queues()
                if not queue["paused"] and (not queues or queue["name"] in queues)):
             return False
-        due = self.pulse()[1]
-        return self.next(queues) is None and (due is None or due > now)
+        return not self.ready(queues, self.pulse()[1], now)
 
     def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str]) -> str:
         """Record how a run ended, in a transaction; the job's new state. If it is dead, `pools` are told.
@@ -2124,9 +2132,10 @@ class Store:
         """What SQLite's own check, and a recount of all jobs, find wrong with the database."""
         found = [row[0] for row in self._rows(INTEGRITY) if row[0] != "ok"]
         counted = {row[:2]: row[2] for row in self._rows(RECOUNT)}
-        for name, *counts in self._rows(QUEUE_COUNTS):
-            found += ["queue %s has %d %s jobs, not %d" % (name, counted.get((name, state), 0), state, count)
-                      for state, count in zip(STATES, counts) if counted.get((name, state), 0) != count]
+        for queue in self.queues():
+            found += ["queue %s has %d %s jobs, not %d" % (
+                queue["name"], counted.get((queue["name"], state), 0), state, queue[state])
+                for state in STATES if counted.get((queue["name"], state), 0) != queue[state]]
         return found
 
     def oldest_waiting(self) -> dict[str, Any] | None:
@@ -2190,8 +2199,8 @@ class Store:
 
     def count(self, states: Sequence[str], queue: str | None) -> int:
         """How many jobs are in these states (none: all) and this queue (None: all)."""
-        return sum(count for name, *counts in self._rows(QUEUE_COUNTS) if queue in (None, name)
-                   for state, count in zip(STATES, counts) if not states or state in states)
+        return sum(each[state] for each in self.queues() if queue in (None, each["name"])
+                   for state in set(states or STATES))
 
     def run_times(self, seq: int) -> tuple[int, float]:
         """How many runs of a job are recorded, and their average in seconds."""
@@ -2555,7 +2564,6 @@ class Worker:
                 job = self.turn(None)
                 while job is not None:
                     job = self.turn(self.execute(job))
-                self._make_sure()
                 self._rest()
             elif self._is_done():
                 self.leave = max(self.leave, 1)
@@ -2581,8 +2589,8 @@ class Worker:
         try:
             epoch, self.next_due = self.store.pulse()
             self.follow(epoch)
-            due = self.next_due is not None and self.next_due <= to_millis(time.time())
-            return (due or self.store.next(self.order.queues) is not None) and not self.leave and not self._used_up()
+            ready = self.store.ready(self.order.queues, self.next_due, to_millis(time.time()))
+            return ready and not self.leave and not self._used_up()
         except Unavailable:
             self.seen = -1  # look again
             return False
@@ -2603,7 +2611,7 @@ class Worker:
     def _rest(self) -> None:
         """After work: look again before sleeping, for own commits are no news, and tell who drains."""
         self.seen = -1
-        self.flush()
+        self._make_sure()
         if self.order.drain or self.order.limited:
             ring_all(self.order.db)
 
@@ -3245,6 +3253,19 @@ def count_of(number: int, noun: str) -> str:
     return "%d %s%s" % (number, noun, "" if number == 1 else "s")
 
 
+def tell_if_idle(db: str) -> bool:
+    """Say how to start a worker if none lives; whether that was said."""
+    idle = not anyone_alive(db)
+    if idle:
+        complain("no worker is running; `queuectl worker start` works on the queue")
+    return idle
+
+
+def patience_of(args: Any) -> float:
+    """Seconds that --timeout gives a command to wait; without it there is no end."""
+    return float("inf") if args.timeout is None else float(checked("delay", args.timeout, "--timeout"))
+
+
 def await_jobs(store: Store, ranges: Sequence[tuple[int, int]], start: int, patience: float) -> int:
     """Wait until no job in these ranges (after a seq, up to a seq) is unfinished; the exit code of `wait`.
 
@@ -3258,9 +3279,7 @@ def await_jobs(store: Store, ranges: Sequence[tuple[int, int]], start: int, pati
         if not left:
             break
         while store.changed() == seen and time.monotonic() < deadline:
-            if not told and not any(is_alive(store.path, name) for name in names_beside(store.path, ".life")):
-                told = True
-                complain("no worker is running; `queuectl worker start` works on the queue")
+            told = told or tell_if_idle(store.path)
             time.sleep(0.02)
         if time.monotonic() >= deadline:
             raise TimedOut("not all jobs have ended after %s; they stay in the queue" % show_duration(patience))
@@ -3406,9 +3425,8 @@ def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
         emit("Exists already: nothing changed")
     else:
         emit("Enqueued: %s" % next(store.jobs_between(first, last))["id"])
-    if sys.stderr is not None and sys.stderr.isatty() and not any(
-            is_alive(args.db, name) for name in names_beside(args.db, ".life")):
-        complain("no worker is running; `queuectl worker start` works on the queue")
+    if sys.stderr is not None and sys.stderr.isatty():
+        tell_if_idle(args.db)
 
 
 @subcommand(
@@ -3575,7 +3593,7 @@ queuectl worker stop                 running jobs finish first
 queuectl worker stop --now           running jobs go back into the queue
 """)
 def cmd_worker_stop(args: Any) -> int:
-    patience = float("inf") if args.timeout is None else checked("delay", args.timeout, "--timeout")
+    patience = patience_of(args)
     deadline = time.monotonic() + patience
     store = open_store(args)
     alive = [entry["name"] for entry in [*store.pools(), *store.workers()] if entry["alive"]]
@@ -4005,7 +4023,7 @@ queuectl wait job1 job2 && echo 'both are completed'
 queuectl wait --timeout 1h
 """)
 def cmd_wait(args: Any) -> int:
-    patience = float("inf") if args.timeout is None else checked("delay", args.timeout, "--timeout")
+    patience = patience_of(args)
     store = open_store(args)
     seqs = [store.find(name)["seq"] for name in args.ids]
     ranges = [(seq - 1, seq) for seq in seqs] or [(0, store.last_seq())]

@@ -1017,12 +1017,12 @@ def make_version_1(path: Path) -> None:
 
 def test_a_database_of_the_first_version_keeps_its_runs(q: Queue) -> None:
     make_version_1(q.db)
-    shown = json.loads(q("show", "old", "--json").out)
+    shown = q.show("old")
     assert [(run["run"], run["stdout"]) for run in shown["runs"]] == [(1, "out 1"), (2, "out 2")]
     assert "over 2 runs" in q("logs", "old").out
     q("retry", "old")
     q("worker", "start", "--drain", code=None)
-    shown = json.loads(q("show", "old", "--json").out)
+    shown = q.show("old")
     assert [run["run"] for run in shown["runs"]] == [1, 2, 3, 4]
     q("doctor")
     q("delete", "old")
@@ -3745,12 +3745,8 @@ class Beast(NamedTuple):
         return True
 
 
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in read_proc(str(pid), f"task/{pid}/children").split()]
-
-
 def beasts_below(pid: int) -> list[Beast]:
-    return [beast for beast in map(Beast.of, children_of(pid)) if beast]
+    return [beast for beast in map(Beast.of, children(pid)) if beast]
 
 
 def registered(q: Queue, table: str) -> dict[str, int]:
@@ -4324,11 +4320,11 @@ def unshare() -> list[str]:
 
 def first_inside(outer: Background) -> int:
     """Process 1 of the namespace, as this one numbers it."""
-    return int(wait_for(lambda: children_of(outer.process.pid), what="the namespace")[0])
+    return int(wait_for(lambda: children(outer.process.pid), what="the namespace")[0])
 
 
 def states_below(pid: int) -> list[bytes]:
-    return [read_proc(str(child), "stat").rpartition(b")")[2].split()[:1][0] for child in children_of(pid)
+    return [read_proc(str(child), "stat").rpartition(b")")[2].split()[:1][0] for child in children(pid)
             if read_proc(str(child), "stat")]  # fmt: skip
 
 
@@ -4751,14 +4747,19 @@ def test_without_a_limit_and_beside_a_limited_queue_jobs_run_at_once(q: Queue) -
     assert peak(q) >= 2
 
 
-def test_a_freed_place_is_taken_at_once_by_a_worker_that_sleeps(q: Queue) -> None:
-    """With the safety net out of the way: who ends a job of a limited queue rings, for it may take another's."""
+def work_beside_sleep(q: Queue, queue: str, command: str, *options: str) -> None:
+    """A worker that runs the job `first`, and one that sleeps, for it serves that queue alone; nobody polls."""
     q.set("poll-interval-ms", "3600000")
-    q("queue", "set", "one", "--concurrency", "1")
-    q.add("sleep 1", "--queue", "one", "--id", "first")
+    q.add(command, "--queue", queue, "--id", "first", *options)
     q.pool()
     q.wait_state("first", "processing")
-    q.pool("--queue", "one")
+    q.pool("--queue", queue)
+
+
+def test_a_freed_place_is_taken_at_once_by_a_worker_that_sleeps(q: Queue) -> None:
+    """With the safety net out of the way: who ends a job of a limited queue rings, for it may take another's."""
+    q("queue", "set", "one", "--concurrency", "1")
+    work_beside_sleep(q, "one", "sleep 1")
     q.add("sleep 30", "--id", "urgent", "--priority", "1")
     q.add("true", "--id", "second", "--queue", "one")
     q.wait_state("second", "completed")
@@ -4767,7 +4768,7 @@ def test_a_freed_place_is_taken_at_once_by_a_worker_that_sleeps(q: Queue) -> Non
 
 
 def test_a_raised_limit_is_followed_at_once(q: Queue) -> None:
-    q("config", "set", "poll-interval-ms", "3600000")
+    q.set("poll-interval-ms", "3600000")
     q("queue", "set", "one", "--concurrency", "1")
     q("enqueue", "--queue", "one", "--file", "-", stdin="sleep 30\n" * 3)
     q.pool("--count", "3")
@@ -4831,7 +4832,7 @@ def test_the_queues_are_listed(q: Queue) -> None:
     q("enqueue", "--queue", "b", "true")
     q("queue", "set", "a", "--concurrency", "3")
     q("queue", "pause", "b")
-    listed = json.loads(q("queue", "list", "--json").out)
+    listed = q.look("queue", "list")
     assert [(queue["name"], queue["concurrency"], queue["paused"], queue["pending"]) for queue in listed] == [
         ("a", 3, False, 0),
         ("b", None, True, 1),
@@ -4847,11 +4848,7 @@ def test_an_unsound_limit_is_refused(q: Queue, number: str) -> None:
 
 def test_a_recorded_retry_wakes_another_worker(q: Queue) -> None:
     """The one that recorded it has taken a long job in the same commit, and nobody polls."""
-    q.set("poll-interval-ms", "3600000")
-    q.add("sleep 1; false", "--queue", "x", "--id", "first", "--backoff-base", "0.5", "--max-retries", "2")
-    q.pool()
-    q.wait_state("first", "processing")
-    q.pool("--queue", "x")
+    work_beside_sleep(q, "x", "sleep 1; false", "--backoff-base", "0.5", "--max-retries", "2")
     q.add("sleep 30", "--queue", "y", "--id", "long")
     q.wait_state("first", "dead")
     assert q.state("long") == "processing"
@@ -4926,7 +4923,7 @@ def test_purge_forgets_completed_jobs_unless_told_others(q: Queue) -> None:
     q("enqueue", "--id", "c", "true")
     assert q("purge", "--older-than", "1h").out == "Deleted: 0 jobs\n"
     assert q("purge").out == "Deleted: 1 job\n"
-    assert [job["id"] for job in json.loads(q("list", "--json").out)] == ["b", "c"]
+    assert [job["id"] for job in q.jobs()] == ["b", "c"]
     assert q("purge", "--state", "dead", "--state", "pending").out == "Deleted: 2 jobs\n"
     q("purge", "--state", "processing", code=2)
     q("doctor")
