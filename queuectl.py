@@ -72,21 +72,26 @@ VERSION = "1.0.0"
 
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD = STATES = (
     "pending", "processing", "completed", "failed", "dead")
+UNFINISHED, WAITING, ENDED = (PENDING, PROCESSING, FAILED), (PENDING, FAILED), (COMPLETED, DEAD)
 # How a run can end besides completed and failed: queuectl itself ended it to shut down, its
-# worker was lost, or somebody cancelled the job.
-STOPPED, LOST, CANCELLED = "stopped", "lost", "cancelled"
+# worker was lost, somebody cancelled the job, or it asked to be tried again later.
+STOPPED, LOST, CANCELLED, DEFERRED = "stopped", "lost", "cancelled", "deferred"
+TRY_LATER = 75  # the exit code that asks for it: EX_TEMPFAIL of sysexits.h
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_TIMED_OUT, EXIT_INTERRUPTED = 0, 1, 2, 3, 124, 130
 EXIT_DISMISSED = 10  # of a worker that a signal of its own sent home: the pool replaces it
 
 # The fields of a job as users see them, in the order they are shown in.
 FIELDS = ("id", "command", "state", "queue", "priority", "run_at", "timeout_seconds", "attempts",
-          "max_retries", "backoff_base", "cwd", "env", "created_at", "updated_at", "started_at",
-          "finished_at", "next_retry_at", "exit_code", "last_error", "locked_by", "locked_at")
+          "max_retries", "backoff_base", "cwd", "env", "after", "unique", "retry_after", "dead_on",
+          "created_at", "updated_at", "started_at", "finished_at", "next_retry_at", "exit_code",
+          "last_error", "locked_by", "locked_at")
+EDITABLE = ("priority", "run_at", "timeout_seconds", "max_retries", "queue")
+POLICY_FIELDS = ("retry_after", "dead_on")  # what exit codes mean for a job; kept together, for few have any
 TIME_FIELDS = ("run_at", "created_at", "updated_at", "started_at", "finished_at",
                "next_retry_at", "locked_at")
 GIVEN_FIELDS = ("id", "command", "queue", "priority", "run_at", "timeout_seconds",
-                "max_retries", "backoff_base", "cwd", "env")
+                "max_retries", "backoff_base", "cwd", "env", "after", "unique", *POLICY_FIELDS)
 ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at"}
 
 # The environment variables a job is given; nobody else may set them.
@@ -103,6 +108,11 @@ LIMITS = {  # what is sound, for job fields and settings alike
     "backoff_base": Limit("number", 0.001, 10**6),
     "timeout_seconds": Limit("duration", 0.001, CENTURY),
     "delay": Limit("duration", 0, CENTURY),
+    "retry_after": Limit("duration", 0, CENTURY),
+    "dead_on": Limit("whole number", 1, 2**32 - 1),  # exit codes; Windows has long ones
+    "max_deferrals": Limit("whole number", 0, 10**6),
+    "keep_completed": Limit("duration", 0, CENTURY),
+    "keep_dead": Limit("duration", 0, CENTURY),
     "backoff_max": Limit("duration", 0, CENTURY),
     "backoff_jitter": Limit("number", 0, 10),
     "poll_interval_ms": Limit("whole number", 10, 3_600_000),
@@ -122,6 +132,11 @@ SETTINGS: dict[str, Any] = {  # every setting with its default
     "kill_grace_seconds": 5.0,
     "max_output_bytes": 1024 * 1024,
     "durability": "full",
+    "retry_after": 60.0,
+    "max_deferrals": 100,
+    "keep_completed": None,
+    "keep_dead": None,
+    "on_dead": None,
 }
 
 
@@ -150,7 +165,7 @@ class Unavailable(QueueError):
 
 # A claimed job, as its worker knows it; `seq` is its place in the order of arrival.
 Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
-                        "backoff_base context env started_at")
+                        "backoff_base context env policy deferrals started_at")
 # How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
 # `seconds` was measured by the monotonic clock.
 Ended = namedtuple("Ended", "job ending exit_code error finished_at seconds stdout stderr worker")
@@ -252,17 +267,6 @@ def checked(name: str, value: Any, called: str = "") -> Any:
     raise UsageError("%s must be a %s %s, not %s" % (called or name, shape, bounds, shorten(quoted(value), 60)))
 
 
-def check_setting(name: str, value: str) -> Any:
-    """The value of setting `name` that the text `value` stands for, or UsageError."""
-    if name == "durability":
-        if value not in DURABILITIES:
-            raise UsageError("durability must be full or normal, not %s" % shorten(quoted(value), 60))
-        return value
-    if name == "timeout_seconds" and value == "none":
-        return None
-    return checked(name, value)
-
-
 def setting_name(text: str) -> str:
     """The setting called `text` (with `-` or `_`), or UsageError with the nearest name."""
     name = text.replace("-", "_")
@@ -346,18 +350,24 @@ def backoff(base: float, attempts: int, longest: float, jitter: float, chance: f
     return delay * (1 + jitter * chance)
 
 
-def settle(ending: str, attempts: int, max_retries: int) -> tuple[str, int]:
+def settle(ending: str, attempts: int, max_retries: int, hopeless: bool = False) -> tuple[str, int]:
     """The job's next state and its attempts, after the run `attempts` ended as `ending`.
 
-    Only a run that queuectl ended to shut down gives its attempt back.
+    A run that queuectl ended to shut down gives its attempt back, and so does one that asked to
+    be tried later. A `hopeless` failure is not tried again.
     """
     if ending == COMPLETED:
         return COMPLETED, attempts
-    if ending == STOPPED:
-        return PENDING, max(0, attempts - 1)
-    if ending == CANCELLED or attempts >= max_retries:
+    if ending in (STOPPED, DEFERRED):
+        return PENDING if ending == STOPPED else FAILED, max(0, attempts - 1)
+    if ending == CANCELLED or hopeless or attempts >= max_retries:
         return DEAD, attempts
     return FAILED, attempts
+
+
+def policy_of(job: Any) -> dict[str, Any]:
+    """Those of the POLICY_FIELDS that were given for a job."""
+    return json.loads(job.policy) if job.policy else {}
 
 
 def last_line(output: bytes, width: int = 300) -> str:
@@ -419,13 +429,46 @@ def check_env(env: Any) -> dict[str, str]:
     return env
 
 
+def check_setting(name: str, value: str) -> Any:
+    """The value of setting `name` that the text `value` stands for, or UsageError."""
+    if name == "durability":
+        if value not in DURABILITIES:
+            raise UsageError("durability must be full or normal, not %s" % shorten(quoted(value), 60))
+        return value
+    if value == "none" and SETTINGS[name] is None:
+        return None
+    if name == "on_dead":
+        if not check_text(name, value).strip():
+            raise UsageError("on_dead must be a shell command, or none")
+        return value
+    return checked(name, value)
+
+
+def check_key(key: Any) -> str:
+    """A sound key of `unique`, or UsageError."""
+    if not check_text("unique", key).isprintable() or not 1 <= len(key) <= 8 * NAME_LENGTH:
+        raise UsageError("unique must be 1 to %d printable characters, not %s"
+                         % (8 * NAME_LENGTH, shorten(quoted(key), 60)))
+    return str(key)
+
+
+def check_list(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[Any]:
+    """A list, also where it is text with commas, each of its entries checked; or UsageError."""
+    entries = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    return [check(name, entry) for entry in entries]
+
+
 def _checked_field(key: str, name: str, value: Any, now: int) -> Any:
     if key == "delay":
         return now + to_millis(checked("delay", value))
     if name == "run_at":
         return parse_time(value, now)
+    if name in ("after", "dead_on"):
+        return check_list(name, value, check_name if name == "after" else checked)
     if name in LIMITS:
         return checked(name, value)
+    if name == "unique":
+        return check_key(value)
     if name in ("id", "queue"):
         return check_name(name, value)
     return check_env(value) if name == "env" else check_text(name, value)
@@ -848,6 +891,11 @@ class Posix:
         """Tell a worker of ours to go: after its job, or now."""
         os.kill(pid, signal.SIGUSR1 if now else signal.SIGHUP)
 
+    def hook(self, command: str) -> Any:
+        """What Popen starts to run the setting `on_dead`: another shell says if that one fails, however it does."""
+        script = '"$0" -c "$1" || echo "queuectl: on_dead failed for $QUEUECTL_JOB_ID" >&2'
+        return [*self.shell, script, self.shell[0], command]
+
     # Files and messages.
 
     def punch(self, fd: int, start: int, end: int) -> bool:
@@ -1074,6 +1122,10 @@ class Windows:
     def end_process(self, pid: int, started: str, kill: bool) -> None:
         self._kernel().TerminateJobObject(__import__("ctypes").c_void_p(self.runs[pid][1]), 1)
 
+    def hook(self, command: str) -> Any:
+        return '%s "(%s) || echo queuectl: on_dead failed for %%QUEUECTL_JOB_ID%% 1>&2"' % (
+            " ".join(self.shell), command)
+
     def _nothing(self, *values: Any) -> None:
         """What needs no doing here: workers poll the stop flag of their pool, for one."""
 
@@ -1121,6 +1173,18 @@ WINDOWS = os.name == "nt"
 system: Any = Windows() if WINDOWS else Posix()
 make_bell: type[Bell] = PollingBell if WINDOWS else Bell
 NATIVE_JOB_VARIABLES = tuple(system.native(name) for name in JOB_VARIABLES)
+
+
+def start_hook(command: str, variables: dict[str, str]) -> None:
+    """Start a shell command that nobody waits for; its output goes to stderr, where the shell says if it failed.
+
+    Raises OSError if it can't be started.
+    """
+    import subprocess
+    env = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
+    subprocess.Popen(system.hook(command), env={**env, **variables}, stdin=subprocess.DEVNULL, stdout=2,
+                     start_new_session=not WINDOWS)
+
 
 # What stands beside the database: the write mutex, and a folder with the files of its workers.
 # Their names begin with the name of their worker or pool, which is never used twice.
@@ -1354,6 +1418,24 @@ MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit o
         "DROP TABLE runs",
         "ALTER TABLE new_runs RENAME TO runs",
     ),
+    (  # jobs wait for others, have keys, policies and whole environments; a context's key is never used again
+        "ALTER TABLE jobs ADD COLUMN unique_key TEXT",
+        "ALTER TABLE jobs ADD COLUMN policy TEXT",
+        "ALTER TABLE jobs ADD COLUMN deferrals INTEGER NOT NULL DEFAULT 0",
+        """CREATE UNIQUE INDEX jobs_unique ON jobs (unique_key)
+            WHERE unique_key IS NOT NULL AND state IN ('pending', 'processing', 'failed')""",
+        """CREATE TABLE waits (
+            awaited INTEGER NOT NULL, job INTEGER NOT NULL, PRIMARY KEY (awaited, job)) WITHOUT ROWID""",
+        "CREATE INDEX waits_job ON waits (job)",
+        """CREATE TRIGGER jobs_forgotten AFTER DELETE ON jobs BEGIN
+            DELETE FROM waits WHERE awaited = old.seq; DELETE FROM waits WHERE job = old.seq; END""",
+        """CREATE TABLE new_contexts (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, cwd TEXT NOT NULL, path TEXT NOT NULL, umask INTEGER NOT NULL,
+            environ TEXT NOT NULL, UNIQUE (cwd, path, umask, environ))""",
+        "INSERT INTO new_contexts SELECT id, cwd, path, umask, '' FROM contexts",
+        "DROP TABLE contexts",
+        "ALTER TABLE new_contexts RENAME TO contexts",
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 
@@ -1380,15 +1462,18 @@ SAVEPOINT = "SAVEPOINT chunk"
 RELEASE = "RELEASE chunk"
 ROLLBACK_TO = "ROLLBACK TO chunk"
 
-FIND_CONTEXT = "SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ?"
-ADD_CONTEXT = "INSERT INTO contexts (cwd, path, umask) VALUES (?, ?, ?)"
-GET_CONTEXT = "SELECT cwd, path, umask FROM contexts WHERE id = ?"
+FIND_CONTEXT = "SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ? AND environ = ?"
+ADD_CONTEXT = "INSERT INTO contexts (cwd, path, umask, environ) VALUES (?, ?, ?, ?)"
+GET_CONTEXT = "SELECT cwd, path, umask, environ FROM contexts WHERE id = ?"
+FORGET_ENVIRONMENTS = "DELETE FROM contexts WHERE environ <> '' AND id NOT IN (SELECT context FROM jobs)"
 ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
 COUNT_ADDED = "UPDATE queues SET pending = pending + ? WHERE name = ?"
 ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
-    timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at)
-    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-JOB_EXISTS = "SELECT 1 FROM jobs WHERE id = ?"
+    timeout_seconds, max_retries, backoff_base, context, env, unique_key, policy, created_at, updated_at)
+    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
+WITH_KEY = """SELECT seq, id, state FROM jobs
+    WHERE unique_key = ? AND state IN ('pending', 'processing', 'failed')"""
 LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
 
 READY_AT_ONCE = 10_000
@@ -1404,29 +1489,51 @@ TAKE_TURN = "UPDATE pools SET jobs_left = jobs_left - 1 WHERE name = ? AND jobs_
 COUNT_DEATH = "UPDATE pools SET died = died + 1 WHERE name = ?"
 
 RECORD_JOB = """UPDATE jobs SET state = ?, ready = ?, due = ?, attempts = ?, updated_at = ?,
-    finished_at = ?, exit_code = ?, last_error = ?, cancel = 0, worker = NULL, slot = NULL,
-    locked_at = NULL WHERE seq = ? AND runs = ? AND state = 'processing'"""
+    finished_at = ?, exit_code = ?, last_error = ?, deferrals = deferrals + ?, cancel = 0, worker = NULL,
+    slot = NULL, locked_at = NULL WHERE seq = ? AND runs = ? AND state = 'processing'"""
 RECORD_RUN = "INSERT INTO runs VALUES (? * 16777216 + ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 IS_CANCELLED = "SELECT cancel FROM jobs WHERE seq = ?"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1, updated_at = ? WHERE seq = ? AND state = 'processing'"
 CANCEL_WAITING = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, last_error = ?,
     updated_at = ?, finished_at = ? WHERE seq = ? AND state IN ('pending', 'failed')"""
-RETRY = """UPDATE jobs SET state = 'pending', ready = 1, due = NULL, attempts = 0, updated_at = ?
-    WHERE seq = ? AND state IN ('completed', 'dead')"""
-RETRY_ALL_DEAD = """UPDATE jobs SET state = 'pending', ready = 1, due = NULL, attempts = 0,
-    updated_at = ? WHERE state = 'dead'"""
-DELETE_JOB = "DELETE FROM jobs WHERE seq = ? AND state <> 'processing'"
+RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', due = NULL, attempts = 0, deferrals = 0, updated_at = ?,
+    ready = NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq) WHERE """  # ignores those whose key is taken
+RETRY_ONE = RETRY + "seq = ? AND state IN ('completed', 'dead')"
+RETRY_ALL_DEAD = RETRY + "state = 'dead'"
+DELETE_JOB = """DELETE FROM jobs WHERE seq = ? AND state <> 'processing' AND NOT EXISTS (
+    SELECT 1 FROM waits JOIN jobs AS waiting ON waiting.seq = waits.job
+    WHERE awaited = jobs.seq AND waiting.state <> 'dead')"""
+
+# A row in `waits` stands until the awaited job is completed, or either is forgotten; so also while both are dead.
+ADD_WAIT = "INSERT OR IGNORE INTO waits (awaited, job) VALUES (?, ?)"
+HOLD = "UPDATE jobs SET ready = 0, due = NULL WHERE seq = ?"
+WAITING_FOR = "SELECT job FROM waits WHERE awaited = ?"
+END_WAITS = "DELETE FROM waits WHERE awaited = ?"
+LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?1, due = CASE WHEN run_at > ?1 THEN run_at END
+    WHERE seq = ?2 AND state = 'pending' AND NOT EXISTS (SELECT 1 FROM waits WHERE job = ?2)"""
+_DEPENDENTS = """(WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHERE awaited = ?
+    UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq) SELECT seq FROM dependents)"""
+BURY_DEPENDENTS = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, updated_at = ?, finished_at = ?,
+    last_error = ? WHERE state = 'pending' AND seq IN """ + _DEPENDENTS
+DEAD_DEPENDENTS = "SELECT seq FROM jobs WHERE state = 'dead' AND seq IN %s ORDER BY seq" % _DEPENDENTS
+AWAITED_BY = """SELECT seq, id, state, due FROM waits JOIN jobs ON jobs.seq = awaited WHERE job = ? ORDER BY seq"""
+WAITERS_OF = """SELECT seq, id FROM waits JOIN jobs ON jobs.seq = job WHERE awaited = ? AND state <> 'dead'
+    ORDER BY seq"""
+AWAITED_DEAD = """SELECT DISTINCT awaited.seq FROM waits JOIN jobs AS awaited ON awaited.seq = waits.awaited
+    JOIN jobs ON jobs.seq = waits.job WHERE awaited.state = 'dead' AND jobs.state = 'pending'"""
 RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ?1 * 16777216 AND ?1 * 16777216 + 16777215"
 DELETE_RUNS = "DELETE " + RUNS_OF_JOB
 UNFINISHED_BETWEEN = "SELECT 1 FROM jobs WHERE state = ? AND seq > ? AND seq <= ? LIMIT 1"
 DIED_BETWEEN = """SELECT id, last_error FROM jobs WHERE state = 'dead' AND seq > ? AND seq <= ? AND updated_at >= ?
     ORDER BY seq LIMIT 5"""
 STATE_OF = "SELECT state FROM jobs WHERE seq = ?"
-ENDED_BEFORE = """SELECT seq FROM jobs WHERE state = ? AND updated_at <= ? AND seq > ?
-    ORDER BY seq LIMIT 1000"""
+ID_OF = "SELECT id FROM jobs WHERE seq = ?"
+ENDED_BEFORE = """SELECT seq FROM jobs WHERE state = ? AND updated_at <= ? AND seq < ?
+    ORDER BY seq DESC LIMIT 1000"""  # the newest first: what waits goes before what it waits for
+SOME_IN_STATE = "SELECT seq, updated_at FROM jobs WHERE state = ? AND seq > ? ORDER BY seq LIMIT ?"
 
 HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
-    backoff_base, context, env, worker, slot, started_at, cancel FROM jobs
+    backoff_base, context, env, policy, deferrals, worker, slot, started_at, cancel FROM jobs
     WHERE state = 'processing'"""
 HOLDERS = "SELECT DISTINCT worker FROM jobs WHERE state = 'processing'"
 ADD_POOL = "INSERT INTO pools (name, pid, started_at, workers, queues, jobs_left) VALUES (?, ?, ?, ?, ?, ?)"
@@ -1458,15 +1565,28 @@ RESUME_EACH = "UPDATE queues SET paused = 0"
 ALL_PAUSED = "SELECT paused FROM control"
 INTEGRITY = "PRAGMA integrity_check(5)"
 RECOUNT = "SELECT queue, state, count(*) FROM jobs GROUP BY queue, state"
+EDIT = """UPDATE jobs SET priority = ?, run_at = ?, timeout_seconds = ?, max_retries = ?, queue = ?, ready = ?, due = ?,
+    updated_at = ? WHERE seq = ? AND state IN ('pending', 'failed')"""
+MOVE_COUNT = "UPDATE queues SET pending = pending + ?, failed = failed + ? WHERE name = ?"
+RUNNING_IN = "SELECT id FROM jobs WHERE state = 'processing' AND queue = ? ORDER BY seq LIMIT ?"
+AHEAD_OF = """SELECT count(*) FROM jobs JOIN queues ON queues.name = jobs.queue WHERE ready = 1 AND NOT paused
+    AND (concurrency IS NULL OR processing < concurrency)
+    AND (priority < ?1 OR (priority = ?1 AND seq < ?2)) AND (?3 IS NULL OR queue = ?3)"""
+RECENT_SECONDS = "SELECT avg(seconds) FROM (SELECT seconds FROM runs ORDER BY id DESC LIMIT 100)"
+DIED_IN = """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead' AND seq > ? AND queue = ?
+    AND updated_at >= ? ORDER BY seq LIMIT 20"""
+FIRST_IN = "SELECT min(seq) FROM jobs WHERE queue = ? AND state IN ('pending', 'processing', 'failed')"
 OLDEST_WAITING = "SELECT id, command, created_at FROM jobs WHERE state = 'pending' ORDER BY seq LIMIT 1"
 NEXT_DUE = """SELECT id, command, due FROM jobs WHERE ready = 0 AND due IS NOT NULL
     ORDER BY due LIMIT 1"""
 
 # CROSS JOIN keeps jobs the outer loop, in the order of its key.
 SELECT_JOBS = """SELECT seq, jobs.id AS id, command, state, queue, priority, run_at, timeout_seconds,
-    attempts, max_retries, backoff_base, cwd, env, created_at, updated_at, started_at, finished_at,
+    attempts, max_retries, backoff_base, cwd, env, policy, unique_key AS "unique", (SELECT group_concat(awaited.id)
+        FROM waits JOIN jobs AS awaited ON awaited.seq = waits.awaited WHERE waits.job = jobs.seq) AS after,
+    created_at, updated_at, started_at, finished_at,
     CASE WHEN state = 'failed' THEN due END AS next_retry_at, exit_code, last_error,
-    worker AS locked_by, locked_at, runs, slot, cancel, generated
+    worker AS locked_by, locked_at, runs, slot, cancel, generated, context, due, ready
     FROM jobs CROSS JOIN contexts ON contexts.id = jobs.context """
 WHERE_SEQ = "WHERE seq = ?"
 WHERE_ID = "WHERE jobs.id = ?"
@@ -1487,7 +1607,7 @@ def next_job(queues: int) -> str:
     limit until its run is recorded: so do those of dead workers, whose processes may still live.
     """
     return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries, timeout_seconds,
-        backoff_base, context, env FROM queues CROSS JOIN jobs ON seq = (
+        backoff_base, context, env, policy, deferrals FROM queues CROSS JOIN jobs ON seq = (
             SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name ORDER BY priority, seq LIMIT 1)
         WHERE pending + failed > 0 AND NOT paused AND NOT (SELECT paused FROM control)
             AND (concurrency IS NULL OR processing < concurrency) %s ORDER BY priority, seq LIMIT 1""" % (
@@ -1561,10 +1681,12 @@ def _job_row(draft: dict[str, Any], settings: dict[str, Any], context: int, now:
     due = run_at if run_at is not None and run_at > now else None
     given = {name: settings[name] if draft[name] is None else draft[name]
              for name in ("priority", "timeout_seconds", "max_retries")}
+    policy = {name: draft[name] for name in POLICY_FIELDS if draft[name] not in (None, [])}
     return (draft["id"], 1 if draft["id"] is None else 0, draft["command"], draft["queue"] or "default",
             given["priority"], 1 if due is None else 0, due, run_at, given["timeout_seconds"],
             given["max_retries"], draft["backoff_base"], context,
-            json.dumps(draft["env"]) if draft["env"] else None, now, now)
+            json.dumps(draft["env"]) if draft["env"] else None, draft["unique"],
+            json.dumps(policy) if policy else None, now, now)
 
 
 class Store:
@@ -1836,33 +1958,53 @@ class Store:
     # Jobs come in.
 
     def add(self, drafts: Iterable[dict[str, Any]], settings: dict[str, Any], path: str, umask: int,
-            now: int, skip_existing: bool = False) -> tuple[int, int]:
-        """Insert jobs, in a transaction; the seq before the first and that of the last one.
+            now: int, skip_existing: bool = False, environ: str = "") -> tuple[int, int, list[int]]:
+        """Insert jobs, in a transaction; the seq before the first, that of the last one, and those that existed.
 
-        `path` and `umask` are those of whoever enqueues. Raises QueueError if an id exists
-        already, unless `skip_existing`.
+        `path`, `umask` and `environ` (JSON, or empty) are those of whoever enqueues. Raises
+        QueueError if an id exists already, or a key is taken, unless `skip_existing`; and if a
+        job is to wait for one that does not exist.
         """
         before = self._value(LAST_SEQ) or 0
+        self.existing: list[int] = []
         contexts: dict[str, int] = {}
         added: dict[str, int] = {}
         chunk: list[tuple[Any, ...]] = []
         for draft in drafts:
             cwd = draft["cwd"]
             if cwd not in contexts:
-                contexts[cwd] = self._context(cwd, path, umask)
+                contexts[cwd] = self._context(cwd, path, umask, environ)
             chunk.append(_job_row(draft, settings, contexts[cwd], now))
-            if len(chunk) == 1000:
-                self._add_chunk(chunk, added, skip_existing)
+            if len(chunk) == 1000 or draft["after"]:
+                waiting = chunk.pop() if draft["after"] else None
+                self._add_chunk(chunk, added, skip_existing)  # it may wait for one of these
                 chunk = []
+                if waiting:
+                    self._add_waiting(waiting, draft["after"], added, skip_existing, now)
         self._add_chunk(chunk, added, skip_existing)
         for queue, count in added.items():
             self.db.execute(ADD_QUEUE, (queue,))
             self.db.execute(COUNT_ADDED, (count, queue))
-        return before, self._value(LAST_SEQ) or 0
+        return before, self._value(LAST_SEQ) or 0, self.existing
 
-    def _context(self, cwd: str, path: str, umask: int) -> int:
-        found = self._value(FIND_CONTEXT, cwd, path, umask)
-        return int(found or self.db.execute(ADD_CONTEXT, (cwd, path, umask)).lastrowid or 0)
+    def _context(self, *values: Any) -> int:
+        return int(self._value(FIND_CONTEXT, *values) or self.db.execute(ADD_CONTEXT, values).lastrowid or 0)
+
+    def _add_waiting(self, row: tuple[Any, ...], names: Sequence[str], added: dict[str, int], skip_existing: bool,
+                     now: int) -> None:
+        """Insert a job that waits for others; if one of them is dead already, so is the job."""
+        awaited = [self.find(name) for name in names]
+        if not self._add_one(row, skip_existing):
+            return
+        seq, queue = self._value(LAST_SEQ), row[3]
+        added[queue] = added.get(queue, 0) + 1
+        self.db.execute(ADD_QUEUE, (queue,))  # the burial below is counted there
+        for job in awaited:
+            if job["state"] != COMPLETED:
+                self.db.execute(ADD_WAIT, (job["seq"], seq))
+                self.db.execute(HOLD, (seq,))
+            if job["state"] == DEAD:
+                self._bury_dependents(job["seq"], now)
 
     def _add_chunk(self, chunk: list[tuple[Any, ...]], added: dict[str, int], skip_existing: bool) -> None:
         """Insert rows together; if an id is taken, one by one, which finds out whose."""
@@ -1879,14 +2021,17 @@ class Store:
             added[row[3]] = added.get(row[3], 0) + 1
 
     def _add_one(self, row: tuple[Any, ...], skip_existing: bool) -> bool:
-        generated = row[1]
-        while self._value(JOB_EXISTS, row[0]):
-            if skip_existing and not generated:
-                return False
-            if not generated:
-                raise QueueError("a job with the id %s exists already; choose another, or use --if-exists skip"
-                                 % row[0])
+        while row[1] and (row[0] is None or self._rows(WITH_ID, row[0])):
             row = (_draw_ids(1)[0], *row[1:])
+        twins = self._rows(WITH_ID, row[0]) or self._rows(WITH_KEY, row[13])
+        if twins and not skip_existing:
+            raise QueueError("a job with the id %s exists already; choose another, or use --if-exists skip" % row[0]
+                             if twins[0][1] == row[0] else
+                             "a job with the key %s is %s: %s; --if-exists skip makes this a success" % (
+                                 clean(row[13]), twins[0][2], clean(twins[0][1])))
+        if twins:
+            self.existing.append(twins[0][0])
+            return False
         self.db.execute(ADD_JOB, row)
         return True
 
@@ -1922,10 +2067,10 @@ class Store:
         self.db.execute(CLAIM, (worker, slot, now, now, now, found[0]))
         return Job._make((*found, now))
 
-    def context(self, key: int) -> tuple[str, str, int]:
-        """Folder, PATH and umask of whoever enqueued a job."""
-        cwd, path, umask = self._rows(GET_CONTEXT, key)[0]
-        return cwd, path, umask
+    def context(self, key: int) -> tuple[str, str, int, str]:
+        """Folder, PATH, umask and (as JSON, if it was kept) environment of whoever enqueued a job."""
+        cwd, path, umask, environ = self._rows(GET_CONTEXT, key)[0]
+        return cwd, path, umask, environ
 
     def make_ready_after_clock_step(self, now: int) -> None:
         """Retries that were put off by a clock that has since been set back are due now."""
@@ -1938,27 +2083,42 @@ class Store:
             return False
         return not self.ready(queues, self.pulse()[1], now)
 
-    def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str]) -> str:
-        """Record how a run ended, in a transaction; the job's new state. If it is dead, `pools` are told.
+    def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str]) -> tuple[str, bool]:
+        """Record how a run ended, in a transaction; the job's new state, and whether others waited for it to end.
 
-        Only if the job is still in that very run: otherwise somebody else has recorded it as
-        lost, and that stands; returns "" then.
+        If it is dead, `pools` are told. Only if the job is still in that very run: otherwise
+        somebody else has recorded it as lost, and that stands; the state is "" then.
         """
         job = ended.job
-        state, attempts = settle(ended.ending, job.attempts, job.max_retries)
+        hopeless = ended.exit_code in policy_of(job).get("dead_on", ())
+        state, attempts = settle(ended.ending, job.attempts, job.max_retries, hopeless)
         if state in (PENDING, FAILED) and self.is_cancelled(job.seq):  # its worker has not heard of it in time
             state, attempts = DEAD, job.attempts
         due = retry_at if state == FAILED else None
         if not self.db.execute(RECORD_JOB, (
                 state, 1 if state == PENDING else 0, due, attempts, ended.finished_at, ended.finished_at,
-                ended.exit_code, ended.error, job.seq, job.runs)).rowcount:
-            return ""
+                ended.exit_code, ended.error, ended.ending == DEFERRED, job.seq, job.runs)).rowcount:
+            return "", False
         self.db.execute(RECORD_RUN, (
             job.seq, job.runs, job.attempts, ended.ending, job.started_at, ended.finished_at, ended.seconds,
             ended.exit_code, ended.error, ended.worker, ended.stdout or None, ended.stderr or None))
         if state == DEAD:
             self.db.executemany(COUNT_DEATH, [(pool,) for pool in pools])
-        return state
+        return state, state in (COMPLETED, DEAD) and self._tell_waiting(job.seq, state, ended.finished_at)
+
+    def _tell_waiting(self, seq: int, state: str, now: int) -> bool:
+        """A job is completed or dead: let those go on that waited for it alone, or bury them; whether there are any."""
+        waiting = self._rows(WAITING_FOR, seq)
+        if waiting and state == DEAD:
+            self._bury_dependents(seq, now)
+        elif waiting:
+            self.db.execute(END_WAITS, (seq,))
+            self.db.executemany(LET_GO, [(now, job) for (job,) in waiting])
+        return bool(waiting)
+
+    def _bury_dependents(self, seq: int, now: int) -> None:
+        error = "%s is dead, and this job was to run after it" % self._value(ID_OF, seq)
+        self.db.execute(BURY_DEPENDENTS, (now, now, error, seq))
 
     def is_cancelled(self, seq: int) -> bool:
         return bool(self._rows(IS_CANCELLED, seq) == [(1,)])
@@ -1966,24 +2126,50 @@ class Store:
     # Jobs are cancelled, retried and forgotten, in a transaction; each tells if it was done.
 
     def cancel_waiting(self, seq: int, now: int) -> bool:
-        return self.db.execute(CANCEL_WAITING, ("cancelled before it ran again", now, now, seq)).rowcount > 0
+        done = self.db.execute(CANCEL_WAITING, ("cancelled before it ran again", now, now, seq)).rowcount > 0
+        if done:
+            self._tell_waiting(seq, DEAD, now)
+        return done
 
     def ask_cancel(self, seq: int, now: int) -> bool:
         return self.db.execute(ASK_CANCEL, (now, seq)).rowcount > 0
 
     def retry(self, seq: int, now: int) -> bool:
-        return self.db.execute(RETRY, (now, seq)).rowcount > 0
+        return self.db.execute(RETRY_ONE, (now, seq)).rowcount > 0
 
     def retry_all_dead(self, now: int) -> int:
-        return self.db.execute(RETRY_ALL_DEAD, (now,)).rowcount
+        """Give every dead job a new start whose key is not taken; how many."""
+        count = self.db.execute(RETRY_ALL_DEAD, (now,)).rowcount
+        for (seq,) in self._rows(AWAITED_DEAD):
+            self._bury_dependents(seq, now)
+        return count
+
+    def dead_dependents(self, seq: int) -> list[int]:
+        """The dead jobs that were to run after a job, or after one of those."""
+        return [row[0] for row in self._rows(DEAD_DEPENDENTS, seq)]
+
+    def awaited_by(self, seq: int) -> list[dict[str, Any]]:
+        """The jobs that a job still waits for."""
+        return self._dicts(AWAITED_BY, seq)
+
+    def waiters_of(self, seq: int) -> list[dict[str, Any]]:
+        """The jobs that wait for a job."""
+        return self._dicts(WAITERS_OF, seq)
 
     def delete(self, seq: int) -> bool:
-        self.db.execute(DELETE_RUNS, (seq,))
-        return self.db.execute(DELETE_JOB, (seq,)).rowcount > 0
+        """Forget a job that is not running, and that no other waits for."""
+        done = self.db.execute(DELETE_JOB, (seq,)).rowcount > 0
+        if done:
+            self.db.execute(DELETE_RUNS, (seq,))
+        return done
+
+    def forget_environments(self) -> None:
+        """Forget the environments that were kept for jobs which are forgotten, in a transaction."""
+        self.db.execute(FORGET_ENVIRONMENTS)
 
     def purge(self, state: str, before: int) -> int:
         """Forget all jobs in `state` not changed since `before`, in small transactions; their number."""
-        last = count = 0
+        last, count = NEVER, 0
         while True:
             rows = self._rows(ENDED_BEFORE, state, before, last)
             if not rows:
@@ -1992,6 +2178,15 @@ class Store:
                 for (last,) in rows:
                     if self._value(STATE_OF, last) == state:
                         count += self.delete(last)
+
+    def forget_some(self, state: str, before: int, after: int, count: int) -> tuple[int, int]:
+        """Look at `count` jobs in `state` behind seq `after`, in a transaction, and forget those not changed since.
+
+        Returns the seq of the last one, or 0 if there are no more, and how many were forgotten.
+        """
+        rows = self._rows(SOME_IN_STATE, state, after, count)
+        forgotten = sum(self.delete(seq) for seq, updated_at in rows if updated_at <= before)
+        return rows[-1][0] if len(rows) == count else 0, forgotten
 
     def shrink(self) -> None:
         """Give disk space back after a purge, once a quarter of the file is free."""
@@ -2087,11 +2282,55 @@ class Store:
             self.db.execute(PAUSE_QUEUE, (paused, queue))
         self.db.execute(NEXT_EPOCH)
 
+    def edit(self, job: dict[str, Any], changes: dict[str, Any], now: int) -> None:
+        """Change a waiting job, in a transaction: priority, run_at, timeout_seconds, max_retries, queue."""
+        new = {**job, **changes}
+        if "run_at" in changes and not job["after"]:
+            new["due"] = new["run_at"] if (new["run_at"] or 0) > now else None
+            new["ready"] = new["due"] is None
+        self.db.execute(EDIT, (*(new[name] for name in EDITABLE), new["ready"], new["due"], now, job["seq"]))
+        if new["queue"] != job["queue"]:
+            pending, failed = job["state"] == PENDING, job["state"] == FAILED
+            self.db.execute(ADD_QUEUE, (new["queue"],))
+            self.db.execute(MOVE_COUNT, (pending, failed, new["queue"]))
+            self.db.execute(MOVE_COUNT, (-pending, -failed, job["queue"]))
+
     # What there is to see.
 
     def queues(self) -> list[dict[str, Any]]:
         """Every queue that ever had a job, a limit or a pause, with its number of jobs in each state."""
         return self._dicts(ALL_QUEUES)
+
+    def queue(self, name: str) -> dict[str, Any]:
+        """One of `queues`, also if it never had a job."""
+        empty = {"name": name, "concurrency": None, "paused": self.all_paused(), **dict.fromkeys(STATES, 0)}
+        return next((queue for queue in self.queues() if queue["name"] == name), empty)
+
+    def running_in(self, queue: str, count: int) -> list[str]:
+        """The ids of the first few jobs of a queue that are processing."""
+        return [row[0] for row in self._rows(RUNNING_IN, queue, count)]
+
+    def ahead_of(self, job: dict[str, Any], everywhere: bool) -> int:
+        """How many jobs that can run now come before a job: in all queues, or in its own."""
+        return int(self._rows(AHEAD_OF, job["priority"], job["seq"], None if everywhere else job["queue"])[0][0])
+
+    def recent_seconds(self) -> float:
+        """How long a run took on average, of late; 0 if there was none."""
+        return float(self._rows(RECENT_SECONDS)[0][0] or 0)
+
+    def serving(self, queue: str) -> list[dict[str, Any]]:
+        """The live workers that serve a queue."""
+        pools = {pool["name"] for pool in self.pools()
+                 if pool["alive"] and (not pool["queues"] or queue in pool["queues"].split(","))}
+        return [worker for worker in self.workers() if worker["alive"] and worker["pool"] in pools]
+
+    def first_in(self, queue: str) -> int:
+        """The seq of the first unfinished job of a queue."""
+        return int(self._rows(FIRST_IN, queue)[0][0] or 0)
+
+    def died_in(self, queue: str, first: int, start: int) -> list[dict[str, Any]]:
+        """The first few jobs of a queue after seq `first` that have died at or after `start`."""
+        return self._dicts(DIED_IN, first, queue, start)
 
     def all_paused(self) -> bool:
         return bool(self._rows(ALL_PAUSED)[0][0])
@@ -2101,7 +2340,7 @@ class Store:
 
     def unfinished(self, first: int, last: int) -> bool:
         """Whether any job after seq `first` up to `last` is neither completed nor dead."""
-        return any(self._rows(UNFINISHED_BETWEEN, state, first, last) for state in (PENDING, PROCESSING, FAILED))
+        return any(self._rows(UNFINISHED_BETWEEN, state, first, last) for state in UNFINISHED)
 
     def died(self, first: int, last: int, start: int) -> list[dict[str, Any]]:
         """Id and last error of the first few jobs in that range that have died at or after `start`."""
@@ -2355,11 +2594,28 @@ LAST_PATIENCE = 0.4  # seconds that who leaves waits to write that it is gone
 CLOCK_STEP = 1.0  # seconds the wall clock must be set back by before retries are looked at again
 
 
-def retry_time(job: Any, settings: dict[str, Any], now: int) -> int:
-    """When a job runs again whose run failed at `now` (milliseconds)."""
+def retry_time(job: Any, ending: str, settings: dict[str, Any], now: int) -> int:
+    """When a job runs again whose run failed, or asked to be tried later, at `now` (milliseconds)."""
+    if ending == DEFERRED:
+        return now + to_millis(policy_of(job).get("retry_after", settings["retry_after"]))
     base = settings["backoff_base"] if job.backoff_base is None else job.backoff_base
     chance = int.from_bytes(os.urandom(4), "big") / 2**32 if settings["backoff_jitter"] else 0.0
     return now + to_millis(backoff(base, job.attempts, settings["backoff_max"], settings["backoff_jitter"], chance))
+
+
+def alarm(store: Store, ended: Ended, command: str | None, tell: Callable[[str], None]) -> None:
+    """Run the setting `on_dead` for a job that has died, with the job in its environment."""
+    job = ended.job
+    if not command or ended.ending == CANCELLED:
+        return
+    values = (job.id, str(job.attempts), str(job.max_retries), job.queue, store.path)
+    variables = dict(zip(JOB_VARIABLES, values), QUEUECTL_COMMAND=shorten(job.command, 30000),
+                     QUEUECTL_ERROR=ended.error or "",
+                     QUEUECTL_EXIT_CODE="" if ended.exit_code is None else str(ended.exit_code))
+    try:
+        start_hook(command, variables)
+    except (OSError, ValueError) as error:
+        tell("on_dead can't be started for %s: %s" % (job.id, error))
 
 
 def _pool_of(worker: str) -> str:
@@ -2387,8 +2643,8 @@ def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Cal
     try:
         ended = _lost_run(job, lost, *slot.read(settings["max_output_bytes"]))
         with store.transaction():
-            state = store.record(ended, retry_time(job, settings, ended.finished_at),
-                                 {pool, _pool_of(lost["worker"])})
+            state, _ = store.record(ended, retry_time(job, LOST, settings, ended.finished_at),
+                                    {pool, _pool_of(lost["worker"])})
     finally:
         slot.close()  # a token kept here by mistake would keep the job from ever being given back
     checkpoint("recovered")
@@ -2397,6 +2653,8 @@ def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Cal
     if state:
         tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
             job.id, lost["worker"], job.attempts, max(1, job.max_retries), state))
+    if state == DEAD:
+        alarm(store, ended, settings["on_dead"], tell)
     return bool(state)
 
 
@@ -2448,6 +2706,57 @@ def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str]
         os.close(lock)
 
 
+SWEEP_BATCH, SWEEP_TIME, SWEEP_REST = 500, 0.2, 60.0  # jobs a transaction; seconds of work, seconds between rounds
+
+
+class Sweeper:
+    """Forgets jobs that ended longer ago than `keep_completed` and `keep_dead` say, a batch at a time.
+
+    One worker of all does that: who holds the lock, and that for life.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.lock = -1
+        self.place = {COMPLETED: 0, DEAD: 0}  # the seq of the last job that was looked at
+        self.next = 0.0
+        self.forgot = False
+
+    def sweep(self, settings: dict[str, Any]) -> None:
+        """If it is time to: go on where the last sweep ended, for SWEEP_TIME seconds at most."""
+        keep = {state: settings["keep_" + state] for state in self.place}
+        if time.monotonic() < self.next or not (any(seconds is not None for seconds in keep.values()) and self._may()):
+            return
+        end = time.monotonic() + SWEEP_TIME
+        done = all(seconds is None or self._sweep(state, seconds, end) for state, seconds in keep.items())
+        if done and self.forgot:
+            with self.store.transaction():
+                self.store.forget_environments()
+            self.forgot = False
+        self.next = time.monotonic() + (SWEEP_REST if done else 1.0)
+
+    def _may(self) -> bool:
+        if self.lock < 0:
+            fd = open_private(os.path.join(folder_path(self.store.path), "sweep.lock"), os.O_RDWR)
+            if system.try_lock(fd):
+                self.lock = fd
+            else:
+                os.close(fd)
+        return self.lock >= 0
+
+    def _sweep(self, state: str, seconds: float, end: float) -> bool:
+        """Forget old jobs in one state; whether the last one was reached."""
+        before = to_millis(time.time() - seconds)
+        while time.monotonic() < end:
+            with self.store.transaction():
+                last, count = self.store.forget_some(state, before, self.place[state], SWEEP_BATCH)
+            self.place[state] = last
+            self.forgot = self.forgot or count > 0
+            if not last:
+                return True
+        return False
+
+
 def take_life(db: str, name: str) -> int:
     """Take the life lock of a worker or pool, in the transaction that registers it."""
     os.makedirs(folder_path(db), 0o700, exist_ok=True)
@@ -2457,10 +2766,10 @@ def take_life(db: str, name: str) -> int:
     return fd
 
 
-Order = namedtuple("Order", "db pool number queues drain limited supervisor fds")
+Order = namedtuple("Order", "db pool number queues drain limited run supervisor fds")
 Order.__doc__ = """What the supervisor tells a worker: the database, its pool, its number there, the
-queues it serves (none: all), whether to drain, whether --max-jobs was given, the supervisor's
-process id, and the descriptors it inherits but must not keep."""
+queues it serves (none: all), whether to drain, whether --max-jobs was given, whether it serves a
+`run`, the supervisor's process id, and the descriptors it inherits but must not keep."""
 
 
 def signal_name(number: int) -> str:
@@ -2525,6 +2834,7 @@ class Worker:
     def work(self) -> int:
         """Work until told to stop; the exit code tells the supervisor why it ended."""
         self.store = Store(self.order.db)
+        self.sweeper = Sweeper(self.store)
         self.store.patience = TICK
         self.store.defer_sync()
         self.commit(self._register)
@@ -2560,6 +2870,7 @@ class Worker:
             news = self._has_news()
             if self.unpatrolled and time.monotonic() >= self.next_patrol:
                 self._patrol()
+            self._sweep()
             if news and self._may_claim():
                 job = self.turn(None)
                 while job is not None:
@@ -2603,6 +2914,8 @@ class Worker:
 
     def _is_done(self) -> bool:
         try:
+            if self.order.run:
+                return not self.store.count(UNFINISHED, self.order.queues[0])
             return self._used_up() or bool(
                 self.order.drain and self.store.drained(self.order.queues, to_millis(time.time())))
         except Unavailable:
@@ -2612,7 +2925,7 @@ class Worker:
         """After work: look again before sleeping, for own commits are no news, and tell who drains."""
         self.seen = -1
         self._make_sure()
-        if self.order.drain or self.order.limited:
+        if self.order.drain or self.order.limited or self.order.run:
             ring_all(self.order.db)
 
     def _idle(self) -> None:
@@ -2640,6 +2953,12 @@ class Worker:
             pass  # what can't be done now is still there at the next patrol
         now = time.monotonic()  # an orphan that can't be ended takes seconds: as many for work
         self.next_patrol = now + max(1.0, self.control.settings["poll_interval_ms"] / 1000, now - began)
+
+    def _sweep(self) -> None:
+        try:
+            self.sweeper.sweep(self.control.settings)
+        except (QueueError, OSError):
+            pass  # it is not urgent, and who needs the database next says what is wrong with it
 
     def _recover(self) -> None:
         try:
@@ -2687,14 +3006,17 @@ class Worker:
         """
         checkpoint("before turn")
         slot = self.next_slot = self.next_slot or self._open_slot()
-        state, job = self.commit(lambda: self._turn(ended, slot), ended.job.id if ended else "")
+        state, freed, job = self.commit(lambda: self._turn(ended, slot), ended.job.id if ended else "")
         checkpoint("recorded")
         self.unsynced = True
         if ended:
             self.used.append((self.running, bool(ended.stdout or ended.stderr)))
             self._tell_end(ended, state)
-            if state == FAILED or ended.job.queue in self.control.limited:
-                ring_all(self.order.db)  # another may have to wake for its retry, or take the place it had
+            if freed or state == FAILED or (ended.job.queue in self.control.limited and not self.order.run):
+                ring_all(self.order.db)  # another may take what waited for it or its place, or wake for its retry
+            if state == DEAD and self.control.settings["on_dead"]:
+                self._make_sure()
+                alarm(self.store, ended, self.control.settings["on_dead"], self.say)
         if slot is None:
             self._make_sure()
             self.bell.wait(1.0)
@@ -2702,17 +3024,17 @@ class Worker:
             self.running, self.next_slot = slot, None
         return job  # type: ignore[no-any-return]
 
-    def _turn(self, ended: Ended | None, slot: Slot | None) -> tuple[str, Job | None]:
-        state = ""
+    def _turn(self, ended: Ended | None, slot: Slot | None) -> tuple[str, bool, Job | None]:
+        state, freed = "", False
         if ended:
-            self.retry_at = retry_time(ended.job, self.control.settings, ended.finished_at)
-            state = self.store.record(ended, self.retry_at, (self.order.pool,))
+            self.retry_at = retry_time(ended.job, ended.ending, self.control.settings, ended.finished_at)
+            state, freed = self.store.record(ended, self.retry_at, (self.order.pool,))
         epoch, due = self.store.pulse()
         self.follow(epoch)
         if slot is None or self.leave or time.monotonic() >= self.next_patrol or self._orphaned():
-            return state, None
-        return state, self.store.claim(self.name, slot.number, self.order.queues, due, to_millis(time.time()),
-                                       self.order.pool if self.order.limited else "")
+            return state, freed, None
+        return state, freed, self.store.claim(self.name, slot.number, self.order.queues, due, to_millis(time.time()),
+                                              self.order.pool if self.order.limited else "")
 
     def _make_sure(self) -> None:
         """Have the disk keep what was recorded; only then it is told, and the output files are emptied.
@@ -2750,8 +3072,9 @@ class Worker:
         surroundings = self.surroundings.get(job.context) or self._look_around(job.context)
         checkpoint("claimed")
         problem = run.start(surroundings, self.order.db)
-        self.say("started %s (pid %s, attempt %d of %d): %s" % (
-            job.id, run.pid or "none", job.attempts, max(1, job.max_retries), shorten(clean(job.command), 100)))
+        if not self.order.run:
+            self.say("started %s (pid %s, attempt %d of %d): %s" % (
+                job.id, run.pid or "none", job.attempts, max(1, job.max_retries), shorten(clean(job.command), 100)))
         checkpoint("spawned")
         if len(self.used) >= SHARED_SYNC:
             self._make_sure()
@@ -2759,8 +3082,9 @@ class Worker:
         return run.ended(FAILED, problem, limit) if problem else self._attend(run, limit)
 
     def _look_around(self, context: int) -> Surroundings:
-        cwd, path, umask = self.store.context(context)
-        env = system.environment()
+        cwd, path, umask, environ = self.store.context(context)
+        env = system.environment() if not environ else {
+            system.native(name): system.native(value) for name, value in json.loads(environ).items()}
         env[system.native("PATH")] = system.native(path)
         return self.surroundings.setdefault(context, Surroundings(cwd, umask, env))
 
@@ -2807,13 +3131,19 @@ class Worker:
             if self.leave:
                 return run.ended(STOPPED, "ended with its worker, to be run again", limit)
         error = "exit code %d" % code if code > 0 else "ended by signal %s" % signal_name(-code)
-        return run.ended(FAILED, error, limit)
+        most, final = self.control.settings["max_deferrals"], code in policy_of(run.job).get("dead_on", ())
+        if code == TRY_LATER and not final and run.job.deferrals < most:
+            return run.ended(DEFERRED, "%s, to be tried again later (%d of %d times)" % (
+                error, run.job.deferrals + 1, most), limit)
+        return run.ended(FAILED, error + ", which is final" * final, limit)
 
     # What it says.
 
     def _tell_end(self, ended: Ended, state: str) -> None:
         outcome = {"": "was recorded as lost by another process: ", PENDING: "went back into the queue",
                    FAILED: "failed", DEAD: "is dead"}.get(state, state)
+        if self.order.run:
+            return
         rest = "" if ended.error is None else ": %s" % clean(ended.error)
         if state == FAILED:
             rest += "; next try at %s" % show_time(self.retry_at)
@@ -2839,6 +3169,8 @@ def worker_main(order: Order) -> NoReturn:
     """What a worker process does from its first instruction on."""
     for fd in order.fds:
         os.close(fd)
+    if order.run:
+        os.dup2(2, 1)  # stdout is for the result
     system.prepare_worker(order.supervisor)
     worker = Worker(order)
     worker.handle_signals()
@@ -2885,9 +3217,11 @@ class Pool:
     keeps the lock after its owner's death.
     """
 
-    def __init__(self, db: str, name: str, count: int, queues: Sequence[str], drain: bool,
-                 max_jobs: int | None) -> None:
+    def __init__(self, db: str, name: str, count: int, queues: Sequence[str], drain: bool = False,
+                 max_jobs: int | None = None, look: Any = None) -> None:
+        """`look` makes it the pool of a `run`: called now and then, it returns the seconds until its next call."""
         self.db, self.name, self.count = db, name, count
+        self.look, self.next_look = look, 0.0
         self.queues, self.drain, self.max_jobs = tuple(queues), drain, max_jobs
         self.number = 0
         self.workers: dict[Any, float] = {}  # each process with the time it was started
@@ -2911,6 +3245,8 @@ class Pool:
             self.bell.wait(self._patience())
             self._stop()
             self._collect()
+            if self.look and time.monotonic() >= self.next_look:
+                self.next_look = time.monotonic() + self.look()
         return self._farewell()
 
     def _register(self) -> None:
@@ -2948,7 +3284,7 @@ class Pool:
         inherited = [fd for fd in (self.life, self.bell.fd, self.bell.write_end) if fd >= 0]
         fds = tuple(inherited) if system.start_method == "fork" else ()
         order = Order(self.db, self.name, self.number, self.queues, self.drain, self.max_jobs is not None,
-                      os.getpid(), fds)
+                      self.look is not None, os.getpid(), fds)
         process = self.context.Process(target=worker_main, args=(order,), name="worker %d" % self.number)
         mask = None if WINDOWS else signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
@@ -2964,7 +3300,8 @@ class Pool:
         self.bell.watch(process.sentinel)
 
     def _patience(self) -> float | None:
-        return max(0.0, min(self.openings) - time.monotonic()) if self.openings else None
+        times = self.openings + ([self.next_look] if self.look else [])
+        return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _stop(self) -> None:
         """Pass on what signals have asked for: the first lets jobs finish, the second does not."""
@@ -2972,6 +3309,8 @@ class Pool:
             return
         self.told = min(self.stops, 2)
         self.openings = []
+        if self.look:
+            self.look.clear()
         complain("ending the running jobs now" if self.told == 2 else
                  "stopping: running jobs finish first; once more to end them now")
         for process in self.workers:
@@ -3036,11 +3375,13 @@ COLOURS = {PROCESSING: "36", COMPLETED: "32", FAILED: "33", DEAD: "31"}
 
 def job_json(job: dict[str, Any]) -> dict[str, Any]:
     """A job as `--json` shows it: the FIELDS, times in ISO 8601."""
-    shown = {name: job[name] for name in FIELDS}
+    policy = {"retry_after": None, "dead_on": [], **(json.loads(job["policy"]) if job["policy"] else {})}
+    shown = {name: policy[name] if name in policy else job[name] for name in FIELDS}
     for name in TIME_FIELDS:
         if shown[name] is not None:
             shown[name] = show_time(shown[name])
     shown["env"] = json.loads(shown["env"]) if shown["env"] else {}
+    shown["after"] = shown["after"].split(",") if shown["after"] else []
     return shown
 
 
@@ -3122,6 +3463,8 @@ def job_row(job: dict[str, Any], now: int) -> tuple[str, ...]:
     """A job's line in `list`."""
     if job["state"] == PROCESSING:
         when = "for " + since(job["started_at"], now)
+    elif job["state"] == PENDING and job["after"]:
+        when = "after " + job["after"]
     elif job["next_retry_at"] or (job["run_at"] or 0) > now:
         when = "in " + show_duration(max(0, (job["next_retry_at"] or job["run_at"]) - now) / 1000)
     else:
@@ -3140,6 +3483,7 @@ def job_lines(job: dict[str, Any]) -> list[str]:
     """Everything about a job, a field a line, without those that say nothing."""
     shown = job_json(job)
     shown["env"] = " ".join("%s=%s" % pair for pair in shown["env"].items())
+    shown.update((name, ", ".join(map(str, shown[name]))) for name in ("after", "dead_on"))
     return ["%-16s %s" % (name, clean(str(value))) for name, value in shown.items() if value not in (None, "")]
 
 
@@ -3164,10 +3508,12 @@ def worker_row(worker: dict[str, Any], now: int) -> tuple[str, ...]:
     return worker["name"], str(worker["pid"]), since(worker["started_at"], now), doing
 
 
-def status_lines(status: dict[str, Any], workers: Sequence[dict[str, Any]], now: int, width: int) -> list[str]:
+def status_lines(status: dict[str, Any], workers: Sequence[dict[str, Any]], now: int, width: int,
+                 rate: str) -> list[str]:
     """What `status` shows: jobs by state, workers and what they run, what waits and what comes next."""
     lines = ["%-11s %d" % (state + ":", status["jobs"][state]) for state in STATES]
     lines.append("%-11s %d" % ("Workers:", status["workers"]))
+    lines += ["%-11s %s" % ("Rate:", rate)] if rate else []
     rows = [worker_row(worker, now) for worker in workers]
     lines += ["  " + line for line in table(("WORKER", "PID", "UP", "DOES"), rows, max(0, width - 2), False)] \
         if rows else []
@@ -3187,6 +3533,54 @@ def status_lines(status: dict[str, Any], workers: Sequence[dict[str, Any]], now:
     if waiting and not status["workers"]:
         lines.append("No worker is running: `queuectl worker start` works on the jobs.")
     return [fit(line, width).rstrip() if width else line for line in lines]
+
+
+def progress_text(name: str, part: Any, rate: float | None) -> str:
+    """How a `run` goes, in a line: done, dead, running, waiting for a retry, rate and time left."""
+    counts = [(part.dead, "dead"), (part.processing, "running"), (part.failed, "to be tried again")]
+    words = ["%s: %d of %d done" % (name, part.total - part.left - part.dead, part.total)]
+    words += ["%d %s" % pair for pair in counts if pair[0]]
+    if rate:
+        words += ["%.1f/s" % rate, "%s left" % show_duration(part.left / rate)]
+    return ", ".join(words)
+
+
+def summary_lines(name: str, part: Any, seconds: float, died: Sequence[dict[str, Any]]) -> list[str]:
+    """What has become of a `run`: counts, the dead with the reason, and what to do next."""
+    gone = part.total - part.left - part.completed - part.dead
+    counts = [(part.dead, "dead"), (part.left, "left"), (gone, "deleted meanwhile")]
+    lines = ["%s: %d of %d completed%s in %s" % (name, part.completed, part.total, "".join(
+        ", %d %s" % pair for pair in counts if pair[0] > 0), show_duration(seconds))]
+    for job in died:
+        lines += ["  %s: %s" % (clean(job["id"]), clean(job["last_error"] or "cancelled")),
+                  "      %s" % shorten(clean(job["command"]), 200)]
+    if part.dead > len(died):
+        lines.append("  and %d more: `queuectl dlq list` shows them" % (part.dead - len(died)))
+    if died:
+        lines.append("`queuectl logs %s` shows what one printed; `queuectl dlq retry ID` and then "
+                     "`queuectl run --resume` try again." % clean(died[0]["id"]))
+    if part.left:
+        lines.append("`queuectl run --resume %s` goes on with the rest; so does `queuectl worker start`." % name)
+    return lines
+
+
+def prometheus_lines(queues: Sequence[dict[str, Any]], workers: int, oldest: dict[str, Any] | None,
+                     now: int) -> list[str]:
+    """The queue in Prometheus' text format, version 0.0.4: what node_exporter's textfile collector reads."""
+    def label(text: str) -> str:
+        return '"%s"' % text.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+
+    waits = 0 if oldest is None else max(0, now - oldest["created_at"]) / 1000
+    lines = ["# HELP queuectl_jobs Jobs kept, by queue and state.", "# TYPE queuectl_jobs gauge"]
+    lines += ["queuectl_jobs{queue=%s,state=%s} %d" % (label(queue["name"]), label(state), queue[state])
+              for queue in queues for state in STATES]
+    lines += ["# HELP queuectl_queue_paused Whether a queue is paused.", "# TYPE queuectl_queue_paused gauge"]
+    lines += ["queuectl_queue_paused{queue=%s} %d" % (label(queue["name"]), queue["paused"]) for queue in queues]
+    lines += ["# HELP queuectl_workers Workers alive.", "# TYPE queuectl_workers gauge",
+              "queuectl_workers %d" % workers,
+              "# HELP queuectl_oldest_waiting_seconds Age of the oldest pending job.",
+              "# TYPE queuectl_oldest_waiting_seconds gauge", "queuectl_oldest_waiting_seconds %.3f" % waits]
+    return lines
 
 
 # ═══ Commands ═══ what a user types, each beside its options ═════════════════════════════════
@@ -3294,8 +3688,10 @@ def await_jobs(store: Store, ranges: Sequence[tuple[int, int]], start: int, pati
 
 def given_options(args: Any) -> dict[str, Any]:
     """The fields of a job that stand on the command line as options."""
-    names = ("id", "queue", "priority", "run_at", "delay", "timeout", "max_retries", "backoff_base", "cwd")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    names = ("id", "queue", "priority", "run_at", "delay", "timeout", "max_retries", "backoff_base", "cwd", "unique",
+             "retry_after")
+    options = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    options.update({name: ",".join(getattr(args, name)) for name in ("after", "dead_on") if getattr(args, name)})
     if args.env:
         pairs = [(name, value if equals else os.environ.get(name)) for name, equals, value in
                  (entry.partition("=") for entry in args.env)]
@@ -3396,20 +3792,33 @@ def job_lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
         raise UsageError("line %d: the array that begins on line 1 has no end; nothing was enqueued" % number)
 
 
+def drafts_of(lines: Iterable[tuple[int, Any]], read: Callable[[Any], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The drafts that `read` makes of numbered lines; an error names the line."""
+    folders: dict[str | None, str] = {}
+    for number, line in lines:
+        try:
+            yield finish_draft(read(line), folders)
+        except UsageError as error:
+            raise UsageError("line %d: %s" % (number, error)) from None
+
+
 def job_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
     """The drafts of what `enqueue` was given: one argument, several words, or the lines of a file."""
     options = given_options(args)
-    longest = system.longest_command
     if args.file is None:
         yield finish_draft(draft_of_words(args.words, args.literal, now, options), {})
         return
-    folders: dict[str | None, str] = {}
     with open_jobs(args.file) as stream:
-        for number, line in job_lines_of(stream):
-            try:
-                yield finish_draft(read_job(line, now, longest, options), folders)
-            except UsageError as error:
-                raise UsageError("line %d: %s" % (number, error)) from None
+        yield from drafts_of(job_lines_of(stream), lambda line: read_job(line, now, system.longest_command, options))
+
+
+def caller_of(args: Any) -> dict[str, Any]:
+    """What jobs take over from whoever enqueues them: PATH, umask, and with --env-all every variable."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    environ = {as_utf8(name): as_utf8(value) for name, value in os.environ.items() if name not in JOB_VARIABLES}
+    return {"path": check_text("PATH", as_utf8(os.environ.get("PATH", os.defpath))), "umask": umask,
+            "environ": json.dumps(environ, sort_keys=True) if args.env_all else ""}
 
 
 def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
@@ -3424,17 +3833,17 @@ def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
     elif first == last:
         emit("Exists already: nothing changed")
     else:
-        emit("Enqueued: %s" % next(store.jobs_between(first, last))["id"])
+        job = next(store.jobs_between(first, last))
+        emit("Enqueued: %s" % job["id"])
+        if job["state"] == DEAD:
+            complain("%s is dead already: %s" % (clean(job["id"]), job["last_error"]))
     if sys.stderr is not None and sys.stderr.isatty():
         tell_if_idle(args.db)
 
 
-@subcommand(
-    "enqueue", "add a job, or a file of jobs",
-    option("words", nargs="*", metavar="COMMAND", help="a shell command, JSON, or a program and its arguments"),
-    option("--file", metavar="PATH", help="one job a line, command or JSON; - is stdin; all or none"),
+FILE = option("--file", metavar="PATH", help="one job a line, command or JSON; - is stdin; all or none")
+JOB_OPTIONS = (
     option("--id", metavar="ID", help="choose the id yourself"),
-    option("--queue", metavar="NAME", help="the queue it waits in (default)"),
     option("--priority", metavar="N", help="lower runs first (10)"),
     option("--run-at", metavar="TIME", help="not before this time: 2026-01-31T10:00:00Z, now+5m"),
     option("--delay", metavar="DURATION", help="not before this long from now: 90, 500ms, 1h30m"),
@@ -3443,7 +3852,19 @@ def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
     option("--backoff-base", metavar="N", help="seconds between tries: N ** attempts (2)"),
     option("--cwd", metavar="DIR", help="the folder it runs in (this one)"),
     option("--env", metavar="NAME[=VALUE]", action="append", help="a variable for the job; without value yours"),
-    option("--if-exists", choices=("fail", "skip"), default="fail", help="what to do if the id exists"),
+    option("--env-all", action="store_true", help="all your variables, as they are now"),
+    option("--after", metavar="ID[,ID]", action="append", help="not before these jobs are completed; repeatable"),
+    option("--unique", metavar="KEY", help="refused while a job with this key waits or runs"),
+    option("--if-exists", choices=("fail", "skip"), default="fail", help="what to do if the id or key exists"),
+    option("--retry-after", metavar="DURATION", help="when to try again after exit code 75 (1m)"),
+    option("--dead-on", metavar="CODE[,CODE]", action="append", help="exit codes not to be retried; repeatable"),
+)
+
+
+@subcommand(
+    "enqueue", "add a job, or a file of jobs",
+    option("words", nargs="*", metavar="COMMAND", help="a shell command, JSON, or a program and its arguments"),
+    FILE, option("--queue", metavar="NAME", help="the queue it waits in (default)"), *JOB_OPTIONS,
     option("--wait", action="store_true", help="until it is completed or dead; exit 1 if it died"),
     option("--quiet", action="store_true", help="print the ids alone"), JSON,
     examples="""
@@ -3451,6 +3872,8 @@ queuectl enqueue 'tar czf backup.tgz photos && mv backup.tgz /mnt'
 queuectl enqueue '{"id":"report","command":"./report.sh","max_retries":5}'
 queuectl enqueue --priority 1 --timeout 1h convert in.png out.jpg
 queuectl enqueue --delay 10m 'curl -fsS https://example.org/ping'
+queuectl enqueue --after fetch,unpack --id build make
+queuectl enqueue --unique sync --if-exists skip 'rsync -a /data backup:'
 queuectl enqueue -- '{ echo a; echo b; }'
 find . -name '*.log' | sed 's/.*/gzip -9 "&"/' | queuectl enqueue --file -
 """)
@@ -3459,19 +3882,17 @@ def cmd_enqueue(args: Any) -> int:
         raise UsageError("give either a command or --file PATH%s; see `queuectl enqueue --help`"
                          % (" (the lines of a file carry their own ids)" if args.id and args.file else ""))
     now = now_millis()
-    path = check_text("PATH", as_utf8(os.environ.get("PATH", os.defpath)))
-    umask = os.umask(0o077)
-    os.umask(umask)
+    drafts: Iterable[dict[str, Any]] = job_source(args, now)
     if args.file is None:  # what can be refused without the database is
-        drafts: Iterable[dict[str, Any]] = list(job_source(args, now))
-    else:
-        drafts = job_source(args, now)
+        drafts = list(drafts)
+    caller = caller_of(args)
     store = open_store(args)
     settings = store.settings()
     if args.file is not None:
         store.expect_bulk()
     with store.transaction():
-        first, last = store.add(drafts, settings, path, umask, now, args.if_exists == "skip")
+        first, last, existing = store.add(
+            drafts, settings, now=now, skip_existing=args.if_exists == "skip", **caller)
     ring_all(args.db)
     try:
         tell_enqueued(args, store, first, last)
@@ -3479,7 +3900,8 @@ def cmd_enqueue(args: Any) -> int:
     except OSError:
         complain("%s enqueued all the same" % ("the jobs are" if args.file else "the job is"))
         raise
-    return await_jobs(store, [(first, last)], 0, float("inf")) if args.wait else EXIT_OK
+    ranges = [(first, last), *((seq - 1, seq) for seq in existing)]
+    return await_jobs(store, ranges, 0, float("inf")) if args.wait else EXIT_OK
 
 
 # worker
@@ -3633,25 +4055,310 @@ def cmd_worker_list(args: Any) -> int:
     return EXIT_OK
 
 
+# run
+
+RATE_SPAN = 60.0  # seconds
+
+
+class Rate:
+    """How fast a number has grown over the last minute of those it was told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, int]] = []
+
+    def __call__(self, number: int) -> float | None:
+        """Its growth a second up to now; None until there is a span to speak of."""
+        now = time.monotonic()
+        self.seen.append((now, number))
+        while len(self.seen) > 1 and self.seen[1][0] < now - RATE_SPAN:
+            del self.seen[0]
+        then, before = self.seen[0]
+        return max(0, number - before) / (now - then) if now - then >= 0.2 else None
+
+
+Part = namedtuple("Part", "total left completed dead failed processing")
+
+
+class Batch:
+    """The jobs of one `run`: those of its queue after seq `first`; how many, and what has become of them.
+
+    Called by the pool now and then, it tells on stderr: on a terminal in a line that is redrawn,
+    else in a line every ten seconds.
+    """
+
+    def __init__(self, store: Store, name: str, first: int, start: int, quiet: bool) -> None:
+        """`store` tells how things stand before the run; jobs that died before `start` (milliseconds) don't count."""
+        self.db, self.name, self.first, self.start, self.quiet = store.path, name, first, start, quiet
+        self.began, self.rate = time.monotonic(), Rate()
+        self.before = store.queue(name)
+        self.total = sum(self.before[state] for state in UNFINISHED)
+        self.terminal = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        self.next = self.began + (0.0 if self.terminal else 10.0)
+
+    def part(self, store: Store) -> Part:
+        now = store.queue(self.name)
+        return Part(self.total, sum(now[state] for state in UNFINISHED), now[COMPLETED] - self.before[COMPLETED],
+                    now[DEAD] - self.before[DEAD], now[FAILED], now[PROCESSING])
+
+    def __call__(self) -> float:
+        """Tell how it goes; the seconds until that is due again. The database is open meanwhile only."""
+        if time.monotonic() >= self.next and not self.quiet:
+            self.next = time.monotonic() + (0.0 if self.terminal else 10.0)
+            try:
+                store = Store(self.db)
+                part = self.part(store)
+                store.close()
+            except QueueError:  # it can't be read now: what is wrong, the workers say
+                return 1.0
+            self.tell(progress_text(self.name, part, self.rate(part.completed + part.dead)))
+        return 0.3 if self.terminal else 1.0
+
+    def clear(self) -> None:
+        """Take the line away, for others are to follow."""
+        if self.terminal:
+            self.tell("")
+
+    def tell(self, text: str) -> None:
+        if not self.terminal:
+            complain(text)
+            return
+        try:
+            width = os.get_terminal_size(2).columns
+            sys.stderr.write("\r%s\033[K" % fit(text, max(0, width - 1)).rstrip())
+            sys.stderr.flush()
+        except OSError:
+            mute(2)
+
+
+RUN_QUEUES = "run-"  # what their names begin with
+
+
+def new_run_queue(store: Store) -> str:
+    """The queue of a new run: the first of run-1, run-2, … that has nothing unfinished and no pool.
+
+    Names are used again so that queues stay few: every claim looks into each.
+    """
+    taken = {name for pool in store.pools() if pool["alive"] for name in (pool["queues"] or "").split(",")}
+    taken |= {queue["name"] for queue in store.queues() if any(queue[state] for state in UNFINISHED)}
+    number = 1
+    while RUN_QUEUES + str(number) in taken:
+        number += 1
+    return RUN_QUEUES + str(number)
+
+
+def left_runs(store: Store) -> dict[str, int]:
+    """The queues of runs that were interrupted, each with how many jobs are left."""
+    busy = {name for pool in store.pools() if pool["alive"] for name in (pool["queues"] or "").split(",")}
+    left = {queue["name"]: sum(queue[state] for state in UNFINISHED) for queue in store.queues()
+            if re.fullmatch(RUN_QUEUES + "[0-9]+", queue["name"]) and queue["name"] not in busy}
+    return {name: count for name, count in left.items() if count}
+
+
+def _resumed(store: Store, words: Sequence[str]) -> str:
+    """The queue that `run --resume` is to go on with; "" if no run was interrupted."""
+    left = left_runs(store)
+    if len(words) > 1 or (words and words[0] not in left):
+        raise QueueError("no interrupted run is called %s%s" % (
+            shorten(quoted(" ".join(words)), 60), "; there are " + ", ".join(left) if left else ", and there is none"))
+    if len(left) > 1 and not words:
+        raise QueueError("several runs were interrupted: %s; name one" % ", ".join(
+            "%s (%s left)" % (name, count_of(count, "job")) for name, count in left.items()))
+    return words[0] if words else next(iter(left), "")
+
+
+def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:
+    """The inputs for --each with their numbers: what stands between separators, without what is empty."""
+    rest, number = b"", 0
+    for data in iter(lambda: stream.read(1 << 16), b""):
+        *parts, rest = (rest + data).split(separator)
+        for part in parts:
+            number += 1
+            if part:
+                yield number, part
+    if rest:
+        yield number + 1, rest
+
+
+def fill(template: str, given: bytes | str) -> str:
+    """The command for one input of --each: {} stands for it, safely quoted; without one it is put at the end."""
+    try:
+        text = given if isinstance(given, str) else given.decode()
+    except UnicodeDecodeError:
+        raise UsageError("%s is not valid UTF-8" % clean(repr(given))) from None
+    return (template if "{}" in template else template + " {}").replace("{}", join_words([text]))
+
+
+def run_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
+    """The drafts of what `run` was given: --each with its inputs, several commands, or what `enqueue` takes."""
+    options, longest = given_options(args), system.longest_command
+
+    def each(given: Any) -> dict[str, Any]:
+        return draft_of({"command": fill(args.each, given), **options}, now, longest)
+
+    if args.each is not None and args.words:
+        yield from drafts_of(enumerate(args.words, 1), each)
+    elif args.each is not None:
+        with open_jobs(args.file) as stream:
+            yield from drafts_of(inputs_of(stream, b"\0" if args.null else b"\n"), each)
+    elif len(args.words) > 1 and " " in args.words[0] and not args.literal and not args.words[0].startswith("{"):
+        yield from drafts_of(enumerate(args.words, 1), lambda line: read_job(line, now, longest, options))
+    else:
+        yield from job_source(args, now)
+
+
+def _new_batch(args: Any, store: Store) -> Batch:
+    """Add the jobs of a run to a queue of their own."""
+    if not args.words and args.file is None:
+        args.file = "-"
+    now, settings = now_millis(), store.settings()
+    drafts: Iterable[dict[str, Any]] = run_source(args, now)
+    if args.words:
+        drafts = list(drafts)
+    caller = caller_of(args)
+    for name, left in left_runs(store).items():
+        complain("%s was interrupted with %s left; `queuectl run --resume %s` goes on with it" % (
+            name, count_of(left, "job"), name))
+    store.expect_bulk()
+    with store.transaction():
+        name = new_run_queue(store)
+        batch = Batch(store, name, store.last_seq(), 0, args.quiet)
+        own = (dict(draft, queue=name) for draft in drafts)
+        first, last, _ = store.add(own, settings, now=now, skip_existing=args.if_exists == "skip", **caller)
+        batch.total = last - first
+    return batch
+
+
+def _old_batch(args: Any, store: Store) -> Batch:
+    name = _resumed(store, args.words)
+    return Batch(store, name, store.first_in(name) - 1, now_millis(), args.quiet)
+
+
+def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
+    """Tell what has become of a run, and what to do next; its exit code."""
+    part = batch.part(store)
+    seconds = time.monotonic() - batch.began
+    died = store.died_in(batch.name, batch.first, batch.start)
+    lost = part.total - part.left - part.completed - part.dead
+    if args.json:
+        out_json({"queue": batch.name, "jobs": part.total, "completed": part.completed, "dead": part.dead,
+                  "left": part.left, "seconds": round(seconds, 3), "died": died})
+    elif not args.quiet or part.completed < part.total:
+        for line in summary_lines(batch.name, part, seconds, died):
+            emit(line)
+    if interrupted and part.left:
+        return EXIT_INTERRUPTED
+    kept = store.settings()["keep_completed"] is None
+    return EXIT_FAILED if part.left or part.dead or (lost > 0 and kept) else EXIT_OK
+
+
+@subcommand(
+    "run", "work on jobs at once, show progress, and sum up",
+    option("words", nargs="*", metavar="COMMAND", help="as for enqueue, or several shell commands, or inputs"),
+    FILE,
+    option("--each", metavar="COMMAND", help="run this for each input, a line on stdin: {} stands for it, quoted"),
+    option("-0", "--null", action="store_true", help="inputs end with NUL, not with a newline"),
+    option("--workers", metavar="N", help="how many at once (the number of cores)"),
+    option("--resume", action="store_true", help="go on with a run that was interrupted: run --resume [run-1]"),
+    option("--quiet", action="store_true", help="no progress; a summary only if not all completed"), JSON, *JOB_OPTIONS,
+    examples="""
+queuectl run 'make docs' 'make test' 'make dist'
+find . -name '*.log' | queuectl run --each 'gzip -9 {}'
+find . -name '*.wav' -print0 | queuectl run -0 --workers 4 --each 'lame --quiet {}'
+queuectl run --file commands.txt --timeout 10m --max-retries 5
+queuectl run --resume
+""")
+def cmd_run(args: Any) -> int:
+    most = (os.cpu_count() or 1) if args.workers is None else _whole_option("--workers", args.workers, 1000)
+    if (args.file is not None and bool(args.words)) or (args.resume and (args.file or args.each)) or (
+            args.null and not args.each):
+        raise UsageError("give commands, --file, --each (with -0, if need be) or --resume; see `queuectl run --help`")
+    if sys.stdin is not None and sys.stdin.isatty() and not (args.words or args.file or args.resume):
+        raise UsageError("say what to run; see `queuectl run --help`")
+    store = open_store(args)
+    refuse_untrusted(args.db)
+    batch = _old_batch(args, store) if args.resume else _new_batch(args, store)
+    if not batch.total:
+        complain("there is nothing to %s" % ("resume" if args.resume else "run"))
+        return EXIT_OK
+    count = min(most, batch.total)
+    with store.transaction():
+        store.set_concurrency(batch.name, count)  # holds for other pools too, which may take some of its jobs
+    ring_all(args.db)
+    store.close()
+    pool = Pool(args.db, new_pool_name(), count, [batch.name], look=batch)
+    code = pool.run()
+    batch.clear()
+    store = open_store(args)
+    if not batch.part(store).left:
+        with store.transaction():
+            store.set_concurrency(batch.name, None)
+    return max(_tell_run(args, store, batch, pool.stops > 0), code)
+
+
 # What reads.
 
-@subcommand("status", "show jobs by state, workers, and what comes next", JSON,
-         examples="\nqueuectl status\nqueuectl status --json\n")
-def cmd_status(args: Any) -> int:
-    store = open_store(args)
-    workers = [worker for worker in store.workers() if worker["alive"]]
+
+WATCH = option("--watch", action="store_true", help="show it anew each second until Ctrl-C")
+WATCH_EVERY = 1.0  # seconds
+
+
+def show_frames(args: Any, frame: Callable[[], list[str]]) -> int:
+    """Show the lines of `frame()` once, or with --watch each second anew: on a terminal in place, without flicker."""
+    if not args.watch:
+        for line in frame():
+            emit(line)
+        return EXIT_OK
+    clear = "\033[2J"
+    while True:
+        lines = ["%s, every second until Ctrl-C" % show_time(now_millis())[:-5], *frame()]
+        if terminal_width():
+            rows = os.get_terminal_size(sys.stdout.fileno()).lines
+            emit(clear + "\033[H" + "".join(line + "\033[K\n" for line in lines[:rows - 2]) + "\033[J")
+            clear = ""
+        else:
+            emit("\n".join(lines) + "\n")
+        sys.stdout.flush()
+        time.sleep(WATCH_EVERY)
+
+
+def status_of(store: Store, workers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     counts = store.counts()
-    status = {"jobs": counts, "workers": len(workers), "all_paused": store.all_paused(),
-              "paused": [queue["name"] for queue in store.queues() if queue["paused"]],
-              "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due()}
-    if args.json:
-        for entry, field in ((status["oldest_waiting"], "created_at"), (status["next"], "due")):
-            if isinstance(entry, dict):
-                entry[field] = show_time(entry[field])
-        return out_json(dict(status, running=[worker["job"] for worker in workers if worker["job"]]))
-    for line in status_lines(status, workers, now_millis(), terminal_width()):
-        emit(line)
-    return EXIT_OK
+    return {"jobs": counts, "workers": len(workers), "all_paused": store.all_paused(),
+            "paused": [queue["name"] for queue in store.queues() if queue["paused"]],
+            "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due()}
+
+
+@subcommand("status", "show jobs by state, workers, and what comes next", JSON,
+            option("--format", choices=("prometheus",), help="for the textfile collector of node_exporter"), WATCH,
+            examples="""
+queuectl status
+queuectl status --watch
+queuectl status --format prometheus > queuectl.prom.new && mv queuectl.prom.new queuectl.prom
+""")
+def cmd_status(args: Any) -> int:
+    if args.json + args.watch + bool(args.format) > 1:
+        raise UsageError("give one of --json, --watch and --format")
+    store = open_store(args)
+    rate = Rate()
+
+    def frame() -> list[str]:
+        store.changed()  # raises if the database is gone
+        workers = [worker for worker in store.workers() if worker["alive"]]
+        if args.format:
+            return prometheus_lines(store.queues(), len(workers), store.oldest_waiting(), now_millis())
+        status = status_of(store, workers)
+        speed = rate(sum(status["jobs"][state] for state in ENDED)) if args.watch else None
+        shown = "" if speed is None else "%.1f jobs/s in the last minute" % speed
+        return status_lines(status, workers, now_millis(), terminal_width(), shown)
+
+    if not args.json:
+        return show_frames(args, frame)
+    workers = [worker for worker in store.workers() if worker["alive"]]
+    status = status_of(store, workers)
+    for entry, field in ((status["oldest_waiting"], "created_at"), (status["next"], "due")):
+        if isinstance(entry, dict):
+            entry[field] = show_time(entry[field])
+    return out_json(dict(status, running=[worker["job"] for worker in workers if worker["job"]]))
 
 
 def _list(args: Any, states: list[str], head: Sequence[str],
@@ -3661,7 +4368,6 @@ def _list(args: Any, states: list[str], head: Sequence[str],
     if args.all and limit:
         raise UsageError("--all and --limit contradict each other")
     store = open_store(args)
-    now = now_millis()
     jobs: Iterable[dict[str, Any]]
     if limit is None and (args.json or args.all):
         jobs = store.jobs(states, args.queue)
@@ -3672,7 +4378,7 @@ def _list(args: Any, states: list[str], head: Sequence[str],
             emit(line)
         return EXIT_OK
     shown = list(jobs)
-    out_table(head, [row(job, now) for job in shown])
+    out_table(head, [row(job, now_millis()) for job in shown])
     total = store.count(states, args.queue)
     if total > len(shown):
         sys.stdout.flush()
@@ -3680,19 +4386,39 @@ def _list(args: Any, states: list[str], head: Sequence[str],
     return EXIT_OK
 
 
+def _watch_list(args: Any) -> int:
+    """Show the newest jobs again and again, and how fast jobs end."""
+    if args.json or args.all or args.limit:
+        raise UsageError("--watch shows what fits on the terminal; it goes not with --json, --all and --limit")
+    store = open_store(args)
+    rate = Rate()
+
+    def frame() -> list[str]:
+        store.changed()  # raises if the database is gone
+        width = terminal_width()
+        most = os.get_terminal_size(sys.stdout.fileno()).lines - 5 if width else 50
+        rows = [job_row(job, now_millis()) for job in store.newest(args.state, args.queue, max(1, most))]
+        speed = rate(store.count(ENDED, args.queue))
+        total = "%s, %s" % (count_of(store.count(args.state, args.queue), "job"),
+                            "..." if speed is None else "%.1f ended a second in the last minute" % speed)
+        return [total, *table(JOB_HEAD, rows, width, bool(width) and not os.environ.get("NO_COLOR"))]
+
+    return show_frames(args, frame)
+
+
 @subcommand(
     "list", "show jobs, the newest last",
     option("--state", action="append", default=[], choices=STATES, help="in this state only; repeatable"),
     option("--queue", metavar="NAME", help="of this queue only"),
     option("--limit", metavar="N", help="the newest N (50; with --json all)"),
-    option("--all", action="store_true", help="all of them"), JSON,
+    option("--all", action="store_true", help="all of them"), JSON, WATCH,
     examples="""
 queuectl list
 queuectl list --state failed --state dead
 queuectl list --json --state pending | queuectl --db /other/queue.db enqueue --file -
 """)
 def cmd_list(args: Any) -> int:
-    return _list(args, args.state, JOB_HEAD, job_row)
+    return _watch_list(args) if args.watch else _list(args, args.state, JOB_HEAD, job_row)
 
 
 def read_output(path: str, missing: Any, read: Callable[..., Any], *values: Any) -> Any:
@@ -3724,18 +4450,33 @@ def runs_of(store: Store, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield live_run(store, job)
 
 
+def environment_of(store: Store, job: dict[str, Any]) -> dict[str, str]:
+    """The variables that were kept for a job: with --env-all its caller's, and those that --env named."""
+    environ = store.context(job["context"])[3]
+    return {**(json.loads(environ) if environ else {}), **(json.loads(job["env"]) if job["env"] else {})}
+
+
 @subcommand("show", "show everything about one job", ID, JSON,
-         examples="\nqueuectl show job1\nqueuectl show --json 3fa9\n")
+            option("--env", action="store_true", help="the variables that were kept for it, and nothing else"),
+            examples="\nqueuectl show job1\nqueuectl show --json 3fa9\n")
 def cmd_show(args: Any) -> int:
     store = open_store(args)
     job = store.find(args.id)
+    if args.env:
+        kept = environment_of(store, job)
+        if args.json:
+            return out_json(kept)
+        for pair in sorted(kept.items()):
+            emit(clean("%s=%s" % pair))
+        return EXIT_OK
     if args.json:
         return out_json(dict(job_json(job), runs=[run_json(run) for run in runs_of(store, job)]))
     for line in job_lines(job):
         emit(line)
     for run in runs_of(store, job):
         emit(run_title(run))
-    emit("`queuectl logs %s` shows what it printed." % clean(job["id"]))
+    emit("`queuectl logs %s` shows what it printed." % clean(job["id"]) if job["runs"] else
+         "It has not run yet; `queuectl why %s` tells why." % clean(job["id"]))
     return EXIT_OK
 
 
@@ -3870,6 +4611,96 @@ def cmd_logs(args: Any) -> int:
     return _out_average(store, job, stream)
 
 
+# why
+
+def _obstacles(store: Store, job: dict[str, Any], now: int) -> Iterator[str]:
+    """What keeps a waiting job from running, whoever would work on it."""
+    queue = store.queue(job["queue"])
+    name = clean(queue["name"])
+    for other in store.awaited_by(job["seq"]):
+        rest = " (next try in %s)" % show_duration(max(0, other["due"] - now) / 1000) if other["due"] else ""
+        yield "it runs after %s, which is %s%s" % (clean(other["id"]), other["state"], rest)
+    if job["due"] is not None and job["due"] > now:
+        what = "its next try is due" if job["state"] == FAILED else "it is scheduled"
+        yield "%s in %s, at %s" % (what, show_duration((job["due"] - now) / 1000), show_time(job["due"]))
+    if store.all_paused():
+        yield "all queues are paused; `queuectl queue resume` lets their jobs start"
+    elif queue["paused"]:
+        yield "its queue %s is paused; `queuectl queue resume %s` lets its jobs start" % (name, name)
+    if queue["concurrency"] is not None and queue[PROCESSING] >= queue["concurrency"]:
+        yield "its queue %s runs as many jobs as it may at once (%d): %s" % (
+            name, queue["concurrency"], ", ".join(map(clean, store.running_in(queue["name"], 5))))
+
+
+def _expected(store: Store, job: dict[str, Any], now: int, serving: Sequence[dict[str, Any]]) -> tuple[int, str]:
+    """When a job can be expected to start that nothing but others keeps from it, and how many those are."""
+    pools = {pool["name"]: pool["queues"] for pool in store.pools()}
+    ahead = store.ahead_of(job, not all(pools.get(worker["pool"]) for worker in serving))
+    busy = sum(worker["job"] is not None for worker in serving)
+    before = ", of priority %d or lower" % job["priority"] if ahead else ""
+    wait = store.recent_seconds() * (ahead + (busy == len(serving))) / len(serving)
+    return now + to_millis(wait), "%s before it%s; %d of %s busy" % (
+        count_of(ahead, "job") + " stand" + "s" * (ahead == 1), before, busy, count_of(len(serving), "worker"))
+
+
+def why_waiting(store: Store, job: dict[str, Any], now: int) -> tuple[list[str], int | None]:
+    """Why a waiting job does not run now, and when it is expected to (milliseconds), if that can be told."""
+    reasons = list(_obstacles(store, job, now))
+    serving = store.serving(job["queue"])
+    if not serving:
+        asks = any(pool["alive"] for pool in store.pools())
+        return [*reasons, "no worker serves its queue; `queuectl worker start%s` does" % (
+            " --queue " + clean(job["queue"]) if asks else "")], None
+    if len(reasons) == 1 and (job["due"] or 0) > now:
+        return reasons, job["due"]
+    if reasons:
+        return reasons, None
+    expected, reason = _expected(store, job, now, serving)
+    return [reason], expected
+
+
+def why_not_waiting(store: Store, job: dict[str, Any], now: int) -> str:
+    """What there is to say of a job that runs or has ended, and what to do next."""
+    name = clean(job["id"])
+    if job["state"] == PROCESSING:
+        left = job["timeout_seconds"] and ", at most %s more" % show_duration(
+            max(0, job["timeout_seconds"] - (now - job["started_at"]) / 1000))
+        if not is_alive(store.path, job["locked_by"]):
+            return "its worker %s has died; the next worker ends what is left of the run: `queuectl worker start`" % (
+                job["locked_by"])
+        return "it runs now, for %s%s; `queuectl logs --follow %s` shows what it prints" % (
+            since(job["started_at"], now), left or "", name)
+    if job["state"] == COMPLETED:
+        return "it ended well %s ago; `queuectl retry %s` runs it once more" % (since(job["finished_at"], now), name)
+    died = "it died %s ago: %s; " % (since(job["updated_at"], now), clean(job["last_error"] or "cancelled"))
+    for other in store.awaited_by(job["seq"]):
+        return died + "`queuectl dlq retry %s --with-dependents` tries both again" % clean(other["id"])
+    return died + "`queuectl logs %s` shows what it printed, `queuectl dlq retry %s` tries it again" % (name, name)
+
+
+@subcommand("why", "tell why a job isn't running now, and when it will", ID, JSON,
+            examples="\nqueuectl why job1\n")
+def cmd_why(args: Any) -> int:
+    store = open_store(args)
+    job, now = store.find(args.id), now_millis()
+    if job["state"] in WAITING:
+        reasons, expected = why_waiting(store, job, now)
+    else:
+        reasons, expected = [why_not_waiting(store, job, now)], None
+    when = None if expected is None else show_time(expected)
+    if args.json:
+        return out_json({"id": job["id"], "state": job["state"], "reasons": reasons, "expected_at": when})
+    emit("%s is %s:" % (clean(job["id"]), job["state"]))
+    for reason in reasons:
+        emit("  " + reason)
+    if job["state"] == FAILED:
+        emit("  attempt %d of %d failed: %s" % (job["attempts"], max(1, job["max_retries"]), clean(job["last_error"])))
+    if when and expected:
+        emit("It is expected to start %s." % (
+            "in %s, at %s" % (show_duration((expected - now) / 1000), when) if expected > now else "at once"))
+    return EXIT_OK
+
+
 # doctor
 
 LEAST_SPACE = 100 * 1024 * 1024  # bytes
@@ -3938,10 +4769,6 @@ def cmd_doctor(args: Any) -> int:
 
 # What changes jobs.
 
-ENDED = (COMPLETED, DEAD)
-WAITING = (PENDING, FAILED)
-
-
 def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advice: str) -> list[dict[str, Any]]:
     """The jobs with these names, each once, if all of them exist and are in one of `fit_states`."""
     jobs = {job["seq"]: job for job in [store.find(name) for name in names]}
@@ -3951,19 +4778,42 @@ def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advi
     return list(jobs.values())
 
 
+def _retry_one(store: Store, job: dict[str, Any]) -> None:
+    """Give an ended job a new start, in a transaction, or raise QueueError."""
+    if not store.retry(job["seq"], now_millis()):
+        raise QueueError("%s can't be retried: another job with its key %s waits or runs"
+                         % (clean(job["id"]), clean(str(job["unique"]))))
+
+
 def _retry(args: Any, states: Sequence[str], advice: str) -> int:
     store = open_store(args)
     with store.transaction():
         jobs = find_all(store, args.ids, states, advice)
+        seqs = {job["seq"] for job in jobs}
+        dependents = {seq for job in jobs for seq in store.dead_dependents(job["seq"])} - seqs
+        if args.with_dependents:
+            jobs += [job for job in map(store.find_by_seq, sorted(dependents)) if job]
+            dependents = set()
         for job in jobs:
-            store.retry(job["seq"], now_millis())
+            _retry_one(store, job)
+        for job in jobs:
+            for awaited in store.awaited_by(job["seq"]):
+                if awaited["state"] == DEAD:
+                    raise QueueError("%s runs after %s, which is dead; retry that --with-dependents"
+                                     % (clean(job["id"]), clean(awaited["id"])))
     ring_all(args.db)
     for job in jobs:
         emit("Queued again: %s" % clean(job["id"]))
+    if dependents:
+        complain("%s died with it and were not retried; --with-dependents retries them too"
+                 % count_of(len(dependents), "job"))
     return EXIT_OK
 
 
-@subcommand("retry", "let ended jobs run again from the start", IDS,
+DEPENDENTS = option("--with-dependents", action="store_true", help="and the jobs that died with them, waiting for them")
+
+
+@subcommand("retry", "let ended jobs run again from the start", IDS, DEPENDENTS,
          examples="\nqueuectl retry job1 job2\n")
 def cmd_retry(args: Any) -> int:
     return _retry(args, ENDED, "only a completed or dead job can be retried")
@@ -3975,8 +4825,12 @@ def cmd_delete(args: Any) -> int:
     store = open_store(args)
     with store.transaction():
         jobs = find_all(store, args.ids, WAITING + ENDED, "`queuectl cancel` ends a running job")
-        for job in jobs:
-            store.delete(job["seq"])
+        for job in sorted(jobs, key=lambda job: -job["seq"]):  # what waits goes before what it waits for
+            if not store.delete(job["seq"]):
+                names = [clean(waiting["id"]) for waiting in store.waiters_of(job["seq"])[:5]]
+                raise QueueError("%s can't be deleted, for others are to run after it: %s"
+                                 % (clean(job["id"]), ", ".join(names)))
+        store.forget_environments()
     for job in jobs:
         emit("Deleted: %s" % clean(job["id"]))
     return EXIT_OK
@@ -4015,6 +4869,38 @@ def cmd_cancel(args: Any) -> int:
 
 
 @subcommand(
+    "edit", "change a waiting job", ID,
+    option("--priority", metavar="N", help="lower runs first"),
+    option("--run-at", metavar="TIME", help="not before this time, now for at once; of a failed job: its next try"),
+    option("--delay", metavar="DURATION", help="not before this long from now"),
+    option("--timeout", metavar="DURATION", help="end a run that takes longer, or none"),
+    option("--max-retries", metavar="N", help="runs before it is dead"),
+    option("--queue", metavar="NAME", help="the queue it waits in"),
+    examples="""
+queuectl edit job1 --priority 1
+queuectl edit job1 --run-at now --timeout none
+""")
+def cmd_edit(args: Any) -> int:
+    names = ("priority", "run_at", "delay", "timeout", "max_retries", "queue")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if not given:
+        raise UsageError("say what to change; see `queuectl edit --help`")
+    now = now_millis()
+    unlimited = given.pop("timeout", None) if args.timeout == "none" else None
+    draft = draft_of({"command": "true", **given}, now, system.longest_command)
+    changes = {name: draft[name] for name in EDITABLE if draft[name] is not None}
+    if unlimited:
+        changes["timeout_seconds"] = None
+    store = open_store(args)
+    with store.transaction():
+        job, = find_all(store, [args.id], WAITING, "only a job that waits can be changed")
+        store.edit(job, changes, now)
+    ring_all(args.db)
+    emit("Changed: %s" % clean(job["id"]))
+    return EXIT_OK
+
+
+@subcommand(
     "wait", "until jobs are completed or dead; exit 1 if one died",
     option("ids", nargs="*", metavar="ID", help="without: all that are unfinished now"),
     option("--timeout", metavar="DURATION", help="exit 124 if it takes longer"),
@@ -4035,6 +4921,8 @@ def _purge(args: Any, states: Iterable[str]) -> int:
         checked("delay", args.older_than, "--older-than"))
     store = open_store(args)
     count = sum(store.purge(state, before) for state in states)
+    with store.transaction():
+        store.forget_environments()
     try:
         store.shrink()
     except QueueError as error:
@@ -4072,6 +4960,127 @@ def cmd_backup(args: Any) -> int:
     return EXIT_OK
 
 
+# for servers
+
+def unit_word(text: str) -> str:
+    """A word of a command line as systemd.syntax(7) and systemd.service(5) read it."""
+    for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("%", "%%"), ("$", "$$")):
+        text = text.replace(plain, escaped)
+    return text if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII) else '"%s"' % text
+
+
+UNIT = """\
+# queuectl's workers as a service of systemd. To install it:
+#   {install}
+[Unit]
+Description=queuectl workers of {db}
+
+[Service]
+ExecStart={start}
+{user}# Running jobs may finish, this long; then they are killed, and run again at the next start.
+KillMode=mixed
+TimeoutStopSec=10min
+Restart=on-failure
+RestartSec=5
+
+[Install]
+WantedBy={target}"""
+
+
+@subcommand("service", "print a systemd unit that runs workers",
+            option("--count", metavar="N", default="1", help="worker processes (1)"),
+            option("--queue", metavar="NAME", action="append", default=[], help="serve this queue only; repeatable"),
+            option("--system", action="store_true", help="for the whole system, to be installed by root"),
+            examples="""
+queuectl service --count 4 > ~/.config/systemd/user/queuectl.service
+queuectl service --count 4 --system > queuectl.service
+""")
+def cmd_service(args: Any) -> int:
+    words = [sys.executable, os.path.abspath(__file__), "--db", args.db, "worker", "start", "--count",
+             str(_whole_option("--count", args.count, 1000))]
+    for name in args.queue:
+        words += ["--queue", check_name("--queue", name)]
+    if args.system:
+        import getpass
+        install = "sudo cp queuectl.service /etc/systemd/system/ && sudo systemctl enable --now queuectl"
+        user, target = "User=%s\n" % getpass.getuser(), "multi-user.target"
+    else:
+        install = "systemctl --user enable --now queuectl && loginctl enable-linger"
+        user, target = "", "default.target"
+    emit(UNIT.format(install=install, db=clean(args.db).replace("%", "%%"), start=" ".join(map(unit_word, words)),
+                     user=user, target=target))
+    return EXIT_OK
+
+
+COMPLETION = """\
+# bash completion of queuectl, for ~/.bashrc: eval "$(queuectl completion)"
+_queuectl() {
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} name= words= i
+    local -a db=()
+    COMPREPLY=()
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        case ${COMP_WORDS[i]} in
+            --db) db=(--db "${COMP_WORDS[++i]}") ;;
+            -*) ;;
+            *) name="$name${name:+ }${COMP_WORDS[i]}"; case $name in %(groups)s) ;; *) break ;; esac ;;
+        esac
+    done
+    case $prev in
+%(values)s
+        --db | --file | --cwd) COMPREPLY=($(compgen -f -- "$cur")); return ;;
+    esac
+    case $name in
+%(words)s
+    esac
+    case "$name $prev" in
+        *" --after" | *" --db") ;;
+        *) case $name in %(with_ids)s) ;; *) COMPREPLY=($(compgen -W "$words" -- "$cur")); return ;; esac ;;
+    esac
+    [[ $cur == -* ]] || words="$words $(queuectl "${db[@]}" completion --ids 2>/dev/null)"
+    COMPREPLY=($(compgen -W "$words" -- "$cur"))
+}
+complete -o default -F _queuectl queuectl"""
+
+
+def completion_script() -> str:
+    """For bash: a list of words for each command, and who takes ids."""
+    flags = {entry.name: [(names[-1], details) for names, details in entry.options if names[0].startswith("-")]
+             for entry in COMMANDS.values()}
+    groups = sorted({name.partition(" ")[0] for name in COMMANDS if " " in name})
+    words = {"": [*dict.fromkeys(name.partition(" ")[0] for name in COMMANDS), "--db", "--help", "--version"]}
+    words.update((group, [name.partition(" ")[2] for name in COMMANDS if name.startswith(group + " ")])
+                 for group in groups)
+    words.update((name, [*(flag for flag, _ in given), "--db", "--help"]) for name, given in flags.items())
+    for name in ("config get", "config set", "config unset"):
+        words[name] += SETTINGS
+    values = {flag: details["choices"] for given in flags.values() for flag, details in given if "choices" in details}
+    with_ids = [entry.name for entry in COMMANDS.values() if any(names[0][:2] == "id" for names, _ in entry.options)]
+
+    def case(label: str, text: str) -> str:
+        return "        %s) %s ;;" % (label, text)
+
+    return COMPLETION % {
+        "groups": " | ".join(groups), "with_ids": " | ".join('"%s"' % name for name in with_ids),
+        "values": "\n".join(case(flag, 'COMPREPLY=($(compgen -W "%s" -- "$cur")); return' % " ".join(choices))
+                            for flag, choices in values.items()),
+        "words": "\n".join(case('"%s"' % name, 'words="%s"' % " ".join(list_)) for name, list_ in words.items())}
+
+
+@subcommand("completion", "print a completion script for bash",
+            option("--ids", action="store_true", help="print the ids of the newest jobs, as that script asks for"),
+            examples="""\neval "$(queuectl completion)"\n""")
+def cmd_completion(args: Any) -> int:
+    if not args.ids:
+        emit(completion_script())
+        return EXIT_OK
+    for job in open_store(args).newest((), None, 200):
+        if re.fullmatch(r"[\w.:@%+=-]+", job["id"], re.ASCII):  # bash would expand others
+            emit(job["id"])
+    return EXIT_OK
+
+
+# the dead letter queue
+
 @subcommand("dlq list", "show the dead letter queue: jobs that failed too often",
          option("--limit", metavar="N", help="the newest N (50; with --json all)"),
          option("--all", action="store_true", help="all of them"), JSON,
@@ -4083,7 +5092,7 @@ def cmd_dlq_list(args: Any) -> int:
 
 @subcommand("dlq retry", "give dead jobs a new start",
          option("ids", nargs="*", metavar="ID", help="the job's id, or a unique part of its beginning"),
-         option("--all", action="store_true", help="all dead jobs"),
+         option("--all", action="store_true", help="all dead jobs"), DEPENDENTS,
          examples="\nqueuectl dlq retry job1\nqueuectl dlq retry --all\n")
 def cmd_dlq_retry(args: Any) -> int:
     if args.all == bool(args.ids):
@@ -4093,8 +5102,11 @@ def cmd_dlq_retry(args: Any) -> int:
     store = open_store(args)
     with store.transaction():
         count = store.retry_all_dead(now_millis())
+        left = store.counts()[DEAD]
     ring_all(args.db)
     emit("Queued again: %s" % count_of(count, "job"))
+    if left:
+        complain("%s stay dead: another job with the same key waits or runs" % count_of(left, "job"))
     return EXIT_OK
 
 
@@ -4261,7 +5273,8 @@ def overview(group: str = "") -> str:
     """The help of queuectl itself, or of a group of commands."""
     shown = [entry for entry in COMMANDS.values() if not group or entry.name.startswith(group + " ")]
     lines = ["  %-14s %s" % (entry.name, entry.summary) for entry in shown]
-    examples = ("queuectl enqueue 'echo hello'", "queuectl worker start --count 4", "queuectl status") if not group \
+    examples = ("queuectl run 'echo hello' 'date -u'", "queuectl enqueue 'echo hello'",
+                "queuectl worker start --count 4", "queuectl status") if not group \
         else tuple(line for entry in shown for line in entry.examples.split("\n") if line)
     return "\n".join([
         "usage: queuectl [--db PATH] %s%s ..." % (group + " " if group else "", "COMMAND"), "",
@@ -4309,7 +5322,7 @@ def split_arguments(argv: list[str]) -> tuple[str | None, str, list[str]]:
 
 
 def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str], bool]:
-    """The options of `enqueue`, the words of the command, and whether -- stood before them.
+    """The options of `enqueue` or `run`, the words of the command, and whether -- stood before them.
 
     Options stand before the first word, or on either side of a single one: what stands behind
     the first of several belongs to the command, and argparse would take it.
@@ -4335,13 +5348,14 @@ def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str
     for place, word in enumerate(rest[1:], 1):
         if length(word):
             own = rest[place:place + length(word)]
-            raise UsageError("%s stands behind the command: if it is meant for queuectl, write `queuectl enqueue %s`, "
-                             "if for the command, `queuectl enqueue -- %s`" % (
-                                 clean(word), clean(join_words(own + rest[:place] + rest[place + len(own):])),
-                                 clean(join_words(rest))))
+            raise UsageError("%s stands behind the command: if it is meant for queuectl, write `queuectl %s %s`, "
+                             "if for the command, `queuectl %s -- %s`" % (
+                                 clean(word), entry.name,
+                                 clean(join_words(own + rest[:place] + rest[place + len(own):])),
+                                 entry.name, clean(join_words(rest))))
     if " " in rest[0] and rest[1].startswith("-") and not rest[0].startswith("{"):
-        raise UsageError("%s is no option of queuectl enqueue%s; put -- before a program whose name has spaces" % (
-            clean(rest[1]), nearest(rest[1], lengths)))
+        raise UsageError("%s is no option of queuectl %s%s; put -- before a program whose name has spaces" % (
+            clean(rest[1]), entry.name, nearest(rest[1], lengths)))
     return options, rest, False
 
 
@@ -4352,7 +5366,7 @@ def parse(argv: list[str]) -> tuple[Command | None, Any]:
         return None, None
     chosen = COMMANDS[name]
     parser = parser_of(chosen)
-    if name == "enqueue":
+    if name in ("enqueue", "run"):
         options, given, literal = split_enqueue(chosen, words)
         args = parser.parse_args(options)
         args.words, args.literal = given, literal

@@ -11,7 +11,7 @@ QUEUECTL_TEST_FULL=1 runs the tests of scale in full size, and those that take m
 
 Rooms: harness · values and store · saboteur jobs · seeds · enqueue · worker and pool · time · stop and signals ·
 reading · dlq, retry, delete, cancel · config · bad input · output faults · database faults · scale ·
-storms · found by attack
+storms · found by attack · an operator's day
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ UNCHANGED: Mapping[str, Any] = {}
 
 JOB_FIELDS = {
     "id", "command", "state", "queue", "priority", "run_at", "timeout_seconds", "attempts", "max_retries",
-    "backoff_base", "cwd", "env", "created_at", "updated_at", "started_at", "finished_at", "next_retry_at",
+    "backoff_base", "cwd", "env", "after", "unique", "retry_after", "dead_on", "created_at", "updated_at",
+    "started_at", "finished_at", "next_retry_at",
     "exit_code", "last_error", "locked_by", "locked_at",
 }  # fmt: skip
 RUN_FIELDS = {
@@ -845,7 +846,7 @@ def take(store: Any, now: int = NOW, queues: Sequence[str] = ()) -> Any:
 def end(store: Any, job: Any, ending: str, now: int, retry_at: int = 0) -> str:
     ended = queuectl.Ended(job, ending, 0, None, now, 0.1, b"out", b"", "pool-1")
     with store.transaction():
-        return str(store.record(ended, retry_at, ["pool"]))
+        return str(store.record(ended, retry_at, ["pool"])[0])
 
 
 def test_claims_go_by_priority_then_by_arrival_over_all_queues(store: Any) -> None:
@@ -1607,7 +1608,8 @@ def test_a_new_job_has_the_defaults(q: Queue) -> None:
     assert set(q.show(job_id)) == JOB_FIELDS | {"runs"}
     assert TIME.fullmatch(job["created_at"]) and TIME.fullmatch(job["updated_at"])
     nothing = {"run_at", "timeout_seconds", "backoff_base", "started_at", "finished_at", "next_retry_at", "exit_code",
-               "last_error", "locked_by", "locked_at"}  # fmt: skip
+               "last_error", "locked_by", "locked_at", "unique", "retry_after"}  # fmt: skip
+    assert (job["after"], job["dead_on"]) == ([], [])
     assert {name for name, value in job.items() if value is None} == nothing
     assert (job["command"], job["state"], job["queue"], job["priority"]) == ("echo hi", "pending", "default", 10)
     assert (job["attempts"], job["max_retries"], job["cwd"], job["env"]) == (0, 3, str(q.work.resolve()), {})
@@ -1616,10 +1618,12 @@ def test_a_new_job_has_the_defaults(q: Queue) -> None:
 EVERY_FIELD = {
     "id": "full-job", "command": "echo x", "queue": "mail", "priority": -5, "run_at": "2999-01-31T10:00:00.000Z",
     "timeout_seconds": 90, "max_retries": 7, "backoff_base": 1.5, "cwd": "/", "env": {"A": "1", "B": "x y"},
+    "unique": "a key", "retry_after": 5.0, "dead_on": [3, 4],
 }  # fmt: skip
 EVERY_OPTION = (
     "--id", "full-job", "--queue", "mail", "--priority=-5", "--run-at", "2999-01-31T10:00:00Z", "--timeout", "1m30s",
     "--max-retries", "7", "--backoff-base", "1.5", "--cwd", "/", "--env", "A=1", "--env", "B=x y",
+    "--unique", "a key", "--retry-after", "5s", "--dead-on", "3", "--dead-on", "4",
 )  # fmt: skip
 
 
@@ -2996,7 +3000,8 @@ def test_a_chosen_id_has_no_prefixes(q: Queue) -> None:
 DEFAULTS = {
     "max_retries": 3, "backoff_base": 2, "backoff_max": 3600, "backoff_jitter": 0, "timeout_seconds": None,
     "priority": 10, "poll_interval_ms": 1000, "kill_grace_seconds": 5, "max_output_bytes": 1 << 20,
-    "durability": "full",
+    "durability": "full", "retry_after": 60, "max_deferrals": 100, "keep_completed": None, "keep_dead": None,
+    "on_dead": None,
 }  # fmt: skip
 
 
@@ -3012,7 +3017,9 @@ def test_config_set_get_unset(q: Queue) -> None:
         "max-retries": ("5", 5), "backoff_base": ("0.1", 0.1), "backoff-max": ("10m", 600),
         "backoff_jitter": ("0.25", 0.25), "timeout_seconds": ("1h", 3600), "priority": ("-3", -3),
         "poll-interval-ms": ("2000", 2000), "kill_grace_seconds": ("0.5", 0.5),
-        "max_output_bytes": ("4096", 4096), "durability": ("normal", "normal"),
+        "max_output_bytes": ("4096", 4096), "durability": ("normal", "normal"), "retry-after": ("5m", 300),
+        "max-deferrals": ("7", 7), "keep-completed": ("30d", 2592000), "keep_dead": ("1d", 86400),
+        "on-dead": ("mail -s dead me", "mail -s dead me"),
     }  # fmt: skip
     for key, (text, _) in given.items():
         q("config", "set", key, text)
@@ -3095,6 +3102,10 @@ BAD_SETTINGS = {
     "kill_grace_seconds": ["-1", "nan"],
     "max_output_bytes": ["-1", BIG, "abc"],
     "durability": ["fast", ""],
+    "retry_after": ["-1", "abc"],
+    "max_deferrals": ["-1", "1.5"],
+    "keep_completed": ["-1", "abc"],
+    "on_dead": ["", "  "],
     "no_such_key": ["1"],
 }
 BAD_JOBS = {
@@ -4706,6 +4717,108 @@ def test_workers_follow_the_durability(q: Queue) -> None:
     assert syncs["normal"] + 40 / queuectl.SHARED_SYNC <= syncs["full"]
 
 
+def test_a_record_is_on_disk_before_it_is_told_and_before_its_output_is_thrown_away(q: Queue) -> None:
+    """Seen in the worker's system calls: what it wrote to SQLite's log was synced by then."""
+    if not shutil.which("strace"):
+        pytest.skip("there is no strace to look with")
+    q("enqueue", "--file", "-", stdin="echo hello\n" * 20)
+    program = shlex.join([sys.executable, str(PROGRAM)])
+    calls = "fdatasync,fsync,write,pwrite64,ftruncate"
+    q.bash(f"strace -f -y -s 4000 -e trace={calls} -o calls.txt {program} worker start --drain > said.txt")
+    unsynced, told, thrown = "nothing yet", 0, 0
+    for line in (q.work / "calls.txt").read_text(errors="replace").splitlines():
+        if "-wal>" in line:
+            unsynced = "" if "sync(" in line else line
+        elif "ftruncate(" in line and ".out>" in line:
+            thrown += 1
+            assert not unsynced, (unsynced, line)
+        elif "write(" in line and " completed after " in line:
+            told += line.count(" completed after ")
+            assert not unsynced, (unsynced, line)
+    assert (told, thrown) == (20, 20)
+
+
+def test_a_worker_that_cannot_be_forked_is_tried_again(q: Queue) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import queuectl, os\n"
+        "fork, failed = os.fork, []\n"
+        "def limited():\n"
+        "    if len(failed) < 1:\n"
+        "        failed.append(1)\n"
+        "        raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
+        "    return fork()\n"
+        "os.fork = limited\n"
+        "sys.exit(queuectl.main(['worker', 'start', '--drain']))\n"
+    )
+    job = q.add("true")
+    done = subprocess.run([sys.executable, "-c", code, str(PROGRAM.parent)], env=q.env, capture_output=True)
+    assert done.returncode == 0, done
+    assert b"can't be started yet" in done.stderr
+    assert q.state(job) == "completed"
+
+
+def test_many_equal_fields_are_refused_quickly(q: Queue) -> None:
+    pairs = ",".join(f'"a{n}":1' for n in range(60_000))
+    began = time.monotonic()
+    q("enqueue", "--file", "-", stdin='{%s,"a5":2}\n' % pairs, code=2)
+    assert time.monotonic() - began < 15
+
+
+@linux
+def test_a_stranger_who_has_the_number_of_a_dead_process_is_not_signalled() -> None:
+    stranger = subprocess.Popen(["sleep", "30"])
+    try:
+        started = read_proc(str(stranger.pid), "stat").rpartition(b")")[2].split()[19].decode()
+        for kill_it in (False, True):
+            queuectl.system.end_process(stranger.pid, str(int(started) - 1), kill_it)
+        time.sleep(0.1)
+        assert stranger.poll() is None
+        queuectl.system.end_process(stranger.pid, started, False)
+        assert stranger.wait(10) == -signal.SIGTERM
+    finally:
+        stranger.kill()
+
+
+MOUNTS = """\
+/dev/sda1 / ext4 rw 0 0
+server:/home /home nfs4 rw 0 0
+tmpfs /home/me/local tmpfs rw 0 0
+share /mnt/with\\040space cifs rw 0 0
+/dev/sdb1 /home2 ext4 rw 0 0
+"""
+
+
+@linux
+@pytest.mark.parametrize(
+    "folder, kind",
+    [
+        ("/", ""),
+        ("/home", "nfs4"),
+        ("/home/me/q", "nfs4"),
+        ("/home/me/local/q", ""),
+        ("/mnt/with space", "cifs"),
+        ("/home2", ""),
+    ],
+)
+def test_network_file_systems_are_known_by_their_mount(
+    folder: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mounts").write_text(MOUNTS)
+    monkeypatch.setattr("builtins.open", lambda path, *args, **named: (tmp_path / "mounts").open(*args, **named))
+    assert queuectl.system.network_file_system(folder) == kind
+
+
+def test_a_database_on_a_network_file_system_is_refused(q: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queuectl.system, "network_file_system", lambda folder: "nfs4", raising=False)
+    with pytest.raises(queuectl.QueueError, match="network file system"):
+        queuectl.Store(str(q.db))
+    assert not q.db.exists()
+
+
+# =====================================================================================================
+# an operator's day: queues, waiting, dependencies, keys, exit codes, run, watching, servers
+# =====================================================================================================
+
 # Queues with a limit, and paused ones.
 
 PEAK = """import os, sys, time
@@ -4961,99 +5074,768 @@ def test_a_backup_that_cannot_be_written_leaves_nothing(q: Queue, tmp_path: Path
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_a_record_is_on_disk_before_it_is_told_and_before_its_output_is_thrown_away(q: Queue) -> None:
-    """Seen in the worker's system calls: what it wrote to SQLite's log was synced by then."""
-    if not shutil.which("strace"):
-        pytest.skip("there is no strace to look with")
-    q("enqueue", "--file", "-", stdin="echo hello\n" * 20)
-    program = shlex.join([sys.executable, str(PROGRAM)])
-    calls = "fdatasync,fsync,write,pwrite64,ftruncate"
-    q.bash(f"strace -f -y -s 4000 -e trace={calls} -o calls.txt {program} worker start --drain > said.txt")
-    unsynced, told, thrown = "nothing yet", 0, 0
-    for line in (q.work / "calls.txt").read_text(errors="replace").splitlines():
-        if "-wal>" in line:
-            unsynced = "" if "sync(" in line else line
-        elif "ftruncate(" in line and ".out>" in line:
-            thrown += 1
-            assert not unsynced, (unsynced, line)
-        elif "write(" in line and " completed after " in line:
-            told += line.count(" completed after ")
-            assert not unsynced, (unsynced, line)
-    assert (told, thrown) == (20, 20)
+# Jobs that run after others.
 
 
-def test_a_worker_that_cannot_be_forked_is_tried_again(q: Queue) -> None:
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import queuectl, os\n"
-        "fork, failed = os.fork, []\n"
-        "def limited():\n"
-        "    if len(failed) < 1:\n"
-        "        failed.append(1)\n"
-        "        raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
-        "    return fork()\n"
-        "os.fork = limited\n"
-        "sys.exit(queuectl.main(['worker', 'start', '--drain']))\n"
+def after(q: Queue, job: str) -> list[str]:
+    return list(q.show(job)["after"])
+
+
+def test_a_job_starts_when_all_that_it_waits_for_are_completed(q: Queue) -> None:
+    q.add(GATE, "--id", "a")
+    q.add("sleep 0.1", "--id", "b")
+    q.add("[ -e ended ]", "--id", "c", "--after", "a,b", "--max-retries", "1")
+    q("enqueue", '{"id":"d","command":"true","after":["c"]}', "--after", "a", "--after", "b")  # options win
+    assert (after(q, "c"), after(q, "d")) == (["a", "b"], ["a", "b"])
+    pool = q.pool("--count", "3")
+    q.wait_state("b", "completed")
+    assert after(q, "c") == ["a"] and q.state("c") == "pending"
+    assert "after a" in q("list").out and "it runs after a, which is processing" in q("why", "c").out
+    q.touch("go")
+    q.wait_state("c", "completed")
+    q.wait_state("d", "completed")
+    assert after(q, "c") == []
+    pool.stop()
+    q("doctor")
+
+
+def test_who_waited_is_woken_at_once(q: Queue) -> None:
+    """Nobody polls: who completes a job rings for those that waited, for it can run only one of them itself."""
+    q.set("poll-interval-ms", "3600000")
+    q.add("sleep 0.5", "--id", "first")
+    for name in ("x", "y"):
+        q.add("sleep 20", "--id", name, "--after", "first")
+    q.pool("--count", "2")
+    wait_for(lambda: {q.state("x"), q.state("y")} == {"processing"})
+    q("worker", "stop", "--now")
+
+
+@pytest.mark.parametrize("death", ["fails", "is cancelled", "is cancelled while it runs", "kills its worker"])
+def test_who_waits_for_a_job_dies_with_it(q: Queue, death: str) -> None:
+    commands = {"fails": "exit 3", "kills its worker": KILL_WORKER, "is cancelled while it runs": HANG}
+    q.add(commands.get(death, "true"), "--id", "a", "--max-retries", "1")
+    for name, awaited in (("b", "a"), ("c", "b"), ("d", "a,c")):
+        q.add("true", "--id", name, "--after", awaited)
+    q.add("true", "--id", "bystander")
+    if death.startswith("is cancelled"):
+        pool = q.pool() if death.endswith("runs") else None
+        if pool:
+            q.wait_file("started")
+        q("cancel", "a")
+        if pool:
+            pool.stop()
+    q("worker", "start", "--drain", code=None)
+    assert q.states() == {"a": "dead", "b": "dead", "c": "dead", "d": "dead", "bystander": "completed"}
+    assert {q.show(name)["last_error"] for name in "bcd"} == {"a is dead, and this job was to run after it"}
+    assert all("a is dead" in q("dlq", "list", env={"COLUMNS": "200"}).out for _ in "b")
+    q("doctor")
+
+
+def test_a_retry_with_those_that_died_with_it(q: Queue) -> None:
+    q.add("[ -e mended ]", "--id", "a", "--max-retries", "1")
+    q.add("true", "--id", "b", "--after", "a")
+    q.add("true", "--id", "c", "--after", "b")
+    q.drain(code=1)
+    assert "runs after a, which is dead" in q.fails("dlq", "retry", "b").err
+    assert "--with-dependents" in q("why", "b").out
+    q.touch("mended")
+    said = q("dlq", "retry", "a")
+    assert said.out == "Queued again: a\n" and "--with-dependents" in said.err and "2 jobs" in said.err
+    q("cancel", "a")
+    q("dlq", "retry", "a", "--with-dependents")
+    assert q.counts() == {"pending": 3} and after(q, "c") == ["b"]
+    q.drain()
+    assert q.counts() == {"completed": 3}
+    assert [q.show(name)["last_error"] for name in "abc"] == [None] * 3
+
+
+def test_all_dead_are_retried_in_their_order(q: Queue) -> None:
+    q.add("[ -e mended ]", "--id", "a", "--max-retries", "1")
+    q.add("[ -e mended ] && echo b >>order", "--id", "b", "--after", "a")
+    q.drain(code=1)
+    q.touch("mended")
+    assert q("dlq", "retry", "--all").out == "Queued again: 2 jobs\n"
+    q.drain("--count", "2")
+    assert q.counts() == {"completed": 2}
+
+
+def test_a_job_that_others_wait_for_is_not_deleted(q: Queue) -> None:
+    q.add("true", "--id", "a")
+    q.add("true", "--id", "b", "--after", "a")
+    assert "b" in q.fails("delete", "a").err
+    q("purge", "--state", "pending", "--older-than", "1h")
+    q("delete", "a", "b")
+    q.add("true", "--id", "a")
+    q.add("true", "--id", "b", "--after", "a")
+    assert q("purge", "--state", "pending").out == "Deleted: 2 jobs\n"
+    assert q.counts() == {}
+
+
+def test_a_dead_job_is_forgotten_under_those_that_died_with_it(q: Queue) -> None:
+    q.add("false", "--id", "a", "--max-retries", "1")
+    q.add("true", "--id", "b", "--after", "a")
+    q.drain(code=1)
+    q("delete", "a")
+    q("retry", "b")
+    q.drain()
+    assert q.states() == {"b": "completed"}
+
+
+def test_what_is_waited_for_must_exist(q: Queue) -> None:
+    assert "no job nope" in q.fails("enqueue", "--after", "nope", "true").err
+    q.fails("enqueue", "--after", "a b", "true", code=2)
+    later = '{"id":"x","command":"true","after":"y"}\n{"id":"y","command":"true"}\n'
+    assert "no job y" in q.fails("enqueue", "--file", "-", stdin=later).err
+    assert q.jobs() == []
+    made = q.add("true")
+    earlier = '{"id":"y","command":"true"}\n{"id":"x","command":"true","after":["y","%s"]}\necho\n' % made[:6]
+    q("enqueue", "--file", "-", stdin=earlier)
+    assert after(q, "x") == [made, "y"]
+
+
+def test_a_job_after_one_that_has_ended(q: Queue) -> None:
+    q.load([{"id": "good", "command": "true"}, {"id": "bad", "command": "false", "max_retries": 1}])
+    q.drain(code=1)
+    q("enqueue", "--id", "x", "--after", "good", "true")
+    said = q("enqueue", "--id", "y", "--after", "bad", "true")
+    assert said.out == "Enqueued: y\n" and "dead already: bad is dead" in said.err
+    q.drain()
+    assert (q.state("x"), q.state("y")) == ("completed", "dead")
+    q("dlq", "retry", "bad", "--with-dependents")
+    assert q.state("y") == "pending"
+    q("doctor")
+
+
+def test_a_schedule_holds_also_when_the_others_are_completed(q: Queue) -> None:
+    q.add("true", "--id", "a")
+    q.add("true", "--id", "b", "--after", "a", "--delay", "1h")
+    q.drain()
+    assert q.state("b") == "pending" and "it is scheduled in 59m" in q("why", "b").out
+    q("edit", "b", "--run-at", "now")
+    q.drain()
+    assert q.state("b") == "completed"
+
+
+def test_a_long_chain_goes_to_its_end_and_dies_as_a_whole(q: Queue) -> None:
+    chain = [{"id": f"c{n}", "command": "true", **({"after": f"c{n - 1}"} if n else {})} for n in range(2000)]
+    q.load(chain)
+    q("worker", "start", "--count", "2", "--max-jobs", "5")
+    assert q.counts() == {"completed": 5, "pending": 1995}
+    q("cancel", "c5")
+    assert q.counts() == {"completed": 5, "dead": 1995}
+    assert q.show("c1999")["last_error"] == "c5 is dead, and this job was to run after it"
+    q("doctor")
+
+
+def test_waiting_jobs_move_to_another_machine(q: Queue, other: Queue) -> None:
+    q.load([{"id": "done", "command": "true"}])
+    q.drain()
+    policy = {"unique": "k", "retry_after": 5, "dead_on": [2, 3]}
+    q.load([{"id": "a", "command": "true", **policy}, {"id": "b", "command": "true", "after": "done,a"}])
+    q("edit", "b", "--priority", "3")
+    moved = q("list", "--state", "pending", "--json").out
+    other("enqueue", "--file", "-", stdin=moved)
+    both = [{job["id"]: job for job in queue.jobs("--state", "pending")} for queue in (q, other)]
+    for name in ("after", "unique", "retry_after", "dead_on", "priority", "max_retries", "command"):
+        assert [job[name] for job in both[0].values()] == [job[name] for job in both[1].values()], name
+    assert both[1]["b"]["after"] == ["a"]
+
+
+def test_a_database_of_the_second_version_is_brought_up_to_date(q: Queue) -> None:
+    q.db.touch(0o600)
+    db = sqlite3.connect(str(q.db))
+    db.execute("PRAGMA journal_mode = WAL")
+    steps = [statement for migration in queuectl.MIGRATIONS[:2] for statement in migration]
+    for statement in (*steps, queuectl.SET_APPLICATION, "PRAGMA user_version = 2"):
+        db.execute(statement)
+    db.execute("INSERT INTO contexts VALUES (3, ?, '/bin:/usr/bin', 18)", (str(q.work),))
+    db.execute("INSERT INTO queues (name, pending) VALUES ('default', 1)")
+    db.execute(
+        "INSERT INTO jobs (seq, id, generated, command, state, queue, priority, ready, max_retries,"
+        " context, created_at, updated_at) VALUES (7, 'old', 0, 'pwd', 'pending', 'default', 10, 1, 2, 3, 1, 1)"
     )
-    job = q.add("true")
-    done = subprocess.run([sys.executable, "-c", code, str(PROGRAM.parent)], env=q.env, capture_output=True)
-    assert done.returncode == 0, done
-    assert b"can't be started yet" in done.stderr
-    assert q.state(job) == "completed"
+    db.commit()
+    db.close()
+    q.add("true", "--after", "old", "--id", "new")
+    q.drain()
+    assert q("logs", "--stdout", "old").out == str(q.work) + "\n"
+    assert q.counts() == {"completed": 2}
+    q("doctor")
 
 
-def test_many_equal_fields_are_refused_quickly(q: Queue) -> None:
-    pairs = ",".join(f'"a{n}":1' for n in range(60_000))
-    began = time.monotonic()
-    q("enqueue", "--file", "-", stdin='{%s,"a5":2}\n' % pairs, code=2)
-    assert time.monotonic() - began < 15
+# Jobs with a key.
 
 
-@linux
-def test_a_stranger_who_has_the_number_of_a_dead_process_is_not_signalled() -> None:
-    stranger = subprocess.Popen(["sleep", "30"])
-    try:
-        started = read_proc(str(stranger.pid), "stat").rpartition(b")")[2].split()[19].decode()
-        for kill_it in (False, True):
-            queuectl.system.end_process(stranger.pid, str(int(started) - 1), kill_it)
-        time.sleep(0.1)
-        assert stranger.poll() is None
-        queuectl.system.end_process(stranger.pid, started, False)
-        assert stranger.wait(10) == -signal.SIGTERM
-    finally:
-        stranger.kill()
+def test_one_job_with_a_key_waits_or_runs(q: Queue) -> None:
+    q.add(GATE, "--id", "a", "--unique", "nightly sync")
+    pool = q.pool()
+    q.wait_file("started")
+    assert (
+        "a job with the key nightly sync is processing: a" in q.fails("enqueue", "--unique", "nightly sync", "true").err
+    )
+    said = q("enqueue", "--unique", "nightly sync", "--if-exists", "skip", "true")
+    assert said.out == "Exists already: nothing changed\n"
+    waiting = q.start("enqueue", "--unique", "nightly sync", "--if-exists", "skip", "--wait", "true")
+    q.touch("go")
+    assert waiting.wait() == 0 and q.state("a") == "completed"  # it waited for the job that has the key
+    q("enqueue", "--unique", "nightly sync", "true")
+    pool.stop()
 
 
-MOUNTS = """\
-/dev/sda1 / ext4 rw 0 0
-server:/home /home nfs4 rw 0 0
-tmpfs /home/me/local tmpfs rw 0 0
-share /mnt/with\\040space cifs rw 0 0
-/dev/sdb1 /home2 ext4 rw 0 0
+def test_a_key_in_a_file_and_thirty_at_once(q: Queue) -> None:
+    twins = '{"command":"true","unique":"k"}\n' * 2
+    assert "key k" in q.fails("enqueue", "--file", "-", stdin=twins).err
+    q("enqueue", "--file", "-", "--if-exists", "skip", stdin=twins + "true\n")
+    assert q.counts() == {"pending": 2}
+    racing = [q.start("enqueue", "--unique", "race", "true") for _ in range(30)]
+    assert sorted(one.wait(60) for one in racing) == [0] + [1] * 29
+    assert q.counts() == {"pending": 3}
+
+
+def test_a_retry_does_not_double_a_key(q: Queue) -> None:
+    for name in ("a", "b"):
+        q.add("false", "--id", name, "--unique", "k", "--max-retries", "1")
+        q.drain(code=1)
+    said = q("dlq", "retry", "--all")
+    assert said.out == "Queued again: 1 job\n" and "1 job stay" in said.err
+    assert "its key k" in q.fails("retry", "b").err
+    assert q.states() == {"a": "pending", "b": "dead"}
+    q("doctor")
+
+
+# Exit codes with a meaning.
+
+TWICE_LATER = "echo run >>runs; [ $(wc -l <runs) -gt 2 ] || exit 75"
+
+
+def test_exit_code_75_is_tried_again_without_using_up_an_attempt(q: Queue) -> None:
+    q.add(TWICE_LATER, "--id", "a", "--max-retries", "1", "--retry-after", "100ms")
+    q.drain()
+    shown = q.show("a")
+    assert (shown["state"], shown["attempts"], shown["retry_after"]) == ("completed", 1, 0.1)
+    assert [(run["attempt"], run["state"]) for run in shown["runs"]] == [
+        (1, "deferred"), (1, "deferred"), (1, "completed"),
+    ]  # fmt: skip
+
+
+def test_exit_code_75_cannot_go_on_for_ever(q: Queue) -> None:
+    q.set("retry_after", "0")
+    q.set("max_deferrals", "3")
+    q.add("exit 75", "--id", "a", "--max-retries", "2", "--backoff-base", "0.1")
+    q.drain(code=1)
+    shown = q.show("a")
+    assert (shown["state"], shown["attempts"]) == ("dead", 2)
+    assert [run["state"] for run in shown["runs"]] == ["deferred"] * 3 + ["failed"] * 2
+    q("retry", "a")  # which starts afresh
+    q.drain(code=1)
+    assert [run["state"] for run in q.show("a")["runs"]][5:] == ["deferred"] * 3 + ["failed"] * 2
+
+
+def test_a_deferred_job_is_failed_until_its_time(q: Queue) -> None:
+    q.add("exit 75", "--id", "a", "--retry-after", "1h")
+    pool = q.pool()
+    q.wait_state("a", "failed")
+    shown = q.show("a")
+    assert shown["attempts"] == 0 and "tried again later" in shown["last_error"]
+    assert 3590 < moment(shown["next_retry_at"]) - time.time() < 3601
+    pool.stop()
+
+
+def test_exit_codes_that_are_final(q: Queue) -> None:
+    q.load([
+        {"id": "final", "command": "exit 3", "dead_on": [2, 3]},
+        {"id": "other", "command": "exit 4", "dead_on": 3, "max_retries": 2, "backoff_base": 0.1},
+        {"id": "both", "command": "exit 75", "dead_on": "75"},
+    ])  # fmt: skip
+    q.drain(code=1)
+    assert {job["id"]: (job["state"], job["attempts"]) for job in q.jobs()} == {
+        "final": ("dead", 1), "other": ("dead", 2), "both": ("dead", 1),
+    }  # fmt: skip
+    assert q.show("final")["last_error"] == "exit code 3, which is final"
+    q("enqueue", "--dead-on", "0", "true", code=2)
+    q("enqueue", "--dead-on", "two", "true", code=2)
+    q("enqueue", "--retry-after", "-1", "true", code=2)
+
+
+# why, edit
+
+
+def why(q: Queue, job: str) -> str:
+    return q("why", job).out
+
+
+def test_why_tells_what_keeps_a_job(q: Queue) -> None:
+    q.add("true", "--id", "a", "--queue", "x")
+    assert "no worker serves its queue; `queuectl worker start` does" in why(q, "a")
+    pool = q.pool("--queue", "y")
+    assert "`queuectl worker start --queue x`" in why(q, "a")
+    q("queue", "pause", "x")
+    assert "its queue x is paused; `queuectl queue resume x`" in why(q, "a")
+    q("queue", "pause")
+    assert "all queues are paused" in why(q, "a")
+    q("queue", "resume")
+    pool.stop()
+
+
+def test_why_tells_what_it_waits_behind_and_how_long(q: Queue) -> None:
+    q.set("backoff_base", "3600")
+    q("queue", "set", "one", "--concurrency", "1")
+    q.add("sleep 1", "--id", "took-a-second")
+    q.drain()
+    q.load(
+        [
+            {"id": "runs", "command": HANG, "timeout": "1h", "queue": "one"},
+            {"id": "waits", "command": "true", "queue": "one"},
+        ]
+    )
+    q.add("exit 9", "--id", "fails", "--priority", "1")
+    pool = q.pool()
+    q.wait_file("started")
+    assert "runs as many jobs as it may at once (1): runs" in why(q, "waits")
+    assert "it runs now" in why(q, "runs") and "--follow runs" in why(q, "runs") and "at most 59m" in why(q, "runs")
+    assert "its next try is due in 59m" in why(q, "fails") and "attempt 1 of 3 failed: exit code 9" in why(q, "fails")
+    q.add("true", "--id", "first", "--priority", "2")
+    q.add("true", "--id", "last", "--priority", "99")
+    said = q.look("why", "last")
+    assert said["reasons"] == ["1 job stands before it, of priority 99 or lower; 1 of 1 worker busy"]
+    assert 0.1 < moment(said["expected_at"]) - time.time() < 10
+    assert "completed" in why(q, "took-a-second") and "retry took-a-second" in why(q, "took-a-second")
+    q("cancel", "first")
+    assert "it died" in why(q, "first") and "dlq retry first" in why(q, "first")
+    q("worker", "stop", "--now")
+    pool.wait()
+    q.fails("why", "nope")
+
+
+def test_why_gives_the_time_of_a_scheduled_job(q: Queue) -> None:
+    pool = q.pool()
+    q.add("true", "--id", "a", "--run-at", "2099-01-01T00:00:00Z")
+    said = q.look("why", "a")
+    assert said["expected_at"] == "2099-01-01T00:00:00.000Z" and said["state"] == "pending"
+    q("queue", "pause")
+    assert q.look("why", "a")["expected_at"] is None
+    pool.stop()
+
+
+def test_every_field_that_can_be_edited(q: Queue) -> None:
+    q.add("true", "--id", "a", "--timeout", "5", "--delay", "1h")
+    said = q(
+        "edit",
+        "a",
+        "--priority",
+        "-3",
+        "--run-at",
+        "2030-01-01",
+        "--timeout",
+        "none",
+        "--max-retries",
+        "9",
+        "--queue",
+        "x",
+    )
+    assert said.out == "Changed: a\n"
+    shown = q.show("a")
+    assert [shown[name] for name in ("priority", "run_at", "timeout_seconds", "max_retries", "queue")] == [
+        -3, "2030-01-01T00:00:00.000Z", None, 9, "x",
+    ]  # fmt: skip
+    assert [(queue["name"], queue["pending"]) for queue in q.look("queue", "list")] == [("default", 0), ("x", 1)]
+    q("doctor")
+    q("edit", "a", code=2)
+    q("edit", "a", "--priority", "high", code=2)
+    q.fails("edit", "nope", "--priority", "1")
+    q("edit", "a", "--delay", "0")
+    q.drain()
+    assert "is completed" in q.fails("edit", "a", "--priority", "1").err
+
+
+def test_an_edit_wakes_the_workers(q: Queue) -> None:
+    q.set("poll-interval-ms", "3600000")
+    q.add("true", "--id", "later", "--delay", "1h")
+    q.add("[ -e mended ]", "--id", "failed", "--backoff-base", "3600")
+    pool = q.pool()
+    q.wait_state("failed", "failed")
+    q.touch("mended")
+    q("edit", "later", "--run-at", "now")
+    q("edit", "failed", "--run-at", "now+200ms", "--queue", "other")
+    q.wait_state("later", "completed")
+    q.wait_state("failed", "completed")
+    pool.stop()
+    q("doctor")
+
+
+# Retention
+
+
+def test_ended_jobs_are_forgotten_after_their_time(q: Queue) -> None:
+    q.load([{"command": "true"} for _ in range(30)])
+    q.add("false", "--id", "dead", "--max-retries", "1")
+    q.drain(code=1)
+    pools = [q.pool(), q.pool()]
+    time.sleep(0.2)
+    assert q.counts() == {"completed": 30, "dead": 1}  # off by default
+    q.set("keep_completed", "100ms")
+    wait_for(lambda: q.counts() == {"dead": 1})
+    q.add("sleep 300", "--id", "runs")
+    q.add("true", "--id", "later", "--delay", "1h")
+    q.set("keep_dead", "0")
+    q("worker", "stop", "--now")
+    q.pool()
+    wait_for(lambda: not q.counts().get("dead"))
+    assert {job["id"] for job in q.jobs()} == {"runs", "later"}
+    q("worker", "stop", "--now")
+    assert all(pool.wait() in (0, 130) for pool in pools)
+    q("doctor")
+
+
+def test_one_worker_forgets_some_at_a_time_and_then_rests(store: Any) -> None:
+    for name in "abcde":
+        put(store, id=name)
+    for _ in "abcde":
+        end(store, take(store), "completed", NOW)
+    put(store, id="waits")
+    with store.transaction():
+        assert store.forget_some("completed", NOW - 1, 0, 2) == (2, 0)
+        assert store.forget_some("completed", NOW, 2, 2) == (4, 2)
+        assert store.forget_some("completed", NOW, 4, 2) == (0, 1)
+    assert [job["id"] for job in store.jobs([], None)] == ["a", "b", "waits"]
+    os.makedirs(queuectl.folder_path(store.path))
+    first, second = queuectl.Sweeper(store), queuectl.Sweeper(store)
+    keep = dict(queuectl.SETTINGS, keep_completed=0)
+    first.sweep(keep)
+    assert first.lock >= 0 and store.counts()["completed"] == 0
+    second.sweep(keep)
+    assert second.lock < 0
+    assert first.next > time.monotonic() + 50 > second.next
+
+
+# on_dead
+
+
+def test_what_the_hook_sees(q: Queue) -> None:
+    q.set(
+        "on_dead",
+        f"env | grep ^QUEUECTL_ | sort >{q.work}/$QUEUECTL_JOB_ID.new; mv {q.work}/$QUEUECTL_JOB_ID.new "
+        f"{q.work}/$QUEUECTL_JOB_ID.env",
+    )
+    q.add("echo 'why not' >&2; exit 4", "--id", "a", "--max-retries", "2", "--backoff-base", "0.1", "--queue", "mail")
+    q.add(KILL_WORKER, "--id", "b", "--max-retries", "1")
+    q.add("true", "--id", "waits", "--after", "a")
+    q.add("true", "--id", "cancelled", "--delay", "1h")
+    pool = q.pool()
+    q("cancel", "cancelled")
+    assert q.wait_file("a.env").splitlines() == [
+        "QUEUECTL_ATTEMPT=2", "QUEUECTL_COMMAND=echo 'why not' >&2; exit 4", f"QUEUECTL_DB={q.db}",
+        "QUEUECTL_ERROR=exit code 4: why not", "QUEUECTL_EXIT_CODE=4", "QUEUECTL_JOB_ID=a",
+        "QUEUECTL_MAX_RETRIES=2", "QUEUECTL_QUEUE=mail",
+    ]  # fmt: skip
+    assert "was lost" in q.wait_file("b.env")
+    pool.stop()
+    assert sorted(path.name for path in q.work.glob("*.env")) == ["a.env", "b.env"]
+
+
+@pytest.mark.parametrize("hook", ["exit 3", "no-such-program", "(((", "kill -9 $$"])
+def test_a_hooks_failure_is_logged_and_not_the_jobs(q: Queue, hook: str) -> None:
+    q.set("on_dead", hook)
+    q.add("exit 4", "--id", "a", "--max-retries", "1")
+    q.add("true", "--id", "b")
+    pool = q.pool()
+    q.wait_state("b", "completed")
+    wait_for(lambda: "on_dead failed for a" in pool.err or "yntax" in pool.err)
+    pool.stop()
+    assert q.show("a")["last_error"] == "exit code 4"
+
+
+def test_a_hook_that_hangs_holds_up_nobody(q: Queue) -> None:
+    q.set("on_dead", f"touch {q.work}/hook; exec sleep 300")
+    q.load([{"command": "false", "max_retries": 1}, {"id": "b", "command": "true"}])
+    assert q.start("worker", "start", "--drain").wait() == 1
+    assert q.state("b") == "completed"
+    q.wait_file("hook")
+    q.may_leave = True
+
+
+# The caller's whole environment
+
+
+def test_the_whole_environment_is_kept_and_shown_only_on_demand(q: Queue) -> None:
+    env = {"SECRET": "top\nsecret", "QUEUECTL_JOB_ID": "forged"}
+    q("enqueue", "--id", "a", "--env-all", "--env", "MORE=1", 'printf %s "${#SECRET}$MORE$QUEUECTL_JOB_ID"', env=env)
+    q("enqueue", "--id", "b", 'printf %s "${SECRET-unset}"', env=env)
+    q.drain()
+    assert q("logs", "--stdout", "a").out == "101a"
+    assert q("logs", "--stdout", "b").out == "unset"
+    for command in (["list", "--json"], ["show", "a"], ["show", "--json", "a"], ["status", "--json"]):
+        assert "top" not in q(*command).out
+    kept = q("show", "--env", "--json", "a").json()
+    assert kept["SECRET"] == "top\nsecret" and kept["MORE"] == "1" and kept["HOME"] == str(q.home)
+    assert "SECRET=top\\nsecret\n" in q("show", "--env", "a").out
+    assert q("show", "--env", "--json", "b").json() == {}
+    q("delete", "a")
+    assert b"SECRET" not in b"".join(
+        json.dumps(row).encode() for row in queuectl.Store(str(q.db)).db.execute("SELECT * FROM contexts")
+    )
+
+
+def test_the_whole_environment_is_that_of_the_caller_not_the_workers(q: Queue) -> None:
+    q("enqueue", "--id", "a", "--env-all", 'echo "$ONE,$TWO"', env={"ONE": "caller"})
+    q.drain(env={"ONE": "worker", "TWO": "worker"})
+    assert q("logs", "--stdout", "a").out == "caller,\n"
+
+
+# status and list again and again, and for Prometheus
+
+
+@pytest.mark.parametrize("command", ["status", "list"])
+def test_watching_without_a_terminal_repeats_plainly(q: Queue, command: str) -> None:
+    q.add("true", "--id", "seen", "--delay", "1h")
+    watch = q.start(command, "--watch")
+    wait_for(lambda: watch.out.count("every second until Ctrl-C") >= 3)
+    watch.signal(signal.SIGINT)
+    assert watch.wait() == 130
+    assert "\033" not in watch.out and ("pending:    1" if command == "status" else "seen") in watch.out
+    assert "jobs/s in the last minute" in watch.out or "ended a second in the last minute" in watch.out
+    assert watch.err == ""
+
+
+@pytest.mark.parametrize("command", ["status", "list"])
+def test_watching_on_a_terminal_redraws_in_place(q: Queue, command: str) -> None:
+    q.load([{"command": "true", "delay": 3600} for _ in range(40)])
+    watch = q.terminal(command, "--watch")
+    wait_for(lambda: watch.out.count("\033[H") >= 3)
+    watch.signal(signal.SIGINT)
+    assert watch.wait() == 130
+    frames = watch.out.split("\033[H")[1:]
+    assert watch.out.count("\033[2J") == 1 and all(frame.count("\n") <= 23 for frame in frames)
+    assert all(line.endswith("\033[K") for line in frames[0].split("\033[J")[0].splitlines())
+
+
+def test_watching_ends_with_its_reader_and_with_the_database(q: Queue) -> None:
+    assert q.bash("queuectl status --watch | head -n 2").out.count("\n") == 2
+    watch = q.start("status", "--watch")
+    wait_for(lambda: "pending" in watch.out)
+    q.db.unlink()
+    assert watch.wait() == 1 and "deleted" in watch.err
+    for words in (["--json"], ["--format", "prometheus"]):
+        q("status", "--watch", *words, code=2)
+    q("list", "--watch", "--json", code=2)
+
+
+def test_the_metrics_of_prometheus(q: Queue) -> None:
+    q.add("true", "--queue", 'od"d')
+    q.add("false", "--max-retries", "1")
+    q("queue", "pause", 'od"d')
+    q.drain(code=1)
+    text = q("status", "--format", "prometheus").out
+    number = r"-?[0-9.]+"
+    for line in text.splitlines():
+        assert re.fullmatch(
+            rf'# (HELP|TYPE) queuectl_\w+ .+|queuectl_\w+({{(\w+="([^"\\]|\\.)*",?)+}})? {number}', line
+        ), line
+    assert 'queuectl_jobs{queue="od\\"d",state="pending"} 1\n' in text
+    assert 'queuectl_jobs{queue="default",state="dead"} 1\n' in text
+    assert 'queuectl_queue_paused{queue="od\\"d"} 1\n' in text and "queuectl_workers 0\n" in text
+    assert re.search(r"^queuectl_oldest_waiting_seconds [0-9.]+$", text, re.MULTILINE)
+
+
+# run
+
+
+def test_run_works_on_commands_and_sums_up(q: Queue) -> None:
+    said = q("run", "--max-retries", "1", "echo one >>out", "echo oh no >&2; exit 3", "echo three >>out", code=1)
+    assert sorted(q.lines("out")) == ["one", "three"]
+    assert said.out.startswith("run-1: 2 of 3 completed, 1 dead in ")
+    assert "exit code 3: oh no" in said.out and "dlq retry" in said.out and "queuectl logs " in said.out
+    assert q.counts() == {"completed": 2, "dead": 1}
+
+
+@pytest.mark.parametrize(
+    "words, stdin, printed",
+    [
+        (["echo one; echo two"], "", "one\ntwo\n"),
+        (["printf", "%s\n", "a  b"], "", "a  b\n"),
+        (['{"command":"echo json"}'], "", "json\n"),
+        (["--", "{ echo block; }"], "", "block\n"),
+        ([], "echo from stdin\n", "from stdin\n"),
+        (["--file", "-"], '{"command":"echo line"}\n', "line\n"),
+        (["--each", "printf '%s\\n' {}"], 'it\'s a  "name" $(x) {}\n\n', 'it\'s a  "name" $(x) {}\n'),
+        (["--each", "printf '%s.'"], "put at the end\n", "put at the end."),
+        (["--each", "echo {} {}", "as argument"], "", "as argument as argument\n"),
+        (["-0", "--each", "printf %s {}"], "two\nlines\0", "two\nlines"),
+    ],
+)
+def test_what_run_is_given(q: Queue, words: list[str], stdin: str, printed: str) -> None:
+    q("run", *words, stdin=stdin)
+    (job,) = q.jobs()
+    assert q("logs", "--stdout", job["id"]).out == printed
+
+
+def test_run_takes_the_options_of_a_job(q: Queue) -> None:
+    q("run", "--each", "echo $X {}; [ $QUEUECTL_ATTEMPT = 2 ]", "--env", "X=5", "--backoff-base", "0.1", "a", "b")
+    assert [(job["attempts"], job["queue"], job["env"]) for job in q.jobs()] == [(2, "run-1", {"X": "5"})] * 2
+    q("run", "--delay", "300ms", "true")  # it waits for it
+    assert q.counts() == {"completed": 3}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--workers", "0", "true"], ["--workers", "many", "true"], ["--file", "x", "true"], ["-0", "true"],
+        ["--resume", "--file", "-"], ["--each", "true", "--resume"], ["--file", "/no/such/file"], [""],
+        ["echo a", "--workers", "2", "echo b"], ["--each", "{}{}", "x" * 100_000],
+    ],
+)  # fmt: skip
+def test_run_refuses_what_makes_no_sense(q: Queue, words: list[str]) -> None:
+    q.fails("run", *words, code=2)
+    assert q.jobs() == []
+
+
+def test_run_with_nothing_to_do(q: Queue) -> None:
+    assert "nothing to run" in q("run", stdin="").err
+    assert "nothing to resume" in q("run", "--resume").err
+    q.fails("run", "--resume", "run-7")
+
+
+def test_run_says_in_json_and_quietly_what_came_of_it(q: Queue) -> None:
+    said = q("run", "--json", "--max-retries", "1", "echo no >&2; exit 3", code=1)
+    result = said.json()
+    assert (result["queue"], result["jobs"], result["completed"], result["dead"], result["left"]) == (
+        "run-1",
+        1,
+        0,
+        1,
+        0,
+    )
+    assert result["died"][0]["last_error"] == "exit code 3: no"
+    said = q("run", "--quiet", "true")
+    assert (said.out, said.err) == ("", "")
+    assert q("run", "--quiet", "--max-retries", "1", "false", code=1).out.startswith("run-1: 0 of 1 completed, 1 dead")
+
+
+def test_run_has_as_many_workers_as_it_is_told_whoever_helps(q: Queue) -> None:
+    pool = q.pool("--count", "3")
+    q("run", "--workers", "2", "--file", "-", stdin=(peak_job(q) + "\n") * 8)
+    pool.stop()
+    assert peak(q) == 2 and q.counts() == {"completed": 8}
+    assert q.look("queue", "list")[-1]["concurrency"] is None
+
+
+def interrupted(q: Queue, *signals: int) -> Background:
+    """A run of two workers and eight jobs, of which some have ended when these signals come."""
+    run = q.start("run", "--workers", "2", "--each", "echo {} >>ran; sleep 0.5", *"abcdefgh")
+    wait_for(lambda: len(q.lines("ran")) >= 3)
+    for number in signals:
+        run.signal(number)
+        wait_for(lambda: "stopping" in run.err or run.ended)
+    return run
+
+
+def test_an_interrupted_run_is_resumed(q: Queue) -> None:
+    run = interrupted(q, signal.SIGINT)
+    assert run.wait() == 130
+    left = q.counts()["pending"]
+    assert f"{left} left" in run.out and "queuectl run --resume run-1" in run.out
+    assert q.counts() == {"completed": 8 - left, "pending": left}  # what ran was finished
+    assert "interrupted with" in q("run", "true").err and q.jobs("--queue", "run-2")
+    q("run", "--resume", "run-2", code=1)
+    said = q("run", "--resume")
+    assert said.out.startswith(f"run-1: {left} of {left} completed")
+    assert sorted(q.lines("ran")) == list("abcdefgh")
+
+
+def test_a_run_interrupted_twice_gives_its_jobs_back(q: Queue) -> None:
+    run = interrupted(q, signal.SIGINT, signal.SIGINT)
+    assert run.wait() == 130
+    assert q.counts().get("processing") is None
+    q.drain("--count", "2")  # any pool finishes it
+    assert q.counts() == {"completed": 8}
+
+
+def test_a_run_whose_supervisor_is_killed_is_resumed(q: Queue) -> None:
+    run = interrupted(q, signal.SIGKILL)
+    run.wait()
+    wait_for(lambda: q.workers() == 0)
+    q("run", "--resume", "--workers", "3")
+    assert q.counts() == {"completed": 8} and len(set(q.lines("ran"))) == 8
+
+
+def test_several_interrupted_runs_are_told_apart(q: Queue) -> None:
+    for name in ("one", "two"):
+        run = q.start("run", "--workers", "1", f"touch {name}; sleep 0.4", "true x")
+        q.wait_file(name)
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 130
+    assert "run-1 (1 job left), run-2 (1 job left)" in q.fails("run", "--resume").err
+    q("run", "--resume", "run-2")
+    q("run", "--resume")
+    assert q.counts() == {"completed": 4}
+
+
+def test_a_run_shows_its_progress_on_a_terminal(q: Queue) -> None:
+    out = q.at_terminal("run", "--workers", "1", "sleep 0.8", "sleep 0.3")
+    assert "\rrun-1: 0 of 2 done, 1 running\033[K" in out and "\rrun-1: 1 of 2 done, 1 running" in out
+    assert re.search(r"\r\033\[Krun-1: 2 of 2 completed in [^\n]*\n$", out)
+
+
+def test_a_job_deleted_during_a_run_is_not_completed(q: Queue) -> None:
+    run = q.start("run", "--workers", "1", GATE, "true x")
+    q.wait_file("started")
+    q("delete", q.jobs("--state", "pending")[0]["id"])
+    q.touch("go")
+    assert run.wait() == 1
+    assert "1 deleted meanwhile" in run.out
+
+
+# service, completion
+
+
+def test_the_unit_of_the_service(q: Queue, tmp_path: Path) -> None:
+    odd = tmp_path / 'a "b" 100% $HOME'
+    odd.mkdir()
+    db = odd / "queue.db"
+    user = q("service", "--count", "3", "--queue", "mail", "--db", str(db)).out
+    assert "KillMode=mixed\n" in user and "WantedBy=default.target\n" in user and "User=" not in user
+    system = q("service", "--system").out
+    assert "User=" in system and "WantedBy=multi-user.target\n" in system
+    start = re.search(r"^ExecStart=(.*)$", user, re.MULTILINE)
+    assert start
+    words = shlex.split(start[1].replace("%%", "%").replace("$$", "$"))
+    q.add("true", "--id", "a", "--queue", "mail")
+    q("backup", str(db))
+    pool = q.launch(words)  # what systemd would start
+    wait_for(lambda: json.loads(q("status", "--json", "--db", str(db)).out)["jobs"]["completed"] == 1)
+    assert "Starting 3 workers" in pool.out
+    pool.stop()
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("there is no systemd-analyze to ask")
+    for name, text in (("user.service", user), ("system.service", system)):
+        (tmp_path / name).write_text(text)
+        assert q.run(["systemd-analyze", "verify", tmp_path / name]).code == 0
+
+
+COMPLETE = """
+eval "$(queuectl completion)"
+COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _queuectl; printf '%s\\n' "${{COMPREPLY[@]}}" | sort
 """
 
 
-@linux
 @pytest.mark.parametrize(
-    "folder, kind",
+    "words, wanted, unwanted",
     [
-        ("/", ""),
-        ("/home", "nfs4"),
-        ("/home/me/q", "nfs4"),
-        ("/home/me/local/q", ""),
-        ("/mnt/with space", "cifs"),
-        ("/home2", ""),
+        ("queuectl wor", "worker", "wait"),
+        ("queuectl worker st", "start stop", "list"),
+        ("queuectl worker start --d", "--detach --drain --db", "--count"),
+        ("queuectl --db x.db list --st", "--state", "--json"),
+        ("queuectl list --state de", "dead", "pending"),
+        ("queuectl enqueue --if-exists ''", "fail skip", "--id"),
+        ("queuectl config set keep", "keep_completed keep_dead", "priority"),
+        ("queuectl show ''", "job-one job-two", "$(touch"),
+        ("queuectl dlq retry job-t", "job-two", "job-one"),
+        ("queuectl enqueue --after job-o", "job-one", "job-two"),
+        ("queuectl status ''", "--watch", "job-one"),
     ],
 )
-def test_network_file_systems_are_known_by_their_mount(
-    folder: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "mounts").write_text(MOUNTS)
-    monkeypatch.setattr("builtins.open", lambda path, *args, **named: (tmp_path / "mounts").open(*args, **named))
-    assert queuectl.system.network_file_system(folder) == kind
-
-
-def test_a_database_on_a_network_file_system_is_refused(q: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queuectl.system, "network_file_system", lambda folder: "nfs4", raising=False)
-    with pytest.raises(queuectl.QueueError, match="network file system"):
-        queuectl.Store(str(q.db))
-    assert not q.db.exists()
+def test_bash_completes(q: Queue, words: str, wanted: str, unwanted: str) -> None:
+    q.load([{"id": name, "command": "true"} for name in ("job-one", "job-two", "$(touch${IFS}pwned)", "`touch`")])
+    said = q.bash(COMPLETE.format(words=words)).out.split()
+    assert set(wanted.split()) <= set(said) and unwanted not in said
+    assert not (q.work / "pwned").exists()
