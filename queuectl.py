@@ -94,6 +94,8 @@ GIVEN_FIELDS = ("id", "command", "queue", "priority", "run_at", "timeout_seconds
                 "max_retries", "backoff_base", "cwd", "env", "after", "unique", *POLICY_FIELDS)
 ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at"}
 
+RUN_QUEUES = "run-"  # what the names of the queues begin with that `run` makes
+
 # The environment variables a job is given; nobody else may set them.
 JOB_VARIABLES = ("QUEUECTL_JOB_ID", "QUEUECTL_ATTEMPT", "QUEUECTL_MAX_RETRIES",
                  "QUEUECTL_QUEUE", "QUEUECTL_DB", "QUEUECTL_RUN")
@@ -167,8 +169,9 @@ class Unavailable(QueueError):
 Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
                         "backoff_base context env policy deferrals started_at")
 # How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
-# `seconds` was measured by the monotonic clock.
-Ended = namedtuple("Ended", "job ending exit_code error finished_at seconds stdout stderr worker")
+# `seconds` was measured by the monotonic clock; `final`: its exit code says not to try again.
+Ended = namedtuple("Ended", "job ending exit_code error finished_at seconds stdout stderr worker final",
+                   defaults=[False])
 # What running workers follow: settings, and whether their pool is to stop (0, 1: soon, 2: now);
 # `limited` are the queues that have a limit of jobs running at once.
 Control = namedtuple("Control", "epoch settings stop limited")
@@ -350,17 +353,17 @@ def backoff(base: float, attempts: int, longest: float, jitter: float, chance: f
     return delay * (1 + jitter * chance)
 
 
-def settle(ending: str, attempts: int, max_retries: int, hopeless: bool = False) -> tuple[str, int]:
+def settle(ending: str, attempts: int, max_retries: int, final: bool = False) -> tuple[str, int]:
     """The job's next state and its attempts, after the run `attempts` ended as `ending`.
 
     A run that queuectl ended to shut down gives its attempt back, and so does one that asked to
-    be tried later. A `hopeless` failure is not tried again.
+    be tried later. A `final` failure is not tried again.
     """
     if ending == COMPLETED:
         return COMPLETED, attempts
     if ending in (STOPPED, DEFERRED):
         return PENDING if ending == STOPPED else FAILED, max(0, attempts - 1)
-    if ending == CANCELLED or hopeless or attempts >= max_retries:
+    if ending == CANCELLED or final or attempts >= max_retries:
         return DEAD, attempts
     return FAILED, attempts
 
@@ -894,7 +897,13 @@ class Posix:
     def hook(self, command: str) -> Any:
         """What Popen starts to run the setting `on_dead`: another shell says if that one fails, however it does."""
         script = '"$0" -c "$1" || echo "queuectl: on_dead failed for $QUEUECTL_JOB_ID" >&2'
-        return [*self.shell, script, self.shell[0], command]
+        return [*self.shell, script, self.shell[0], self.native(command)]
+
+    def end_hook(self, hook: Any) -> None:
+        try:
+            os.killpg(hook.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
     # Files and messages.
 
@@ -1126,6 +1135,9 @@ class Windows:
         return '%s "(%s) || echo queuectl: on_dead failed for %%QUEUECTL_JOB_ID%% 1>&2"' % (
             " ".join(self.shell), command)
 
+    def end_hook(self, hook: Any) -> None:
+        hook.kill()
+
     def _nothing(self, *values: Any) -> None:
         """What needs no doing here: workers poll the stop flag of their pool, for one."""
 
@@ -1175,15 +1187,16 @@ make_bell: type[Bell] = PollingBell if WINDOWS else Bell
 NATIVE_JOB_VARIABLES = tuple(system.native(name) for name in JOB_VARIABLES)
 
 
-def start_hook(command: str, variables: dict[str, str]) -> None:
-    """Start a shell command that nobody waits for; its output goes to stderr, where the shell says if it failed.
+def start_hook(command: str, variables: dict[str, str]) -> Any:
+    """Start a shell command beside the jobs, as a Popen; its output goes to stderr, where the shell says if it failed.
 
-    Raises OSError if it can't be started.
+    Raises OSError or ValueError if it can't be started.
     """
     import subprocess
-    env = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
-    subprocess.Popen(system.hook(command), env={**env, **variables}, stdin=subprocess.DEVNULL, stdout=2,
-                     start_new_session=not WINDOWS)
+    env = {name: value for name, value in system.environment().items() if name not in NATIVE_JOB_VARIABLES}
+    env.update((system.native(name), system.native(value)) for name, value in variables.items())
+    return subprocess.Popen(system.hook(command), env=env, stdin=subprocess.DEVNULL, stdout=2,
+                            start_new_session=not WINDOWS)
 
 
 # What stands beside the database: the write mutex, and a folder with the files of its workers.
@@ -1513,13 +1526,15 @@ LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?1, due = CASE W
     WHERE seq = ?2 AND state = 'pending' AND NOT EXISTS (SELECT 1 FROM waits WHERE job = ?2)"""
 _DEPENDENTS = """(WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHERE awaited = ?
     UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq) SELECT seq FROM dependents)"""
-BURY_DEPENDENTS = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, updated_at = ?, finished_at = ?,
-    last_error = ? WHERE state = 'pending' AND seq IN """ + _DEPENDENTS
+BURY = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, updated_at = ?, finished_at = ?,
+    last_error = ? WHERE state = 'pending' AND seq """
+BURY_ONE = BURY + "= ?"
+BURY_DEPENDENTS = BURY + "IN " + _DEPENDENTS
 DEAD_DEPENDENTS = "SELECT seq FROM jobs WHERE state = 'dead' AND seq IN %s ORDER BY seq" % _DEPENDENTS
 AWAITED_BY = """SELECT seq, id, state, due FROM waits JOIN jobs ON jobs.seq = awaited WHERE job = ? ORDER BY seq"""
 WAITERS_OF = """SELECT seq, id FROM waits JOIN jobs ON jobs.seq = job WHERE awaited = ? AND state <> 'dead'
     ORDER BY seq"""
-AWAITED_DEAD = """SELECT DISTINCT awaited.seq FROM waits JOIN jobs AS awaited ON awaited.seq = waits.awaited
+AWAITED_DEAD = """SELECT DISTINCT awaited.seq, awaited.id FROM waits JOIN jobs AS awaited ON awaited.seq = waits.awaited
     JOIN jobs ON jobs.seq = waits.job WHERE awaited.state = 'dead' AND jobs.state = 'pending'"""
 RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ?1 * 16777216 AND ?1 * 16777216 + 16777215"
 DELETE_RUNS = "DELETE " + RUNS_OF_JOB
@@ -1528,9 +1543,9 @@ DIED_BETWEEN = """SELECT id, last_error FROM jobs WHERE state = 'dead' AND seq >
     ORDER BY seq LIMIT 5"""
 STATE_OF = "SELECT state FROM jobs WHERE seq = ?"
 ID_OF = "SELECT id FROM jobs WHERE seq = ?"
-ENDED_BEFORE = """SELECT seq FROM jobs WHERE state = ? AND updated_at <= ? AND seq < ?
+ENDED_BEFORE = """SELECT seq, queue FROM jobs WHERE state = ? AND updated_at <= ? AND seq < ?
     ORDER BY seq DESC LIMIT 1000"""  # the newest first: what waits goes before what it waits for
-SOME_IN_STATE = "SELECT seq, updated_at FROM jobs WHERE state = ? AND seq > ? ORDER BY seq LIMIT ?"
+SOME_IN_STATE = "SELECT seq, queue, updated_at FROM jobs WHERE state = ? AND seq > ? ORDER BY seq LIMIT ?"
 
 HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
     backoff_base, context, env, policy, deferrals, worker, slot, started_at, cancel FROM jobs
@@ -1573,8 +1588,9 @@ AHEAD_OF = """SELECT count(*) FROM jobs JOIN queues ON queues.name = jobs.queue 
     AND (concurrency IS NULL OR processing < concurrency)
     AND (priority < ?1 OR (priority = ?1 AND seq < ?2)) AND (?3 IS NULL OR queue = ?3)"""
 RECENT_SECONDS = "SELECT avg(seconds) FROM (SELECT seconds FROM runs ORDER BY id DESC LIMIT 100)"
-DIED_IN = """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead' AND seq > ? AND queue = ?
-    AND updated_at >= ? ORDER BY seq LIMIT 20"""
+DIED_IN = """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead' AND seq BETWEEN ? AND ?
+    AND queue = ? AND updated_at >= ? ORDER BY seq LIMIT 20"""
+STATES_BETWEEN = "SELECT state, count(*) FROM jobs WHERE seq BETWEEN ? AND ? AND queue = ? GROUP BY state"
 FIRST_IN = "SELECT min(seq) FROM jobs WHERE queue = ? AND state IN ('pending', 'processing', 'failed')"
 OLDEST_WAITING = "SELECT id, command, created_at FROM jobs WHERE state = 'pending' ORDER BY seq LIMIT 1"
 NEXT_DUE = """SELECT id, command, due FROM jobs WHERE ready = 0 AND due IS NOT NULL
@@ -1969,18 +1985,20 @@ class Store:
         self.existing: list[int] = []
         contexts: dict[str, int] = {}
         added: dict[str, int] = {}
-        chunk: list[tuple[Any, ...]] = []
+        chunk: list[tuple[str, tuple[Any, ...]]] = []  # where each stands in its file, and its row
         for draft in drafts:
             cwd = draft["cwd"]
             if cwd not in contexts:
                 contexts[cwd] = self._context(cwd, path, umask, environ)
-            chunk.append(_job_row(draft, settings, contexts[cwd], now))
+            place = "line %d: " % draft["line"] if "line" in draft else ""
+            row = _job_row(draft, settings, contexts[cwd], now)
+            if not draft["after"]:
+                chunk.append((place, row))
             if len(chunk) == 1000 or draft["after"]:
-                waiting = chunk.pop() if draft["after"] else None
-                self._add_chunk(chunk, added, skip_existing)  # it may wait for one of these
+                self._add_chunk(chunk, added, skip_existing)
                 chunk = []
-                if waiting:
-                    self._add_waiting(waiting, draft["after"], added, skip_existing, now)
+            if draft["after"]:  # perhaps of one that was just added
+                self._add_waiting(place, row, draft["after"], added, skip_existing, now)
         self._add_chunk(chunk, added, skip_existing)
         for queue, count in added.items():
             self.db.execute(ADD_QUEUE, (queue,))
@@ -1990,45 +2008,48 @@ class Store:
     def _context(self, *values: Any) -> int:
         return int(self._value(FIND_CONTEXT, *values) or self.db.execute(ADD_CONTEXT, values).lastrowid or 0)
 
-    def _add_waiting(self, row: tuple[Any, ...], names: Sequence[str], added: dict[str, int], skip_existing: bool,
-                     now: int) -> None:
+    def _add_waiting(self, place: str, row: tuple[Any, ...], names: Sequence[str], added: dict[str, int],
+                     skip_existing: bool, now: int) -> None:
         """Insert a job that waits for others; if one of them is dead already, so is the job."""
-        awaited = [self.find(name) for name in names]
-        if not self._add_one(row, skip_existing):
+        if not self._add_one(place, row, skip_existing):
             return
         seq, queue = self._value(LAST_SEQ), row[3]
+        try:
+            awaited = [self.find(name) for name in names]
+        except QueueError as error:
+            raise QueueError("%s%s, and what a job is to run after must stand before it" % (place, error)) from None
         added[queue] = added.get(queue, 0) + 1
         self.db.execute(ADD_QUEUE, (queue,))  # the burial below is counted there
         for job in awaited:
             if job["state"] != COMPLETED:
                 self.db.execute(ADD_WAIT, (job["seq"], seq))
                 self.db.execute(HOLD, (seq,))
-            if job["state"] == DEAD:
-                self._bury_dependents(job["seq"], now)
+        for cause in list(self.dead_causes(seq).values())[:1]:
+            self._bury(BURY_ONE, cause, seq, now)
 
-    def _add_chunk(self, chunk: list[tuple[Any, ...]], added: dict[str, int], skip_existing: bool) -> None:
+    def _add_chunk(self, chunk: list[tuple[str, tuple[Any, ...]]], added: dict[str, int], skip_existing: bool) -> None:
         """Insert rows together; if an id is taken, one by one, which finds out whose."""
-        drawn = iter(_draw_ids(sum(1 for row in chunk if row[1])))
-        rows = [(next(drawn), *row[1:]) if row[1] else row for row in chunk]
+        drawn = iter(_draw_ids(sum(1 for _, row in chunk if row[1])))
+        rows = [(next(drawn), *row[1:]) if row[1] else row for _, row in chunk]
         self.db.execute(SAVEPOINT)
         try:
             self.db.executemany(ADD_JOB, rows)
         except sqlite3.IntegrityError:
             self.db.execute(ROLLBACK_TO)
-            rows = [row for row in rows if self._add_one(row, skip_existing)]
+            rows = [row for (place, _), row in zip(chunk, rows) if self._add_one(place, row, skip_existing)]
         self.db.execute(RELEASE)
         for row in rows:
             added[row[3]] = added.get(row[3], 0) + 1
 
-    def _add_one(self, row: tuple[Any, ...], skip_existing: bool) -> bool:
+    def _add_one(self, place: str, row: tuple[Any, ...], skip_existing: bool) -> bool:
         while row[1] and (row[0] is None or self._rows(WITH_ID, row[0])):
             row = (_draw_ids(1)[0], *row[1:])
         twins = self._rows(WITH_ID, row[0]) or self._rows(WITH_KEY, row[13])
         if twins and not skip_existing:
-            raise QueueError("a job with the id %s exists already; choose another, or use --if-exists skip" % row[0]
-                             if twins[0][1] == row[0] else
-                             "a job with the key %s is %s: %s; --if-exists skip makes this a success" % (
-                                 clean(row[13]), twins[0][2], clean(twins[0][1])))
+            raise QueueError(place + (
+                "a job with the id %s exists already; choose another, or use --if-exists skip" % row[0]
+                if twins[0][1] == row[0] else "a job with the key %s is %s: %s; --if-exists skip makes this a success"
+                % (clean(row[13]), twins[0][2], clean(twins[0][1]))))
         if twins:
             self.existing.append(twins[0][0])
             return False
@@ -2090,8 +2111,7 @@ class Store:
         somebody else has recorded it as lost, and that stands; the state is "" then.
         """
         job = ended.job
-        hopeless = ended.exit_code in policy_of(job).get("dead_on", ())
-        state, attempts = settle(ended.ending, job.attempts, job.max_retries, hopeless)
+        state, attempts = settle(ended.ending, job.attempts, job.max_retries, ended.final)
         if state in (PENDING, FAILED) and self.is_cancelled(job.seq):  # its worker has not heard of it in time
             state, attempts = DEAD, job.attempts
         due = retry_at if state == FAILED else None
@@ -2110,15 +2130,14 @@ class Store:
         """A job is completed or dead: let those go on that waited for it alone, or bury them; whether there are any."""
         waiting = self._rows(WAITING_FOR, seq)
         if waiting and state == DEAD:
-            self._bury_dependents(seq, now)
+            self._bury(BURY_DEPENDENTS, self._value(ID_OF, seq), seq, now)
         elif waiting:
             self.db.execute(END_WAITS, (seq,))
             self.db.executemany(LET_GO, [(now, job) for (job,) in waiting])
         return bool(waiting)
 
-    def _bury_dependents(self, seq: int, now: int) -> None:
-        error = "%s is dead, and this job was to run after it" % self._value(ID_OF, seq)
-        self.db.execute(BURY_DEPENDENTS, (now, now, error, seq))
+    def _bury(self, statement: str, cause: str, seq: int, now: int) -> None:
+        self.db.execute(statement, (now, now, "%s is dead, and this job was to run after it" % cause, seq))
 
     def is_cancelled(self, seq: int) -> bool:
         return bool(self._rows(IS_CANCELLED, seq) == [(1,)])
@@ -2139,10 +2158,11 @@ class Store:
 
     def retry_all_dead(self, now: int) -> int:
         """Give every dead job a new start whose key is not taken; how many."""
-        count = self.db.execute(RETRY_ALL_DEAD, (now,)).rowcount
-        for (seq,) in self._rows(AWAITED_DEAD):
-            self._bury_dependents(seq, now)
-        return count
+        before = self.counts()[DEAD]
+        self.db.execute(RETRY_ALL_DEAD, (now,))
+        for seq, name in self._rows(AWAITED_DEAD):
+            self._bury(BURY_DEPENDENTS, name, seq, now)
+        return before - self.counts()[DEAD]
 
     def dead_dependents(self, seq: int) -> list[int]:
         """The dead jobs that were to run after a job, or after one of those."""
@@ -2151,6 +2171,20 @@ class Store:
     def awaited_by(self, seq: int) -> list[dict[str, Any]]:
         """The jobs that a job still waits for."""
         return self._dicts(AWAITED_BY, seq)
+
+    def dead_causes(self, seq: int) -> dict[int, str]:
+        """The dead jobs, by seq, for which a job waits, or would: those that themselves wait for no dead one."""
+        causes: dict[int, str] = {}
+        look, seen = [seq], {seq}
+        while look:
+            seq = look.pop()
+            for job in self.awaited_by(seq):
+                if job["state"] == DEAD and job["seq"] not in seen:
+                    seen.add(job["seq"])
+                    look.append(job["seq"])
+                    if not any(other["state"] == DEAD for other in self.awaited_by(job["seq"])):
+                        causes[job["seq"]] = job["id"]
+        return causes
 
     def waiters_of(self, seq: int) -> list[dict[str, Any]]:
         """The jobs that wait for a job."""
@@ -2168,24 +2202,29 @@ class Store:
         self.db.execute(FORGET_ENVIRONMENTS)
 
     def purge(self, state: str, before: int) -> int:
-        """Forget all jobs in `state` not changed since `before`, in small transactions; their number."""
-        last, count = NEVER, 0
+        """Forget all jobs in `state` not changed since `before`, in small transactions; their number.
+
+        The jobs of a `run` under way are spared.
+        """
+        last, count, spared = NEVER, 0, self.queues_of_runs()
         while True:
             rows = self._rows(ENDED_BEFORE, state, before, last)
             if not rows:
                 return count
             with self.transaction():
-                for (last,) in rows:
-                    if self._value(STATE_OF, last) == state:
+                for last, queue in rows:
+                    if queue not in spared and self._value(STATE_OF, last) == state:
                         count += self.delete(last)
 
-    def forget_some(self, state: str, before: int, after: int, count: int) -> tuple[int, int]:
+    def forget_some(self, state: str, before: int, after: int, count: int, spared: Iterable[str]) -> tuple[int, int]:
         """Look at `count` jobs in `state` behind seq `after`, in a transaction, and forget those not changed since.
 
         Returns the seq of the last one, or 0 if there are no more, and how many were forgotten.
+        Jobs of the queues `spared` are not.
         """
         rows = self._rows(SOME_IN_STATE, state, after, count)
-        forgotten = sum(self.delete(seq) for seq, updated_at in rows if updated_at <= before)
+        forgotten = sum(self.delete(seq) for seq, queue, updated_at in rows
+                        if updated_at <= before and queue not in spared)
         return rows[-1][0] if len(rows) == count else 0, forgotten
 
     def shrink(self) -> None:
@@ -2229,6 +2268,10 @@ class Store:
     def workers(self) -> list[dict[str, Any]]:
         """Every worker that is registered, each with `alive` and the job it runs."""
         return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_WORKERS)]
+
+    def queues_of_runs(self) -> set[str]:
+        """The queues of every `run` under way: it counts its jobs at its end."""
+        return {pool["queues"] for pool in self.pools() if pool["alive"] and str(pool["queues"]).startswith(RUN_QUEUES)}
 
     def ask_stop(self, pools: Iterable[str], level: int) -> None:
         """Have pools stop soon (1) or now (2), in a transaction; ring their workers afterwards."""
@@ -2328,9 +2371,13 @@ class Store:
         """The seq of the first unfinished job of a queue."""
         return int(self._rows(FIRST_IN, queue)[0][0] or 0)
 
-    def died_in(self, queue: str, first: int, start: int) -> list[dict[str, Any]]:
-        """The first few jobs of a queue after seq `first` that have died at or after `start`."""
-        return self._dicts(DIED_IN, first, queue, start)
+    def died_in(self, queue: str, first: int, last: int, start: int) -> list[dict[str, Any]]:
+        """The first few jobs of a queue from seq `first` to `last` that have died at or after `start`."""
+        return self._dicts(DIED_IN, first, last, queue, start)
+
+    def states_between(self, queue: str, first: int, last: int) -> dict[str, int]:
+        """How many jobs of a queue from seq `first` to `last` are in each state."""
+        return {**dict.fromkeys(STATES, 0), **dict(self._rows(STATES_BETWEEN, first, last, queue))}
 
     def all_paused(self) -> bool:
         return bool(self._rows(ALL_PAUSED)[0][0])
@@ -2603,19 +2650,43 @@ def retry_time(job: Any, ending: str, settings: dict[str, Any], now: int) -> int
     return now + to_millis(backoff(base, job.attempts, settings["backoff_max"], settings["backoff_jitter"], chance))
 
 
-def alarm(store: Store, ended: Ended, command: str | None, tell: Callable[[str], None]) -> None:
-    """Run the setting `on_dead` for a job that has died, with the job in its environment."""
-    job = ended.job
-    if not command or ended.ending == CANCELLED:
-        return
-    values = (job.id, str(job.attempts), str(job.max_retries), job.queue, store.path)
-    variables = dict(zip(JOB_VARIABLES, values), QUEUECTL_COMMAND=shorten(job.command, 30000),
-                     QUEUECTL_ERROR=ended.error or "",
-                     QUEUECTL_EXIT_CODE="" if ended.exit_code is None else str(ended.exit_code))
-    try:
-        start_hook(command, variables)
-    except (OSError, ValueError) as error:
-        tell("on_dead can't be started for %s: %s" % (job.id, error))
+HOOK_TIME = 60.0  # seconds that the setting `on_dead` may take
+
+
+class Alarm:
+    """Runs the setting `on_dead` for jobs that have died, one after the other, with the job in its environment.
+
+    Nobody waits for it but who dies next and who leaves, and they for HOOK_TIME at most.
+    """
+
+    def __init__(self, db: str, pause: Callable[[float], object], tell: Callable[[str], None]) -> None:
+        self.db, self.pause, self.tell = db, pause, tell
+        self.hook: Any = None
+        self.deadline = 0.0
+
+    def sound(self, ended: Ended, command: str | None) -> None:
+        job = ended.job
+        if not command or ended.ending == CANCELLED:
+            return
+        self.finish()
+        variables = dict(zip(JOB_VARIABLES, (job.id, str(job.attempts), str(job.max_retries), job.queue, self.db)),
+                         QUEUECTL_COMMAND=shorten(job.command, 30000), QUEUECTL_ERROR=clean(ended.error or ""),
+                         QUEUECTL_EXIT_CODE="" if ended.exit_code is None else str(ended.exit_code))
+        try:
+            self.hook = start_hook(command, variables)
+            self.deadline = time.monotonic() + HOOK_TIME
+        except (OSError, ValueError) as error:
+            self.tell("on_dead can't be started for %s: %s" % (job.id, error))
+
+    def finish(self) -> None:
+        """Wait for the last one; end it if it takes too long."""
+        while self.hook and self.hook.poll() is None:
+            if time.monotonic() >= self.deadline:
+                self.tell("on_dead was ended, for it took more than %s" % show_duration(HOOK_TIME))
+                system.end_hook(self.hook)
+                self.hook.wait()
+            self.pause(0.02)
+        self.hook = None
 
 
 def _pool_of(worker: str) -> str:
@@ -2654,7 +2725,9 @@ def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Cal
         tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
             job.id, lost["worker"], job.attempts, max(1, job.max_retries), state))
     if state == DEAD:
-        alarm(store, ended, settings["on_dead"], tell)
+        alarm = Alarm(store.path, time.sleep, tell)
+        alarm.sound(ended, settings["on_dead"])
+        alarm.finish()
     return bool(state)
 
 
@@ -2707,54 +2780,59 @@ def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str]
 
 
 SWEEP_BATCH, SWEEP_TIME, SWEEP_REST = 500, 0.2, 60.0  # jobs a transaction; seconds of work, seconds between rounds
+YOUNGEST_SWEPT = 5.0  # seconds for which ended jobs are kept at least, for somebody may be waiting for them
 
 
 class Sweeper:
     """Forgets jobs that ended longer ago than `keep_completed` and `keep_dead` say, a batch at a time.
 
-    One worker of all does that: who holds the lock, and that for life.
+    One worker at a time does that, under a lock whose file tells by its date when the last round ended.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.lock = -1
-        self.place = {COMPLETED: 0, DEAD: 0}  # the seq of the last job that was looked at
+        self.place: dict[str, int] = {}  # for each state that is not done in this round, the last seq looked at
         self.next = 0.0
         self.forgot = False
 
     def sweep(self, settings: dict[str, Any]) -> None:
-        """If it is time to: go on where the last sweep ended, for SWEEP_TIME seconds at most."""
-        keep = {state: settings["keep_" + state] for state in self.place}
-        if time.monotonic() < self.next or not (any(seconds is not None for seconds in keep.values()) and self._may()):
+        """If it is time to, begin a round or go on with it, for SWEEP_TIME seconds at most."""
+        keep = {state: max(YOUNGEST_SWEPT, settings["keep_" + state]) for state in ENDED
+                if settings["keep_" + state] is not None}
+        if not keep or time.monotonic() < self.next:
             return
+        self.next = time.monotonic() + 1.0
+        lock = open_private(os.path.join(folder_path(self.store.path), "sweep.lock"), os.O_RDWR)
+        try:
+            if system.try_lock(lock) and self._due(lock):
+                self._go_on(keep)
+                if not self.place:
+                    os.truncate(lock, 0)
+                    os.write(lock, b"done")
+        finally:
+            os.close(lock)
+
+    def _due(self, lock: int) -> bool:
+        info = os.fstat(lock)
+        return bool(self.place) or not info.st_size or not 0 <= time.time() - info.st_mtime < SWEEP_REST
+
+    def _go_on(self, keep: dict[str, float]) -> None:
+        self.place = self.place or dict.fromkeys(keep, 0)
+        spared = self.store.queues_of_runs()
         end = time.monotonic() + SWEEP_TIME
-        done = all(seconds is None or self._sweep(state, seconds, end) for state, seconds in keep.items())
-        if done and self.forgot:
+        while self.place and time.monotonic() < end:
+            state, seq = next(iter(self.place.items()))
+            before = to_millis(time.time() - keep.get(state, NEVER))
+            with self.store.transaction():
+                seq, count = self.store.forget_some(state, before, seq, SWEEP_BATCH, spared)
+            self.forgot = self.forgot or count > 0
+            self.place[state] = seq
+            if not seq:
+                del self.place[state]
+        if self.forgot and not self.place:
             with self.store.transaction():
                 self.store.forget_environments()
             self.forgot = False
-        self.next = time.monotonic() + (SWEEP_REST if done else 1.0)
-
-    def _may(self) -> bool:
-        if self.lock < 0:
-            fd = open_private(os.path.join(folder_path(self.store.path), "sweep.lock"), os.O_RDWR)
-            if system.try_lock(fd):
-                self.lock = fd
-            else:
-                os.close(fd)
-        return self.lock >= 0
-
-    def _sweep(self, state: str, seconds: float, end: float) -> bool:
-        """Forget old jobs in one state; whether the last one was reached."""
-        before = to_millis(time.time() - seconds)
-        while time.monotonic() < end:
-            with self.store.transaction():
-                last, count = self.store.forget_some(state, before, self.place[state], SWEEP_BATCH)
-            self.place[state] = last
-            self.forgot = self.forgot or count > 0
-            if not last:
-                return True
-        return False
 
 
 def take_life(db: str, name: str) -> int:
@@ -2793,6 +2871,7 @@ class Worker:
         self.dismissed = False  # by a signal of its own, while the pool goes on
         self.life = -1
         self.bell = make_bell()
+        self.alarm = Alarm(order.db, lambda seconds: self.bell.wait(seconds), self.say)
         self.lines = ""
         self.slots = 0
         self.spare: list[Slot] = []
@@ -2842,6 +2921,8 @@ class Worker:
         self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
         self._recover()
         self._loop()
+        if self.leave < 2:
+            self.alarm.finish()
         self.flush()
         self._deregister()
         return EXIT_INTERRUPTED if self.leave == 2 else EXIT_DISMISSED if self.dismissed else EXIT_OK
@@ -2964,6 +3045,7 @@ class Worker:
         try:
             if recover(self.store, self.bell.wait, self.say, self.order.pool):
                 self.seen = -1
+                self.flush()
         except Unavailable:
             self.unpatrolled = True
 
@@ -3016,7 +3098,7 @@ class Worker:
                 ring_all(self.order.db)  # another may take what waited for it or its place, or wake for its retry
             if state == DEAD and self.control.settings["on_dead"]:
                 self._make_sure()
-                alarm(self.store, ended, self.control.settings["on_dead"], self.say)
+                self.alarm.sound(ended, self.control.settings["on_dead"])
         if slot is None:
             self._make_sure()
             self.bell.wait(1.0)
@@ -3086,6 +3168,8 @@ class Worker:
         env = system.environment() if not environ else {
             system.native(name): system.native(value) for name, value in json.loads(environ).items()}
         env[system.native("PATH")] = system.native(path)
+        if len(self.surroundings) > 100:
+            self.surroundings.clear()
         return self.surroundings.setdefault(context, Surroundings(cwd, umask, env))
 
     def _attend(self, run: Run, limit: int) -> Ended:
@@ -3135,7 +3219,7 @@ class Worker:
         if code == TRY_LATER and not final and run.job.deferrals < most:
             return run.ended(DEFERRED, "%s, to be tried again later (%d of %d times)" % (
                 error, run.job.deferrals + 1, most), limit)
-        return run.ended(FAILED, error + ", which is final" * final, limit)
+        return run.ended(FAILED, error + ", which is final" * final, limit)._replace(final=final)
 
     # What it says.
 
@@ -3161,7 +3245,8 @@ class Worker:
                 self.say(str(error))
         self.unsynced = False
         if self.lines:
-            system.say(self.lines)
+            clear = "\r\033[K" if self.order.run and os.isatty(1) else ""  # of the line that shows the progress
+            system.say(clear + self.lines)
             self.lines = ""
 
 
@@ -3196,7 +3281,10 @@ LONGEST_DELAY = 1.0
 def mute(stream: int) -> None:
     """After a failed write to a standard stream: nothing more, so that Python does not fail again at its exit."""
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        fd = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(fd, stream)
+        if fd != stream:
+            os.close(fd)
     except OSError:
         pass
 
@@ -3290,7 +3378,7 @@ class Pool:
         try:
             process.start()  # until it has handlers of its own, a signal to it must wait
         except OSError as error:
-            complain("a worker can't be started yet: %s" % error.strerror)
+            self._tell("a worker can't be started yet: %s" % error.strerror)
             self.openings.append(time.monotonic() + LONGEST_DELAY)
             return
         finally:
@@ -3298,6 +3386,11 @@ class Pool:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.workers[process] = time.monotonic()
         self.bell.watch(process.sentinel)
+
+    def _tell(self, text: str) -> None:
+        if self.look:
+            self.look.clear()
+        complain(text)
 
     def _patience(self) -> float | None:
         times = self.openings + ([self.next_look] if self.look else [])
@@ -3309,9 +3402,7 @@ class Pool:
             return
         self.told = min(self.stops, 2)
         self.openings = []
-        if self.look:
-            self.look.clear()
-        complain("ending the running jobs now" if self.told == 2 else
+        self._tell("ending the running jobs now" if self.told == 2 else
                  "stopping: running jobs finish first; once more to end them now")
         for process in self.workers:
             system.dismiss(process.pid, self.told == 2)
@@ -3336,7 +3427,7 @@ class Pool:
     def _delay(self, code: int, age: float) -> float:
         """Seconds until a worker that ended with `code` after `age` seconds is replaced."""
         if code != EXIT_DISMISSED:
-            complain("a worker died (%s); it is replaced" % (
+            self._tell("a worker died (%s); it is replaced" % (
                 "exit code %d" % code if code > 0 else signal_name(-code)))
         self.quick_deaths = self.quick_deaths + 1 if age < QUICK_DEATH else 0
         return min(LONGEST_DELAY, 0.1 * 2 ** min(self.quick_deaths - 1, 10)) if self.quick_deaths > 1 else 0.0
@@ -3535,13 +3626,16 @@ def status_lines(status: dict[str, Any], workers: Sequence[dict[str, Any]], now:
     return [fit(line, width).rstrip() if width else line for line in lines]
 
 
-def progress_text(name: str, part: Any, rate: float | None) -> str:
+def progress_text(name: str, part: Any, rate: float | None, time_left: float | None) -> str:
     """How a `run` goes, in a line: done, dead, running, waiting for a retry, rate and time left."""
     counts = [(part.dead, "dead"), (part.processing, "running"), (part.failed, "to be tried again")]
-    words = ["%s: %d of %d done" % (name, part.total - part.left - part.dead, part.total)]
+    words = ["%s: %d of %d done" % (name, part.completed, part.total)]
     words += ["%d %s" % pair for pair in counts if pair[0]]
-    if rate:
-        words += ["%.1f/s" % rate, "%s left" % show_duration(part.left / rate)]
+    words += ["%.1f/s" % rate] if rate else []
+    if part.paused:
+        words.append("paused: `queuectl queue resume` lets it go on")
+    elif time_left is not None:
+        words.append("%s left" % show_duration(time_left))
     return ", ".join(words)
 
 
@@ -3559,6 +3653,8 @@ def summary_lines(name: str, part: Any, seconds: float, died: Sequence[dict[str,
     if died:
         lines.append("`queuectl logs %s` shows what one printed; `queuectl dlq retry ID` and then "
                      "`queuectl run --resume` try again." % clean(died[0]["id"]))
+    elif part.completed:
+        lines.append("`queuectl list --queue %s` names the jobs, `queuectl logs ID` shows what one printed." % name)
     if part.left:
         lines.append("`queuectl run --resume %s` goes on with the rest; so does `queuectl worker start`." % name)
     return lines
@@ -3677,11 +3773,14 @@ def await_jobs(store: Store, ranges: Sequence[tuple[int, int]], start: int, pati
             time.sleep(0.02)
         if time.monotonic() >= deadline:
             raise TimedOut("not all jobs have ended after %s; they stay in the queue" % show_duration(patience))
+    gone = [last for first, last in ranges if last == first + 1 and store.find_by_seq(last) is None]
+    if gone:
+        complain("%s deleted while waited for" % count_of(len(gone), "job"))
     died = [job for pair in ranges for job in store.died(*pair, start)]
     for job in died[:5]:
         complain("%s is dead: %s; `queuectl logs %s` shows what it printed"
                  % (clean(job["id"]), clean(job["last_error"] or "cancelled"), clean(job["id"])))
-    return EXIT_FAILED if died else EXIT_OK
+    return EXIT_FAILED if died or gone else EXIT_OK
 
 
 # enqueue
@@ -3797,7 +3896,7 @@ def drafts_of(lines: Iterable[tuple[int, Any]], read: Callable[[Any], dict[str, 
     folders: dict[str | None, str] = {}
     for number, line in lines:
         try:
-            yield finish_draft(read(line), folders)
+            yield dict(finish_draft(read(line), folders), line=number)
         except UsageError as error:
             raise UsageError("line %d: %s" % (number, error)) from None
 
@@ -4076,42 +4175,60 @@ class Rate:
         return max(0, number - before) / (now - then) if now - then >= 0.2 else None
 
 
-Part = namedtuple("Part", "total left completed dead failed processing")
+Part = namedtuple("Part", "total left completed dead failed processing paused")
 
 
 class Batch:
-    """The jobs of one `run`: those of its queue after seq `first`; how many, and what has become of them.
+    """The jobs of one `run`: those of its queue from seq `first` to `last`, and what has become of them.
 
     Called by the pool now and then, it tells on stderr: on a terminal in a line that is redrawn,
     else in a line every ten seconds.
     """
 
-    def __init__(self, store: Store, name: str, first: int, start: int, quiet: bool) -> None:
-        """`store` tells how things stand before the run; jobs that died before `start` (milliseconds) don't count."""
-        self.db, self.name, self.first, self.start, self.quiet = store.path, name, first, start, quiet
-        self.began, self.rate = time.monotonic(), Rate()
-        self.before = store.queue(name)
-        self.total = sum(self.before[state] for state in UNFINISHED)
+    def __init__(self, store: Store, name: str, first: int, last: int, start: int, quiet: bool) -> None:
+        """Jobs that had ended before `start` (milliseconds) don't count."""
+        self.db, self.name, self.first, self.last, self.start, self.quiet = store.path, name, first, last, start, quiet
+        self.before = store.states_between(name, first, last) if start else {}
+        self.queue = store.queue(name)
+        self.total = sum(self.before[state] for state in UNFINISHED) if start else last - first + 1
+        self.began, self.rate, self.last_end = time.monotonic(), Rate(), (0, 0.0)
         self.terminal = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self.next = self.began + (0.0 if self.terminal else 10.0)
 
-    def part(self, store: Store) -> Part:
+    def outcome(self, store: Store) -> Part:
+        """What has become of its jobs, counted one by one."""
+        now = store.states_between(self.name, self.first, self.last)
+        completed, dead = (now[state] - self.before.get(state, 0) for state in ENDED)
+        return Part(self.total, sum(now[state] for state in UNFINISHED), completed, dead, now[FAILED],
+                    now[PROCESSING], store.queue(self.name)["paused"])
+
+    def progress(self) -> Part:
+        """About the same, by its queue's counts, which cost nothing. The database is open meanwhile only."""
+        store = Store(self.db)
         now = store.queue(self.name)
-        return Part(self.total, sum(now[state] for state in UNFINISHED), now[COMPLETED] - self.before[COMPLETED],
-                    now[DEAD] - self.before[DEAD], now[FAILED], now[PROCESSING])
+        store.close()
+        left, dead = sum(now[state] for state in UNFINISHED), max(0, now[DEAD] - self.queue[DEAD])
+        return Part(max(self.total, left), left, max(0, self.total - left - dead), dead, now[FAILED],
+                    now[PROCESSING], now["paused"])
 
     def __call__(self) -> float:
-        """Tell how it goes; the seconds until that is due again. The database is open meanwhile only."""
+        """Tell how it goes; the seconds until that is due again."""
         if time.monotonic() >= self.next and not self.quiet:
             self.next = time.monotonic() + (0.0 if self.terminal else 10.0)
             try:
-                store = Store(self.db)
-                part = self.part(store)
-                store.close()
+                part = self.progress()
             except QueueError:  # it can't be read now: what is wrong, the workers say
                 return 1.0
-            self.tell(progress_text(self.name, part, self.rate(part.completed + part.dead)))
+            ended = part.completed + part.dead
+            self.tell(progress_text(self.name, part, self.rate(ended), self.time_left(ended, part.left)))
         return 0.3 if self.terminal else 1.0
+
+    def time_left(self, ended: int, left: int) -> float | None:
+        """Seconds that it will take at the pace up to the last end of a job; None while there were too few."""
+        now = time.monotonic() - self.began
+        if ended != self.last_end[0]:
+            self.last_end = ended, now
+        return max(0.0, self.last_end[1] / ended * left - (now - self.last_end[1])) if ended > 2 else None
 
     def clear(self) -> None:
         """Take the line away, for others are to follow."""
@@ -4123,14 +4240,12 @@ class Batch:
             complain(text)
             return
         try:
-            width = os.get_terminal_size(2).columns
-            sys.stderr.write("\r%s\033[K" % fit(text, max(0, width - 1)).rstrip())
+            width = os.get_terminal_size(2).columns or 80
+            sys.stderr.write("\r%s\033[K" % fit(text, width - 1).rstrip())
             sys.stderr.flush()
-        except OSError:
+        except OSError:  # it is gone
+            self.terminal, self.quiet = False, True
             mute(2)
-
-
-RUN_QUEUES = "run-"  # what their names begin with
 
 
 def new_run_queue(store: Store) -> str:
@@ -4139,7 +4254,8 @@ def new_run_queue(store: Store) -> str:
     Names are used again so that queues stay few: every claim looks into each.
     """
     taken = {name for pool in store.pools() if pool["alive"] for name in (pool["queues"] or "").split(",")}
-    taken |= {queue["name"] for queue in store.queues() if any(queue[state] for state in UNFINISHED)}
+    taken |= {queue["name"] for queue in store.queues()
+              if queue["paused"] or any(queue[state] for state in UNFINISHED)}
     number = 1
     while RUN_QUEUES + str(number) in taken:
         number += 1
@@ -4179,6 +4295,20 @@ def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]
         yield number + 1, rest
 
 
+def check_template(template: str) -> str:
+    """A command for --each, or UsageError: {} within quotes would be taken out of them by its own."""
+    quote, escaped = "", False
+    for at, c in enumerate(template):
+        if quote and not escaped and template.startswith("{}", at):
+            raise UsageError("{} is quoted already; write no quotes around it: %s" % clean(shorten(template, 60)))
+        if c in "'\"" and not escaped and quote in ("", c):
+            quote = "" if quote else c
+        escaped = c == "\\" and not escaped and quote != "'"
+    if not template.strip():
+        raise UsageError("--each needs a command")
+    return template
+
+
 def fill(template: str, given: bytes | str) -> str:
     """The command for one input of --each: {} stands for it, safely quoted; without one it is put at the end."""
     try:
@@ -4195,6 +4325,8 @@ def run_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
     def each(given: Any) -> dict[str, Any]:
         return draft_of({"command": fill(args.each, given), **options}, now, longest)
 
+    if args.each is not None:
+        check_template(args.each)
     if args.each is not None and args.words:
         yield from drafts_of(enumerate(args.words, 1), each)
     elif args.each is not None:
@@ -4206,8 +4338,8 @@ def run_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
         yield from job_source(args, now)
 
 
-def _new_batch(args: Any, store: Store) -> Batch:
-    """Add the jobs of a run to a queue of their own."""
+def _new_batch(args: Any, store: Store, most: int) -> Batch:
+    """Add the jobs of a run to a queue of their own, whose limit holds for other pools too: they may take some."""
     if not args.words and args.file is None:
         args.file = "-"
     now, settings = now_millis(), store.settings()
@@ -4221,34 +4353,40 @@ def _new_batch(args: Any, store: Store) -> Batch:
     store.expect_bulk()
     with store.transaction():
         name = new_run_queue(store)
-        batch = Batch(store, name, store.last_seq(), 0, args.quiet)
         own = (dict(draft, queue=name) for draft in drafts)
+        store.set_concurrency(name, most)
         first, last, _ = store.add(own, settings, now=now, skip_existing=args.if_exists == "skip", **caller)
-        batch.total = last - first
-    return batch
+    return Batch(store, name, first + 1, last, 0, args.quiet)
 
 
-def _old_batch(args: Any, store: Store) -> Batch:
+def _old_batch(args: Any, store: Store, most: int) -> Batch:
+    """What is left of an interrupted run."""
     name = _resumed(store, args.words)
-    return Batch(store, name, store.first_in(name) - 1, now_millis(), args.quiet)
+    if name:
+        with store.transaction():
+            store.set_concurrency(name, most)
+    return Batch(store, name, store.first_in(name), store.last_seq(), now_millis(), args.quiet)
 
 
 def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
     """Tell what has become of a run, and what to do next; its exit code."""
-    part = batch.part(store)
+    part = batch.outcome(store)
     seconds = time.monotonic() - batch.began
-    died = store.died_in(batch.name, batch.first, batch.start)
-    lost = part.total - part.left - part.completed - part.dead
-    if args.json:
-        out_json({"queue": batch.name, "jobs": part.total, "completed": part.completed, "dead": part.dead,
-                  "left": part.left, "seconds": round(seconds, 3), "died": died})
-    elif not args.quiet or part.completed < part.total:
-        for line in summary_lines(batch.name, part, seconds, died):
-            emit(line)
+    died = store.died_in(batch.name, batch.first, batch.last, batch.start)
+    try:
+        if args.json:
+            out_json({"queue": batch.name or None, "jobs": part.total, "completed": part.completed, "dead": part.dead,
+                      "left": part.left, "seconds": round(seconds, 3), "died": died})
+        elif not args.quiet or part.completed != part.total:
+            for line in summary_lines(batch.name, part, seconds, died):
+                emit(line)
+        sys.stdout.flush()
+    except OSError:
+        complain("%d of %d jobs are completed all the same" % (part.completed, part.total))
+        raise
     if interrupted and part.left:
         return EXIT_INTERRUPTED
-    kept = store.settings()["keep_completed"] is None
-    return EXIT_FAILED if part.left or part.dead or (lost > 0 and kept) else EXIT_OK
+    return EXIT_OK if part.completed == part.total else EXIT_FAILED
 
 
 @subcommand(
@@ -4276,20 +4414,17 @@ def cmd_run(args: Any) -> int:
         raise UsageError("say what to run; see `queuectl run --help`")
     store = open_store(args)
     refuse_untrusted(args.db)
-    batch = _old_batch(args, store) if args.resume else _new_batch(args, store)
+    batch = (_old_batch if args.resume else _new_batch)(args, store, most)
     if not batch.total:
         complain("there is nothing to %s" % ("resume" if args.resume else "run"))
-        return EXIT_OK
-    count = min(most, batch.total)
-    with store.transaction():
-        store.set_concurrency(batch.name, count)  # holds for other pools too, which may take some of its jobs
+        return _tell_run(args, store, batch, False) if args.json else EXIT_OK
     ring_all(args.db)
     store.close()
-    pool = Pool(args.db, new_pool_name(), count, [batch.name], look=batch)
+    pool = Pool(args.db, new_pool_name(), min(most, batch.total), [batch.name], look=batch)
     code = pool.run()
     batch.clear()
     store = open_store(args)
-    if not batch.part(store).left:
+    if not any(store.queue(batch.name)[state] for state in UNFINISHED):
         with store.transaction():
             store.set_concurrency(batch.name, None)
     return max(_tell_run(args, store, batch, pool.stops > 0), code)
@@ -4311,7 +4446,9 @@ def show_frames(args: Any, frame: Callable[[], list[str]]) -> int:
     clear = "\033[2J"
     while True:
         lines = ["%s, every second until Ctrl-C" % show_time(now_millis())[:-5], *frame()]
-        if terminal_width():
+        width = terminal_width()
+        if width:
+            lines[:2] = [fit(line, width).rstrip() for line in lines[:2]]
             rows = os.get_terminal_size(sys.stdout.fileno()).lines
             emit(clear + "\033[H" + "".join(line + "\033[K\n" for line in lines[:rows - 2]) + "\033[J")
             clear = ""
@@ -4673,8 +4810,9 @@ def why_not_waiting(store: Store, job: dict[str, Any], now: int) -> str:
     if job["state"] == COMPLETED:
         return "it ended well %s ago; `queuectl retry %s` runs it once more" % (since(job["finished_at"], now), name)
     died = "it died %s ago: %s; " % (since(job["updated_at"], now), clean(job["last_error"] or "cancelled"))
-    for other in store.awaited_by(job["seq"]):
-        return died + "`queuectl dlq retry %s --with-dependents` tries both again" % clean(other["id"])
+    causes = store.dead_causes(job["seq"])
+    if causes:
+        return died + "`queuectl dlq retry %s --with-dependents` tries all again" % clean(" ".join(causes.values()))
     return died + "`queuectl logs %s` shows what it printed, `queuectl dlq retry %s` tries it again" % (name, name)
 
 
@@ -4694,7 +4832,8 @@ def cmd_why(args: Any) -> int:
     for reason in reasons:
         emit("  " + reason)
     if job["state"] == FAILED:
-        emit("  attempt %d of %d failed: %s" % (job["attempts"], max(1, job["max_retries"]), clean(job["last_error"])))
+        emit("  its last run: %s (%d of %d attempts used)" % (
+            clean(job["last_error"]), job["attempts"], max(1, job["max_retries"])))
     if when and expected:
         emit("It is expected to start %s." % (
             "in %s, at %s" % (show_duration((expected - now) / 1000), when) if expected > now else "at once"))
@@ -4793,14 +4932,15 @@ def _retry(args: Any, states: Sequence[str], advice: str) -> int:
         dependents = {seq for job in jobs for seq in store.dead_dependents(job["seq"])} - seqs
         if args.with_dependents:
             jobs += [job for job in map(store.find_by_seq, sorted(dependents)) if job]
+            seqs |= dependents
             dependents = set()
         for job in jobs:
-            _retry_one(store, job)
+            causes = store.dead_causes(job["seq"])
+            if any(other["state"] == DEAD and other["seq"] not in seqs for other in store.awaited_by(job["seq"])):
+                raise QueueError("%s is to run after dead jobs; `queuectl dlq retry %s --with-dependents` does all" % (
+                    clean(job["id"]), clean(" ".join(causes.values()))))
         for job in jobs:
-            for awaited in store.awaited_by(job["seq"]):
-                if awaited["state"] == DEAD:
-                    raise QueueError("%s runs after %s, which is dead; retry that --with-dependents"
-                                     % (clean(job["id"]), clean(awaited["id"])))
+            _retry_one(store, job)
     ring_all(args.db)
     for job in jobs:
         emit("Queued again: %s" % clean(job["id"]))
@@ -4920,7 +5060,7 @@ def _purge(args: Any, states: Iterable[str]) -> int:
     before = NEVER if args.older_than is None else now_millis() - to_millis(
         checked("delay", args.older_than, "--older-than"))
     store = open_store(args)
-    count = sum(store.purge(state, before) for state in states)
+    count = sum(store.purge(state, before) for state in sorted(states, key=STATES.index))  # what waits goes first
     with store.transaction():
         store.forget_environments()
     try:
@@ -4992,6 +5132,7 @@ WantedBy={target}"""
             option("--queue", metavar="NAME", action="append", default=[], help="serve this queue only; repeatable"),
             option("--system", action="store_true", help="for the whole system, to be installed by root"),
             examples="""
+mkdir -p ~/.config/systemd/user
 queuectl service --count 4 > ~/.config/systemd/user/queuectl.service
 queuectl service --count 4 --system > queuectl.service
 """)
@@ -5001,9 +5142,8 @@ def cmd_service(args: Any) -> int:
     for name in args.queue:
         words += ["--queue", check_name("--queue", name)]
     if args.system:
-        import getpass
         install = "sudo cp queuectl.service /etc/systemd/system/ && sudo systemctl enable --now queuectl"
-        user, target = "User=%s\n" % getpass.getuser(), "multi-user.target"
+        user, target = "User=%d\n" % os.geteuid() if hasattr(os, "geteuid") else "", "multi-user.target"
     else:
         install = "systemctl --user enable --now queuectl && loginctl enable-linger"
         user, target = "", "default.target"
@@ -5020,20 +5160,20 @@ _queuectl() {
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
         case ${COMP_WORDS[i]} in
-            --db) db=(--db "${COMP_WORDS[++i]}") ;;
+            --db) [[ ${COMP_WORDS[i + 1]} != = ]] || ((i++)); db=(--db "${COMP_WORDS[++i]}") ;;
             -*) ;;
-            *) name="$name${name:+ }${COMP_WORDS[i]}"; case $name in %(groups)s) ;; *) break ;; esac ;;
+            *) case $name in '' | %(groups)s) name="$name${name:+ }${COMP_WORDS[i]}" ;; esac ;;
         esac
     done
-    case $prev in
+    case "$name $prev" in
 %(values)s
-        --db | --file | --cwd) COMPREPLY=($(compgen -f -- "$cur")); return ;;
+        *" --db" | *" --file" | *" --cwd" | *" =") return ;;  # bash itself completes file names
     esac
     case $name in
 %(words)s
     esac
     case "$name $prev" in
-        *" --after" | *" --db") ;;
+        *" --after") ;;
         *) case $name in %(with_ids)s) ;; *) COMPREPLY=($(compgen -W "$words" -- "$cur")); return ;; esac ;;
     esac
     [[ $cur == -* ]] || words="$words $(queuectl "${db[@]}" completion --ids 2>/dev/null)"
@@ -5053,7 +5193,8 @@ def completion_script() -> str:
     words.update((name, [*(flag for flag, _ in given), "--db", "--help"]) for name, given in flags.items())
     for name in ("config get", "config set", "config unset"):
         words[name] += SETTINGS
-    values = {flag: details["choices"] for given in flags.values() for flag, details in given if "choices" in details}
+    values = {'"%s %s"' % (name, flag): details["choices"]
+              for name, given in flags.items() for flag, details in given if "choices" in details}
     with_ids = [entry.name for entry in COMMANDS.values() if any(names[0][:2] == "id" for names, _ in entry.options)]
 
     def case(label: str, text: str) -> str:
@@ -5073,9 +5214,10 @@ def cmd_completion(args: Any) -> int:
     if not args.ids:
         emit(completion_script())
         return EXIT_OK
-    for job in open_store(args).newest((), None, 200):
-        if re.fullmatch(r"[\w.:@%+=-]+", job["id"], re.ASCII):  # bash would expand others
-            emit(job["id"])
+    if os.path.exists(args.db):  # a key pressed must not make one
+        for job in open_store(args).newest((), None, 200):
+            if re.fullmatch(r"[\w.%+-]+", job["id"], re.ASCII):  # bash would expand or divide others
+                emit(job["id"])
     return EXIT_OK
 
 
@@ -5106,7 +5248,8 @@ def cmd_dlq_retry(args: Any) -> int:
     ring_all(args.db)
     emit("Queued again: %s" % count_of(count, "job"))
     if left:
-        complain("%s stay dead: another job with the same key waits or runs" % count_of(left, "job"))
+        complain("still dead, for another job with the same key waits or runs, or for they wait for such a one: %s"
+                 % count_of(left, "job"))
     return EXIT_OK
 
 
@@ -5349,12 +5492,13 @@ def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str
         if length(word):
             own = rest[place:place + length(word)]
             raise UsageError("%s stands behind the command: if it is meant for queuectl, write `queuectl %s %s`, "
-                             "if for the command, `queuectl %s -- %s`" % (
+                             "if for the command, `queuectl %s %s`" % (
                                  clean(word), entry.name,
-                                 clean(join_words(own + rest[:place] + rest[place + len(own):])),
-                                 entry.name, clean(join_words(rest))))
+                                 clean(join_words(options + own + rest[:place] + rest[place + len(own):])),
+                                 entry.name, clean(" ".join(filter(None, (
+                                     join_words(options), "--", join_words(rest)))))))
     if " " in rest[0] and rest[1].startswith("-") and not rest[0].startswith("{"):
-        raise UsageError("%s is no option of queuectl %s%s; put -- before a program whose name has spaces" % (
+        raise UsageError("%s is no option of queuectl %s%s; put -- before what is not for queuectl" % (
             clean(rest[1]), entry.name, nearest(rest[1], lengths)))
     return options, rest, False
 

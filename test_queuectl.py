@@ -5136,7 +5136,7 @@ def test_a_retry_with_those_that_died_with_it(q: Queue) -> None:
     q.add("true", "--id", "b", "--after", "a")
     q.add("true", "--id", "c", "--after", "b")
     q.drain(code=1)
-    assert "runs after a, which is dead" in q.fails("dlq", "retry", "b").err
+    assert "`queuectl dlq retry a --with-dependents`" in q.fails("dlq", "retry", "b").err
     assert "--with-dependents" in q("why", "b").out
     q.touch("mended")
     said = q("dlq", "retry", "a")
@@ -5147,6 +5147,29 @@ def test_a_retry_with_those_that_died_with_it(q: Queue) -> None:
     q.drain()
     assert q.counts() == {"completed": 3}
     assert [q.show(name)["last_error"] for name in "abc"] == [None] * 3
+
+
+def test_the_advice_for_a_retry_names_all_that_it_takes(q: Queue) -> None:
+    q.load([{"id": name, "command": "false", "max_retries": 1} for name in ("a", "b")])
+    q.load([{"id": "c", "command": "true", "after": "a,b"}, {"id": "d", "command": "true", "after": "c"}])
+    q.drain(code=1)
+    for command in (["dlq", "retry", "d"], ["dlq", "retry", "a", "--with-dependents"]):
+        assert "dlq retry " in q.fails(*command).err
+    assert "`queuectl dlq retry a b --with-dependents`" in why(q, "d")
+    q("dlq", "retry", "a", "b", "--with-dependents")
+    assert q.counts() == {"pending": 4}
+    q("cancel", "d")
+    assert "dlq retry d`" in why(q, "d")
+
+
+def test_many_jobs_after_a_dead_one_are_added_quickly(q: Queue) -> None:
+    q.add("true", "--id", "root")
+    q("cancel", "root")
+    jobs = [{"id": f"j{n}", "command": "true", "after": "root"} for n in range(3000)]
+    began = time.process_time() + sum(os.times()[2:4])
+    q.load(jobs)
+    assert q.counts() == {"dead": 3001}
+    assert time.process_time() + sum(os.times()[2:4]) - began < 10  # it took 16 s when each buried all before it
 
 
 def test_all_dead_are_retried_in_their_order(q: Queue) -> None:
@@ -5185,7 +5208,7 @@ def test_what_is_waited_for_must_exist(q: Queue) -> None:
     assert "no job nope" in q.fails("enqueue", "--after", "nope", "true").err
     q.fails("enqueue", "--after", "a b", "true", code=2)
     later = '{"id":"x","command":"true","after":"y"}\n{"id":"y","command":"true"}\n'
-    assert "no job y" in q.fails("enqueue", "--file", "-", stdin=later).err
+    assert "line 1: there is no job y" in q.fails("enqueue", "--file", "-", stdin=later).err
     assert q.jobs() == []
     made = q.add("true")
     earlier = '{"id":"y","command":"true"}\n{"id":"x","command":"true","after":["y","%s"]}\necho\n' % made[:6]
@@ -5284,7 +5307,7 @@ def test_one_job_with_a_key_waits_or_runs(q: Queue) -> None:
 
 def test_a_key_in_a_file_and_thirty_at_once(q: Queue) -> None:
     twins = '{"command":"true","unique":"k"}\n' * 2
-    assert "key k" in q.fails("enqueue", "--file", "-", stdin=twins).err
+    assert "line 2: a job with the key k" in q.fails("enqueue", "--file", "-", stdin=twins).err
     q("enqueue", "--file", "-", "--if-exists", "skip", stdin=twins + "true\n")
     assert q.counts() == {"pending": 2}
     racing = [q.start("enqueue", "--unique", "race", "true") for _ in range(30)]
@@ -5297,7 +5320,7 @@ def test_a_retry_does_not_double_a_key(q: Queue) -> None:
         q.add("false", "--id", name, "--unique", "k", "--max-retries", "1")
         q.drain(code=1)
     said = q("dlq", "retry", "--all")
-    assert said.out == "Queued again: 1 job\n" and "1 job stay" in said.err
+    assert said.out == "Queued again: 1 job\n" and "same key" in said.err
     assert "its key k" in q.fails("retry", "b").err
     assert q.states() == {"a": "pending", "b": "dead"}
     q("doctor")
@@ -5393,7 +5416,7 @@ def test_why_tells_what_it_waits_behind_and_how_long(q: Queue) -> None:
     q.wait_file("started")
     assert "runs as many jobs as it may at once (1): runs" in why(q, "waits")
     assert "it runs now" in why(q, "runs") and "--follow runs" in why(q, "runs") and "at most 59m" in why(q, "runs")
-    assert "its next try is due in 59m" in why(q, "fails") and "attempt 1 of 3 failed: exit code 9" in why(q, "fails")
+    assert "its next try is due in 59m" in why(q, "fails") and "its last run: exit code 9 (1 of 3" in why(q, "fails")
     q.add("true", "--id", "first", "--priority", "2")
     q.add("true", "--id", "last", "--priority", "99")
     said = q.look("why", "last")
@@ -5468,44 +5491,76 @@ def test_an_edit_wakes_the_workers(q: Queue) -> None:
 
 def test_ended_jobs_are_forgotten_after_their_time(q: Queue) -> None:
     q.load([{"command": "true"} for _ in range(30)])
-    q.add("false", "--id", "dead", "--max-retries", "1")
+    q.load([{"command": "false", "max_retries": 1}, {"id": "later", "command": "true", "delay": "1h"}])
     q.drain(code=1)
     pools = [q.pool(), q.pool()]
-    time.sleep(0.2)
-    assert q.counts() == {"completed": 30, "dead": 1}  # off by default
-    q.set("keep_completed", "100ms")
-    wait_for(lambda: q.counts() == {"dead": 1})
-    q.add("sleep 300", "--id", "runs")
-    q.add("true", "--id", "later", "--delay", "1h")
-    q.set("keep_dead", "0")
-    q("worker", "stop", "--now")
-    q.pool()
-    wait_for(lambda: not q.counts().get("dead"))
+    q.set("keep_completed", "0")  # which means a few seconds, for somebody may be waiting for the end of a job
+    q("wait", q.jobs("--state", "completed")[0]["id"])
+    lock = q.db.parent / "queue.db.d" / "sweep.lock"
+
+    def swept(**counts: int) -> bool:
+        if lock.exists():
+            os.utime(lock, (1, 1))  # the last round was long ago
+        return q.counts() == counts
+
+    wait_for(lambda: swept(dead=1, pending=1), 30)
+    q.set("keep_dead", "1s")
+    q.add(HANG, "--id", "runs")
+    wait_for(lambda: swept(processing=1, pending=1), 30)
     assert {job["id"] for job in q.jobs()} == {"runs", "later"}
     q("worker", "stop", "--now")
     assert all(pool.wait() in (0, 130) for pool in pools)
     q("doctor")
 
 
-def test_one_worker_forgets_some_at_a_time_and_then_rests(store: Any) -> None:
-    for name in "abcde":
-        put(store, id=name)
-    for _ in "abcde":
+def ended(store: Any, *names: str) -> None:
+    for name in names:
+        put(store, id=name, queue="x" if name == "x" else "default")
+    for _ in names:
         end(store, take(store), "completed", NOW)
+
+
+def test_some_jobs_at_a_time_are_forgotten(store: Any) -> None:
+    ended(store, "a", "b", "x", "d", "e")
     put(store, id="waits")
     with store.transaction():
-        assert store.forget_some("completed", NOW - 1, 0, 2) == (2, 0)
-        assert store.forget_some("completed", NOW, 2, 2) == (4, 2)
-        assert store.forget_some("completed", NOW, 4, 2) == (0, 1)
-    assert [job["id"] for job in store.jobs([], None)] == ["a", "b", "waits"]
+        assert store.forget_some("completed", NOW - 1, 0, 2, ()) == (2, 0)
+        assert store.forget_some("completed", NOW, 2, 2, {"x"}) == (4, 1)
+        assert store.forget_some("completed", NOW, 4, 2, ()) == (0, 1)
+    assert [job["id"] for job in store.jobs([], None)] == ["a", "b", "x", "waits"]
+
+
+def test_one_worker_at_a_time_sweeps_and_all_rest_after_a_round(store: Any) -> None:
+    ended(store, "a", "b")
     os.makedirs(queuectl.folder_path(store.path))
     first, second = queuectl.Sweeper(store), queuectl.Sweeper(store)
+    first.sweep(dict(queuectl.SETTINGS))
+    assert store.counts()["completed"] == 2  # off by default
     keep = dict(queuectl.SETTINGS, keep_completed=0)
+    lock = os.path.join(queuectl.folder_path(store.path), "sweep.lock")
+    fd = queuectl.open_private(lock, os.O_RDWR)
+    assert queuectl.system.try_lock(fd)
     first.sweep(keep)
-    assert first.lock >= 0 and store.counts()["completed"] == 0
+    assert store.counts()["completed"] == 2
+    os.close(fd)
     second.sweep(keep)
-    assert second.lock < 0
-    assert first.next > time.monotonic() + 50 > second.next
+    assert store.counts()["completed"] == 0
+    ended(store, "c")
+    first.next = second.next = 0
+    first.sweep(keep)
+    second.sweep(keep)
+    assert store.counts()["completed"] == 1  # the round has just ended
+    os.utime(lock, (1, 1))
+    first.next = 0
+    first.sweep(keep)
+    assert store.counts()["completed"] == 0
+
+
+def test_a_run_sums_up_what_would_be_forgotten_meanwhile(q: Queue) -> None:
+    q.set("keep_dead", "0")
+    q.set("keep_completed", "0")
+    run = q.start("run", "--max-retries", "1", "--workers", "2", "exit 3", "sleep 8")
+    assert run.wait(40) == 1 and "1 of 2 completed, 1 dead" in run.out
 
 
 # on_dead
@@ -5545,13 +5600,39 @@ def test_a_hooks_failure_is_logged_and_not_the_jobs(q: Queue, hook: str) -> None
     assert q.show("a")["last_error"] == "exit code 4"
 
 
-def test_a_hook_that_hangs_holds_up_nobody(q: Queue) -> None:
+def test_a_hook_that_hangs_does_not_hold_up_other_jobs(q: Queue) -> None:
     q.set("on_dead", f"touch {q.work}/hook; exec sleep 300")
     q.load([{"command": "false", "max_retries": 1}, {"id": "b", "command": "true"}])
-    assert q.start("worker", "start", "--drain").wait() == 1
-    assert q.state("b") == "completed"
+    pool = q.pool()
     q.wait_file("hook")
+    q.wait_state("b", "completed")
+    q("worker", "stop", "--now")
+    pool.wait()
     q.may_leave = True
+
+
+@linux
+def test_hooks_run_one_after_the_other_and_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queuectl, "HOOK_TIME", 1.5)
+    said: list[str] = []
+    alarm = queuectl.Alarm(str(tmp_path / "queue.db"), time.sleep, said.append)
+    job = queuectl.Job(*range(1, 15))._replace(id="a", command="x", queue="q")
+    ended = queuectl.Ended(job, "failed", 1, "bad\0\033[1m", NOW, 0.1, b"", b"", "w")
+    out = tmp_path / "out"
+    alarm.sound(ended, f"sleep 0.3; printf '%s\\n' \"$QUEUECTL_ERROR\" >>{out}")
+    alarm.sound(ended, f"cat {out} >{out}2; echo $$ >{out}3; sleep 300; echo late >>{out}")
+    alarm.finish()
+    assert out.read_text() == (tmp_path / "out2").read_text() == "bad\\x00\\x1b[1m\n"
+    assert "took more than 1.50s" in said[0]
+    pid = (tmp_path / "out3").read_text().strip()
+    wait_for(lambda: (read_proc(pid, "stat").rpartition(b")")[2].split() or [b"X"])[0] in b"ZX")
+
+
+def test_a_worker_that_leaves_lets_its_hook_end(q: Queue) -> None:
+    q.set("on_dead", f"sleep 0.5; touch {q.work}/hook")
+    q.add("false", "--max-retries", "1")
+    q.drain(code=1)
+    assert (q.work / "hook").exists()
 
 
 # The caller's whole environment
@@ -5661,6 +5742,7 @@ def test_run_works_on_commands_and_sums_up(q: Queue) -> None:
         (["--each", "printf '%s.'"], "put at the end\n", "put at the end."),
         (["--each", "echo {} {}", "as argument"], "", "as argument as argument\n"),
         (["-0", "--each", "printf %s {}"], "two\nlines\0", "two\nlines"),
+        (["--each", """printf %s "it's" 'a"b' \\"{}"""], "x", 'it\'sa"b"x'),
     ],
 )
 def test_what_run_is_given(q: Queue, words: list[str], stdin: str, printed: str) -> None:
@@ -5681,7 +5763,9 @@ def test_run_takes_the_options_of_a_job(q: Queue) -> None:
     [
         ["--workers", "0", "true"], ["--workers", "many", "true"], ["--file", "x", "true"], ["-0", "true"],
         ["--resume", "--file", "-"], ["--each", "true", "--resume"], ["--file", "/no/such/file"], [""],
-        ["echo a", "--workers", "2", "echo b"], ["--each", "{}{}", "x" * 100_000],
+        ["echo a", "--workers", "2", "echo b"], ["--each", "echo '{}'", "a"], ["--each", 'x "y {}"', "a"],
+        ["--each", " "],
+        ["--each", "{}{}", "x" * 100_000],
     ],
 )  # fmt: skip
 def test_run_refuses_what_makes_no_sense(q: Queue, words: list[str]) -> None:
@@ -5709,6 +5793,44 @@ def test_run_says_in_json_and_quietly_what_came_of_it(q: Queue) -> None:
     said = q("run", "--quiet", "true")
     assert (said.out, said.err) == ("", "")
     assert q("run", "--quiet", "--max-retries", "1", "false", code=1).out.startswith("run-1: 0 of 1 completed, 1 dead")
+
+
+def test_a_run_counts_its_own_jobs_alone(q: Queue) -> None:
+    q("run", "--max-retries", "1", "--each", "test {} != 3 || [ -e mended ]", *"123", code=1)
+    old = q.jobs("--state", "dead")[0]["id"]
+    q.touch("mended")
+    run = q.start("run", GATE, "true x")
+    q.wait_file("started")
+    q("purge")
+    q("dlq", "retry", old)
+    q.wait_state(old, "completed")
+    q.touch("go")
+    assert run.wait() == 0 and run.out.startswith("run-1: 2 of 2 completed in ")
+    assert json.loads(q("run", "--json", stdin="").out)["jobs"] == 0
+
+
+def test_a_run_says_that_it_is_paused(q: Queue) -> None:
+    q("queue", "pause", "run-1")
+    run = q.terminal("run", "--workers", "2", "sleep 1", "sleep 1")
+    wait_for(lambda: "run-2: 0 of 2 done, 2 running" in run.out)  # it has taken another name
+    q("queue", "pause")
+    wait_for(lambda: "paused" in run.out)
+    q("queue", "resume")
+    assert run.wait() == 0
+
+
+def test_a_run_whose_terminal_is_gone_ends_well(q: Queue) -> None:
+    run = q.terminal("run", "--workers", "1", GATE, "true x")
+    q.wait_file("started")
+    run.hang_up()
+    time.sleep(1)
+    descriptors = len(os.listdir(f"/proc/{run.process.pid}/fd")) if LINUX else 0
+    assert descriptors < 20
+    q.touch("go")
+    run.wait()
+    wait_for(lambda: q.workers() == 0)
+    assert q.counts() == {"completed": 1, "pending": 1}
+    q("run", "--resume")
 
 
 def test_run_has_as_many_workers_as_it_is_told_whoever_helps(q: Queue) -> None:
@@ -5773,7 +5895,7 @@ def test_several_interrupted_runs_are_told_apart(q: Queue) -> None:
 def test_a_run_shows_its_progress_on_a_terminal(q: Queue) -> None:
     out = q.at_terminal("run", "--workers", "1", "sleep 0.8", "sleep 0.3")
     assert "\rrun-1: 0 of 2 done, 1 running\033[K" in out and "\rrun-1: 1 of 2 done, 1 running" in out
-    assert re.search(r"\r\033\[Krun-1: 2 of 2 completed in [^\n]*\n$", out)
+    assert re.search(r"\r\033\[Krun-1: 2 of 2 completed in [^\n]*\n`queuectl list --queue run-1`", out)
 
 
 def test_a_job_deleted_during_a_run_is_not_completed(q: Queue) -> None:
@@ -5824,8 +5946,11 @@ COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _queuectl; printf
         ("queuectl wor", "worker", "wait"),
         ("queuectl worker st", "start stop", "list"),
         ("queuectl worker start --d", "--detach --drain --db", "--count"),
-        ("queuectl --db x.db list --st", "--state", "--json"),
-        ("queuectl list --state de", "dead", "pending"),
+        ("queuectl --db x/x.db list --st", "--state", "--json"),
+        ("queuectl --db x/x.db show ''", "--env", "job-one"),
+        ("queuectl show --db = x/x.db --e", "--env", "job-one"),
+        ("queuectl enqueue --file ''", "", "--id"),
+        ("queuectl list --state p", "pending processing", "dead"),
         ("queuectl enqueue --if-exists ''", "fail skip", "--id"),
         ("queuectl config set keep", "keep_completed keep_dead", "priority"),
         ("queuectl show ''", "job-one job-two", "$(touch"),
@@ -5838,4 +5963,4 @@ def test_bash_completes(q: Queue, words: str, wanted: str, unwanted: str) -> Non
     q.load([{"id": name, "command": "true"} for name in ("job-one", "job-two", "$(touch${IFS}pwned)", "`touch`")])
     said = q.bash(COMPLETE.format(words=words)).out.split()
     assert set(wanted.split()) <= set(said) and unwanted not in said
-    assert not (q.work / "pwned").exists()
+    assert not (q.work / "pwned").exists() and not (q.work / "x").exists()
