@@ -94,7 +94,7 @@ GIVEN_FIELDS = ("id", "command", "queue", "priority", "run_at", "timeout_seconds
                 "max_retries", "backoff_base", "cwd", "env", "after", "unique", *POLICY_FIELDS)
 ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at"}
 
-RUN_QUEUES = "run-"  # what the names of the queues begin with that `run` makes
+RUN_QUEUE = "run-%s"  # the queues that `run` makes: run-1, run-2, …
 
 # The environment variables a job is given; nobody else may set them.
 JOB_VARIABLES = ("QUEUECTL_JOB_ID", "QUEUECTL_ATTEMPT", "QUEUECTL_MAX_RETRIES",
@@ -370,7 +370,7 @@ def settle(ending: str, attempts: int, max_retries: int, final: bool = False) ->
 
 def policy_of(job: Any) -> dict[str, Any]:
     """Those of the POLICY_FIELDS that were given for a job."""
-    return json.loads(job.policy) if job.policy else {}
+    return json.loads(job.policy or "{}")  # type: ignore[no-any-return]
 
 
 def last_line(output: bytes, width: int = 300) -> str:
@@ -1141,22 +1141,13 @@ class Windows:
     def _nothing(self, *values: Any) -> None:
         """What needs no doing here: workers poll the stop flag of their pool, for one."""
 
-    prepare_parent = reap_strangers = dismiss = _nothing
-
-    def punch(self, fd: int, start: int, end: int) -> bool:
-        return False
+    prepare_parent = reap_strangers = dismiss = punch = is_stopped = distrust = _nothing
 
     def say(self, text: str) -> None:
         try:
             os.write(1, text.encode("utf-8", "replace"))
         except OSError:
             pass
-
-    def is_stopped(self, pid: int) -> bool:
-        return False
-
-    def distrust(self, path: str) -> str:
-        return ""
 
     def network_file_system(self, folder: str) -> str:
         return "a network share" if os.path.realpath(folder).startswith("\\\\") else ""
@@ -1187,7 +1178,7 @@ make_bell: type[Bell] = PollingBell if WINDOWS else Bell
 NATIVE_JOB_VARIABLES = tuple(system.native(name) for name in JOB_VARIABLES)
 
 
-def start_hook(command: str, variables: dict[str, str]) -> Any:
+def start_hook(command: str, variables: dict[str, str], cwd: str) -> Any:
     """Start a shell command beside the jobs, as a Popen; its output goes to stderr, where the shell says if it failed.
 
     Raises OSError or ValueError if it can't be started.
@@ -1195,7 +1186,7 @@ def start_hook(command: str, variables: dict[str, str]) -> Any:
     import subprocess
     env = {name: value for name, value in system.environment().items() if name not in NATIVE_JOB_VARIABLES}
     env.update((system.native(name), system.native(value)) for name, value in variables.items())
-    return subprocess.Popen(system.hook(command), env=env, stdin=subprocess.DEVNULL, stdout=2,
+    return subprocess.Popen(system.hook(command), env=env, stdin=subprocess.DEVNULL, stdout=2, cwd=cwd,
                             start_new_session=not WINDOWS)
 
 
@@ -1436,18 +1427,21 @@ MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit o
         "ALTER TABLE jobs ADD COLUMN policy TEXT",
         "ALTER TABLE jobs ADD COLUMN deferrals INTEGER NOT NULL DEFAULT 0",
         """CREATE UNIQUE INDEX jobs_unique ON jobs (unique_key)
-            WHERE unique_key IS NOT NULL AND state IN ('pending', 'processing', 'failed')""",
+            WHERE unique_key IS NOT NULL AND state <> 'completed' AND state <> 'dead'""",
         """CREATE TABLE waits (
             awaited INTEGER NOT NULL, job INTEGER NOT NULL, PRIMARY KEY (awaited, job)) WITHOUT ROWID""",
         "CREATE INDEX waits_job ON waits (job)",
-        """CREATE TRIGGER jobs_forgotten AFTER DELETE ON jobs BEGIN
-            DELETE FROM waits WHERE awaited = old.seq; DELETE FROM waits WHERE job = old.seq; END""",
         """CREATE TABLE new_contexts (
             id INTEGER PRIMARY KEY AUTOINCREMENT, cwd TEXT NOT NULL, path TEXT NOT NULL, umask INTEGER NOT NULL,
-            environ TEXT NOT NULL, UNIQUE (cwd, path, umask, environ))""",
-        "INSERT INTO new_contexts SELECT id, cwd, path, umask, '' FROM contexts",
+            jobs INTEGER NOT NULL DEFAULT 0, environ TEXT NOT NULL, UNIQUE (cwd, path, umask, environ))""",
+        "INSERT INTO new_contexts (id, cwd, path, umask, environ) SELECT id, cwd, path, umask, '' FROM contexts",
         "DROP TABLE contexts",
         "ALTER TABLE new_contexts RENAME TO contexts",
+        # An environment goes with the last of its jobs; in the others of this table, jobs are not counted.
+        """CREATE TRIGGER jobs_forgotten AFTER DELETE ON jobs BEGIN
+            DELETE FROM waits WHERE awaited = old.seq; DELETE FROM waits WHERE job = old.seq;
+            UPDATE contexts SET jobs = jobs - 1 WHERE id = old.context AND jobs > 0;
+            DELETE FROM contexts WHERE id = old.context AND jobs = 0 AND environ <> ''; END""",
     ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
@@ -1478,7 +1472,8 @@ ROLLBACK_TO = "ROLLBACK TO chunk"
 FIND_CONTEXT = "SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ? AND environ = ?"
 ADD_CONTEXT = "INSERT INTO contexts (cwd, path, umask, environ) VALUES (?, ?, ?, ?)"
 GET_CONTEXT = "SELECT cwd, path, umask, environ FROM contexts WHERE id = ?"
-FORGET_ENVIRONMENTS = "DELETE FROM contexts WHERE environ <> '' AND id NOT IN (SELECT context FROM jobs)"
+COUNT_IN_CONTEXT = "UPDATE contexts SET jobs = jobs + ? WHERE id = ? AND environ <> ''"
+FORGET_UNUSED = "DELETE FROM contexts WHERE jobs = 0 AND environ <> ''"
 ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
 COUNT_ADDED = "UPDATE queues SET pending = pending + ? WHERE name = ?"
 ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
@@ -1486,7 +1481,7 @@ ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, r
     VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
 WITH_KEY = """SELECT seq, id, state FROM jobs
-    WHERE unique_key = ? AND state IN ('pending', 'processing', 'failed')"""
+    WHERE unique_key = ? AND state <> 'completed' AND state <> 'dead'"""
 LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
 
 READY_AT_ONCE = 10_000
@@ -1512,7 +1507,7 @@ CANCEL_WAITING = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, last_
 RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', due = NULL, attempts = 0, deferrals = 0, updated_at = ?,
     ready = NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq) WHERE """  # ignores those whose key is taken
 RETRY_ONE = RETRY + "seq = ? AND state IN ('completed', 'dead')"
-RETRY_ALL_DEAD = RETRY + "state = 'dead'"
+RETRY_ALL_DEAD = RETRY + "state = 'dead' AND queue = coalesce(?, queue)"
 DELETE_JOB = """DELETE FROM jobs WHERE seq = ? AND state <> 'processing' AND NOT EXISTS (
     SELECT 1 FROM waits JOIN jobs AS waiting ON waiting.seq = waits.job
     WHERE awaited = jobs.seq AND waiting.state <> 'dead')"""
@@ -1522,8 +1517,8 @@ ADD_WAIT = "INSERT OR IGNORE INTO waits (awaited, job) VALUES (?, ?)"
 HOLD = "UPDATE jobs SET ready = 0, due = NULL WHERE seq = ?"
 WAITING_FOR = "SELECT job FROM waits WHERE awaited = ?"
 END_WAITS = "DELETE FROM waits WHERE awaited = ?"
-LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?1, due = CASE WHEN run_at > ?1 THEN run_at END
-    WHERE seq = ?2 AND state = 'pending' AND NOT EXISTS (SELECT 1 FROM waits WHERE job = ?2)"""
+LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?, due = CASE WHEN run_at > ? THEN run_at END
+    WHERE seq = ? AND state = 'pending' AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)"""
 _DEPENDENTS = """(WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHERE awaited = ?
     UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq) SELECT seq FROM dependents)"""
 BURY = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, updated_at = ?, finished_at = ?,
@@ -1534,18 +1529,21 @@ DEAD_DEPENDENTS = "SELECT seq FROM jobs WHERE state = 'dead' AND seq IN %s ORDER
 AWAITED_BY = """SELECT seq, id, state, due FROM waits JOIN jobs ON jobs.seq = awaited WHERE job = ? ORDER BY seq"""
 WAITERS_OF = """SELECT seq, id FROM waits JOIN jobs ON jobs.seq = job WHERE awaited = ? AND state <> 'dead'
     ORDER BY seq"""
+DEAD_CAUSES = """WITH RECURSIVE causes (seq) AS (SELECT ? UNION SELECT awaited FROM causes
+        JOIN waits ON job = causes.seq JOIN jobs ON jobs.seq = awaited WHERE state = 'dead')
+    SELECT id FROM causes JOIN jobs USING (seq) WHERE seq <> ? AND NOT EXISTS (SELECT 1 FROM waits
+        JOIN jobs AS other ON other.seq = awaited WHERE job = causes.seq AND other.state = 'dead') ORDER BY seq"""
 AWAITED_DEAD = """SELECT DISTINCT awaited.seq, awaited.id FROM waits JOIN jobs AS awaited ON awaited.seq = waits.awaited
     JOIN jobs ON jobs.seq = waits.job WHERE awaited.state = 'dead' AND jobs.state = 'pending'"""
-RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ?1 * 16777216 AND ?1 * 16777216 + 16777215"
+RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 16777215"
 DELETE_RUNS = "DELETE " + RUNS_OF_JOB
 UNFINISHED_BETWEEN = "SELECT 1 FROM jobs WHERE state = ? AND seq > ? AND seq <= ? LIMIT 1"
 DIED_BETWEEN = """SELECT id, last_error FROM jobs WHERE state = 'dead' AND seq > ? AND seq <= ? AND updated_at >= ?
     ORDER BY seq LIMIT 5"""
-STATE_OF = "SELECT state FROM jobs WHERE seq = ?"
 ID_OF = "SELECT id FROM jobs WHERE seq = ?"
-ENDED_BEFORE = """SELECT seq, queue FROM jobs WHERE state = ? AND updated_at <= ? AND seq < ?
-    ORDER BY seq DESC LIMIT 1000"""  # the newest first: what waits goes before what it waits for
-SOME_IN_STATE = "SELECT seq, queue, updated_at FROM jobs WHERE state = ? AND seq > ? ORDER BY seq LIMIT ?"
+STILL_SO = "SELECT 1 FROM jobs WHERE seq = ? AND state = ? AND updated_at <= ?"
+SOME_IN_STATE = """SELECT seq, queue, updated_at FROM jobs WHERE state = ? AND seq < ?
+    ORDER BY seq DESC LIMIT 500"""  # the newest first: what waits goes before what it waits for
 
 HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
     backoff_base, context, env, policy, deferrals, worker, slot, started_at, cancel FROM jobs
@@ -1586,13 +1584,13 @@ MOVE_COUNT = "UPDATE queues SET pending = pending + ?, failed = failed + ? WHERE
 RUNNING_IN = "SELECT id FROM jobs WHERE state = 'processing' AND queue = ? ORDER BY seq LIMIT ?"
 AHEAD_OF = """SELECT count(*) FROM jobs JOIN queues ON queues.name = jobs.queue WHERE ready = 1 AND NOT paused
     AND (concurrency IS NULL OR processing < concurrency)
-    AND (priority < ?1 OR (priority = ?1 AND seq < ?2)) AND (?3 IS NULL OR queue = ?3)"""
+    AND (priority < ? OR (priority = ? AND seq < ?)) AND queue = coalesce(?, queue)"""
 RECENT_SECONDS = "SELECT avg(seconds) FROM (SELECT seconds FROM runs ORDER BY id DESC LIMIT 100)"
 DIED_IN = """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead' AND seq BETWEEN ? AND ?
     AND queue = ? AND updated_at >= ? ORDER BY seq LIMIT 20"""
 STATES_BETWEEN = "SELECT state, count(*) FROM jobs WHERE seq BETWEEN ? AND ? AND queue = ? GROUP BY state"
 FIRST_IN = "SELECT min(seq) FROM jobs WHERE queue = ? AND state IN ('pending', 'processing', 'failed')"
-OLDEST_WAITING = "SELECT id, command, created_at FROM jobs WHERE state = 'pending' ORDER BY seq LIMIT 1"
+OLDEST_WAITING = "SELECT id, command, created_at, due FROM jobs WHERE state = 'pending' ORDER BY seq LIMIT 1"
 NEXT_DUE = """SELECT id, command, due FROM jobs WHERE ready = 0 AND due IS NOT NULL
     ORDER BY due LIMIT 1"""
 
@@ -1610,7 +1608,7 @@ WHERE_BETWEEN = "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT 1000"
 WHERE_PREFIX = "WHERE jobs.id >= ? AND jobs.id < ? AND generated = 1 LIMIT 6"
 RUNS_OF = """SELECT id % 16777216 AS run, attempt, state, started_at, finished_at,
     seconds AS duration_seconds, exit_code, error, worker, stdout, stderr FROM runs
-    WHERE id > ?1 * 16777216 + ?2 AND id <= ?1 * 16777216 + 16777215 ORDER BY id LIMIT 20"""
+    WHERE id > ? * 16777216 + ? AND id <= ? * 16777216 + 16777215 ORDER BY id LIMIT 20"""
 RUN_TIMES = "SELECT count(*), avg(seconds) " + RUNS_OF_JOB
 
 
@@ -1685,6 +1683,11 @@ def refuse_network(folder: str) -> None:
                          "on a local disk with --db" % (folder, kind))
 
 
+def at_line(line: int, problem: str) -> str:
+    """What is wrong with a job, and on which line of its file (0: it has none)."""
+    return "line %d: %s" % (line, problem) if line else problem
+
+
 def _draw_ids(count: int) -> list[str]:
     """Random ids: 40 bits, ten hex digits each."""
     digits = os.urandom(5 * count).hex()
@@ -1731,12 +1734,16 @@ class Store:
             self._connect()
             if new or self._value(GET_VERSION) != SCHEMA_VERSION:
                 self._migrate()
-        except sqlite3.Error as error:
-            raise translate(error, path) from error
-        except OSError as error:
-            raise Unavailable("%s can't be used: %s" % (path, error.strerror)) from error
-        self.identity = self._identify()
-        self._note_identity()
+            self.identity = self._identify()
+            self._note_identity()
+        except BaseException as error:
+            if self.mutex >= 0:
+                os.close(self.mutex)
+            if isinstance(error, sqlite3.Error):
+                raise translate(error, path) from error
+            if isinstance(error, OSError):
+                raise Unavailable("%s can't be used: %s" % (path, error.strerror)) from error
+            raise
 
     def _prepare_folder(self) -> None:
         """Before a database is made: a private folder, on a disk of this machine, with no live worker."""
@@ -1925,8 +1932,8 @@ class Store:
             raise translate(error, self.path) from error
 
     def _value(self, statement: str, *values: Any) -> Any:
-        row = self.db.execute(statement, values).fetchone()
-        return row[0] if row else None
+        rows = self._rows(statement, *values)
+        return rows[0][0] if rows else None
 
     def _dicts(self, statement: str, *values: Any) -> list[dict[str, Any]]:
         try:
@@ -1984,50 +1991,56 @@ class Store:
         before = self._value(LAST_SEQ) or 0
         self.existing: list[int] = []
         contexts: dict[str, int] = {}
-        added: dict[str, int] = {}
-        chunk: list[tuple[str, tuple[Any, ...]]] = []  # where each stands in its file, and its row
+        added: dict[tuple[str, int], int] = {}  # by queue and context
+        chunk: list[tuple[int, tuple[Any, ...]]] = []  # the line each stands on in its file (0: none), and its row
         for draft in drafts:
             cwd = draft["cwd"]
             if cwd not in contexts:
                 contexts[cwd] = self._context(cwd, path, umask, environ)
-            place = "line %d: " % draft["line"] if "line" in draft else ""
-            row = _job_row(draft, settings, contexts[cwd], now)
-            if not draft["after"]:
-                chunk.append((place, row))
-            if len(chunk) == 1000 or draft["after"]:
+            line, row = draft.get("line", 0), _job_row(draft, settings, contexts[cwd], now)
+            if draft["after"]:
+                self._add_chunk(chunk, added, skip_existing)  # it may wait for one of these
+                self._add_waiting(line, row, draft["after"], added, skip_existing, now)
+                chunk = []
+                continue
+            chunk.append((line, row))
+            if len(chunk) == 1000:
                 self._add_chunk(chunk, added, skip_existing)
                 chunk = []
-            if draft["after"]:  # perhaps of one that was just added
-                self._add_waiting(place, row, draft["after"], added, skip_existing, now)
         self._add_chunk(chunk, added, skip_existing)
-        for queue, count in added.items():
+        for (queue, context), count in added.items():
             self.db.execute(ADD_QUEUE, (queue,))
             self.db.execute(COUNT_ADDED, (count, queue))
+            self.db.execute(COUNT_IN_CONTEXT, (count, context))
+        self.db.execute(FORGET_UNUSED)
         return before, self._value(LAST_SEQ) or 0, self.existing
 
     def _context(self, *values: Any) -> int:
         return int(self._value(FIND_CONTEXT, *values) or self.db.execute(ADD_CONTEXT, values).lastrowid or 0)
 
-    def _add_waiting(self, place: str, row: tuple[Any, ...], names: Sequence[str], added: dict[str, int],
+    def _add_waiting(self, line: int, row: tuple[Any, ...], names: Sequence[str], added: dict[tuple[str, int], int],
                      skip_existing: bool, now: int) -> None:
         """Insert a job that waits for others; if one of them is dead already, so is the job."""
-        if not self._add_one(place, row, skip_existing):
+        if not self._add_one(line, row, skip_existing):
             return
-        seq, queue = self._value(LAST_SEQ), row[3]
+        seq = self._value(LAST_SEQ)
         try:
             awaited = [self.find(name) for name in names]
         except QueueError as error:
-            raise QueueError("%s%s, and what a job is to run after must stand before it" % (place, error)) from None
-        added[queue] = added.get(queue, 0) + 1
-        self.db.execute(ADD_QUEUE, (queue,))  # the burial below is counted there
+            raise QueueError(at_line(line, "%s; what a job is to run after must stand before it" % error)) from None
+        if any(job["seq"] == seq for job in awaited):
+            raise QueueError(at_line(line, "a job can't wait for itself"))
+        added[row[3], row[11]] = added.get((row[3], row[11]), 0) + 1
+        self.db.execute(ADD_QUEUE, (row[3],))  # the burial below is counted there
         for job in awaited:
             if job["state"] != COMPLETED:
                 self.db.execute(ADD_WAIT, (job["seq"], seq))
                 self.db.execute(HOLD, (seq,))
-        for cause in list(self.dead_causes(seq).values())[:1]:
+        for cause in self.dead_causes(seq)[:1]:
             self._bury(BURY_ONE, cause, seq, now)
 
-    def _add_chunk(self, chunk: list[tuple[str, tuple[Any, ...]]], added: dict[str, int], skip_existing: bool) -> None:
+    def _add_chunk(self, chunk: Sequence[tuple[int, tuple[Any, ...]]], added: dict[tuple[str, int], int],
+                   skip_existing: bool) -> None:
         """Insert rows together; if an id is taken, one by one, which finds out whose."""
         drawn = iter(_draw_ids(sum(1 for _, row in chunk if row[1])))
         rows = [(next(drawn), *row[1:]) if row[1] else row for _, row in chunk]
@@ -2036,20 +2049,20 @@ class Store:
             self.db.executemany(ADD_JOB, rows)
         except sqlite3.IntegrityError:
             self.db.execute(ROLLBACK_TO)
-            rows = [row for (place, _), row in zip(chunk, rows) if self._add_one(place, row, skip_existing)]
+            rows = [row for (line, _), row in zip(chunk, rows) if self._add_one(line, row, skip_existing)]
         self.db.execute(RELEASE)
         for row in rows:
-            added[row[3]] = added.get(row[3], 0) + 1
+            added[row[3], row[11]] = added.get((row[3], row[11]), 0) + 1
 
-    def _add_one(self, place: str, row: tuple[Any, ...], skip_existing: bool) -> bool:
+    def _add_one(self, line: int, row: tuple[Any, ...], skip_existing: bool) -> bool:
         while row[1] and (row[0] is None or self._rows(WITH_ID, row[0])):
             row = (_draw_ids(1)[0], *row[1:])
         twins = self._rows(WITH_ID, row[0]) or self._rows(WITH_KEY, row[13])
         if twins and not skip_existing:
-            raise QueueError(place + (
+            raise QueueError(at_line(line, (
                 "a job with the id %s exists already; choose another, or use --if-exists skip" % row[0]
                 if twins[0][1] == row[0] else "a job with the key %s is %s: %s; --if-exists skip makes this a success"
-                % (clean(row[13]), twins[0][2], clean(twins[0][1]))))
+                % (clean(row[13]), twins[0][2], clean(twins[0][1])))))
         if twins:
             self.existing.append(twins[0][0])
             return False
@@ -2133,7 +2146,7 @@ class Store:
             self._bury(BURY_DEPENDENTS, self._value(ID_OF, seq), seq, now)
         elif waiting:
             self.db.execute(END_WAITS, (seq,))
-            self.db.executemany(LET_GO, [(now, job) for (job,) in waiting])
+            self.db.executemany(LET_GO, [(now, now, job) for (job,) in waiting])
         return bool(waiting)
 
     def _bury(self, statement: str, cause: str, seq: int, now: int) -> None:
@@ -2156,10 +2169,10 @@ class Store:
     def retry(self, seq: int, now: int) -> bool:
         return self.db.execute(RETRY_ONE, (now, seq)).rowcount > 0
 
-    def retry_all_dead(self, now: int) -> int:
-        """Give every dead job a new start whose key is not taken; how many."""
+    def retry_all_dead(self, now: int, queue: str | None) -> int:
+        """Give every dead job of a queue (None: of all) a new start whose key is not taken; how many."""
         before = self.counts()[DEAD]
-        self.db.execute(RETRY_ALL_DEAD, (now,))
+        self.db.execute(RETRY_ALL_DEAD, (now, queue))
         for seq, name in self._rows(AWAITED_DEAD):
             self._bury(BURY_DEPENDENTS, name, seq, now)
         return before - self.counts()[DEAD]
@@ -2172,19 +2185,9 @@ class Store:
         """The jobs that a job still waits for."""
         return self._dicts(AWAITED_BY, seq)
 
-    def dead_causes(self, seq: int) -> dict[int, str]:
-        """The dead jobs, by seq, for which a job waits, or would: those that themselves wait for no dead one."""
-        causes: dict[int, str] = {}
-        look, seen = [seq], {seq}
-        while look:
-            seq = look.pop()
-            for job in self.awaited_by(seq):
-                if job["state"] == DEAD and job["seq"] not in seen:
-                    seen.add(job["seq"])
-                    look.append(job["seq"])
-                    if not any(other["state"] == DEAD for other in self.awaited_by(job["seq"])):
-                        causes[job["seq"]] = job["id"]
-        return causes
+    def dead_causes(self, seq: int) -> list[str]:
+        """The ids of the dead jobs for which a job waits, or would, and which themselves wait for no dead one."""
+        return [row[0] for row in self._rows(DEAD_CAUSES, seq, seq)]
 
     def waiters_of(self, seq: int) -> list[dict[str, Any]]:
         """The jobs that wait for a job."""
@@ -2194,38 +2197,33 @@ class Store:
         """Forget a job that is not running, and that no other waits for."""
         done = self.db.execute(DELETE_JOB, (seq,)).rowcount > 0
         if done:
-            self.db.execute(DELETE_RUNS, (seq,))
+            self.db.execute(DELETE_RUNS, (seq, seq))
         return done
 
-    def forget_environments(self) -> None:
-        """Forget the environments that were kept for jobs which are forgotten, in a transaction."""
-        self.db.execute(FORGET_ENVIRONMENTS)
-
     def purge(self, state: str, before: int) -> int:
-        """Forget all jobs in `state` not changed since `before`, in small transactions; their number.
+        """Forget all jobs in `state` not changed since `before` (milliseconds), in small transactions; how many.
 
         The jobs of a `run` under way are spared.
         """
-        last, count, spared = NEVER, 0, self.queues_of_runs()
-        while True:
-            rows = self._rows(ENDED_BEFORE, state, before, last)
-            if not rows:
-                return count
-            with self.transaction():
-                for last, queue in rows:
-                    if queue not in spared and self._value(STATE_OF, last) == state:
-                        count += self.delete(last)
+        last, total, spared = NEVER, 0, self.queues_of_runs()
+        while last:
+            last, count = self.forget_some(state, before, last, spared)
+            total += count
+        return total
 
-    def forget_some(self, state: str, before: int, after: int, count: int, spared: Iterable[str]) -> tuple[int, int]:
-        """Look at `count` jobs in `state` behind seq `after`, in a transaction, and forget those not changed since.
+    def forget_some(self, state: str, before: int, last: int, spared: Iterable[str]) -> tuple[int, int]:
+        """Of the next jobs in `state` below seq `last` forget those not changed since `before` (milliseconds).
 
-        Returns the seq of the last one, or 0 if there are no more, and how many were forgotten.
-        Jobs of the queues `spared` are not.
+        Returns the seq that was reached (0: there are no more), and how many were forgotten. Jobs
+        of the queues `spared` are not. The mutex is taken only if there is anything to forget.
         """
-        rows = self._rows(SOME_IN_STATE, state, after, count)
-        forgotten = sum(self.delete(seq) for seq, queue, updated_at in rows
-                        if updated_at <= before and queue not in spared)
-        return rows[-1][0] if len(rows) == count else 0, forgotten
+        rows = self._rows(SOME_IN_STATE, state, last)
+        old = [seq for seq, queue, updated_at in rows if updated_at <= before and queue not in spared]
+        count = 0
+        if old:
+            with self.transaction():
+                count = sum(self.delete(seq) for seq in old if self._value(STILL_SO, seq, state, before))
+        return rows[-1][0] if rows else 0, count
 
     def shrink(self) -> None:
         """Give disk space back after a purge, once a quarter of the file is free."""
@@ -2271,7 +2269,8 @@ class Store:
 
     def queues_of_runs(self) -> set[str]:
         """The queues of every `run` under way: it counts its jobs at its end."""
-        return {pool["queues"] for pool in self.pools() if pool["alive"] and str(pool["queues"]).startswith(RUN_QUEUES)}
+        return {pool["queues"] for pool in self.pools()
+                if pool["alive"] and re.fullmatch(RUN_QUEUE % "[0-9]+", pool["queues"] or "")}
 
     def ask_stop(self, pools: Iterable[str], level: int) -> None:
         """Have pools stop soon (1) or now (2), in a transaction; ring their workers afterwards."""
@@ -2355,7 +2354,8 @@ class Store:
 
     def ahead_of(self, job: dict[str, Any], everywhere: bool) -> int:
         """How many jobs that can run now come before a job: in all queues, or in its own."""
-        return int(self._rows(AHEAD_OF, job["priority"], job["seq"], None if everywhere else job["queue"])[0][0])
+        return int(self._value(AHEAD_OF, job["priority"], job["priority"], job["seq"],
+                               None if everywhere else job["queue"]))
 
     def recent_seconds(self) -> float:
         """How long a run took on average, of late; 0 if there was none."""
@@ -2468,7 +2468,7 @@ class Store:
     def runs(self, seq: int, last: int = 0) -> Iterator[dict[str, Any]]:
         """The recorded runs of a job after run `last`, with their output, oldest first, a page at a time."""
         while True:
-            page = self._dicts(RUNS_OF, seq, last)
+            page = self._dicts(RUNS_OF, seq, last, seq)
             yield from page
             if not page:
                 return
@@ -2490,7 +2490,7 @@ class Store:
 
     def run_times(self, seq: int) -> tuple[int, float]:
         """How many runs of a job are recorded, and their average in seconds."""
-        count, average = self._rows(RUN_TIMES, seq)[0]
+        count, average = self._rows(RUN_TIMES, seq, seq)[0]
         return count, average or 0.0
 
 
@@ -2653,18 +2653,21 @@ def retry_time(job: Any, ending: str, settings: dict[str, Any], now: int) -> int
 HOOK_TIME = 60.0  # seconds that the setting `on_dead` may take
 
 
-class Alarm:
-    """Runs the setting `on_dead` for jobs that have died, one after the other, with the job in its environment.
+class DeathHook:
+    """Runs the setting `on_dead` for jobs that have died, one at a time, each for HOOK_TIME at most.
 
-    Nobody waits for it but who dies next and who leaves, and they for HOOK_TIME at most.
+    The worker goes on meanwhile; it waits for the hook before the next one, and before it leaves.
+    `pause` sleeps up to the given seconds, `tell` gets a line, `hurried` says if there is no time to wait.
     """
 
-    def __init__(self, db: str, pause: Callable[[float], object], tell: Callable[[str], None]) -> None:
-        self.db, self.pause, self.tell = db, pause, tell
-        self.hook: Any = None
+    def __init__(self, db: str, pause: Callable[[float], object], tell: Callable[[str], None],
+                 hurried: Callable[[], bool] = bool) -> None:
+        self.db, self.pause, self.tell, self.hurried = db, pause, tell, hurried
+        self.process: Any = None
         self.deadline = 0.0
 
-    def sound(self, ended: Ended, command: str | None) -> None:
+    def start(self, ended: Ended, command: str | None) -> None:
+        """Run the shell command `command`, if there is one, with the job that `ended` in its environment."""
         job = ended.job
         if not command or ended.ending == CANCELLED:
             return
@@ -2673,20 +2676,24 @@ class Alarm:
                          QUEUECTL_COMMAND=shorten(job.command, 30000), QUEUECTL_ERROR=clean(ended.error or ""),
                          QUEUECTL_EXIT_CODE="" if ended.exit_code is None else str(ended.exit_code))
         try:
-            self.hook = start_hook(command, variables)
+            self.process = start_hook(command, variables, os.path.dirname(self.db))
             self.deadline = time.monotonic() + HOOK_TIME
         except (OSError, ValueError) as error:
             self.tell("on_dead can't be started for %s: %s" % (job.id, error))
 
+    def running(self) -> bool:
+        """Whether one runs; one that has taken too long is ended."""
+        if self.process is None or self.process.poll() is not None:
+            self.process = None
+        elif time.monotonic() >= self.deadline:
+            self.tell("on_dead was ended, for it took more than %s" % show_duration(HOOK_TIME))
+            system.end_hook(self.process)
+            self.process.wait()
+        return self.process is not None
+
     def finish(self) -> None:
-        """Wait for the last one; end it if it takes too long."""
-        while self.hook and self.hook.poll() is None:
-            if time.monotonic() >= self.deadline:
-                self.tell("on_dead was ended, for it took more than %s" % show_duration(HOOK_TIME))
-                system.end_hook(self.hook)
-                self.hook.wait()
+        while self.running() and not self.hurried():
             self.pause(0.02)
-        self.hook = None
 
 
 def _pool_of(worker: str) -> str:
@@ -2703,14 +2710,14 @@ def _lost_run(job: Job, lost: dict[str, Any], stdout: bytes, stderr: bytes) -> E
 
 
 def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Callable[[str], None],
-                 pool: str) -> bool:
-    """Record one lost run whose orphans were ended; False if some could not be."""
+                 pool: str) -> tuple[str, Ended | None]:
+    """Record one lost run whose orphans were ended: the job's state now; "" if some could not be."""
     job = Job._make(lost[field] for field in Job._fields)
     slot = Slot(store.path, lost["worker"], lost["slot"])
     settings = store.settings()
     checkpoint("recovering")
     if orphans() or not slot.open():  # the token is held: in another container, or by another user
-        return False
+        return "", None
     try:
         ended = _lost_run(job, lost, *slot.read(settings["max_output_bytes"]))
         with store.transaction():
@@ -2724,11 +2731,7 @@ def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Cal
     if state:
         tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
             job.id, lost["worker"], job.attempts, max(1, job.max_retries), state))
-    if state == DEAD:
-        alarm = Alarm(store.path, time.sleep, tell)
-        alarm.sound(ended, settings["on_dead"])
-        alarm.finish()
-    return bool(state)
+    return state, ended
 
 
 def _forget_dead(store: Store) -> None:
@@ -2750,10 +2753,11 @@ def _forget_dead(store: Store) -> None:
                 remove_files(store.path, name)
 
 
-def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str], None], pool: str = "") -> int:
+def recover(store: Store, hook: DeathHook, pool: str = "") -> int:
     """Give back what dead workers held, after ending what is left of it; how many jobs.
 
-    If that uses up a job's tries, it has died in the hands of `pool` too.
+    If that uses up a job's tries, it has died in the hands of `pool` too, and `hook` is run, which
+    also knows how to pause and to tell.
 
     One process at a time does this, under a lock of its own: ending processes takes seconds, and
     the write mutex must not be held so long. Who finds it taken leaves the work to the other.
@@ -2769,70 +2773,64 @@ def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str]
                               output_paths(store.path, job["worker"], job["slot"]))) for job in store.lost_jobs()]
         # All of them together: that takes one grace, not one each.
         end_processes(lambda: {pid: started for _, orphans in lost for pid, started in orphans().items()},
-                      store.settings()["kill_grace_seconds"], pause, 1.0)
-        done = sum(_recover_job(store, job, orphans, tell, pool) for job, orphans in lost)
+                      store.settings()["kill_grace_seconds"], hook.pause, 1.0)
+        done = [_recover_job(store, job, orphans, hook.tell, pool) for job, orphans in lost]
         _forget_dead(store)
-        if done:
-            ring_all(store.path)
-        return done
     finally:
         os.close(lock)
+    count = sum(state != "" for state, _ in done)
+    if count:
+        ring_all(store.path)
+    for state, ended in done:
+        if state == DEAD and ended:
+            hook.start(ended, store.settings()["on_dead"])
+    return count
 
 
-SWEEP_BATCH, SWEEP_TIME, SWEEP_REST = 500, 0.2, 60.0  # jobs a transaction; seconds of work, seconds between rounds
+SWEEP_TIME, SWEEP_REST = 0.1, 60.0  # seconds of work in one second; seconds between rounds, at least
 YOUNGEST_SWEPT = 5.0  # seconds for which ended jobs are kept at least, for somebody may be waiting for them
 
 
-class Sweeper:
-    """Forgets jobs that ended longer ago than `keep_completed` and `keep_dead` say, a batch at a time.
+def _sweep_on(store: Store, keep: dict[str, float], place: dict[str, int]) -> dict[str, int]:
+    """Go on with a round; for each state that is not done, the seq of the last job that was looked at."""
+    spared = store.queues_of_runs()
+    end = time.monotonic() + SWEEP_TIME
+    while place:
+        state = next(iter(place))
+        if state not in keep:  # unset meanwhile
+            place[state] = 0
+        else:
+            before = to_millis(time.time() - keep[state])
+            place[state], _ = store.forget_some(state, before, place[state], spared)
+        place = {state: seq for state, seq in place.items() if seq}
+        if time.monotonic() >= end:
+            break
+    return place
 
-    One worker at a time does that, under a lock whose file tells by its date when the last round ended.
+
+def sweep(store: Store, settings: dict[str, Any]) -> None:
+    """Forget jobs that ended longer ago than `keep_completed` and `keep_dead` say: for SWEEP_TIME, then go on later.
+
+    One worker at a time does that, under a lock; its file keeps the place, and by its date the end
+    of the last round. The longer jobs are kept, the longer is the rest: a hundredth of that.
     """
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.place: dict[str, int] = {}  # for each state that is not done in this round, the last seq looked at
-        self.next = 0.0
-        self.forgot = False
-
-    def sweep(self, settings: dict[str, Any]) -> None:
-        """If it is time to, begin a round or go on with it, for SWEEP_TIME seconds at most."""
-        keep = {state: max(YOUNGEST_SWEPT, settings["keep_" + state]) for state in ENDED
-                if settings["keep_" + state] is not None}
-        if not keep or time.monotonic() < self.next:
+    keep = {state: max(YOUNGEST_SWEPT, settings["keep_" + state]) for state in ENDED
+            if settings["keep_" + state] is not None}
+    if not keep:
+        return
+    lock = open_private(os.path.join(folder_path(store.path), "sweep.lock"), os.O_RDWR)
+    try:
+        if not system.try_lock(lock):
             return
-        self.next = time.monotonic() + 1.0
-        lock = open_private(os.path.join(folder_path(self.store.path), "sweep.lock"), os.O_RDWR)
-        try:
-            if system.try_lock(lock) and self._due(lock):
-                self._go_on(keep)
-                if not self.place:
-                    os.truncate(lock, 0)
-                    os.write(lock, b"done")
-        finally:
-            os.close(lock)
-
-    def _due(self, lock: int) -> bool:
-        info = os.fstat(lock)
-        return bool(self.place) or not info.st_size or not 0 <= time.time() - info.st_mtime < SWEEP_REST
-
-    def _go_on(self, keep: dict[str, float]) -> None:
-        self.place = self.place or dict.fromkeys(keep, 0)
-        spared = self.store.queues_of_runs()
-        end = time.monotonic() + SWEEP_TIME
-        while self.place and time.monotonic() < end:
-            state, seq = next(iter(self.place.items()))
-            before = to_millis(time.time() - keep.get(state, NEVER))
-            with self.store.transaction():
-                seq, count = self.store.forget_some(state, before, seq, SWEEP_BATCH, spared)
-            self.forgot = self.forgot or count > 0
-            self.place[state] = seq
-            if not seq:
-                del self.place[state]
-        if self.forgot and not self.place:
-            with self.store.transaction():
-                self.store.forget_environments()
-            self.forgot = False
+        place = json.loads(read_between(lock, 0, 99) or b"null")
+        if place == {} and 0 <= time.time() - os.fstat(lock).st_mtime < max(SWEEP_REST, min(keep.values()) / 100):
+            return
+        place = _sweep_on(store, keep, place or dict.fromkeys(keep, NEVER))
+        os.ftruncate(lock, 0)
+        os.lseek(lock, 0, os.SEEK_SET)
+        os.write(lock, json.dumps(place).encode())
+    finally:
+        os.close(lock)
 
 
 def take_life(db: str, name: str) -> int:
@@ -2871,7 +2869,7 @@ class Worker:
         self.dismissed = False  # by a signal of its own, while the pool goes on
         self.life = -1
         self.bell = make_bell()
-        self.alarm = Alarm(order.db, lambda seconds: self.bell.wait(seconds), self.say)
+        self.hook = DeathHook(order.db, lambda seconds: self.bell.wait(seconds), self.say, self._hurried)
         self.lines = ""
         self.slots = 0
         self.spare: list[Slot] = []
@@ -2884,7 +2882,7 @@ class Worker:
         self.used: list[tuple[Slot, bool]] = []  # slots of recorded runs, and whether they printed anything
         self.seen = -1  # the last data version that was looked at
         self.next_due: int | None = None
-        self.next_patrol = 0.0
+        self.next_patrol = self.next_sweep = 0.0
         self.unpatrolled = True
         self.clock = time.time() - time.monotonic()
 
@@ -2913,7 +2911,6 @@ class Worker:
     def work(self) -> int:
         """Work until told to stop; the exit code tells the supervisor why it ended."""
         self.store = Store(self.order.db)
-        self.sweeper = Sweeper(self.store)
         self.store.patience = TICK
         self.store.defer_sync()
         self.commit(self._register)
@@ -2921,8 +2918,7 @@ class Worker:
         self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
         self._recover()
         self._loop()
-        if self.leave < 2:
-            self.alarm.finish()
+        self.hook.finish()
         self.flush()
         self._deregister()
         return EXIT_INTERRUPTED if self.leave == 2 else EXIT_DISMISSED if self.dismissed else EXIT_OK
@@ -3014,6 +3010,7 @@ class Worker:
         pause = self.control.settings["poll_interval_ms"] / 1000
         if self.next_due is not None:
             pause = min(pause, max(0.0, self.next_due / 1000 - time.time()))
+        self.hook.running()
         if self.bell.wait(pause):
             system.reap(0)  # daemons that earlier jobs left behind end as children of this worker
         clock = time.time() - time.monotonic()
@@ -3036,14 +3033,24 @@ class Worker:
         self.next_patrol = now + max(1.0, self.control.settings["poll_interval_ms"] / 1000, now - began)
 
     def _sweep(self) -> None:
+        if time.monotonic() >= self.next_sweep:
+            self.next_sweep = time.monotonic() + 1.0
+            try:
+                sweep(self.store, self.control.settings)
+            except (QueueError, OSError, ValueError):
+                pass  # it is not urgent, and who needs the database next says what is wrong with it
+
+    def _hurried(self) -> bool:
+        """Whether it is told to leave now: by a signal, or by `worker stop`, which only rings."""
         try:
-            self.sweeper.sweep(self.control.settings)
-        except (QueueError, OSError):
-            pass  # it is not urgent, and who needs the database next says what is wrong with it
+            self.follow(self.store.pulse()[0])
+        except QueueError:
+            pass
+        return self.leave == 2
 
     def _recover(self) -> None:
         try:
-            if recover(self.store, self.bell.wait, self.say, self.order.pool):
+            if recover(self.store, self.hook, self.order.pool):
                 self.seen = -1
                 self.flush()
         except Unavailable:
@@ -3098,7 +3105,7 @@ class Worker:
                 ring_all(self.order.db)  # another may take what waited for it or its place, or wake for its retry
             if state == DEAD and self.control.settings["on_dead"]:
                 self._make_sure()
-                self.alarm.sound(ended, self.control.settings["on_dead"])
+                self.hook.start(ended, self.control.settings["on_dead"])
         if slot is None:
             self._make_sure()
             self.bell.wait(1.0)
@@ -3113,7 +3120,8 @@ class Worker:
             state, freed = self.store.record(ended, self.retry_at, (self.order.pool,))
         epoch, due = self.store.pulse()
         self.follow(epoch)
-        if slot is None or self.leave or time.monotonic() >= self.next_patrol or self._orphaned():
+        if slot is None or self.leave or time.monotonic() >= self.next_patrol or self._orphaned() or (
+                state == DEAD and self.hook.running()):  # which has to end first: who waits must not hold a job
             return state, freed, None
         return state, freed, self.store.claim(self.name, slot.number, self.order.queues, due, to_millis(time.time()),
                                               self.order.pool if self.order.limited else "")
@@ -3180,6 +3188,7 @@ class Worker:
                 return self._judge(run, limit)
             if self.unsynced:
                 self._make_sure()
+            self.hook.running()
             ending, error = self._interruption(run)
             if ending:
                 run.end(self.control.settings["kill_grace_seconds"], self.bell.wait)
@@ -3442,7 +3451,9 @@ class Pool:
             store = Store(self.db)
             store.patience = LAST_PATIENCE
             died = store.deaths(self.name)
-            recover(store, self.bell.wait, complain, self.name)
+            hook = DeathHook(self.db, self.bell.wait, self._tell)
+            recover(store, hook, self.name)
+            hook.finish()
             died = store.deaths(self.name)
             with store.transaction():
                 store.remove_pool(self.name)
@@ -3466,12 +3477,12 @@ COLOURS = {PROCESSING: "36", COMPLETED: "32", FAILED: "33", DEAD: "31"}
 
 def job_json(job: dict[str, Any]) -> dict[str, Any]:
     """A job as `--json` shows it: the FIELDS, times in ISO 8601."""
-    policy = {"retry_after": None, "dead_on": [], **(json.loads(job["policy"]) if job["policy"] else {})}
+    policy = {"retry_after": None, "dead_on": [], **json.loads(job["policy"] or "{}")}
     shown = {name: policy[name] if name in policy else job[name] for name in FIELDS}
     for name in TIME_FIELDS:
         if shown[name] is not None:
             shown[name] = show_time(shown[name])
-    shown["env"] = json.loads(shown["env"]) if shown["env"] else {}
+    shown["env"] = json.loads(shown["env"] or "{}")
     shown["after"] = shown["after"].split(",") if shown["after"] else []
     return shown
 
@@ -3610,14 +3621,21 @@ def status_lines(status: dict[str, Any], workers: Sequence[dict[str, Any]], now:
         if rows else []
     if status["oldest_waiting"]:
         job = status["oldest_waiting"]
-        lines.append("Oldest waiting: %s, for %s: %s" % (
-            clean(job["id"]), since(job["created_at"], now), clean(job["command"])))
+        lines.append("Oldest waiting: %s, for %s%s: %s" % (
+            clean(job["id"]), since(job["created_at"], now), " (not due yet)" if (job["due"] or 0) > now else "",
+            clean(job["command"])))
     if status["next"]:
         job = status["next"]
         lines.append("Next at %s: %s: %s" % (show_time(job["due"]), clean(job["id"]), clean(job["command"])))
     if status["paused"] or status["all_paused"]:
         names = "all queues" if status["all_paused"] else ", ".join(clean(name) for name in status["paused"])
         lines.append("Paused: %s; `queuectl queue resume` lets their jobs start." % names)
+    if status["lost"]:
+        lines.append("Held by dead workers: %s; `queuectl worker start` gives them back." % (
+            ", ".join(map(clean, status["lost"][:5]))))
+    lines += ["No worker serves the queue %s: `queuectl worker start --queue %s` does." % (clean(name), clean(name))
+              for name in status["unserved"][:5]]
+    lines += ["Interrupted: `queuectl run --resume %s` goes on." % name for name in status["interrupted"][:5]]
     if status["jobs"][DEAD]:
         lines.append("`queuectl dlq list` shows why jobs are dead, `queuectl dlq retry ID` gives one a new start.")
     waiting = status["jobs"][PENDING] + status["jobs"][FAILED] + status["jobs"][PROCESSING]
@@ -3651,10 +3669,11 @@ def summary_lines(name: str, part: Any, seconds: float, died: Sequence[dict[str,
     if part.dead > len(died):
         lines.append("  and %d more: `queuectl dlq list` shows them" % (part.dead - len(died)))
     if died:
-        lines.append("`queuectl logs %s` shows what one printed; `queuectl dlq retry ID` and then "
-                     "`queuectl run --resume` try again." % clean(died[0]["id"]))
+        lines.append("`queuectl logs %s` shows what one printed; `queuectl dlq retry --all --queue %s` and then "
+                     "`queuectl run --resume %s` try again." % (clean(died[0]["id"]), name, name))
     elif part.completed:
-        lines.append("`queuectl list --queue %s` names the jobs, `queuectl logs ID` shows what one printed." % name)
+        lines.append("What they printed is kept: `queuectl list --queue %s` names them, `queuectl logs ID` shows it."
+                     % name)
     if part.left:
         lines.append("`queuectl run --resume %s` goes on with the rest; so does `queuectl worker start`." % name)
     return lines
@@ -3709,6 +3728,13 @@ def emit(text: str) -> None:
     if sys.stdout is None:
         raise OSError("stdout is closed")
     sys.stdout.write(text + "\n")
+
+
+def out_lines(values: Iterable[Any]) -> int:
+    """A JSON array as a command's result, one value a line."""
+    for line in json_lines(values):
+        emit(line)
+    return EXIT_OK
 
 
 def out_json(value: Any) -> int:
@@ -3896,9 +3922,11 @@ def drafts_of(lines: Iterable[tuple[int, Any]], read: Callable[[Any], dict[str, 
     folders: dict[str | None, str] = {}
     for number, line in lines:
         try:
-            yield dict(finish_draft(read(line), folders), line=number)
+            draft = finish_draft(read(line), folders)
         except UsageError as error:
-            raise UsageError("line %d: %s" % (number, error)) from None
+            raise UsageError(at_line(number, str(error))) from None
+        draft["line"] = number
+        yield draft
 
 
 def job_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
@@ -3911,19 +3939,28 @@ def job_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
         yield from drafts_of(job_lines_of(stream), lambda line: read_job(line, now, system.longest_command, options))
 
 
+def begun(drafts: Iterator[dict[str, Any]], whole: bool) -> Iterable[dict[str, Any]]:
+    """The drafts, all of them (`whole`) or the first made already.
+
+    Then a single job is refused without the database, and what is slow to read is read before
+    the transaction: nobody else could write meanwhile.
+    """
+    from itertools import chain
+    return list(drafts) if whole else chain([draft for draft in [next(drafts, None)] if draft], drafts)
+
+
 def caller_of(args: Any) -> dict[str, Any]:
     """What jobs take over from whoever enqueues them: PATH, umask, and with --env-all every variable."""
     umask = os.umask(0o077)
     os.umask(umask)
-    environ = {as_utf8(name): as_utf8(value) for name, value in os.environ.items() if name not in JOB_VARIABLES}
-    return {"path": check_text("PATH", as_utf8(os.environ.get("PATH", os.defpath))), "umask": umask,
-            "environ": json.dumps(environ, sort_keys=True) if args.env_all else ""}
+    environ = "" if not args.env_all else json.dumps({
+        as_utf8(name): as_utf8(value) for name, value in sorted(os.environ.items()) if name not in JOB_VARIABLES})
+    return {"path": check_text("PATH", as_utf8(os.environ.get("PATH", os.defpath))), "umask": umask, "environ": environ}
 
 
 def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
     if args.json:
-        for line in json_lines(job_json(job) for job in store.jobs_between(first, last)):
-            emit(line)
+        out_lines(map(job_json, store.jobs_between(first, last)))
     elif args.quiet:
         for job in store.jobs_between(first, last):
             emit(job["id"])
@@ -3981,9 +4018,7 @@ def cmd_enqueue(args: Any) -> int:
         raise UsageError("give either a command or --file PATH%s; see `queuectl enqueue --help`"
                          % (" (the lines of a file carry their own ids)" if args.id and args.file else ""))
     now = now_millis()
-    drafts: Iterable[dict[str, Any]] = job_source(args, now)
-    if args.file is None:  # what can be refused without the database is
-        drafts = list(drafts)
+    drafts = begun(job_source(args, now), args.file is None)
     caller = caller_of(args)
     store = open_store(args)
     settings = store.settings()
@@ -4145,8 +4180,7 @@ def cmd_worker_list(args: Any) -> int:
         shown = [dict(worker, started_at=show_time(worker["started_at"]),
                       job_started_at=worker["job_started_at"] and show_time(worker["job_started_at"]))
                  for worker in workers]
-        for line in json_lines(shown):
-            emit(line)
+        out_lines(shown)
     elif workers:
         out_table(("WORKER", "PID", "UP", "DOES"), [worker_row(worker, now_millis()) for worker in workers])
     else:
@@ -4175,6 +4209,11 @@ class Rate:
         return max(0, number - before) / (now - then) if now - then >= 0.2 else None
 
 
+def unfinished_of(queue: dict[str, Any]) -> int:
+    """How many jobs of a queue have not ended."""
+    return sum(queue[state] for state in UNFINISHED)
+
+
 Part = namedtuple("Part", "total left completed dead failed processing paused")
 
 
@@ -4190,7 +4229,7 @@ class Batch:
         self.db, self.name, self.first, self.last, self.start, self.quiet = store.path, name, first, last, start, quiet
         self.before = store.states_between(name, first, last) if start else {}
         self.queue = store.queue(name)
-        self.total = sum(self.before[state] for state in UNFINISHED) if start else last - first + 1
+        self.total = unfinished_of(self.before) if start else last - first + 1
         self.began, self.rate, self.last_end = time.monotonic(), Rate(), (0, 0.0)
         self.terminal = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self.next = self.began + (0.0 if self.terminal else 10.0)
@@ -4199,15 +4238,17 @@ class Batch:
         """What has become of its jobs, counted one by one."""
         now = store.states_between(self.name, self.first, self.last)
         completed, dead = (now[state] - self.before.get(state, 0) for state in ENDED)
-        return Part(self.total, sum(now[state] for state in UNFINISHED), completed, dead, now[FAILED],
+        return Part(self.total, unfinished_of(now), completed, dead, now[FAILED],
                     now[PROCESSING], store.queue(self.name)["paused"])
 
     def progress(self) -> Part:
         """About the same, by its queue's counts, which cost nothing. The database is open meanwhile only."""
         store = Store(self.db)
-        now = store.queue(self.name)
-        store.close()
-        left, dead = sum(now[state] for state in UNFINISHED), max(0, now[DEAD] - self.queue[DEAD])
+        try:
+            now = store.queue(self.name)
+        finally:
+            store.close()
+        left, dead = unfinished_of(now), max(0, now[DEAD] - self.queue[DEAD])
         return Part(max(self.total, left), left, max(0, self.total - left - dead), dead, now[FAILED],
                     now[PROCESSING], now["paused"])
 
@@ -4253,21 +4294,19 @@ def new_run_queue(store: Store) -> str:
 
     Names are used again so that queues stay few: every claim looks into each.
     """
-    taken = {name for pool in store.pools() if pool["alive"] for name in (pool["queues"] or "").split(",")}
-    taken |= {queue["name"] for queue in store.queues()
-              if queue["paused"] or any(queue[state] for state in UNFINISHED)}
+    taken = store.queues_of_runs().union(
+        queue["name"] for queue in store.queues() if queue["paused"] or unfinished_of(queue))
     number = 1
-    while RUN_QUEUES + str(number) in taken:
+    while RUN_QUEUE % number in taken:
         number += 1
-    return RUN_QUEUES + str(number)
+    return RUN_QUEUE % number
 
 
 def left_runs(store: Store) -> dict[str, int]:
     """The queues of runs that were interrupted, each with how many jobs are left."""
-    busy = {name for pool in store.pools() if pool["alive"] for name in (pool["queues"] or "").split(",")}
-    left = {queue["name"]: sum(queue[state] for state in UNFINISHED) for queue in store.queues()
-            if re.fullmatch(RUN_QUEUES + "[0-9]+", queue["name"]) and queue["name"] not in busy}
-    return {name: count for name, count in left.items() if count}
+    busy = store.queues_of_runs()
+    return {queue["name"]: unfinished_of(queue) for queue in store.queues() if unfinished_of(queue)
+            and re.fullmatch(RUN_QUEUE % "[0-9]+", queue["name"]) and queue["name"] not in busy}
 
 
 def _resumed(store: Store, words: Sequence[str]) -> str:
@@ -4275,7 +4314,7 @@ def _resumed(store: Store, words: Sequence[str]) -> str:
     left = left_runs(store)
     if len(words) > 1 or (words and words[0] not in left):
         raise QueueError("no interrupted run is called %s%s" % (
-            shorten(quoted(" ".join(words)), 60), "; there are " + ", ".join(left) if left else ", and there is none"))
+            shorten(quoted(" ".join(words)), 60), "; interrupted: " + ", ".join(left) if left else ""))
     if len(left) > 1 and not words:
         raise QueueError("several runs were interrupted: %s; name one" % ", ".join(
             "%s (%s left)" % (name, count_of(count, "job")) for name, count in left.items()))
@@ -4325,6 +4364,8 @@ def run_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
     def each(given: Any) -> dict[str, Any]:
         return draft_of({"command": fill(args.each, given), **options}, now, longest)
 
+    if ":::" in args.words:
+        raise UsageError("inputs stand behind the options, or on stdin: queuectl run --each 'gzip {}' a.log b.log")
     if args.each is not None:
         check_template(args.each)
     if args.each is not None and args.words:
@@ -4343,9 +4384,7 @@ def _new_batch(args: Any, store: Store, most: int) -> Batch:
     if not args.words and args.file is None:
         args.file = "-"
     now, settings = now_millis(), store.settings()
-    drafts: Iterable[dict[str, Any]] = run_source(args, now)
-    if args.words:
-        drafts = list(drafts)
+    drafts = begun(run_source(args, now), bool(args.words))
     caller = caller_of(args)
     for name, left in left_runs(store).items():
         complain("%s was interrupted with %s left; `queuectl run --resume %s` goes on with it" % (
@@ -4366,6 +4405,13 @@ def _old_batch(args: Any, store: Store, most: int) -> Batch:
         with store.transaction():
             store.set_concurrency(name, most)
     return Batch(store, name, store.first_in(name), store.last_seq(), now_millis(), args.quiet)
+
+
+def _lift_limit(store: Store, name: str) -> None:
+    """After a run: if nothing of it is left, its queue is free for the next."""
+    with store.transaction():
+        if name and not unfinished_of(store.queue(name)):
+            store.set_concurrency(name, None)
 
 
 def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
@@ -4390,16 +4436,17 @@ def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
 
 
 @subcommand(
-    "run", "work on jobs at once, show progress, and sum up",
+    "run", "run commands in parallel, show progress, and sum up",
     option("words", nargs="*", metavar="COMMAND", help="as for enqueue, or several shell commands, or inputs"),
     FILE,
     option("--each", metavar="COMMAND", help="run this for each input, a line on stdin: {} stands for it, quoted"),
     option("-0", "--null", action="store_true", help="inputs end with NUL, not with a newline"),
-    option("--workers", metavar="N", help="how many at once (the number of cores)"),
+    option("-j", "--workers", metavar="N", help="how many at once (the number of cores)"),
     option("--resume", action="store_true", help="go on with a run that was interrupted: run --resume [run-1]"),
     option("--quiet", action="store_true", help="no progress; a summary only if not all completed"), JSON, *JOB_OPTIONS,
     examples="""
 queuectl run 'make docs' 'make test' 'make dist'
+queuectl run --each 'gzip -9 {}' a.log b.log
 find . -name '*.log' | queuectl run --each 'gzip -9 {}'
 find . -name '*.wav' -print0 | queuectl run -0 --workers 4 --each 'lame --quiet {}'
 queuectl run --file commands.txt --timeout 10m --max-retries 5
@@ -4407,8 +4454,8 @@ queuectl run --resume
 """)
 def cmd_run(args: Any) -> int:
     most = (os.cpu_count() or 1) if args.workers is None else _whole_option("--workers", args.workers, 1000)
-    if (args.file is not None and bool(args.words)) or (args.resume and (args.file or args.each)) or (
-            args.null and not args.each):
+    if (args.file is not None and bool(args.words)) or (args.null and not args.each) or (
+            args.resume and (args.file or args.each or given_options(args))):
         raise UsageError("give commands, --file, --each (with -0, if need be) or --resume; see `queuectl run --help`")
     if sys.stdin is not None and sys.stdin.isatty() and not (args.words or args.file or args.resume):
         raise UsageError("say what to run; see `queuectl run --help`")
@@ -4416,6 +4463,7 @@ def cmd_run(args: Any) -> int:
     refuse_untrusted(args.db)
     batch = (_old_batch if args.resume else _new_batch)(args, store, most)
     if not batch.total:
+        _lift_limit(store, batch.name)
         complain("there is nothing to %s" % ("resume" if args.resume else "run"))
         return _tell_run(args, store, batch, False) if args.json else EXIT_OK
     ring_all(args.db)
@@ -4424,9 +4472,7 @@ def cmd_run(args: Any) -> int:
     code = pool.run()
     batch.clear()
     store = open_store(args)
-    if not any(store.queue(batch.name)[state] for state in UNFINISHED):
-        with store.transaction():
-            store.set_concurrency(batch.name, None)
+    _lift_limit(store, batch.name)
     return max(_tell_run(args, store, batch, pool.stops > 0), code)
 
 
@@ -4458,11 +4504,19 @@ def show_frames(args: Any, frame: Callable[[], list[str]]) -> int:
         time.sleep(WATCH_EVERY)
 
 
-def status_of(store: Store, workers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def status_of(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `status` tells, and the workers that live."""
+    workers = [worker for worker in store.workers() if worker["alive"]]
     counts = store.counts()
+    pools = [pool["queues"] for pool in store.pools() if pool["alive"]]
+    serves = set() if None in pools else set(",".join(pools).split(","))  # none: all are served, or no pool lives
     return {"jobs": counts, "workers": len(workers), "all_paused": store.all_paused(),
             "paused": [queue["name"] for queue in store.queues() if queue["paused"]],
-            "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due()}
+            "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due(),
+            "lost": [job["id"] for job in store.lost_jobs()] if counts[PROCESSING] else [],
+            "unserved": [queue["name"] for queue in store.queues() if not queue["paused"]
+                         and queue[PENDING] + queue[FAILED] and pools and serves and queue["name"] not in serves],
+            "interrupted": list(left_runs(store))}, workers
 
 
 @subcommand("status", "show jobs by state, workers, and what comes next", JSON,
@@ -4480,21 +4534,19 @@ def cmd_status(args: Any) -> int:
 
     def frame() -> list[str]:
         store.changed()  # raises if the database is gone
-        workers = [worker for worker in store.workers() if worker["alive"]]
+        status, workers = status_of(store)
         if args.format:
-            return prometheus_lines(store.queues(), len(workers), store.oldest_waiting(), now_millis())
-        status = status_of(store, workers)
+            return prometheus_lines(store.queues(), len(workers), status["oldest_waiting"], now_millis())
         speed = rate(sum(status["jobs"][state] for state in ENDED)) if args.watch else None
         shown = "" if speed is None else "%.1f jobs/s in the last minute" % speed
         return status_lines(status, workers, now_millis(), terminal_width(), shown)
 
     if not args.json:
         return show_frames(args, frame)
-    workers = [worker for worker in store.workers() if worker["alive"]]
-    status = status_of(store, workers)
-    for entry, field in ((status["oldest_waiting"], "created_at"), (status["next"], "due")):
-        if isinstance(entry, dict):
-            entry[field] = show_time(entry[field])
+    status, workers = status_of(store)
+    for entry in (status["oldest_waiting"], status["next"]):
+        if entry:
+            entry.update((field, show_time(entry[field])) for field in ("created_at", "due") if entry.get(field))
     return out_json(dict(status, running=[worker["job"] for worker in workers if worker["job"]]))
 
 
@@ -4511,9 +4563,7 @@ def _list(args: Any, states: list[str], head: Sequence[str],
     else:
         jobs = store.newest(states, args.queue, limit or 50)
     if args.json:
-        for line in json_lines(map(job_json, jobs)):
-            emit(line)
-        return EXIT_OK
+        return out_lines(map(job_json, jobs))
     shown = list(jobs)
     out_table(head, [row(job, now_millis()) for job in shown])
     total = store.count(states, args.queue)
@@ -4526,7 +4576,7 @@ def _list(args: Any, states: list[str], head: Sequence[str],
 def _watch_list(args: Any) -> int:
     """Show the newest jobs again and again, and how fast jobs end."""
     if args.json or args.all or args.limit:
-        raise UsageError("--watch shows what fits on the terminal; it goes not with --json, --all and --limit")
+        raise UsageError("--watch shows what fits on the terminal; it does not go with --json, --all and --limit")
     store = open_store(args)
     rate = Rate()
 
@@ -4590,7 +4640,7 @@ def runs_of(store: Store, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def environment_of(store: Store, job: dict[str, Any]) -> dict[str, str]:
     """The variables that were kept for a job: with --env-all its caller's, and those that --env named."""
     environ = store.context(job["context"])[3]
-    return {**(json.loads(environ) if environ else {}), **(json.loads(job["env"]) if job["env"] else {})}
+    return {**json.loads(environ or "{}"), **json.loads(job["env"] or "{}")}
 
 
 @subcommand("show", "show everything about one job", ID, JSON,
@@ -4738,9 +4788,7 @@ def cmd_logs(args: Any) -> int:
             raise QueueError("%s has no run with attempt %d" % (clean(job["id"]), attempt))
         runs = matching
     if args.json:
-        for line in json_lines(map(run_json, runs)):
-            emit(line)
-        return EXIT_OK
+        return out_lines(map(run_json, runs))
     if stream is None:
         emit("Logs for job %s:\n" % clean(job["id"]))
     for run in runs:
@@ -4759,14 +4807,16 @@ def _obstacles(store: Store, job: dict[str, Any], now: int) -> Iterator[str]:
         yield "it runs after %s, which is %s%s" % (clean(other["id"]), other["state"], rest)
     if job["due"] is not None and job["due"] > now:
         what = "its next try is due" if job["state"] == FAILED else "it is scheduled"
-        yield "%s in %s, at %s" % (what, show_duration((job["due"] - now) / 1000), show_time(job["due"]))
+        yield "%s in %s, at %s; `queuectl edit %s --run-at now` starts it" % (
+            what, show_duration((job["due"] - now) / 1000), show_time(job["due"]), clean(job["id"]))
     if store.all_paused():
         yield "all queues are paused; `queuectl queue resume` lets their jobs start"
     elif queue["paused"]:
         yield "its queue %s is paused; `queuectl queue resume %s` lets its jobs start" % (name, name)
     if queue["concurrency"] is not None and queue[PROCESSING] >= queue["concurrency"]:
-        yield "its queue %s runs as many jobs as it may at once (%d): %s" % (
-            name, queue["concurrency"], ", ".join(map(clean, store.running_in(queue["name"], 5))))
+        yield ("its queue %s runs as many jobs as it may at once (%d): %s; `queuectl cancel ID` ends one, "
+               "`queuectl queue set %s --concurrency N` lets more run" % (
+                   name, queue["concurrency"], ", ".join(map(clean, store.running_in(queue["name"], 5))), name))
 
 
 def _expected(store: Store, job: dict[str, Any], now: int, serving: Sequence[dict[str, Any]]) -> tuple[int, str]:
@@ -4774,7 +4824,7 @@ def _expected(store: Store, job: dict[str, Any], now: int, serving: Sequence[dic
     pools = {pool["name"]: pool["queues"] for pool in store.pools()}
     ahead = store.ahead_of(job, not all(pools.get(worker["pool"]) for worker in serving))
     busy = sum(worker["job"] is not None for worker in serving)
-    before = ", of priority %d or lower" % job["priority"] if ahead else ""
+    before = ", by priority (up to %d) or arrival" % job["priority"] if ahead else ""
     wait = store.recent_seconds() * (ahead + (busy == len(serving))) / len(serving)
     return now + to_millis(wait), "%s before it%s; %d of %s busy" % (
         count_of(ahead, "job") + " stand" + "s" * (ahead == 1), before, busy, count_of(len(serving), "worker"))
@@ -4805,14 +4855,14 @@ def why_not_waiting(store: Store, job: dict[str, Any], now: int) -> str:
         if not is_alive(store.path, job["locked_by"]):
             return "its worker %s has died; the next worker ends what is left of the run: `queuectl worker start`" % (
                 job["locked_by"])
-        return "it runs now, for %s%s; `queuectl logs --follow %s` shows what it prints" % (
-            since(job["started_at"], now), left or "", name)
+        return "it runs now, for %s%s; `queuectl logs --follow %s` shows its output, `queuectl cancel %s` ends it" % (
+            since(job["started_at"], now), left or ", without a time-out", name, name)
     if job["state"] == COMPLETED:
         return "it ended well %s ago; `queuectl retry %s` runs it once more" % (since(job["finished_at"], now), name)
     died = "it died %s ago: %s; " % (since(job["updated_at"], now), clean(job["last_error"] or "cancelled"))
     causes = store.dead_causes(job["seq"])
     if causes:
-        return died + "`queuectl dlq retry %s --with-dependents` tries all again" % clean(" ".join(causes.values()))
+        return died + "`queuectl dlq retry %s --with-dependents` tries all again" % clean(" ".join(causes))
     return died + "`queuectl logs %s` shows what it printed, `queuectl dlq retry %s` tries it again" % (name, name)
 
 
@@ -4885,7 +4935,7 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
     free = shutil.disk_usage(folder).free
     if free < LEAST_SPACE:
         yield ("only %d MiB are free in %s" % (free >> 20, folder),
-               "free some space; `queuectl dlq purge` forgets dead jobs")
+               "free some space outside the queue; workers that wait for it go on by themselves")
     yield from _findings_of_workers(store)
 
 
@@ -4917,35 +4967,25 @@ def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advi
     return list(jobs.values())
 
 
-def _retry_one(store: Store, job: dict[str, Any]) -> None:
-    """Give an ended job a new start, in a transaction, or raise QueueError."""
-    if not store.retry(job["seq"], now_millis()):
-        raise QueueError("%s can't be retried: another job with its key %s waits or runs"
-                         % (clean(job["id"]), clean(str(job["unique"]))))
-
-
 def _retry(args: Any, states: Sequence[str], advice: str) -> int:
     store = open_store(args)
     with store.transaction():
-        jobs = find_all(store, args.ids, states, advice)
-        seqs = {job["seq"] for job in jobs}
-        dependents = {seq for job in jobs for seq in store.dead_dependents(job["seq"])} - seqs
+        jobs = {job["seq"]: job for job in find_all(store, args.ids, states, advice)}
+        dependents = {seq for first in jobs for seq in store.dead_dependents(first)} - set(jobs)
         if args.with_dependents:
-            jobs += [job for job in map(store.find_by_seq, sorted(dependents)) if job]
-            seqs |= dependents
-            dependents = set()
-        for job in jobs:
-            causes = store.dead_causes(job["seq"])
-            if any(other["state"] == DEAD and other["seq"] not in seqs for other in store.awaited_by(job["seq"])):
+            jobs.update((seq, store.find_by_seq(seq) or {}) for seq in sorted(dependents))
+        for seq, job in jobs.items():
+            if any(other["state"] == DEAD and other["seq"] not in jobs for other in store.awaited_by(seq)):
                 raise QueueError("%s is to run after dead jobs; `queuectl dlq retry %s --with-dependents` does all" % (
-                    clean(job["id"]), clean(" ".join(causes.values()))))
-        for job in jobs:
-            _retry_one(store, job)
+                    clean(job["id"]), clean(" ".join(store.dead_causes(seq)))))
+            if not store.retry(seq, now_millis()):
+                raise QueueError("%s can't be retried: another job with its key %s waits or runs"
+                                 % (clean(job["id"]), clean(str(job["unique"]))))
     ring_all(args.db)
-    for job in jobs:
+    for job in jobs.values():
         emit("Queued again: %s" % clean(job["id"]))
-    if dependents:
-        complain("%s died with it and were not retried; --with-dependents retries them too"
+    if dependents and not args.with_dependents:
+        complain("not retried: %s that died with it; --with-dependents takes them too"
                  % count_of(len(dependents), "job"))
     return EXIT_OK
 
@@ -4970,7 +5010,6 @@ def cmd_delete(args: Any) -> int:
                 names = [clean(waiting["id"]) for waiting in store.waiters_of(job["seq"])[:5]]
                 raise QueueError("%s can't be deleted, for others are to run after it: %s"
                                  % (clean(job["id"]), ", ".join(names)))
-        store.forget_environments()
     for job in jobs:
         emit("Deleted: %s" % clean(job["id"]))
     return EXIT_OK
@@ -4983,7 +5022,9 @@ def _await_end(store: Store, job: dict[str, Any], deadline: float) -> str:
         if current is None or current["state"] != PROCESSING or current["runs"] != job["runs"]:
             return current["state"] if current else DEAD
         if not is_alive(store.path, current["locked_by"]):
-            recover(store, time.sleep, complain)
+            hook = DeathHook(store.path, time.sleep, complain)
+            recover(store, hook)
+            hook.finish()
         if time.monotonic() >= deadline:
             raise QueueError("%s is still being ended; `queuectl show %s` tells when it is done"
                              % (clean(job["id"]), clean(job["id"])))
@@ -5005,6 +5046,9 @@ def cmd_cancel(args: Any) -> int:
         state = _await_end(store, job, deadline)
         emit("%s: %s" % ("Completed before it could be cancelled" if state == COMPLETED else "Cancelled",
                          clean(job["id"])))
+        dependents = store.dead_dependents(job["seq"])
+        if dependents:
+            complain("dead with it: %s that were to run after it" % count_of(len(dependents), "job"))
     return EXIT_OK
 
 
@@ -5033,7 +5077,7 @@ def cmd_edit(args: Any) -> int:
         changes["timeout_seconds"] = None
     store = open_store(args)
     with store.transaction():
-        job, = find_all(store, [args.id], WAITING, "only a job that waits can be changed")
+        job, = find_all(store, [args.id], WAITING, "only a job that waits can be changed; `queuectl cancel` ends one")
         store.edit(job, changes, now)
     ring_all(args.db)
     emit("Changed: %s" % clean(job["id"]))
@@ -5061,8 +5105,6 @@ def _purge(args: Any, states: Iterable[str]) -> int:
         checked("delay", args.older_than, "--older-than"))
     store = open_store(args)
     count = sum(store.purge(state, before) for state in sorted(states, key=STATES.index))  # what waits goes first
-    with store.transaction():
-        store.forget_environments()
     try:
         store.shrink()
     except QueueError as error:
@@ -5229,26 +5271,30 @@ def cmd_completion(args: Any) -> int:
          examples="\nqueuectl dlq list\n")
 def cmd_dlq_list(args: Any) -> int:
     args.queue = None
-    return _list(args, [DEAD], DEAD_HEAD, dead_row)
+    code = _list(args, [DEAD], DEAD_HEAD, dead_row)
+    if terminal_width() and not args.json:
+        emit(fit("Next: `queuectl logs ID`, `queuectl dlq retry ID` or --all", terminal_width()).rstrip())
+    return code
 
 
 @subcommand("dlq retry", "give dead jobs a new start",
          option("ids", nargs="*", metavar="ID", help="the job's id, or a unique part of its beginning"),
          option("--all", action="store_true", help="all dead jobs"), DEPENDENTS,
-         examples="\nqueuectl dlq retry job1\nqueuectl dlq retry --all\n")
+         option("--queue", metavar="NAME", help="with --all: of this queue only"),
+         examples="\nqueuectl dlq retry job1\nqueuectl dlq retry --all\nqueuectl dlq retry --all --queue run-1\n")
 def cmd_dlq_retry(args: Any) -> int:
-    if args.all == bool(args.ids):
-        raise UsageError("give either ids or --all")
+    if args.all == bool(args.ids) or (args.queue and args.ids):
+        raise UsageError("give either ids or --all, which --queue may limit")
     if args.ids:
         return _retry(args, (DEAD,), "it is not in the dead letter queue")
     store = open_store(args)
     with store.transaction():
-        count = store.retry_all_dead(now_millis())
-        left = store.counts()[DEAD]
+        count = store.retry_all_dead(now_millis(), args.queue)
+        left = store.count([DEAD], args.queue)
     ring_all(args.db)
     emit("Queued again: %s" % count_of(count, "job"))
     if left:
-        complain("still dead, for another job with the same key waits or runs, or for they wait for such a one: %s"
+        complain("still dead, for another job with their key waits or runs, or because they wait for such a job: %s"
                  % count_of(left, "job"))
     return EXIT_OK
 
@@ -5269,9 +5315,7 @@ NAME = option("name", metavar="NAME", help="the queue")
 def cmd_queue_list(args: Any) -> int:
     queues = [dict(queue, paused=bool(queue["paused"])) for queue in open_store(args).queues()]
     if args.json:
-        for line in json_lines(queues):
-            emit(line)
-        return EXIT_OK
+        return out_lines(queues)
     return out_table(QUEUE_HEAD, [
         (queue["name"], show_setting(queue["concurrency"]), "paused" if queue["paused"] else "yes",
          *(str(queue[state]) for state in STATES)) for queue in queues])
@@ -5323,22 +5367,14 @@ def cmd_queue_resume(args: Any) -> int:
 KEY = option("key", metavar="KEY", help="the setting, with - or _")
 
 
-def _show_config(args: Any) -> int:
+@subcommand("config list", "the same as show", JSON, examples="\nqueuectl config list\n")
+@subcommand("config show", "show every setting", JSON, examples="\nqueuectl config show\n")
+def cmd_config_show(args: Any) -> int:
     settings = open_store(args).settings()
     if args.json:
         return out_json(settings)
     return out_table(("SETTING", "VALUE", "DEFAULT"), [
         (name, show_setting(value), show_setting(SETTINGS[name])) for name, value in settings.items()])
-
-
-@subcommand("config show", "show every setting", JSON, examples="\nqueuectl config show\n")
-def cmd_config_show(args: Any) -> int:
-    return _show_config(args)
-
-
-@subcommand("config list", "the same as show", JSON, examples="\nqueuectl config list\n")
-def cmd_config_list(args: Any) -> int:
-    return _show_config(args)
 
 
 @subcommand("config get", "show one setting", KEY, JSON, examples="\nqueuectl config get max_retries\n")
@@ -5415,6 +5451,7 @@ def parser_of(entry: Command) -> Parser:
 def overview(group: str = "") -> str:
     """The help of queuectl itself, or of a group of commands."""
     shown = [entry for entry in COMMANDS.values() if not group or entry.name.startswith(group + " ")]
+    shown.sort(key=lambda entry: entry.name != "run")  # that first
     lines = ["  %-14s %s" % (entry.name, entry.summary) for entry in shown]
     examples = ("queuectl run 'echo hello' 'date -u'", "queuectl enqueue 'echo hello'",
                 "queuectl worker start --count 4", "queuectl status") if not group \

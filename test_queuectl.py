@@ -5216,6 +5216,24 @@ def test_what_is_waited_for_must_exist(q: Queue) -> None:
     assert after(q, "x") == [made, "y"]
 
 
+def test_no_job_waits_for_itself(q: Queue) -> None:
+    assert "itself" in q.fails("enqueue", "--id", "a", "--after", "a", "true").err
+    assert "line 2: " in q.fails("enqueue", "--file", "-", stdin='true\n{"id":"a","command":"x","after":"a"}\n').err
+    assert q.jobs() == []
+
+
+@pytest.mark.parametrize("words", [["enqueue", "--file", "-"], ["run", "--quiet", "--each", "true"]])
+def test_others_can_write_while_the_jobs_are_still_coming(q: Queue, words: list[str]) -> None:
+    q("status")
+    coming = f"(echo true; touch {q.work}/began; sleep 3) | queuectl {shlex.join(words)}"
+    slow = q.launch(["bash", "-c", define(q.program) + coming])
+    q.wait_file("began")
+    time.sleep(0.3)
+    q("config", "set", "max_retries", "1")
+    assert not slow.ended  # or it would have waited for the end of the pipe
+    assert slow.wait() == 0
+
+
 def test_a_job_after_one_that_has_ended(q: Queue) -> None:
     q.load([{"id": "good", "command": "true"}, {"id": "bad", "command": "false", "max_retries": 1}])
     q.drain(code=1)
@@ -5244,7 +5262,7 @@ def test_a_long_chain_goes_to_its_end_and_dies_as_a_whole(q: Queue) -> None:
     q.load(chain)
     q("worker", "start", "--count", "2", "--max-jobs", "5")
     assert q.counts() == {"completed": 5, "pending": 1995}
-    q("cancel", "c5")
+    assert "1994 jobs" in q("cancel", "c5").err
     assert q.counts() == {"completed": 5, "dead": 1995}
     assert q.show("c1999")["last_error"] == "c5 is dead, and this job was to run after it"
     q("doctor")
@@ -5320,7 +5338,7 @@ def test_a_retry_does_not_double_a_key(q: Queue) -> None:
         q.add("false", "--id", name, "--unique", "k", "--max-retries", "1")
         q.drain(code=1)
     said = q("dlq", "retry", "--all")
-    assert said.out == "Queued again: 1 job\n" and "same key" in said.err
+    assert said.out == "Queued again: 1 job\n" and "their key" in said.err
     assert "its key k" in q.fails("retry", "b").err
     assert q.states() == {"a": "pending", "b": "dead"}
     q("doctor")
@@ -5416,11 +5434,12 @@ def test_why_tells_what_it_waits_behind_and_how_long(q: Queue) -> None:
     q.wait_file("started")
     assert "runs as many jobs as it may at once (1): runs" in why(q, "waits")
     assert "it runs now" in why(q, "runs") and "--follow runs" in why(q, "runs") and "at most 59m" in why(q, "runs")
+    assert "`queuectl cancel ID` ends one" in why(q, "waits") and "edit fails --run-at now" in why(q, "fails")
     assert "its next try is due in 59m" in why(q, "fails") and "its last run: exit code 9 (1 of 3" in why(q, "fails")
     q.add("true", "--id", "first", "--priority", "2")
     q.add("true", "--id", "last", "--priority", "99")
     said = q.look("why", "last")
-    assert said["reasons"] == ["1 job stands before it, of priority 99 or lower; 1 of 1 worker busy"]
+    assert said["reasons"] == ["1 job stands before it, by priority (up to 99) or arrival; 1 of 1 worker busy"]
     assert 0.1 < moment(said["expected_at"]) - time.time() < 10
     assert "completed" in why(q, "took-a-second") and "retry took-a-second" in why(q, "took-a-second")
     q("cancel", "first")
@@ -5520,40 +5539,38 @@ def ended(store: Any, *names: str) -> None:
         end(store, take(store), "completed", NOW)
 
 
-def test_some_jobs_at_a_time_are_forgotten(store: Any) -> None:
+def test_jobs_are_forgotten_that_are_old_enough(store: Any) -> None:
     ended(store, "a", "b", "x", "d", "e")
     put(store, id="waits")
-    with store.transaction():
-        assert store.forget_some("completed", NOW - 1, 0, 2, ()) == (2, 0)
-        assert store.forget_some("completed", NOW, 2, 2, {"x"}) == (4, 1)
-        assert store.forget_some("completed", NOW, 4, 2, ()) == (0, 1)
-    assert [job["id"] for job in store.jobs([], None)] == ["a", "b", "x", "waits"]
+    assert store.forget_some("completed", NOW - 1, queuectl.NEVER, ()) == (1, 0)
+    assert store.forget_some("completed", NOW, 5, {"x"}) == (1, 3)
+    assert store.forget_some("completed", NOW, 1, ()) == (0, 0)
+    assert [job["id"] for job in store.jobs([], None)] == ["x", "e", "waits"]
 
 
-def test_one_worker_at_a_time_sweeps_and_all_rest_after_a_round(store: Any) -> None:
-    ended(store, "a", "b")
-    os.makedirs(queuectl.folder_path(store.path))
-    first, second = queuectl.Sweeper(store), queuectl.Sweeper(store)
-    first.sweep(dict(queuectl.SETTINGS))
-    assert store.counts()["completed"] == 2  # off by default
+def test_one_worker_at_a_time_sweeps_and_all_rest_after_a_round(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     keep = dict(queuectl.SETTINGS, keep_completed=0)
+    os.makedirs(queuectl.folder_path(store.path))
     lock = os.path.join(queuectl.folder_path(store.path), "sweep.lock")
+
+    def sweep(settings: Any) -> int:
+        queuectl.sweep(store, settings)
+        return int(store.counts()["completed"])
+
+    ended(store, "a", "b")
+    assert sweep(queuectl.SETTINGS) == 2  # off by default
     fd = queuectl.open_private(lock, os.O_RDWR)
     assert queuectl.system.try_lock(fd)
-    first.sweep(keep)
-    assert store.counts()["completed"] == 2
+    assert sweep(keep) == 2
     os.close(fd)
-    second.sweep(keep)
-    assert store.counts()["completed"] == 0
+    assert sweep(keep) == 0
     ended(store, "c")
-    first.next = second.next = 0
-    first.sweep(keep)
-    second.sweep(keep)
-    assert store.counts()["completed"] == 1  # the round has just ended
+    assert sweep(keep) == 1  # the round has just ended
     os.utime(lock, (1, 1))
-    first.next = 0
-    first.sweep(keep)
-    assert store.counts()["completed"] == 0
+    monkeypatch.setattr(queuectl, "SWEEP_TIME", 1e-9)  # enough for one look each: the jobs, then the end
+    assert sweep(keep) == 0 and json.loads(Path(lock).read_text()) == {"completed": 3}
+    sweep(dict(keep, keep_completed=None, keep_dead=5))
+    assert Path(lock).read_text() == "{}"
 
 
 def test_a_run_sums_up_what_would_be_forgotten_meanwhile(q: Queue) -> None:
@@ -5615,17 +5632,32 @@ def test_a_hook_that_hangs_does_not_hold_up_other_jobs(q: Queue) -> None:
 def test_hooks_run_one_after_the_other_and_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queuectl, "HOOK_TIME", 1.5)
     said: list[str] = []
-    alarm = queuectl.Alarm(str(tmp_path / "queue.db"), time.sleep, said.append)
+    hook = queuectl.DeathHook(str(tmp_path / "queue.db"), time.sleep, said.append)
     job = queuectl.Job(*range(1, 15))._replace(id="a", command="x", queue="q")
     ended = queuectl.Ended(job, "failed", 1, "bad\0\033[1m", NOW, 0.1, b"", b"", "w")
     out = tmp_path / "out"
-    alarm.sound(ended, f"sleep 0.3; printf '%s\\n' \"$QUEUECTL_ERROR\" >>{out}")
-    alarm.sound(ended, f"cat {out} >{out}2; echo $$ >{out}3; sleep 300; echo late >>{out}")
-    alarm.finish()
+    hook.start(ended, f"sleep 0.3; printf '%s\\n' \"$QUEUECTL_ERROR\" >>{out}")
+    hook.start(ended, f"cat {out} >{out}2; echo $$ >{out}3; sleep 300; echo late >>{out}")
+    hook.finish()
     assert out.read_text() == (tmp_path / "out2").read_text() == "bad\\x00\\x1b[1m\n"
     assert "took more than 1.50s" in said[0]
     pid = (tmp_path / "out3").read_text().strip()
     wait_for(lambda: (read_proc(pid, "stat").rpartition(b")")[2].split() or [b"X"])[0] in b"ZX")
+
+
+def test_a_worker_that_waits_for_its_hook_holds_no_job(q: Queue) -> None:
+    q.set("on_dead", f"touch {q.work}/$QUEUECTL_JOB_ID.hook; sleep 30")
+    q.load(
+        [{"id": name, "command": "false", "max_retries": 1} for name in ("a", "b")] + [{"id": "c", "command": "true"}]
+    )
+    pool = q.pool()
+    q.wait_state("b", "dead")
+    wait_for((q.work / "a.hook").exists)
+    assert q.state("c") == "pending"  # another worker could take it
+    q("worker", "stop", "--now", "--timeout", "10s")  # and nobody waits for the hook then
+    pool.wait()
+    assert q.state("c") == "pending"
+    q.may_leave = True
 
 
 def test_a_worker_that_leaves_lets_its_hook_end(q: Queue) -> None:
@@ -5651,7 +5683,11 @@ def test_the_whole_environment_is_kept_and_shown_only_on_demand(q: Queue) -> Non
     assert kept["SECRET"] == "top\nsecret" and kept["MORE"] == "1" and kept["HOME"] == str(q.home)
     assert "SECRET=top\\nsecret\n" in q("show", "--env", "a").out
     assert q("show", "--env", "--json", "b").json() == {}
+    q("enqueue", "--id", "c", "--env-all", "true", env=env)
+    q("enqueue", "--id", "c", "--env-all", "--if-exists", "skip", "true", env={**env, "SECRET": "another"})
     q("delete", "a")
+    assert q("show", "--env", "--json", "c").json()["SECRET"] == "top\nsecret"
+    q("delete", "c")
     assert b"SECRET" not in b"".join(
         json.dumps(row).encode() for row in queuectl.Store(str(q.db)).db.execute("SELECT * FROM contexts")
     )
@@ -5699,6 +5735,37 @@ def test_watching_ends_with_its_reader_and_with_the_database(q: Queue) -> None:
     for words in (["--json"], ["--format", "prometheus"]):
         q("status", "--watch", *words, code=2)
     q("list", "--watch", "--json", code=2)
+
+
+def test_the_next_step_stands_in_the_status(q: Queue) -> None:
+    q.add("true", "--queue", "lonely", "--delay", "300ms")
+    pool = q.pool("--queue", "other")
+    assert "No worker serves the queue lonely: `queuectl worker start --queue lonely`" in q("status").out
+    assert q.status()["unserved"] == ["lonely"]
+    pool.stop()
+    assert "No worker is running" in q("status").out and q.status()["unserved"] == []
+    run = q.start("run", "--workers", "1", GATE, "true x")
+    q.wait_file("started")
+    assert q.status()["interrupted"] == []
+    kill(run.process.pid, signal.SIGKILL)
+    worker = next(worker["pid"] for worker in q.look("worker", "list"))
+    kill(worker, signal.SIGKILL)
+    run.wait()
+    said = q("status")
+    assert "Interrupted: `queuectl run --resume run-1`" in said.out and "Held by dead workers: " in said.out
+    q.touch("go")
+    q("run", "--resume")
+    said = q("status")
+    assert "Interrupted" not in said.out and "dead workers" not in said.out and "lonely" not in said.err
+
+
+def test_the_dead_of_one_queue_are_retried(q: Queue) -> None:
+    q.load([{"command": "false", "max_retries": 1, "queue": name} for name in "xxy"])
+    q.drain(code=1)
+    assert q("dlq", "retry", "--all", "--queue", "x").out == "Queued again: 2 jobs\n"
+    assert q.counts() == {"pending": 2, "dead": 1}
+    q("dlq", "retry", "abcd", "--queue", "x", code=2)
+    assert "`queuectl dlq retry ID`" in q.at_terminal("dlq", "list")
 
 
 def test_the_metrics_of_prometheus(q: Queue) -> None:
@@ -5762,7 +5829,8 @@ def test_run_takes_the_options_of_a_job(q: Queue) -> None:
     "words",
     [
         ["--workers", "0", "true"], ["--workers", "many", "true"], ["--file", "x", "true"], ["-0", "true"],
-        ["--resume", "--file", "-"], ["--each", "true", "--resume"], ["--file", "/no/such/file"], [""],
+        ["--resume", "--file", "-"], ["--resume", "--timeout", "5"], ["--each", "true", "--resume"], [""],
+        ["--file", "/no/such/file"], ["echo {}", ":::", "a", "b"],
         ["echo a", "--workers", "2", "echo b"], ["--each", "echo '{}'", "a"], ["--each", 'x "y {}"', "a"],
         ["--each", " "],
         ["--each", "{}{}", "x" * 100_000],
@@ -5895,7 +5963,7 @@ def test_several_interrupted_runs_are_told_apart(q: Queue) -> None:
 def test_a_run_shows_its_progress_on_a_terminal(q: Queue) -> None:
     out = q.at_terminal("run", "--workers", "1", "sleep 0.8", "sleep 0.3")
     assert "\rrun-1: 0 of 2 done, 1 running\033[K" in out and "\rrun-1: 1 of 2 done, 1 running" in out
-    assert re.search(r"\r\033\[Krun-1: 2 of 2 completed in [^\n]*\n`queuectl list --queue run-1`", out)
+    assert re.search(r"\r\033\[Krun-1: 2 of 2 completed in [^\n]*\nWhat they printed is kept: ", out)
 
 
 def test_a_job_deleted_during_a_run_is_not_completed(q: Queue) -> None:
