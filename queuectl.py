@@ -5,6 +5,7 @@ Shell commands go in, worker processes run them, failures are retried with
 exponential backoff, and what keeps failing lands in the dead letter queue.
 Nothing but Python 3.8 or newer is needed: copy this file and run it.
 
+    queuectl.py run 'make docs' 'make test'   work on jobs now, and sum up
     queuectl.py enqueue 'gzip -9 big.log'     put a job into the queue
     queuectl.py worker start --count 4        work on it with four processes
     queuectl.py status                        see how it goes
@@ -32,7 +33,7 @@ no process id is trusted for this.
 
 Beside the database `queue.db` stand `queue.db-wal` and `queue.db-shm` (SQLite's
 own), `queue.db.lock` (the write mutex) and the folder `queue.db.d` (life locks,
-bells, the output of current runs).
+bells, the output of current runs, the locks of recovery and of sweeping).
 
 Contents, in reading order; a section calls only those above it:
 
@@ -2137,9 +2138,9 @@ class Store:
             ended.exit_code, ended.error, ended.worker, ended.stdout or None, ended.stderr or None))
         if state == DEAD:
             self.db.executemany(COUNT_DEATH, [(pool,) for pool in pools])
-        return state, state in (COMPLETED, DEAD) and self._tell_waiting(job.seq, state, ended.finished_at)
+        return state, state in (COMPLETED, DEAD) and self._settle_waiters(job.seq, state, ended.finished_at)
 
-    def _tell_waiting(self, seq: int, state: str, now: int) -> bool:
+    def _settle_waiters(self, seq: int, state: str, now: int) -> bool:
         """A job is completed or dead: let those go on that waited for it alone, or bury them; whether there are any."""
         waiting = self._rows(WAITING_FOR, seq)
         if waiting and state == DEAD:
@@ -2160,7 +2161,7 @@ class Store:
     def cancel_waiting(self, seq: int, now: int) -> bool:
         done = self.db.execute(CANCEL_WAITING, ("cancelled before it ran again", now, now, seq)).rowcount > 0
         if done:
-            self._tell_waiting(seq, DEAD, now)
+            self._settle_waiters(seq, DEAD, now)
         return done
 
     def ask_cancel(self, seq: int, now: int) -> bool:
@@ -2358,8 +2359,8 @@ class Store:
                                None if everywhere else job["queue"]))
 
     def recent_seconds(self) -> float:
-        """How long a run took on average, of late; 0 if there was none."""
-        return float(self._rows(RECENT_SECONDS)[0][0] or 0)
+        """How many seconds the runs of the newest jobs took on average; 0 if there were none."""
+        return float(self._value(RECENT_SECONDS) or 0)
 
     def serving(self, queue: str) -> list[dict[str, Any]]:
         """The live workers that serve a queue."""
@@ -2368,8 +2369,8 @@ class Store:
         return [worker for worker in self.workers() if worker["alive"] and worker["pool"] in pools]
 
     def first_in(self, queue: str) -> int:
-        """The seq of the first unfinished job of a queue."""
-        return int(self._rows(FIRST_IN, queue)[0][0] or 0)
+        """The seq of the first unfinished job of a queue; 0 if there is none."""
+        return int(self._value(FIRST_IN, queue) or 0)
 
     def died_in(self, queue: str, first: int, last: int, start: int) -> list[dict[str, Any]]:
         """The first few jobs of a queue from seq `first` to `last` that have died at or after `start`."""
@@ -3412,7 +3413,7 @@ class Pool:
         self.told = min(self.stops, 2)
         self.openings = []
         self._tell("ending the running jobs now" if self.told == 2 else
-                 "stopping: running jobs finish first; once more to end them now")
+                   "stopping: running jobs finish first; once more to end them now")
         for process in self.workers:
             system.dismiss(process.pid, self.told == 2)
         if WINDOWS:
@@ -3710,7 +3711,7 @@ def option(*names: str, **details: Any) -> tuple[tuple[str, ...], dict[str, Any]
 
 
 def subcommand(name: str, summary: str, *options: tuple[tuple[str, ...], dict[str, Any]],
-            examples: str) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
+               examples: str) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
     """Make a function the command `name`: it takes the parsed arguments and returns the exit code."""
     def enter(run: Callable[[Any], int]) -> Callable[[Any], int]:
         COMMANDS[name] = Command(name, run, summary, options, examples)
@@ -4173,7 +4174,7 @@ def cmd_worker_stop(args: Any) -> int:
 
 
 @subcommand("worker list", "show the workers that live, and what they run", JSON,
-         examples="\nqueuectl worker list\n")
+            examples="\nqueuectl worker list\n")
 def cmd_worker_list(args: Any) -> int:
     workers = [worker for worker in open_store(args).workers() if worker["alive"]]
     if args.json:
@@ -4242,7 +4243,10 @@ class Batch:
                     now[PROCESSING], store.queue(self.name)["paused"])
 
     def progress(self) -> Part:
-        """About the same, by its queue's counts, which cost nothing. The database is open meanwhile only."""
+        """The same from its queue's counts: cheap, but purges and other jobs of that queue blur it.
+
+        The database is open meanwhile only, for workers may have to be forked again.
+        """
         store = Store(self.db)
         try:
             now = store.queue(self.name)
@@ -4602,7 +4606,7 @@ def _watch_list(args: Any) -> int:
     examples="""
 queuectl list
 queuectl list --state failed --state dead
-queuectl list --json --state pending | queuectl --db /other/queue.db enqueue --file -
+queuectl list --json --state pending --state failed | queuectl --db /other/queue.db enqueue --file -
 """)
 def cmd_list(args: Any) -> int:
     return _watch_list(args) if args.watch else _list(args, args.state, JOB_HEAD, job_row)
@@ -4994,13 +4998,13 @@ DEPENDENTS = option("--with-dependents", action="store_true", help="and the jobs
 
 
 @subcommand("retry", "let ended jobs run again from the start", IDS, DEPENDENTS,
-         examples="\nqueuectl retry job1 job2\n")
+            examples="\nqueuectl retry job1 job2\n")
 def cmd_retry(args: Any) -> int:
     return _retry(args, ENDED, "only a completed or dead job can be retried")
 
 
 @subcommand("delete", "forget jobs and their runs", IDS,
-         examples="\nqueuectl delete job1\n")
+            examples="\nqueuectl delete job1\n")
 def cmd_delete(args: Any) -> int:
     store = open_store(args)
     with store.transaction():
@@ -5032,7 +5036,7 @@ def _await_end(store: Store, job: dict[str, Any], deadline: float) -> str:
 
 
 @subcommand("cancel", "take waiting jobs out of the queue, end running ones", IDS,
-         examples="\nqueuectl cancel job1\n")
+            examples="\nqueuectl cancel job1\n")
 def cmd_cancel(args: Any) -> int:
     store = open_store(args)
     with store.transaction():
@@ -5117,14 +5121,14 @@ OLDER_THAN = option("--older-than", metavar="DURATION", help="only those unchang
 
 
 @subcommand("purge", "forget completed jobs, or those in other states, and their runs",
-         option("--state", action="append", choices=(*WAITING, *ENDED), help="instead of completed; repeatable"),
-         OLDER_THAN, examples="\nqueuectl purge --older-than 7d\nqueuectl purge --state dead --state completed\n")
+            option("--state", action="append", choices=(*WAITING, *ENDED), help="instead of completed; repeatable"),
+            OLDER_THAN, examples="\nqueuectl purge --older-than 7d\nqueuectl purge --state dead --state completed\n")
 def cmd_purge(args: Any) -> int:
     return _purge(args, dict.fromkeys(args.state or [COMPLETED]))
 
 
 @subcommand("backup", "copy the database while workers run", option("path", metavar="PATH", help="the new file"),
-         examples="\nqueuectl backup /mnt/queue-backup.db\n")
+            examples="\nqueuectl backup /mnt/queue-backup.db\n")
 def cmd_backup(args: Any) -> int:
     path = os.path.abspath(args.path)
     if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, args.db)):
@@ -5266,9 +5270,9 @@ def cmd_completion(args: Any) -> int:
 # the dead letter queue
 
 @subcommand("dlq list", "show the dead letter queue: jobs that failed too often",
-         option("--limit", metavar="N", help="the newest N (50; with --json all)"),
-         option("--all", action="store_true", help="all of them"), JSON,
-         examples="\nqueuectl dlq list\n")
+            option("--limit", metavar="N", help="the newest N (50; with --json all)"),
+            option("--all", action="store_true", help="all of them"), JSON,
+            examples="\nqueuectl dlq list\n")
 def cmd_dlq_list(args: Any) -> int:
     args.queue = None
     code = _list(args, [DEAD], DEAD_HEAD, dead_row)
@@ -5278,10 +5282,10 @@ def cmd_dlq_list(args: Any) -> int:
 
 
 @subcommand("dlq retry", "give dead jobs a new start",
-         option("ids", nargs="*", metavar="ID", help="the job's id, or a unique part of its beginning"),
-         option("--all", action="store_true", help="all dead jobs"), DEPENDENTS,
-         option("--queue", metavar="NAME", help="with --all: of this queue only"),
-         examples="\nqueuectl dlq retry job1\nqueuectl dlq retry --all\nqueuectl dlq retry --all --queue run-1\n")
+            option("ids", nargs="*", metavar="ID", help="the job's id, or a unique part of its beginning"),
+            option("--all", action="store_true", help="all dead jobs"), DEPENDENTS,
+            option("--queue", metavar="NAME", help="with --all: of this queue only"),
+            examples="\nqueuectl dlq retry job1\nqueuectl dlq retry --all\nqueuectl dlq retry --all --queue run-1\n")
 def cmd_dlq_retry(args: Any) -> int:
     if args.all == bool(args.ids) or (args.queue and args.ids):
         raise UsageError("give either ids or --all, which --queue may limit")
@@ -5300,7 +5304,7 @@ def cmd_dlq_retry(args: Any) -> int:
 
 
 @subcommand("dlq purge", "forget dead jobs and their runs",
-         OLDER_THAN, examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
+            OLDER_THAN, examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
 def cmd_dlq_purge(args: Any) -> int:
     return _purge(args, [DEAD])
 
@@ -5322,8 +5326,8 @@ def cmd_queue_list(args: Any) -> int:
 
 
 @subcommand("queue set", "limit how many jobs of a queue run at once, over all pools", NAME,
-         option("--concurrency", metavar="N", required=True, help="that many, or none for no limit"),
-         examples="\nqueuectl queue set gpu --concurrency 1\nqueuectl queue set gpu --concurrency none\n")
+            option("--concurrency", metavar="N", required=True, help="that many, or none for no limit"),
+            examples="\nqueuectl queue set gpu --concurrency 1\nqueuectl queue set gpu --concurrency none\n")
 def cmd_queue_set(args: Any) -> int:
     name = check_name("the queue's name", args.name)
     most = None if args.concurrency == "none" else _whole_option("--concurrency", args.concurrency, 10**6)
@@ -5349,15 +5353,15 @@ def _pause(args: Any, paused: bool) -> int:
 
 
 @subcommand("queue pause", "start no more jobs of a queue; those running go on",
-         option("name", nargs="?", metavar="NAME", help="the queue; without: all, those to come too"),
-         examples="\nqueuectl queue pause gpu\nqueuectl queue pause\n")
+            option("name", nargs="?", metavar="NAME", help="the queue; without: all, those to come too"),
+            examples="\nqueuectl queue pause gpu\nqueuectl queue pause\n")
 def cmd_queue_pause(args: Any) -> int:
     return _pause(args, True)
 
 
 @subcommand("queue resume", "start jobs of a paused queue again",
-         option("name", nargs="?", metavar="NAME", help="the queue; without: all"),
-         examples="\nqueuectl queue resume gpu\nqueuectl queue resume\n")
+            option("name", nargs="?", metavar="NAME", help="the queue; without: all"),
+            examples="\nqueuectl queue resume gpu\nqueuectl queue resume\n")
 def cmd_queue_resume(args: Any) -> int:
     return _pause(args, False)
 
@@ -5388,8 +5392,8 @@ def cmd_config_get(args: Any) -> int:
 
 
 @subcommand("config set", "change a setting; running workers follow", KEY,
-         option("value", metavar="VALUE", help="a number, a duration, or a word"),
-         examples="""
+            option("value", metavar="VALUE", help="a number, a duration, or a word"),
+            examples="""
 queuectl config set max_retries 5
 queuectl config set backoff-base 3
 queuectl config set timeout_seconds 10m
@@ -5406,7 +5410,7 @@ def cmd_config_set(args: Any) -> int:
 
 
 @subcommand("config unset", "put a setting back to its default", KEY,
-         examples="\nqueuectl config unset max_retries\n")
+            examples="\nqueuectl config unset max_retries\n")
 def cmd_config_unset(args: Any) -> int:
     name = setting_name(args.key)
     store = open_store(args)
