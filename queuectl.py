@@ -1473,13 +1473,15 @@ ROLLBACK_TO = "ROLLBACK TO chunk"
 FIND_CONTEXT = "SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ? AND environ = ?"
 ADD_CONTEXT = "INSERT INTO contexts (cwd, path, umask, environ) VALUES (?, ?, ?, ?)"
 GET_CONTEXT = "SELECT cwd, path, umask, environ FROM contexts WHERE id = ?"
-COUNT_IN_CONTEXT = "UPDATE contexts SET jobs = jobs + ? WHERE id = ? AND environ <> ''"
+COUNT_IN_CONTEXT = """UPDATE contexts SET jobs = jobs + (
+    SELECT count(*) FROM jobs WHERE seq > ? AND context = contexts.id) WHERE id = ?"""
 FORGET_UNUSED = "DELETE FROM contexts WHERE jobs = 0 AND environ <> ''"
 ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
 COUNT_ADDED = "UPDATE queues SET pending = pending + ? WHERE name = ?"
 ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
-    timeout_seconds, max_retries, backoff_base, context, env, unique_key, policy, created_at, updated_at)
-    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at)
+    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+SET_SPECIAL = "UPDATE jobs SET unique_key = ?, policy = ? WHERE seq = ?"
 WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
 WITH_KEY = """SELECT seq, id, state FROM jobs
     WHERE unique_key = ? AND state <> 'completed' AND state <> 'dead'"""
@@ -1701,12 +1703,15 @@ def _job_row(draft: dict[str, Any], settings: dict[str, Any], context: int, now:
     due = run_at if run_at is not None and run_at > now else None
     given = {name: settings[name] if draft[name] is None else draft[name]
              for name in ("priority", "timeout_seconds", "max_retries")}
-    policy = {name: draft[name] for name in POLICY_FIELDS if draft[name] not in (None, [])}
     return (draft["id"], 1 if draft["id"] is None else 0, draft["command"], draft["queue"] or "default",
             given["priority"], 1 if due is None else 0, due, run_at, given["timeout_seconds"],
             given["max_retries"], draft["backoff_base"], context,
-            json.dumps(draft["env"]) if draft["env"] else None, draft["unique"],
-            json.dumps(policy) if policy else None, now, now)
+            json.dumps(draft["env"]) if draft["env"] else None, now, now)
+
+
+def _is_special(draft: dict[str, Any]) -> bool:
+    """Whether a draft has what few jobs have, and bulks are to be fast without."""
+    return bool(draft["after"] or draft["dead_on"]) or draft["unique"] is not None or draft["retry_after"] is not None
 
 
 class Store:
@@ -1992,47 +1997,52 @@ class Store:
         before = self._value(LAST_SEQ) or 0
         self.existing: list[int] = []
         contexts: dict[str, int] = {}
-        added: dict[tuple[str, int], int] = {}  # by queue and context
-        chunk: list[tuple[int, tuple[Any, ...]]] = []  # the line each stands on in its file (0: none), and its row
+        added: dict[str, int] = {}
+        chunk: list[tuple[Any, ...]] = []
+        lines: list[int] = []  # on which each of the chunk stands in its file (0: none)
         for draft in drafts:
             cwd = draft["cwd"]
             if cwd not in contexts:
                 contexts[cwd] = self._context(cwd, path, umask, environ)
-            line, row = draft.get("line", 0), _job_row(draft, settings, contexts[cwd], now)
-            if draft["after"]:
-                self._add_chunk(chunk, added, skip_existing)  # it may wait for one of these
-                self._add_waiting(line, row, draft["after"], added, skip_existing, now)
-                chunk = []
-                continue
-            chunk.append((line, row))
-            if len(chunk) == 1000:
-                self._add_chunk(chunk, added, skip_existing)
-                chunk = []
-        self._add_chunk(chunk, added, skip_existing)
-        for (queue, context), count in added.items():
+            row = _job_row(draft, settings, contexts[cwd], now)
+            special = _is_special(draft)
+            if not special:
+                chunk.append(row)
+                lines.append(draft.get("line", 0))
+            if special or len(chunk) == 1000:
+                self._add_chunk(chunk, lines, added, skip_existing)
+                chunk, lines = [], []
+            if special:  # it may wait for one of these
+                self._add_special(draft, row, added, skip_existing, now)
+        self._add_chunk(chunk, lines, added, skip_existing)
+        for queue, count in added.items():
             self.db.execute(ADD_QUEUE, (queue,))
             self.db.execute(COUNT_ADDED, (count, queue))
-            self.db.execute(COUNT_IN_CONTEXT, (count, context))
-        self.db.execute(FORGET_UNUSED)
+        if environ:
+            self.db.executemany(COUNT_IN_CONTEXT, [(before, context) for context in contexts.values()])
+            self.db.execute(FORGET_UNUSED)
         return before, self._value(LAST_SEQ) or 0, self.existing
 
     def _context(self, *values: Any) -> int:
         return int(self._value(FIND_CONTEXT, *values) or self.db.execute(ADD_CONTEXT, values).lastrowid or 0)
 
-    def _add_waiting(self, line: int, row: tuple[Any, ...], names: Sequence[str], added: dict[tuple[str, int], int],
-                     skip_existing: bool, now: int) -> None:
-        """Insert a job that waits for others; if one of them is dead already, so is the job."""
-        if not self._add_one(line, row, skip_existing):
+    def _add_special(self, draft: dict[str, Any], row: tuple[Any, ...], added: dict[str, int], skip_existing: bool,
+                     now: int) -> None:
+        """Insert a job with a key, a policy, or others to wait for; if one of those is dead already, so is the job."""
+        line = draft.get("line", 0)
+        if not self._add_one(line, row, skip_existing, draft["unique"]):
             return
-        seq = self._value(LAST_SEQ)
+        seq, queue = self._value(LAST_SEQ), row[3]
+        policy = {name: draft[name] for name in POLICY_FIELDS if draft[name] not in (None, [])}
+        self.db.execute(SET_SPECIAL, (draft["unique"], json.dumps(policy) if policy else None, seq))
         try:
-            awaited = [self.find(name) for name in names]
+            awaited = [self.find(name) for name in draft["after"] or ()]
         except QueueError as error:
             raise QueueError(at_line(line, "%s; what a job is to run after must stand before it" % error)) from None
         if any(job["seq"] == seq for job in awaited):
             raise QueueError(at_line(line, "a job can't wait for itself"))
-        added[row[3], row[11]] = added.get((row[3], row[11]), 0) + 1
-        self.db.execute(ADD_QUEUE, (row[3],))  # the burial below is counted there
+        added[queue] = added.get(queue, 0) + 1
+        self.db.execute(ADD_QUEUE, (queue,))  # the burial below is counted there
         for job in awaited:
             if job["state"] != COMPLETED:
                 self.db.execute(ADD_WAIT, (job["seq"], seq))
@@ -2040,30 +2050,30 @@ class Store:
         for cause in self.dead_causes(seq)[:1]:
             self._bury(BURY_ONE, cause, seq, now)
 
-    def _add_chunk(self, chunk: Sequence[tuple[int, tuple[Any, ...]]], added: dict[tuple[str, int], int],
+    def _add_chunk(self, chunk: list[tuple[Any, ...]], lines: list[int], added: dict[str, int],
                    skip_existing: bool) -> None:
         """Insert rows together; if an id is taken, one by one, which finds out whose."""
-        drawn = iter(_draw_ids(sum(1 for _, row in chunk if row[1])))
-        rows = [(next(drawn), *row[1:]) if row[1] else row for _, row in chunk]
+        drawn = iter(_draw_ids(sum(1 for row in chunk if row[1])))
+        rows = [(next(drawn), *row[1:]) if row[1] else row for row in chunk]
         self.db.execute(SAVEPOINT)
         try:
             self.db.executemany(ADD_JOB, rows)
         except sqlite3.IntegrityError:
             self.db.execute(ROLLBACK_TO)
-            rows = [row for (line, _), row in zip(chunk, rows) if self._add_one(line, row, skip_existing)]
+            rows = [row for line, row in zip(lines, rows) if self._add_one(line, row, skip_existing)]
         self.db.execute(RELEASE)
         for row in rows:
-            added[row[3], row[11]] = added.get((row[3], row[11]), 0) + 1
+            added[row[3]] = added.get(row[3], 0) + 1
 
-    def _add_one(self, line: int, row: tuple[Any, ...], skip_existing: bool) -> bool:
+    def _add_one(self, line: int, row: tuple[Any, ...], skip_existing: bool, key: str | None = None) -> bool:
         while row[1] and (row[0] is None or self._rows(WITH_ID, row[0])):
             row = (_draw_ids(1)[0], *row[1:])
-        twins = self._rows(WITH_ID, row[0]) or self._rows(WITH_KEY, row[13])
+        twins = self._rows(WITH_ID, row[0]) or self._rows(WITH_KEY, key)
         if twins and not skip_existing:
             raise QueueError(at_line(line, (
                 "a job with the id %s exists already; choose another, or use --if-exists skip" % row[0]
                 if twins[0][1] == row[0] else "a job with the key %s is %s: %s; --if-exists skip makes this a success"
-                % (clean(row[13]), twins[0][2], clean(twins[0][1])))))
+                % (clean(str(key)), twins[0][2], clean(twins[0][1])))))
         if twins:
             self.existing.append(twins[0][0])
             return False
@@ -3870,7 +3880,8 @@ def finish_draft(draft: dict[str, Any], folders: dict[str | None, str]) -> dict[
     for name, value in (draft["env"] or {}).items():
         if len(name.encode()) + len(value.encode()) + 2 > system.longest_command:
             raise UsageError("env %s is too long: this system takes %d bytes" % (clean(name), system.longest_command))
-    return dict(draft, cwd=folders[given])
+    draft["cwd"] = folders[given]
+    return draft
 
 
 def open_jobs(path: str) -> BinaryIO:
