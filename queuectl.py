@@ -4092,6 +4092,13 @@ def _open_log(path: str) -> int:
         raise QueueError("the log %s can't be written: %s" % (clean(path), error.strerror)) from None
 
 
+def own_command() -> list[str]:
+    """How this program is started: by the launcher of `make install` (its module is compiled), or as a script."""
+    launcher = os.path.abspath(sys.argv[0])
+    installed = os.path.basename(launcher) == "queuectl" and os.path.isfile(launcher)
+    return [sys.executable, launcher if installed else os.path.abspath(__file__)]
+
+
 START_TIME = 30.0  # seconds a detached pool has to come up
 
 
@@ -4100,7 +4107,7 @@ def _start_detached(args: Any, count: int) -> int:
     import subprocess
     log = os.path.join(os.path.dirname(args.db), "queuectl.log")
     name = new_pool_name()
-    argv = [sys.executable, os.path.abspath(__file__), "--db", args.db, "worker", "start", "--count", str(count)]
+    argv = [*own_command(), "--db", args.db, "worker", "start", "--count", str(count)]
     for queue in args.queue:
         argv += ["--queue", queue]
     argv += ["--drain"] * args.drain + (["--max-jobs", args.max_jobs] if args.max_jobs else [])
@@ -5194,7 +5201,7 @@ queuectl service --count 4 > ~/.config/systemd/user/queuectl.service
 queuectl service --count 4 --system > queuectl.service
 """)
 def cmd_service(args: Any) -> int:
-    words = [sys.executable, os.path.abspath(__file__), "--db", args.db, "worker", "start", "--count",
+    words = [*own_command(), "--db", args.db, "worker", "start", "--count",
              str(_whole_option("--count", args.count, 1000))]
     for name in args.queue:
         words += ["--queue", check_name("--queue", name)]

@@ -2030,6 +2030,16 @@ def test_a_detached_pool(q: Queue) -> None:
 
 
 @linux
+@linux
+def test_a_detached_pool_is_started_as_the_command_was(q: Queue) -> None:
+    """By the installed command, whose module is compiled: that starts faster and takes half of the memory."""
+    for program in (q.program, SCRIPT):
+        done = q.run([*program, "worker", "start", "--detach"])
+        words = read_proc(done.out.strip(), "cmdline").split(b"\0")
+        assert os.fsencode(program[-1]) in words
+        q("worker", "stop")
+
+
 def test_the_log_of_detached_pools_is_rotated(q: Queue) -> None:
     log = q.db.parent / "queuectl.log"
     log.write_text("an old line\n" * 1_000_000)
