@@ -369,6 +369,11 @@ def settle(ending: str, attempts: int, max_retries: int, final: bool = False) ->
     return FAILED, attempts
 
 
+def is_run_queue(name: str) -> bool:
+    """Whether a queue is called as those are that `run` makes."""
+    return re.fullmatch(RUN_QUEUE % "[0-9]+", name) is not None
+
+
 def policy_of(job: Any) -> dict[str, Any]:
     """Those of the POLICY_FIELDS that were given for a job."""
     return json.loads(job.policy or "{}")  # type: ignore[no-any-return]
@@ -1541,8 +1546,8 @@ AWAITED_DEAD = """SELECT DISTINCT awaited.seq, awaited.id FROM waits JOIN jobs A
 RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 16777215"
 DELETE_RUNS = "DELETE " + RUNS_OF_JOB
 UNFINISHED_BETWEEN = "SELECT 1 FROM jobs WHERE state = ? AND seq > ? AND seq <= ? LIMIT 1"
-DIED_BETWEEN = """SELECT id, last_error FROM jobs WHERE state = 'dead' AND seq > ? AND seq <= ? AND updated_at >= ?
-    ORDER BY seq LIMIT 5"""
+DIED_BETWEEN = """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead' AND seq > ? AND seq <= ?
+    AND updated_at >= ? AND queue = coalesce(?, queue) ORDER BY seq LIMIT 20"""
 ID_OF = "SELECT id FROM jobs WHERE seq = ?"
 STILL_SO = "SELECT 1 FROM jobs WHERE seq = ? AND state = ? AND updated_at <= ?"
 SOME_IN_STATE = """SELECT seq, queue, updated_at FROM jobs WHERE state = ? AND seq < ?
@@ -1589,8 +1594,6 @@ AHEAD_OF = """SELECT count(*) FROM jobs JOIN queues ON queues.name = jobs.queue 
     AND (concurrency IS NULL OR processing < concurrency)
     AND (priority < ? OR (priority = ? AND seq < ?)) AND queue = coalesce(?, queue)"""
 RECENT_SECONDS = "SELECT avg(seconds) FROM (SELECT seconds FROM runs ORDER BY id DESC LIMIT 100)"
-DIED_IN = """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead' AND seq BETWEEN ? AND ?
-    AND queue = ? AND updated_at >= ? ORDER BY seq LIMIT 20"""
 STATES_BETWEEN = "SELECT state, count(*) FROM jobs WHERE seq BETWEEN ? AND ? AND queue = ? GROUP BY state"
 FIRST_IN = "SELECT min(seq) FROM jobs WHERE queue = ? AND state IN ('pending', 'processing', 'failed')"
 OLDEST_WAITING = "SELECT id, command, created_at, due FROM jobs WHERE state = 'pending' ORDER BY seq LIMIT 1"
@@ -1689,6 +1692,11 @@ def refuse_network(folder: str) -> None:
 def at_line(line: int, problem: str) -> str:
     """What is wrong with a job, and on which line of its file (0: it has none)."""
     return "line %d: %s" % (line, problem) if line else problem
+
+
+def serves(pool: dict[str, Any], queue: str) -> bool:
+    """Whether the workers of a pool take jobs of a queue."""
+    return not pool["queues"] or queue in pool["queues"].split(",")
 
 
 def _draw_ids(count: int) -> list[str]:
@@ -2281,7 +2289,7 @@ class Store:
     def queues_of_runs(self) -> set[str]:
         """The queues of every `run` under way: it counts its jobs at its end."""
         return {pool["queues"] for pool in self.pools()
-                if pool["alive"] and re.fullmatch(RUN_QUEUE % "[0-9]+", pool["queues"] or "")}
+                if pool["alive"] and is_run_queue(pool["queues"] or "")}
 
     def ask_stop(self, pools: Iterable[str], level: int) -> None:
         """Have pools stop soon (1) or now (2), in a transaction; ring their workers afterwards."""
@@ -2374,17 +2382,12 @@ class Store:
 
     def serving(self, queue: str) -> list[dict[str, Any]]:
         """The live workers that serve a queue."""
-        pools = {pool["name"] for pool in self.pools()
-                 if pool["alive"] and (not pool["queues"] or queue in pool["queues"].split(","))}
+        pools = {pool["name"] for pool in self.pools() if pool["alive"] and serves(pool, queue)}
         return [worker for worker in self.workers() if worker["alive"] and worker["pool"] in pools]
 
     def first_in(self, queue: str) -> int:
         """The seq of the first unfinished job of a queue; 0 if there is none."""
         return int(self._value(FIRST_IN, queue) or 0)
-
-    def died_in(self, queue: str, first: int, last: int, start: int) -> list[dict[str, Any]]:
-        """The first few jobs of a queue from seq `first` to `last` that have died at or after `start`."""
-        return self._dicts(DIED_IN, first, last, queue, start)
 
     def states_between(self, queue: str, first: int, last: int) -> dict[str, int]:
         """How many jobs of a queue from seq `first` to `last` are in each state."""
@@ -2400,9 +2403,9 @@ class Store:
         """Whether any job after seq `first` up to `last` is neither completed nor dead."""
         return any(self._rows(UNFINISHED_BETWEEN, state, first, last) for state in UNFINISHED)
 
-    def died(self, first: int, last: int, start: int) -> list[dict[str, Any]]:
-        """Id and last error of the first few jobs in that range that have died at or after `start`."""
-        return self._dicts(DIED_BETWEEN, first, last, start)
+    def died(self, first: int, last: int, start: int, queue: str | None = None) -> list[dict[str, Any]]:
+        """The first few jobs after seq `first` up to `last`, of a queue or of all, that died at or after `start`."""
+        return self._dicts(DIED_BETWEEN, first, last, start, queue)
 
     def backup(self, path: str) -> None:
         """Copy the database as it is at this moment into a new file, by SQLite's own online backup.
@@ -2796,6 +2799,14 @@ def recover(store: Store, hook: DeathHook, pool: str = "") -> int:
         if state == DEAD and ended:
             hook.start(ended, store.settings()["on_dead"])
     return count
+
+
+def recover_and_wait(store: Store, pause: Callable[[float], object], tell: Callable[[str], None],
+                     pool: str = "") -> None:
+    """The same by who is no worker, and has nothing else to do until `on_dead` has run."""
+    hook = DeathHook(store.path, pause, tell)
+    recover(store, hook, pool)
+    hook.finish()
 
 
 SWEEP_TIME, SWEEP_REST = 0.1, 60.0  # seconds of work in one second; seconds between rounds, at least
@@ -3462,9 +3473,7 @@ class Pool:
             store = Store(self.db)
             store.patience = LAST_PATIENCE
             died = store.deaths(self.name)
-            hook = DeathHook(self.db, self.bell.wait, self._tell)
-            recover(store, hook, self.name)
-            hook.finish()
+            recover_and_wait(store, self.bell.wait, self._tell, self.name)
             died = store.deaths(self.name)
             with store.transaction():
                 store.remove_pool(self.name)
@@ -3761,9 +3770,14 @@ def terminal_width() -> int:
         return 0
 
 
-def out_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+def fitted_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for where stdout leads: within a terminal's width, coloured there, or whole."""
     width = terminal_width()
-    for line in table(head, rows, width, bool(width) and not os.environ.get("NO_COLOR")):
+    return table(head, rows, width, bool(width) and not os.environ.get("NO_COLOR"))
+
+
+def out_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    for line in fitted_table(head, rows):
         emit(line)
     return EXIT_OK
 
@@ -3822,11 +3836,15 @@ def await_jobs(store: Store, ranges: Sequence[tuple[int, int]], start: int, pati
 
 # enqueue
 
+def given_of(args: Any, *names: str) -> dict[str, Any]:
+    """Those of these options that were given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
 def given_options(args: Any) -> dict[str, Any]:
     """The fields of a job that stand on the command line as options."""
-    names = ("id", "queue", "priority", "run_at", "delay", "timeout", "max_retries", "backoff_base", "cwd", "unique",
-             "retry_after")
-    options = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    options = given_of(args, "id", "queue", "priority", "run_at", "delay", "timeout", "max_retries", "backoff_base",
+                       "cwd", "unique", "retry_after")
     options.update({name: ",".join(getattr(args, name)) for name in ("after", "dead_on") if getattr(args, name)})
     if args.env:
         pairs = [(name, value if equals else os.environ.get(name)) for name, equals, value in
@@ -4327,8 +4345,8 @@ def new_run_queue(store: Store) -> str:
 def left_runs(store: Store) -> dict[str, int]:
     """The queues of runs that were interrupted, each with how many jobs are left."""
     busy = store.queues_of_runs()
-    return {queue["name"]: unfinished_of(queue) for queue in store.queues() if unfinished_of(queue)
-            and re.fullmatch(RUN_QUEUE % "[0-9]+", queue["name"]) and queue["name"] not in busy}
+    left = {queue["name"]: unfinished_of(queue) for queue in store.queues() if is_run_queue(queue["name"])}
+    return {name: count for name, count in left.items() if count and name not in busy}
 
 
 def _resumed(store: Store, words: Sequence[str]) -> str:
@@ -4432,7 +4450,7 @@ def _old_batch(args: Any, store: Store, most: int) -> Batch:
 def _lift_limit(store: Store, name: str) -> None:
     """After a run: if nothing of it is left, its queue is free for the next."""
     with store.transaction():
-        if name and not unfinished_of(store.queue(name)):
+        if name and not store.count(UNFINISHED, name):
             store.set_concurrency(name, None)
 
 
@@ -4440,7 +4458,7 @@ def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
     """Tell what has become of a run, and what to do next; its exit code."""
     part = batch.outcome(store)
     seconds = time.monotonic() - batch.began
-    died = store.died_in(batch.name, batch.first, batch.last, batch.start)
+    died = store.died(batch.first - 1, batch.last, batch.start, batch.name)
     try:
         if args.json:
             out_json({"queue": batch.name or None, "jobs": part.total, "completed": part.completed, "dead": part.dead,
@@ -4500,7 +4518,6 @@ def cmd_run(args: Any) -> int:
 
 # What reads.
 
-
 WATCH = option("--watch", action="store_true", help="show it anew each second until Ctrl-C")
 WATCH_EVERY = 1.0  # seconds
 
@@ -4529,15 +4546,14 @@ def show_frames(args: Any, frame: Callable[[], list[str]]) -> int:
 def status_of(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What `status` tells, and the workers that live."""
     workers = [worker for worker in store.workers() if worker["alive"]]
-    counts = store.counts()
-    pools = [pool["queues"] for pool in store.pools() if pool["alive"]]
-    serves = set() if None in pools else set(",".join(pools).split(","))  # none: all are served, or no pool lives
+    counts, queues = store.counts(), store.queues()
+    pools = [pool for pool in store.pools() if pool["alive"]]
     return {"jobs": counts, "workers": len(workers), "all_paused": store.all_paused(),
-            "paused": [queue["name"] for queue in store.queues() if queue["paused"]],
+            "paused": [queue["name"] for queue in queues if queue["paused"]],
             "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due(),
             "lost": [job["id"] for job in store.lost_jobs()] if counts[PROCESSING] else [],
-            "unserved": [queue["name"] for queue in store.queues() if not queue["paused"]
-                         and queue[PENDING] + queue[FAILED] and pools and serves and queue["name"] not in serves],
+            "unserved": [queue["name"] for queue in queues if pools and not queue["paused"]
+                         and queue[PENDING] + queue[FAILED] and not any(serves(pool, queue["name"]) for pool in pools)],
             "interrupted": list(left_runs(store))}, workers
 
 
@@ -4604,13 +4620,12 @@ def _watch_list(args: Any) -> int:
 
     def frame() -> list[str]:
         store.changed()  # raises if the database is gone
-        width = terminal_width()
-        most = os.get_terminal_size(sys.stdout.fileno()).lines - 5 if width else 50
+        most = os.get_terminal_size(sys.stdout.fileno()).lines - 5 if terminal_width() else 50
         rows = [job_row(job, now_millis()) for job in store.newest(args.state, args.queue, max(1, most))]
         speed = rate(store.count(ENDED, args.queue))
         total = "%s, %s" % (count_of(store.count(args.state, args.queue), "job"),
                             "..." if speed is None else "%.1f ended a second in the last minute" % speed)
-        return [total, *table(JOB_HEAD, rows, width, bool(width) and not os.environ.get("NO_COLOR"))]
+        return [total, *fitted_table(JOB_HEAD, rows)]
 
     return show_frames(args, frame)
 
@@ -5044,9 +5059,7 @@ def _await_end(store: Store, job: dict[str, Any], deadline: float) -> str:
         if current is None or current["state"] != PROCESSING or current["runs"] != job["runs"]:
             return current["state"] if current else DEAD
         if not is_alive(store.path, current["locked_by"]):
-            hook = DeathHook(store.path, time.sleep, complain)
-            recover(store, hook)
-            hook.finish()
+            recover_and_wait(store, time.sleep, complain)
         if time.monotonic() >= deadline:
             raise QueueError("%s is still being ended; `queuectl show %s` tells when it is done"
                              % (clean(job["id"]), clean(job["id"])))
@@ -5087,8 +5100,7 @@ queuectl edit job1 --priority 1
 queuectl edit job1 --run-at now --timeout none
 """)
 def cmd_edit(args: Any) -> int:
-    names = ("priority", "run_at", "delay", "timeout", "max_retries", "queue")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = given_of(args, "priority", "run_at", "delay", "timeout", "max_retries", "queue")
     if not given:
         raise UsageError("say what to change; see `queuectl edit --help`")
     now = now_millis()
