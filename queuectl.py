@@ -52,11 +52,13 @@ Contents, in reading order; a section calls only those above it:
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
 import signal
 import sqlite3
+import stat
 import sys
 import time
 from collections import namedtuple
@@ -77,6 +79,7 @@ UNFINISHED, WAITING, ENDED = (PENDING, PROCESSING, FAILED), (PENDING, FAILED), (
 # How a run can end besides completed and failed: queuectl itself ended it to shut down, its
 # worker was lost, somebody cancelled the job, or it asked to be tried again later.
 STOPPED, LOST, CANCELLED, DEFERRED = "stopped", "lost", "cancelled", "deferred"
+UNSTARTED = "unstarted"  # the machine had no room for it: that was no run, and nothing is recorded
 TRY_LATER = 75  # the exit code that asks for it: EX_TEMPFAIL of sysexits.h
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_TIMED_OUT, EXIT_INTERRUPTED = 0, 1, 2, 3, 124, 130
@@ -96,6 +99,8 @@ GIVEN_FIELDS = ("id", "command", "queue", "priority", "run_at", "timeout_seconds
 ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at"}
 
 RUN_QUEUE = "run-%s"  # the queues that `run` makes: run-1, run-2, …
+HOOK_QUEUE = "on-dead"  # where the jobs wait that `on_dead` and `on_end` make; every pool serves it
+HOOK_TIME, HOOK_PRIORITY = 60.0, 0  # their time-out in seconds, and that they go before other jobs
 
 # The environment variables a job is given; nobody else may set them.
 JOB_VARIABLES = ("QUEUECTL_JOB_ID", "QUEUECTL_ATTEMPT", "QUEUECTL_MAX_RETRIES",
@@ -140,6 +145,7 @@ SETTINGS: dict[str, Any] = {  # every setting with its default
     "keep_completed": None,
     "keep_dead": None,
     "on_dead": None,
+    "on_end": None,
 }
 
 
@@ -357,13 +363,13 @@ def backoff(base: float, attempts: int, longest: float, jitter: float, chance: f
 def settle(ending: str, attempts: int, max_retries: int, final: bool = False) -> tuple[str, int]:
     """The job's next state and its attempts, after the run `attempts` ended as `ending`.
 
-    A run that queuectl ended to shut down gives its attempt back, and so does one that asked to
-    be tried later. A `final` failure is not tried again.
+    A run that queuectl ended to shut down gives its attempt back, and so do one that asked to be
+    tried later and one that there was no room for. A `final` failure is not tried again.
     """
     if ending == COMPLETED:
         return COMPLETED, attempts
-    if ending in (STOPPED, DEFERRED):
-        return PENDING if ending == STOPPED else FAILED, max(0, attempts - 1)
+    if ending in (STOPPED, DEFERRED, UNSTARTED):
+        return FAILED if ending == DEFERRED else PENDING, max(0, attempts - 1)
     if ending == CANCELLED or final or attempts >= max_retries:
         return DEAD, attempts
     return FAILED, attempts
@@ -425,14 +431,14 @@ def check_command(command: Any, longest: int) -> str:
     return str(command)
 
 
-def check_env(env: Any) -> dict[str, str]:
-    """Extra environment variables: an object of strings, or UsageError."""
+def check_env(env: Any, hook: bool = False) -> dict[str, str]:
+    """Extra environment variables: an object of strings, or UsageError. A `hook` has some of queuectl's own."""
     if not isinstance(env, dict):
         raise UsageError("env must be an object of strings, not %s" % shorten(quoted(env), 60))
     for name, value in env.items():
         check_text("env name", name)
         check_text("env %s" % shorten(quoted(name), 60), value)
-        if not name or "=" in name or name in JOB_VARIABLES:
+        if not name or "=" in name or (name in JOB_VARIABLES and not hook):
             raise UsageError("env can't set %s%s" % (
                 shorten(quoted(name), 60), ": queuectl sets it" if name in JOB_VARIABLES else ""))
     return env
@@ -446,9 +452,9 @@ def check_setting(name: str, value: str) -> Any:
         return value
     if value == "none" and SETTINGS[name] is None:
         return None
-    if name == "on_dead":
+    if name in ("on_dead", "on_end"):
         if not check_text(name, value).strip():
-            raise UsageError("on_dead must be a shell command, or none")
+            raise UsageError("%s must be a shell command, or none" % name)
         return value
     return checked(name, value)
 
@@ -500,7 +506,8 @@ def draft_of(fields: dict[str, Any], now: int, longest: int) -> dict[str, Any]:
         elif value is not None:
             if draft[name] is not None:
                 raise UsageError("%s is given twice (%s is the same field)" % (name, key))
-            draft[name] = _checked_field(key, name, value, now)
+            hook = name == "env" and fields.get("queue") == HOOK_QUEUE
+            draft[name] = check_env(value, True) if hook else _checked_field(key, name, value, now)
     draft["command"] = check_command("" if draft["command"] is None else draft["command"], longest)
     return draft
 
@@ -609,9 +616,48 @@ def _raise_tick(signum: int, frame: FrameType | None) -> NoReturn:
     raise _Tick
 
 
+OPEN_BESIDE = 0  # never a link, never blocked by a FIFO, closed at exec
+for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
+    OPEN_BESIDE |= getattr(os, _name, 0)
+
+
+def open_beside(path: str, flags: int) -> int:
+    """A descriptor of a file that stands beside a database.
+
+    Raises QueueError if it is anything but a plain file of this user with one name: others may
+    have put there a link to a file that they can't write themselves, and wait for us to do it.
+    """
+    try:
+        fd = os.open(path, flags | OPEN_BESIDE, 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise QueueError("%s is a symbolic link, which is not followed; remove it" % path) from None
+    info = os.fstat(fd)
+    ours = system.user in (0, info.st_uid) or info.st_uid == 0
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1 or not ours:
+        os.close(fd)
+        raise QueueError("%s is not a plain file of this user with one name; remove it" % path)
+    return fd
+
+
 def open_private(path: str, flags: int) -> int:
-    """A descriptor of `path`, made for this user alone if it is new, and closed at exec."""
-    return os.open(path, flags | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0), 0o600)
+    """The same; it is made for this user alone if it is new."""
+    return open_beside(path, flags | os.O_CREAT)
+
+
+def sync_folder(folder: str) -> None:
+    """Have the disk keep the names in a folder, where the system can do that."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
 
 
 def read_between(fd: int, start: int, end: int) -> bytes:
@@ -627,14 +673,21 @@ def read_between(fd: int, start: int, end: int) -> bytes:
     return b"".join(parts)
 
 
+def write_at(fd: int, start: int, data: bytes) -> None:
+    """Write all of `data` into a file at the offset `start`."""
+    os.lseek(fd, start, os.SEEK_SET)
+    while data:
+        data = data[os.write(fd, data):]
+
+
 _Process = namedtuple("_Process", "parent session started marked")
 
 
 def _proc_stat(pid: str) -> _Process | None:
     """Parent, session and start time of a living process, from /proc/PID/stat (proc(5))."""
     try:
-        with open("/proc/%s/stat" % pid, "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
+        with open("/proc/%s/stat" % pid, "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
     if fields[0] in (b"Z", b"X"):
@@ -674,6 +727,7 @@ class Posix:
 
     def __init__(self) -> None:
         self.fcntl: Any = __import__("fcntl")
+        self.user = os.geteuid()
         self.childless = False  # nobody but the run just reaped was left below this process
         self.subreaper = False
         self.token_fd = TOKEN_FD
@@ -717,7 +771,7 @@ class Posix:
     def held(self, path: str) -> bool:
         """Whether a living process holds the lock on the file `path`; also if that can't be found out."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | OPEN_BESIDE)
         except OSError as error:
             return not isinstance(error, FileNotFoundError)
         try:
@@ -731,7 +785,10 @@ class Posix:
         """Before workers are forked: what all of them need, loaded once and shared."""
         if self.linux:
             self._libc()
-        for number in (0, 1, 2):  # a file opened later must not become a standard stream
+
+    def keep_standard_streams(self) -> None:
+        """Before anything is opened: no file must become a standard stream that was closed."""
+        for number in (0, 1, 2):
             try:
                 os.fstat(number)
             except OSError:
@@ -755,6 +812,25 @@ class Posix:
         """Whether a worker's supervisor has died."""
         return os.getppid() != supervisor
 
+    def place(self) -> str:
+        """What a process id and a start time are counted in: the start of the machine, and the pid namespace."""
+        try:
+            with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
+                return "%s/%s" % (boot.read().strip(), os.readlink("/proc/self/ns/pid"))
+        except OSError:
+            return ""
+
+    def ticks(self) -> int:
+        """Now, in the unit of start times in /proc/PID/stat."""
+        if sys.platform != "linux":
+            return 0
+        return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+    def start_of(self, pid: int) -> int | None:
+        """When a living process started, in ticks."""
+        entry = _proc_stat(str(pid))
+        return int(entry.started) if entry else None
+
     def _libc(self) -> Any:
         import ctypes
         return ctypes.CDLL(None, use_errno=True)
@@ -773,6 +849,11 @@ class Posix:
             self.fcntl.fcntl(fd, self.fcntl.F_FULLFSYNC)
         else:
             getattr(os, "fdatasync", os.fsync)(fd)
+
+    def read_elsewhere(self, path: str, size: int) -> bytes:
+        """The beginning of a file, read by another process: this one loses its locks on it when it closes it."""
+        import subprocess
+        return subprocess.run(["head", "-c", str(size), path], stdout=subprocess.PIPE).stdout
 
     def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
         """Start `command` in a session of its own; return its process id, or raise OSError.
@@ -841,16 +922,17 @@ class Posix:
                 return
             os.waitpid(info.si_pid, os.WNOHANG)
 
-    def members(self, run: str, files: Sequence[str], leader: int, known: dict[int, str]) -> dict[int, str]:
+    def members(self, mark: str, files: Sequence[str], leader: int, known: dict[int, str]) -> dict[int, str]:
         """The living processes of a run, each with the time it started.
 
-        `run` is its QUEUECTL_RUN, `files` its output files, `leader` the process id of its shell
-        (0: unknown), `known` those found before. A member carries QUEUECTL_RUN, can write to the
-        files, or shares a session with a member or descends from one; so also children that
+        `mark` is how its QUEUECTL_RUN begins (a NUL ends it), `files` its output files, `leader`
+        the process id of its shell (0: unknown), `known` those found before. A member carries
+        QUEUECTL_RUN, can write to the files, is in the leader's session, shares a session with a
+        member or descends from one; so also children that
         closed all descriptors and left the session are found. Processes of other users and
         namespaces are not.
         """
-        processes = self._from_proc(run, files) if self.linux else self._from_ps(run)
+        processes = self._from_proc(mark, files) if self.linux else self._from_ps(mark)
         found = {pid for pid, entry in processes.items()
                  if entry.marked or known.get(pid) == entry.started or (leader and leader == entry.session)}
         while True:
@@ -861,9 +943,9 @@ class Posix:
                 return {pid: processes[pid].started for pid in found}
             found |= more
 
-    def _from_proc(self, run: str, files: Sequence[str]) -> dict[int, _Process]:
+    def _from_proc(self, mark: str, files: Sequence[str]) -> dict[int, _Process]:
         """Every process but this one, its session and process 1, from /proc."""
-        needle = b"QUEUECTL_RUN=%s\0" % run.encode()
+        needle = b"QUEUECTL_RUN=%s" % mark.encode()
         processes = {}
         for name in os.listdir("/proc"):
             entry = _proc_stat(name) if name.isdigit() and int(name) not in (1, os.getpid()) else None
@@ -872,7 +954,7 @@ class Posix:
                 processes[int(name)] = entry._replace(marked=marked)
         return processes
 
-    def _from_ps(self, run: str) -> dict[int, _Process]:
+    def _from_ps(self, mark: str) -> dict[int, _Process]:
         """The same by ps(1), where there is no /proc; process groups stand in for sessions."""
         import subprocess
         listing = subprocess.run(["ps", "-A", "-E", "-ww", "-o", "pid=,ppid=,pgid=,stat=,command="],
@@ -881,7 +963,7 @@ class Posix:
         for line in listing.decode("utf-8", "replace").splitlines():
             pid, parent, group, state, command = (line.split(None, 4) + [""] * 5)[:5]
             if pid.isdigit() and int(pid) not in (1, os.getpid()) and state[0] != "Z" and int(group) != os.getpgid(0):
-                marked = "QUEUECTL_RUN=%s" % run in command.split()
+                marked = any((word + "\0").startswith("QUEUECTL_RUN=" + mark) for word in command.split())
                 processes[int(pid)] = _Process(int(parent), int(group), "", marked)
         return processes
 
@@ -899,17 +981,6 @@ class Posix:
     def dismiss(self, pid: int, now: bool) -> None:
         """Tell a worker of ours to go: after its job, or now."""
         os.kill(pid, signal.SIGUSR1 if now else signal.SIGHUP)
-
-    def hook(self, command: str) -> Any:
-        """What Popen starts to run the setting `on_dead`: another shell says if that one fails, however it does."""
-        script = '"$0" -c "$1" || echo "queuectl: on_dead failed for $QUEUECTL_JOB_ID" >&2'
-        return [*self.shell, script, self.shell[0], self.native(command)]
-
-    def end_hook(self, hook: Any) -> None:
-        try:
-            os.killpg(hook.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     # Files and messages.
 
@@ -936,22 +1007,47 @@ class Posix:
     def is_stopped(self, pid: int) -> bool:
         """Whether a process is stopped, by SIGSTOP or a debugger; only as far as this can be seen."""
         try:
-            with open("/proc/%d/stat" % pid, "rb") as stat:
-                return stat.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+            with open("/proc/%d/stat" % pid, "rb") as file:
+                return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
         except OSError:
             return False
 
-    def distrust(self, path: str) -> str:
-        """Why others could write to `path` (a file or folder), or nothing: workers run what it says."""
+    def distrust(self, path: str, above: bool = False) -> str:
+        """Why others could change the file or folder `path`, or nothing.
+
+        `above`: it is a folder above that of the database. There others may make names of their
+        own where it is sticky, and a group to which only this user and root belong may write.
+        """
         try:
-            info = os.stat(path)
+            info = os.lstat(path)
         except FileNotFoundError:
             return ""
-        if info.st_uid not in (0, os.geteuid()):
+        if stat.S_ISLNK(info.st_mode):
+            return "%s is a symbolic link" % path
+        if info.st_uid not in (0, self.user):
             return "%s belongs to another user (uid %d)" % (path, info.st_uid)
-        if info.st_mode & 0o022:
-            return "%s can be written by others (chmod go-w mends that)" % path
-        return ""
+        if above and info.st_mode & stat.S_ISVTX:
+            return ""
+        shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if not shared or (above and shared == stat.S_IWGRP and self._is_private_group(info.st_gid)):
+            return ""
+        mend = "use a database in a folder of your own"
+        if info.st_uid == self.user and not info.st_mode & stat.S_ISVTX:
+            mend = "`chmod go-w %s` mends that" % path
+        return "%s can be written by others; %s" % (path, mend)
+
+    def _is_private_group(self, group: int) -> bool:
+        """Whether no account but this user's and root's belongs to a group."""
+        grp: Any = __import__("grp")
+        pwd: Any = __import__("pwd")
+        accounts = pwd.getpwall()
+        own = {"root"}.union(account.pw_name for account in accounts if account.pw_uid == self.user)
+        members = {account.pw_name for account in accounts if account.pw_gid == group}
+        try:
+            members.update(grp.getgrgid(group).gr_mem)
+        except KeyError:  # it has no name, as those that a container is given: nobody logs in with it
+            pass
+        return members <= own
 
     def network_file_system(self, folder: str) -> str:
         """The type of the network file system `folder` is on, or nothing (known on Linux alone)."""
@@ -983,7 +1079,7 @@ class Bell:
             if not path:
                 raise OSError
             os.mkfifo(path, 0o600)
-            self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            self.fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
         except OSError:
             self.fd, self.write_end = os.pipe()
             os.set_blocking(self.fd, False)
@@ -1017,11 +1113,12 @@ class Bell:
 def ring(path: str) -> None:
     """Wake the process that sleeps on the bell `path`; nothing happens if nobody does."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
     except OSError:
         return
     try:
-        os.write(fd, b"!")
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.write(fd, b"!")
     except OSError:  # full: it was rung often enough
         pass
     finally:
@@ -1039,6 +1136,7 @@ class Windows:
     longest_command = 8000
     linux = False
     start_method = "spawn"
+    user = 0  # the system's own rights are not looked at
     LOCK_AT = 1 << 30
 
     def __init__(self) -> None:
@@ -1063,7 +1161,7 @@ class Windows:
 
     def held(self, path: str) -> bool:
         try:
-            fd = os.open(path, os.O_RDWR)
+            fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
         except FileNotFoundError:
             return False
         try:
@@ -1125,7 +1223,7 @@ class Windows:
             self._kernel().CloseHandle(__import__("ctypes").c_void_p(handle))
         return None if code is None else int(code)
 
-    def members(self, run: str, files: Sequence[str], leader: int, known: dict[int, str]) -> dict[int, str]:
+    def members(self, mark: str, files: Sequence[str], leader: int, known: dict[int, str]) -> dict[int, str]:
         """The run's Job Object while any process lives in it; nothing for other workers' runs."""
         if leader not in self.runs:
             return {}
@@ -1137,17 +1235,18 @@ class Windows:
     def end_process(self, pid: int, started: str, kill: bool) -> None:
         self._kernel().TerminateJobObject(__import__("ctypes").c_void_p(self.runs[pid][1]), 1)
 
-    def hook(self, command: str) -> Any:
-        return '%s "(%s) || echo queuectl: on_dead failed for %%QUEUECTL_JOB_ID%% 1>&2"' % (
-            " ".join(self.shell), command)
-
-    def end_hook(self, hook: Any) -> None:
-        hook.kill()
-
     def _nothing(self, *values: Any) -> None:
         """What needs no doing here: workers poll the stop flag of their pool, for one."""
 
-    prepare_parent = reap_strangers = dismiss = punch = is_stopped = distrust = _nothing
+    def read_elsewhere(self, path: str, size: int) -> bytes:
+        with open(path, "rb") as file:  # locks are lost here with their own handle alone
+            return file.read(size)
+
+    def place(self) -> str:
+        return ""
+
+    ticks = os.getpid
+    prepare_parent = keep_standard_streams = reap_strangers = dismiss = punch = is_stopped = distrust = _nothing
 
     def say(self, text: str) -> None:
         try:
@@ -1182,18 +1281,6 @@ WINDOWS = os.name == "nt"
 system: Any = Windows() if WINDOWS else Posix()
 make_bell: type[Bell] = PollingBell if WINDOWS else Bell
 NATIVE_JOB_VARIABLES = tuple(system.native(name) for name in JOB_VARIABLES)
-
-
-def start_hook(command: str, variables: dict[str, str], cwd: str) -> Any:
-    """Start a shell command beside the jobs, as a Popen; its output goes to stderr, where the shell says if it failed.
-
-    Raises OSError or ValueError if it can't be started.
-    """
-    import subprocess
-    env = {name: value for name, value in system.environment().items() if name not in NATIVE_JOB_VARIABLES}
-    env.update((system.native(name), system.native(value)) for name, value in variables.items())
-    return subprocess.Popen(system.hook(command), env=env, stdin=subprocess.DEVNULL, stdout=2, cwd=cwd,
-                            start_new_session=not WINDOWS)
 
 
 # What stands beside the database: the write mutex, and a folder with the files of its workers.
@@ -1246,6 +1333,60 @@ def ring_all(db: str) -> None:
     """Wake every worker, after a commit that may concern them."""
     for name in names_beside(db, ".bell"):
         ring(bell_path(db, name))
+
+
+# In its life file a worker notes, for whoever comes after it: the process its run began as, at
+# once when it was started (a job may give up its descriptors and its environment, but it can
+# leave its session only later); and behind that, what keeps it from working.
+
+RUN_NOTE, TROUBLE_NOTE = 200, 300  # bytes
+RunNote = namedtuple("RunNote", "place seq run leader first last")
+RunNote.__doc__ = """`place` is what process ids are counted in, `leader` the run's first process,
+which started between the clock ticks `first` and `last`."""
+
+
+def _note(life: int, start: int, size: int, text: str) -> None:
+    try:
+        write_at(life, start, text.encode("utf-8", "replace")[:size].ljust(size))
+    except OSError:  # the disk is full, or the file not yet there: what the note helps with is rare
+        pass
+
+
+def note_run(life: int, note: RunNote) -> None:
+    _note(life, 0, RUN_NOTE, " ".join(map(str, note)))
+
+
+def note_trouble(life: int, text: str) -> None:
+    """Note what keeps a worker from working, or nothing."""
+    _note(life, RUN_NOTE, TROUBLE_NOTE, text)
+
+
+def _read_life(db: str, name: str, start: int, size: int) -> str:
+    try:
+        fd = open_beside(life_path(db, name), os.O_RDONLY)
+    except (OSError, QueueError):
+        return ""
+    try:
+        return read_between(fd, start, start + size).decode("utf-8", "replace").strip()
+    finally:
+        os.close(fd)
+
+
+def leader_of(db: str, worker: str, seq: int, run: int) -> int:
+    """The process that a run of a dead worker began as; 0 if that isn't known for sure any more."""
+    fields = _read_life(db, worker, 0, RUN_NOTE).split()
+    if len(fields) != len(RunNote._fields):
+        return 0
+    note = RunNote(fields[0], *map(int, fields[1:]))
+    if (note.place, note.seq, note.run) != (system.place(), seq, run):
+        return 0
+    started = system.start_of(note.leader)
+    return int(note.leader) if started is None or note.first <= started <= note.last else 0
+
+
+def trouble_of(db: str, worker: str) -> str:
+    """What keeps a worker from working, or nothing."""
+    return _read_life(db, worker, RUN_NOTE, TROUBLE_NOTE)
 
 
 def remove_files(db: str, name: str) -> None:
@@ -1449,6 +1590,10 @@ MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit o
             UPDATE contexts SET jobs = jobs - 1 WHERE id = old.context AND jobs > 0;
             DELETE FROM contexts WHERE id = old.context AND jobs = 0 AND environ <> ''; END""",
     ),
+    (  # a queue has an id, by which a copy is told from the queue that it was copied from
+        "ALTER TABLE control ADD COLUMN identity TEXT NOT NULL DEFAULT ''",
+        "UPDATE control SET identity = lower(hex(randomblob(4)))",
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 
@@ -1507,6 +1652,7 @@ COUNT_DEATH = "UPDATE pools SET died = died + 1 WHERE name = ?"
 RECORD_JOB = """UPDATE jobs SET state = ?, ready = ?, due = ?, attempts = ?, updated_at = ?,
     finished_at = ?, exit_code = ?, last_error = ?, deferrals = deferrals + ?, cancel = 0, worker = NULL,
     slot = NULL, locked_at = NULL WHERE seq = ? AND runs = ? AND state = 'processing'"""
+UNCOUNT_RUN = "UPDATE jobs SET runs = runs - 1 WHERE seq = ?"
 RECORD_RUN = "INSERT INTO runs VALUES (? * 16777216 + ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 IS_CANCELLED = "SELECT cancel FROM jobs WHERE seq = ?"
 ASK_CANCEL = "UPDATE jobs SET cancel = 1, updated_at = ? WHERE seq = ? AND state = 'processing'"
@@ -1531,8 +1677,9 @@ _DEPENDENTS = """(WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHER
     UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq) SELECT seq FROM dependents)"""
 BURY = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, updated_at = ?, finished_at = ?,
     last_error = ? WHERE state = 'pending' AND seq """
-BURY_ONE = BURY + "= ?"
-BURY_DEPENDENTS = BURY + "IN " + _DEPENDENTS
+TO_BURY = "SELECT seq FROM jobs WHERE state = 'pending' AND seq "
+THIS_ONE = "= ?"
+DEPENDENTS_OF = "IN " + _DEPENDENTS
 DEAD_DEPENDENTS = "SELECT seq FROM jobs WHERE state = 'dead' AND seq IN %s ORDER BY seq" % _DEPENDENTS
 AWAITED_BY = """SELECT seq, id, state, due FROM waits JOIN jobs ON jobs.seq = awaited WHERE job = ? ORDER BY seq"""
 WAITERS_OF = """SELECT seq, id FROM waits JOIN jobs ON jobs.seq = job WHERE awaited = ? AND state <> 'dead'
@@ -1570,6 +1717,11 @@ ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS s
     ORDER BY workers.started_at, workers.name"""
 
 NEXT_EPOCH = "UPDATE control SET epoch = epoch + 1"
+GET_IDENTITY = "SELECT identity FROM control"
+RENEW_IDENTITY = MIGRATIONS[3][1]
+GIVE_BACK_ALL = """UPDATE jobs SET state = 'pending', ready = 1, attempts = max(attempts - 1, 0), cancel = 0,
+    worker = NULL, slot = NULL, locked_at = NULL WHERE state = 'processing'"""
+FORGET_WORKERS = ("DELETE FROM workers", "DELETE FROM pools")
 ALL_SETTINGS = "SELECT name, value FROM settings"
 SET_SETTING = "INSERT OR REPLACE INTO settings VALUES (?, ?)"
 UNSET_SETTING = "DELETE FROM settings WHERE name = ?"
@@ -1689,6 +1841,37 @@ def refuse_network(folder: str) -> None:
                          "on a local disk with --db" % (folder, kind))
 
 
+def distrust_of(db: str) -> str:
+    """Why nothing that a database says may be executed, or nothing: others could have written it.
+
+    Who can write to the database, to what stands beside it or to its folder can have commands run
+    as this user; and who can write to a folder above can put another in its place.
+    """
+    folder = os.path.dirname(db)
+    for path in (folder, db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db)):
+        reason = system.distrust(path)
+        if reason:
+            return str(reason)
+    folder = os.path.dirname(folder)
+    while folder != os.path.dirname(folder):  # who may write to / can replace Python itself
+        reason = system.distrust(folder, True)
+        if reason:
+            return str(reason)
+        folder = os.path.dirname(folder)
+    return ""
+
+
+def refuse_untrusted(db: str) -> None:
+    """Raise QueueError if others could change what is executed, or if locks can't be trusted.
+
+    Whatever executes a command of a database, or ends processes by what it says, asks here first.
+    """
+    refuse_network(os.path.dirname(db))
+    reason = distrust_of(db)
+    if reason:
+        raise QueueError("nothing that others could write is executed: %s" % reason)
+
+
 def at_line(line: int, problem: str) -> str:
     """What is wrong with a job, and on which line of its file (0: it has none)."""
     return "line %d: %s" % (line, problem) if line else problem
@@ -1696,7 +1879,7 @@ def at_line(line: int, problem: str) -> str:
 
 def serves(pool: dict[str, Any], queue: str) -> bool:
     """Whether the workers of a pool take jobs of a queue."""
-    return not pool["queues"] or queue in pool["queues"].split(",")
+    return not pool["queues"] or queue in (HOOK_QUEUE, *pool["queues"].split(","))
 
 
 def _draw_ids(count: int) -> list[str]:
@@ -1717,39 +1900,242 @@ def _job_row(draft: dict[str, Any], settings: dict[str, Any], context: int, now:
             json.dumps(draft["env"]) if draft["env"] else None, now, now)
 
 
+def wal_checksum(data: bytes, sums: tuple[int, int], order: str) -> tuple[int, int]:
+    """The checksum of SQLite's log over `data`, going on from `sums`; `order` is that of its 32-bit words."""
+    from struct import unpack
+    first, second = sums
+    words = iter(unpack("%s%dI" % (order, len(data) // 4), data))
+    for even, odd in zip(words, words):
+        first = (first + even + second) & 0xFFFFFFFF
+        second = (second + odd + first) & 0xFFFFFFFF
+    return first, second
+
+
+def _hook_env(job: dict[str, Any]) -> dict[str, str]:
+    """The variables by which a hook learns which job has ended, and how."""
+    shown = {"JOB_ID": job["id"], "QUEUE": job["queue"], "ATTEMPT": job["attempts"], "MAX_RETRIES": job["max_retries"],
+             "COMMAND": shorten(job["command"], 30000), "STATE": job["state"], "EXIT_CODE": job["exit_code"],
+             "ERROR": clean(job["last_error"] or "")}
+    return {"QUEUECTL_" + name: "" if value is None else str(value) for name, value in shown.items()}
+
+
 def _is_special(draft: dict[str, Any]) -> bool:
     """Whether a draft has what few jobs have, and bulks are to be fast without."""
     return bool(draft["after"] or draft["dead_on"]) or draft["unique"] is not None or draft["retry_after"] is not None
+
+
+class Identity:
+    """Which file and which queue a database is, for everybody who has to know.
+
+    The file is its device and inode: they change if the database is replaced while it is open.
+    The queue is an id, kept in the database; the names of its workers, and so the QUEUECTL_RUN of
+    its runs, begin with it. The lock file beside the database notes the id and the file. Where that
+    note and the database disagree, it is a copy (by `cp`, of the file or of the whole folder; by
+    `mv` away from its lock file; put in the place of another). It gets an id of its own by the
+    first write: so nobody who works on a copy ends the processes of the original.
+    """
+
+    NOTE = b"%-8.8b %20d %20d\n"  # the queue's id, device and inode; 51 bytes
+
+    def __init__(self, path: str, mutex: int) -> None:
+        self.path, self.mutex = path, mutex
+        self.queue = ""  # known once something was written
+        self.file = self._look()
+
+    def _look(self) -> tuple[int, int]:
+        try:
+            info = os.stat(self.path)
+        except FileNotFoundError:
+            raise QueueError("%s was deleted while it was in use; nothing more is written" % self.path) from None
+        except OSError as error:
+            raise Unavailable("%s can't be used: %s" % (self.path, error.strerror)) from error
+        return info.st_dev, info.st_ino
+
+    def check(self) -> None:
+        """Raise QueueError if the database or its lock file was deleted or replaced since it was opened."""
+        if self._look() != self.file:
+            raise QueueError("%s was replaced while it was in use; nothing more is written" % self.path)
+        if not os.fstat(self.mutex).st_nlink:
+            raise QueueError("%s was deleted while it was in use; nothing more is written" % mutex_path(self.path))
+
+    def _noted(self) -> list[bytes]:
+        """The queue's id, the device and the inode that the lock file tells of; older programs told the last alone."""
+        return read_between(self.mutex, 0, 51).split()
+
+    def check_log(self) -> None:
+        """Raise QueueError for a database in the place of another whose workers live, or whose log stands there.
+
+        SQLite would mix that log with it. Devices may have other numbers after a restart of the machine.
+        """
+        noted = self._noted()
+        if not noted or noted[-1] == b"%d" % self.file[1]:
+            return
+        if anyone_alive(self.path):
+            raise QueueError("%s was replaced while workers of the old one live; let them end first" % self.path)
+        log = self.path + "-wal"
+        if os.path.exists(log) and os.path.getsize(log):
+            raise QueueError("%s was replaced, but a log stands beside it: move %s and %s-shm away if they are the old "
+                             "one's, or remove %s if they were copied with it"
+                             % (self.path, log, self.path, mutex_path(self.path)))
+
+    def settle(self, queue: str, renew: Callable[[], str] | None = None) -> None:
+        """Under the mutex, before the first write: note which queue this is; a copy is given a new id by `renew`.
+
+        Where workers live it is none: in a container the same file may have another device.
+        """
+        if self._noted() != self._note(queue).split():
+            if renew and not anyone_alive(self.path):
+                queue = renew()
+            os.lseek(self.mutex, 0, os.SEEK_SET)
+            os.write(self.mutex, self._note(queue))
+        self.queue = queue
+
+    def known(self, queue: str) -> str:
+        """`queue`, which is what the database says, unless it is a copy that has no id of its own yet."""
+        same = self._noted() == self._note(queue).split() or anyone_alive(self.path)
+        return queue if same else ""
+
+    def _note(self, queue: str) -> bytes:
+        return self.NOTE % (queue.encode(), *self.file)
+
+    def is_own(self, worker: str) -> bool:
+        """Whether a worker is of this queue, and not of one that it was copied from."""
+        return worker.startswith(self.queue + "-")
+
+
+class Log:
+    """SQLite's log (-wal), and whether the disk has what was written to it.
+
+    Commits of workers don't wait for the disk; the log is synced later, by one call, before
+    anything is told of them. Should that call fail, the kernel forgets what it could not write:
+    it takes the pages for clean, and a later sync succeeds without them. So who sees a sync fail
+    leaves a mark in the lock file. While it stands there, nobody commits, tells, or lets SQLite
+    copy the log into the database (a checkpoint, at the end of a commit or when the last
+    connection closes): first somebody, under the mutex, writes the log's frames over themselves,
+    which makes the pages dirty again, and syncs them.
+    (The kernel's part: https://wiki.postgresql.org/wiki/Fsync_Errors; the log's format:
+    https://www.sqlite.org/fileformat2.html#walformat)
+    """
+
+    MARK_AT = 63  # in the lock file, behind the note of Identity
+    HEADER, FRAME_HEADER = 32, 24  # bytes
+
+    def __init__(self, path: str, mutex: int) -> None:
+        self.path, self.mutex = path + "-wal", mutex
+        self.index = path + "-shm"
+        self.fd = -1
+
+    def open(self) -> None:
+        if self.fd < 0:
+            self.fd = open_beside(self.path, os.O_RDWR)
+
+    def failed(self) -> bool:
+        """Whether a sync has failed, anybody's, and the log was not written again since."""
+        return read_between(self.mutex, self.MARK_AT, self.MARK_AT + 1) == b"!"
+
+    def mark(self, failed: bool) -> None:
+        write_at(self.mutex, self.MARK_AT, b"!" if failed else b" ")
+
+    def sync(self) -> None:
+        """Have the disk keep all that was committed; raises OSError if it can't, having left the mark."""
+        self.open()
+        try:
+            system.sync(self.fd)
+        except OSError:
+            self.mark(True)
+            raise
+
+    def write_again(self) -> None:
+        """Under the mutex: write what was committed over itself and sync it.
+
+        Raises OSError if the disk still can't take it, QueueError if a part is lost.
+        """
+        end = self.cut()
+        if not self._is_sound(end):
+            raise QueueError("the disk has lost a part of %s, which failed to be synced before: stop the workers, keep "
+                             "a copy of all files, and restore a backup" % self.path)
+        for start in range(0, end, 1 << 16):
+            write_at(self.fd, start, read_between(self.fd, start, min(end, start + (1 << 16))))
+        self.sync()
+        self.mark(False)
+
+    def cut(self) -> int:
+        """Under the mutex: end the log behind what was committed; the offset there.
+
+        A commit that failed while it was synced has left its frames there: the next who reads the
+        log from the disk would take them for committed.
+        """
+        self.open()
+        end = self.HEADER + self._frame_size() * self._frames_in_index()
+        if os.fstat(self.fd).st_size > end:
+            write_at(self.fd, end, bytes(self.FRAME_HEADER))
+        return end
+
+    def _frames_in_index(self) -> int:
+        """How many frames were committed, as SQLite's index of the log tells (mxFrame of its header).
+
+        Another process reads it: to close the file here would drop the locks that SQLite has on it.
+        """
+        head = system.read_elsewhere(self.index, 20)
+        if len(head) < 20:
+            raise OSError(errno.EIO, "%s can't be read" % self.index)
+        return int.from_bytes(head[16:20], sys.byteorder)
+
+    def _frame_size(self) -> int:
+        return self.FRAME_HEADER + int.from_bytes(read_between(self.fd, 8, 12), "big")
+
+    def _is_sound(self, end: int) -> bool:
+        """Whether the frames up to the offset `end` can still be read as they were written, by their checksums."""
+        size = self._frame_size()
+        header = read_between(self.fd, 0, self.HEADER)
+        order = ">" if header[3:4] == b"\x83" else "<"
+        sums = wal_checksum(header[:24], (0, 0), order)
+        for start in range(self.HEADER, end, size):
+            frame = read_between(self.fd, start, start + size)
+            if len(frame) < size or frame[8:16] != header[16:24]:
+                return False
+            sums = wal_checksum(frame[:8] + frame[self.FRAME_HEADER:], sums, order)
+            if frame[16:24] != b"".join(each.to_bytes(4, "big") for each in sums):
+                return False
+        return True
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+OPENED: list[Store] = []  # those that close_stores closes: Python would close one that nobody names any more
+
+
+def close_stores() -> bool:
+    """Close the stores before the process ends; if False it must end by os._exit, see Log."""
+    closed = [store.close() for store in list(OPENED)]
+    return all(closed)
 
 
 class Store:
     """The queue's database at `path`, made if it does not exist.
 
     `patience` is how many seconds a write may wait; `tell` gets a line when it waits long.
-    Raises QueueError if the database can't be used, Unavailable if perhaps later it can.
+    `reading`: nothing is to be written; where there is no database it is an empty queue, and one
+    of an older schema is read from a copy in memory that is brought up to date. `as_it_is`: of an
+    older schema only what has not changed since is to be used. Raises QueueError if the database
+    can't be used, Unavailable if perhaps later it can.
     """
 
-    def __init__(self, path: str, patience: float = PATIENCE, tell: Callable[[str], None] | None = None) -> None:
-        self.path = path
-        self.patience = patience
-        self.tell = tell
+    def __init__(self, path: str, patience: float = PATIENCE, tell: Callable[[str], None] | None = None,
+                 reading: bool = False, as_it_is: bool = False) -> None:
+        self.path, self.patience, self.tell = path, patience, tell
+        self.reading, self.as_it_is = reading, as_it_is
         self.told = False
-        self.mutex = self.log = -1
+        self.mutex = -1
+        self.deferring = False
+        self.source: sqlite3.Connection | None = None  # of an older schema, which `db` is a copy of
+        self.seen_in_source = -1
         if sqlite3.sqlite_version_info < (3, 8, 3):
             raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer" % sqlite3.sqlite_version)
-        new = not os.path.exists(path)
-        if new:
-            self._prepare_folder()
-        else:
-            self._check_file()
         try:
-            self.mutex = open_private(mutex_path(path), os.O_RDWR)
-            self._check_replaced()
-            self._connect()
-            if new or self._value(GET_VERSION) != SCHEMA_VERSION:
-                self._migrate()
-            self.identity = self._identify()
-            self._note_identity()
+            self._open()
         except BaseException as error:
             if self.mutex >= 0:
                 os.close(self.mutex)
@@ -1758,6 +2144,33 @@ class Store:
             if isinstance(error, OSError):
                 raise Unavailable("%s can't be used: %s" % (path, error.strerror)) from error
             raise
+
+    def _open(self) -> None:
+        new = not os.path.exists(self.path)
+        if new and self.reading:
+            self._open_nothing()
+            return
+        if new:
+            self._prepare_folder()
+        else:
+            self._check_file()
+        self.mutex = open_private(mutex_path(self.path), os.O_RDWR)
+        self.log = Log(self.path, self.mutex)
+        if not new:
+            self.identity = Identity(self.path, self.mutex)
+            self.identity.check_log()
+        self._connect()
+        if new or self._value(GET_VERSION) != SCHEMA_VERSION:
+            self._bring_up_to_date()
+        if new:
+            self.identity = Identity(self.path, self.mutex)
+
+    def _open_nothing(self) -> None:
+        """An empty queue, in memory."""
+        if self.tell:
+            self.tell("there is no queue at %s" % self.path)
+        self.db = sqlite3.connect(":memory:", isolation_level=None)
+        self._run_migrations(0)
 
     def _prepare_folder(self) -> None:
         """Before a database is made: a private folder, on a disk of this machine, with no live worker."""
@@ -1773,35 +2186,20 @@ class Store:
                              % self.path)
 
     def _check_file(self) -> None:
-        """Before a database is opened: SQLite would make a new queue of an empty file."""
-        if not os.path.isfile(self.path):
+        """Before a database is opened: SQLite would make a new queue of an empty file, and follow links."""
+        info = os.stat(self.path)
+        if not stat.S_ISREG(info.st_mode):
             raise QueueError("%s is not a file; name a database with --db" % self.path)
-        if os.path.getsize(self.path) == 0 and os.path.isdir(folder_path(self.path)):
+        if info.st_nlink > 1:
+            raise QueueError("%s has %d names (hard links), each with a log and a lock of its own, which would damage "
+                             "it; `find / -xdev -samefile %s` lists them: remove the others, and make copies with "
+                             "`queuectl backup`" % (self.path, info.st_nlink, self.path))
+        for path in (self.path + "-wal", self.path + "-shm", self.path + "-journal", folder_path(self.path)):
+            if os.path.islink(path):
+                raise QueueError("%s is a symbolic link, which is not followed; remove it" % path)
+        if info.st_size == 0 and os.path.isdir(folder_path(self.path)):
             raise QueueError("%s is empty, but has been a queue before; restore a backup, or move it and %s away"
                              % (self.path, folder_path(self.path)))
-
-    def _check_replaced(self) -> None:
-        """Refuse a file that took the place of a database in use: its log would be mixed with the old one's.
-
-        The mutex file says which file the database was when it was last opened.
-        """
-        known = read_between(self.mutex, 0, 40)
-        if not known or not os.path.exists(self.path) or known == b"%d" % os.stat(self.path).st_ino:
-            return
-        if anyone_alive(self.path):
-            raise QueueError("%s was replaced while workers of the old one live; let them end first" % self.path)
-        log = self.path + "-wal"
-        if os.path.exists(log) and os.path.getsize(log):
-            raise QueueError("%s was replaced, but a log stands beside it: move %s and %s-shm away if they are the old "
-                             "one's, or remove %s if they were copied with it"
-                             % (self.path, log, self.path, mutex_path(self.path)))
-
-    def _note_identity(self) -> None:
-        known = b"%d" % self.identity[1]
-        if read_between(self.mutex, 0, 40) != known:
-            os.ftruncate(self.mutex, 0)
-            os.lseek(self.mutex, 0, os.SEEK_SET)
-            os.write(self.mutex, known)
 
     def _connect(self) -> None:
         mask = os.umask(0o077)
@@ -1809,35 +2207,65 @@ class Store:
             self.db = sqlite3.connect(self.path, timeout=TICK, isolation_level=None)
         finally:
             os.umask(mask)
-        self.db.row_factory = None
         for pragma in CONNECTION_PRAGMAS:
             self.db.execute(pragma)
         self.db.execute(FULL_SYNC)
+
+    def _bring_up_to_date(self) -> None:
+        """Read a database of an older schema from a copy, or migrate it."""
+        version = self._checked_version()
+        if self.reading and version < SCHEMA_VERSION:
+            self.source = self.db
+            self._copy_source()
+        elif version < SCHEMA_VERSION and not (self.as_it_is and version):
+            self._migrate()
+
+    def _checked_version(self) -> int:
+        """The schema version of a database that is ours and not newer than this program."""
+        version = int(self._value(GET_VERSION))
+        if self._value(COUNT_TABLES) and self._value(GET_APPLICATION) != APPLICATION_ID:
+            raise QueueError("%s is a database of another program; name another with --db" % self.path)
+        if version > SCHEMA_VERSION:
+            raise QueueError("%s was made by a newer queuectl (schema %d, this one knows %d); use that one"
+                             % (self.path, version, SCHEMA_VERSION))
+        return version
+
+    def _copy_source(self) -> None:
+        """Copy a database of an older schema into memory, and bring the copy up to date."""
+        assert self.source is not None
+        self.seen_in_source = self._version_of(self.source)
+        self.db = sqlite3.connect(":memory:", isolation_level=None)
+        self.source.backup(self.db)
+        self._run_migrations(int(self._value(GET_VERSION)))
 
     def _migrate(self) -> None:
         """Bring the schema to this version; many may try at once, one does it, whole or not at all."""
         self._lock(time.monotonic() + self.patience)
         mask = os.umask(0o077)
         try:
-            version, tables = self._value(GET_VERSION), self._value(COUNT_TABLES)
-            if tables and self._value(GET_APPLICATION) != APPLICATION_ID:
-                raise QueueError("%s is a database of another program; name another with --db" % self.path)
-            if version > SCHEMA_VERSION:
-                raise QueueError("%s was made by a newer queuectl (schema %d, this one knows %d); use that one"
-                                 % (self.path, version, SCHEMA_VERSION))
-            if version < SCHEMA_VERSION:
-                self._run_migrations(version)
+            version = self._checked_version()
+            if version == SCHEMA_VERSION:  # another has done it meanwhile
+                return
+            if version:
+                self._refuse_older_workers()
+                self.copy_to("%s.schema%d" % (self.path, version))  # the way back
+            elif self._value(USE_WAL) != "wal":
+                raise QueueError("%s is on a file system that SQLite's WAL can't use; name another "
+                                 "with --db" % self.path)
+            self._run_migrations(version)
+            self.identity = Identity(self.path, self.mutex)
+            self.identity.settle(self._value(GET_IDENTITY))
         finally:
             os.umask(mask)
             system.unlock(self.mutex)
 
+    def _refuse_older_workers(self) -> None:
+        alive = [str(pool["pid"]) for pool in self.pools() if pool["alive"]]
+        if alive or anyone_alive(self.path):
+            raise QueueError("workers of an older queuectl still use %s (%s); `queuectl worker stop` lets them finish, "
+                             "then try again" % (self.path, "pid " + ", ".join(alive) if alive else "in another place"))
+
     def _run_migrations(self, version: int) -> None:
-        alive = [str(pool["pid"]) for pool in self.pools() if pool["alive"]] if version else []
-        if alive:
-            raise QueueError("workers of an older queuectl still use %s; let them finish (kill %s), then try again"
-                             % (self.path, " ".join(alive)))
-        if version == 0 and self._value(USE_WAL) != "wal":
-            raise QueueError("%s is on a file system that SQLite's WAL can't use; name another with --db" % self.path)
         self.db.execute(BEGIN)
         try:
             for statements in MIGRATIONS[version:]:
@@ -1852,25 +2280,35 @@ class Store:
                 self.db.execute(ROLLBACK)
             raise
 
-    def _identify(self) -> tuple[int, int]:
-        """Which file this is: it changes if the database is replaced, and is lost if it is deleted."""
-        try:
-            info = os.stat(self.path)
-        except FileNotFoundError:
-            raise QueueError("%s was deleted while it was in use; nothing more is written" % self.path) from None
-        except OSError as error:
-            raise Unavailable("%s can't be used: %s" % (self.path, error.strerror)) from error
-        return info.st_dev, info.st_ino
+    def _renew_identity(self) -> str:
+        self.db.execute(RENEW_IDENTITY)
+        return str(self._value(GET_IDENTITY))
 
-    def _check_identity(self) -> None:
-        if self._identify() != self.identity:
-            raise QueueError("%s was replaced while it was in use; nothing more is written" % self.path)
+    def own_id(self) -> str:
+        """The id of this queue as far as it can be known by reading: "" for a copy that nothing was written to."""
+        return self.identity.known(str(self._value(GET_IDENTITY)))
 
-    def close(self) -> None:
-        if self.log >= 0:
-            os.close(self.log)
-        self.db.close()
+    def queue_id(self) -> str:
+        """The id of this queue, which a copy gets by this at the latest."""
+        if not self.identity.queue:
+            with self.transaction():
+                pass
+        return self.identity.queue
+
+    def close(self) -> bool:
+        """Close the database; or, while the mark of a failed sync stands, leave that to the kernel (False)."""
+        if self.mutex < 0:
+            return True
+        if self.log.failed():  # the last connection would copy the log into the database
+            OPENED.append(self)
+            return False
+        if self in OPENED:
+            OPENED.remove(self)
+        self.log.close()
+        (self.source or self.db).close()
         os.close(self.mutex)
+        self.mutex = -1
+        return True
 
     # The doors: one for writes, one for reads.
 
@@ -1900,9 +2338,15 @@ class Store:
         while True:
             self._lock(deadline)
             try:
-                self._check_identity()
+                self.identity.check()
+                self._write_log_again()
+                if not (self.identity.queue or self.as_it_is):
+                    self.identity.settle(self._value(GET_IDENTITY), self._renew_identity)
                 self.db.execute(BEGIN)
                 return
+            except OSError as error:
+                system.unlock(self.mutex)
+                raise self._unsynced(error) from error
             except sqlite3.Error as error:  # a program that is not queuectl may hold the lock
                 system.unlock(self.mutex)
                 trouble = translate(error, self.path)
@@ -1930,11 +2374,17 @@ class Store:
         checkpoint("before commit")
         try:
             self.db.execute(COMMIT if commit else ROLLBACK)
+            if commit and not self.deferring:
+                self._write_log_again()  # what others committed before may not be on disk, and so not this
         except sqlite3.Error as error:
             if self.db.in_transaction:
                 self.db.execute(ROLLBACK)
+            if "I/O" in str(error):  # perhaps of a sync: what others committed before is forgotten with this
+                self._note_failed_sync()
             if commit:
                 raise translate(error, self.path) from error
+        except OSError as error:
+            raise self._unsynced(error) from error
         finally:
             system.unlock(self.mutex)
 
@@ -1963,7 +2413,10 @@ class Store:
         With synchronous=FULL SQLite does the same inside COMMIT: it syncs its log. Done outside,
         nobody waits for the mutex meanwhile, and a worker's next job runs already.
         """
+        self.deferring = True
         self.db.execute(NORMAL_SYNC)
+        self.db.execute(COUNT_TABLES).fetchall()  # which makes the log, if there was none
+        self.log.open()  # before the first commit: who opens it after a sync has failed does not hear of that
 
     def sync(self) -> None:
         """Make every commit so far survive a power cut; raises Unavailable if the disk can't.
@@ -1972,12 +2425,33 @@ class Store:
         While a connection is open the log is never replaced, only written anew from its start.
         """
         try:
-            if self.log < 0:
-                self.log = os.open(self.path + "-wal", os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
-            system.sync(self.log)
+            if not self.log.failed():
+                self.log.sync()
+            if self.log.failed():
+                self._lock(time.monotonic() + self.patience)
+                try:
+                    self._write_log_again()
+                finally:
+                    system.unlock(self.mutex)
         except OSError as error:
-            raise Unavailable("%s-wal can't be synced: %s; a power cut may undo what was written last"
-                              % (self.path, error.strerror)) from error
+            raise self._unsynced(error) from error
+
+    def _note_failed_sync(self) -> None:
+        try:
+            self.log.mark(True)
+            self.log.cut()
+        except OSError:  # then whoever repairs the log does it
+            pass
+
+    def _unsynced(self, error: OSError) -> Unavailable:
+        return Unavailable("%s can't be synced: %s; nothing more is done until the disk takes it"
+                           % (self.log.path, error.strerror))
+
+    def _write_log_again(self) -> None:
+        """Under the mutex, after a sync has failed: see Log."""
+        if self.log.failed():  # nobody else has done it meanwhile
+            self.db.execute(COUNT_TABLES).fetchall()  # after a crash SQLite makes its index anew now
+            self.log.write_again()
 
     def expect_bulk(self) -> None:
         """Before many jobs are added: keep more of the index of ids in memory, which is hit everywhere."""
@@ -1988,9 +2462,24 @@ class Store:
 
         Raises QueueError if the database was deleted or replaced: nobody would hear of it else.
         """
-        self._check_identity()
-        rows = self._rows(DATA_VERSION)  # none before SQLite 3.8.8: then everything is looked at each time
-        return int(rows[0][0]) if rows else time.monotonic_ns()
+        if self.mutex < 0:  # there was none
+            if os.path.exists(self.path):
+                self._open()
+            return 0
+        self.identity.check()
+        if self.source is None:
+            return self._version_of(self.db)
+        if self._version_of(self.source) != self.seen_in_source:
+            self._copy_source()
+        return self.seen_in_source
+
+    def _version_of(self, db: sqlite3.Connection) -> int:
+        try:
+            row = db.execute(DATA_VERSION).fetchone()
+        except sqlite3.Error as error:
+            raise translate(error, self.path) from error
+        # None before SQLite 3.8.8: then everything is looked at each time.
+        return int(row[0]) if row else time.monotonic_ns()
 
     # Jobs come in.
 
@@ -2056,7 +2545,7 @@ class Store:
                 self.db.execute(ADD_WAIT, (job["seq"], seq))
                 self.db.execute(HOLD, (seq,))
         for cause in self.dead_causes(seq)[:1]:
-            self._bury(BURY_ONE, cause, seq, now)
+            self._bury(THIS_ONE, cause, seq, now)
 
     def _add_chunk(self, chunk: list[tuple[Any, ...]], lines: list[int], added: dict[str, int],
                    skip_existing: bool) -> None:
@@ -2136,40 +2625,75 @@ class Store:
             return False
         return not self.ready(queues, self.pulse()[1], now)
 
-    def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str]) -> tuple[str, bool]:
-        """Record how a run ended, in a transaction; the job's new state, and whether others waited for it to end.
+    def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str],
+               settings: dict[str, Any]) -> tuple[str, bool]:
+        """Record how a run ended, in a transaction; the job's new state, and whether others can start now.
 
-        If it is dead, `pools` are told. Only if the job is still in that very run: otherwise
-        somebody else has recorded it as lost, and that stands; the state is "" then.
+        If it is dead, `pools` are told. The jobs that `settings` ask for when a job ends are added.
+        Only if the job is still in that very run: otherwise somebody else has recorded it as lost,
+        and that stands; the state is "" then.
         """
         job = ended.job
         state, attempts = settle(ended.ending, job.attempts, job.max_retries, ended.final)
+        by_itself = ended.ending != CANCELLED
         if state in (PENDING, FAILED) and self.is_cancelled(job.seq):  # its worker has not heard of it in time
-            state, attempts = DEAD, job.attempts
+            state, attempts, by_itself = DEAD, job.attempts, False
         due = retry_at if state == FAILED else None
         if not self.db.execute(RECORD_JOB, (
                 state, 1 if state == PENDING else 0, due, attempts, ended.finished_at, ended.finished_at,
                 ended.exit_code, ended.error, ended.ending == DEFERRED, job.seq, job.runs)).rowcount:
             return "", False
-        self.db.execute(RECORD_RUN, (
-            job.seq, job.runs, job.attempts, ended.ending, job.started_at, ended.finished_at, ended.seconds,
-            ended.exit_code, ended.error, ended.worker, ended.stdout or None, ended.stderr or None))
-        if state == DEAD:
+        if ended.ending == UNSTARTED:
+            self.db.execute(UNCOUNT_RUN, (job.seq,))
+        else:
+            self.db.execute(RECORD_RUN, (
+                job.seq, job.runs, job.attempts, ended.ending, job.started_at, ended.finished_at, ended.seconds,
+                ended.exit_code, ended.error, ended.worker, ended.stdout or None, ended.stderr or None))
+        if state not in ENDED:
+            return state, False
+        if state == DEAD and job.queue != HOOK_QUEUE:
             self.db.executemany(COUNT_DEATH, [(pool,) for pool in pools])
-        return state, state in (COMPLETED, DEAD) and self._settle_waiters(job.seq, state, ended.finished_at)
+        hooked = self._add_hooks(job.seq, settings, state == DEAD and by_itself)
+        return state, self._settle_waiters(job.seq, state, ended.finished_at) or hooked
+
+    def _add_hooks(self, seq: int, settings: dict[str, Any], died: bool) -> bool:
+        """A job has ended: add the jobs that `on_end`, and if it `died` by itself `on_dead`, ask for.
+
+        In the transaction that records the end: so nobody's death goes untold, whoever is killed
+        now. They are jobs like others, but their own end makes none.
+        """
+        commands = [settings[name] for name in ["on_end"] + ["on_dead"] * died if settings[name]]
+        job = commands and self.find_by_seq(seq)
+        if not job or job["queue"] == HOOK_QUEUE:
+            return False
+        path = os.fsencode(os.environ.get("PATH", os.defpath)).decode("utf-8", "replace")
+        context = self._context(os.path.dirname(self.path), path, 0o077, "")
+        draft = dict(dict.fromkeys(GIVEN_FIELDS), queue=HOOK_QUEUE, priority=HOOK_PRIORITY,
+                     timeout_seconds=HOOK_TIME, env=_hook_env(job))
+        for command in commands:
+            row = _job_row(dict(draft, command=command), settings, context, job["updated_at"])
+            self._add_one(0, row, False)
+        self.db.execute(ADD_QUEUE, (HOOK_QUEUE,))
+        self.db.execute(COUNT_ADDED, (len(commands), HOOK_QUEUE))
+        return True
 
     def _settle_waiters(self, seq: int, state: str, now: int) -> bool:
         """A job is completed or dead: let those go on that waited for it alone, or bury them; whether there are any."""
         waiting = self._rows(WAITING_FOR, seq)
         if waiting and state == DEAD:
-            self._bury(BURY_DEPENDENTS, self._value(ID_OF, seq), seq, now)
+            self._bury(DEPENDENTS_OF, self._value(ID_OF, seq), seq, now)
         elif waiting:
             self.db.execute(END_WAITS, (seq,))
             self.db.executemany(LET_GO, [(now, now, job) for (job,) in waiting])
         return bool(waiting)
 
-    def _bury(self, statement: str, cause: str, seq: int, now: int) -> None:
-        self.db.execute(statement, (now, now, "%s is dead, and this job was to run after it" % cause, seq))
+    def _bury(self, which: str, cause: str, seq: int, now: int) -> None:
+        """Let those jobs die that were to run after the dead one `cause`: `which` says which, of `seq`."""
+        settings = self.settings()
+        buried = self._rows(TO_BURY + which, seq) if settings["on_end"] else []
+        self.db.execute(BURY + which, (now, now, "%s is dead, and this job was to run after it" % cause, seq))
+        for (job,) in buried:
+            self._add_hooks(job, settings, False)
 
     def is_cancelled(self, seq: int) -> bool:
         return bool(self._rows(IS_CANCELLED, seq) == [(1,)])
@@ -2179,6 +2703,7 @@ class Store:
     def cancel_waiting(self, seq: int, now: int) -> bool:
         done = self.db.execute(CANCEL_WAITING, ("cancelled before it ran again", now, now, seq)).rowcount > 0
         if done:
+            self._add_hooks(seq, self.settings(), False)
             self._settle_waiters(seq, DEAD, now)
         return done
 
@@ -2193,7 +2718,7 @@ class Store:
         before = self.counts()[DEAD]
         self.db.execute(RETRY_ALL_DEAD, (now, queue))
         for seq, name in self._rows(AWAITED_DEAD):
-            self._bury(BURY_DEPENDENTS, name, seq, now)
+            self._bury(DEPENDENTS_OF, name, seq, now)
         return before - self.counts()[DEAD]
 
     def dead_dependents(self, seq: int) -> list[int]:
@@ -2408,21 +2933,35 @@ class Store:
         return self._dicts(DIED_BETWEEN, first, last, start, queue)
 
     def backup(self, path: str) -> None:
-        """Copy the database as it is at this moment into a new file, by SQLite's own online backup.
+        """Copy the database into the file `path`, as another queue in which what was running is pending."""
+        self.copy_to(path, (GIVE_BACK_ALL, *FORGET_WORKERS, RENEW_IDENTITY))
+
+    def copy_to(self, path: str, changes: Sequence[str] = ()) -> None:
+        """Copy the database as it is at this moment into a file, by SQLite's own online backup, and change the copy.
 
         In one step: in several, each write of a worker between two of them would start it anew.
+        The file appears whole, or not at all.
         """
+        part = "%s.%d.part" % (path, os.getpid())
         try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            copy = sqlite3.connect(path)
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            copy = sqlite3.connect(part, isolation_level=None)
             try:
                 self.db.backup(copy)
+                for change in changes:
+                    copy.execute(change)
             finally:
                 copy.close()
+            os.replace(part, path)
+            sync_folder(os.path.dirname(path))
         except OSError as error:
             raise QueueError("%s can't be written: %s" % (path, error.strerror)) from error
         except sqlite3.Error as error:
             raise translate(error, path) from error
+        finally:
+            for leftover in (part, part + "-journal", part + "-wal", part + "-shm"):
+                if os.path.exists(leftover):
+                    os.unlink(leftover)
 
     def counts(self) -> dict[str, int]:
         """The number of jobs in each state."""
@@ -2508,10 +3047,27 @@ class Store:
         return count, average or 0.0
 
 
+def open_trusted(db: str, file: tuple[int, int] | None = None,
+                 tell: Callable[[str], None] | None = None) -> Store:
+    """The store of a database from which something is to be executed.
+
+    `file` is its identity where it was checked before: it must be the same. Raises QueueError if
+    others could have written it, or if it was replaced.
+    """
+    refuse_untrusted(db)
+    store = Store(db, tell=tell)
+    OPENED.append(store)
+    if file not in (None, store.identity.file):
+        store.close()
+        raise QueueError("%s was replaced while it was in use; nothing of it is executed" % db)
+    return store
+
+
 # ═══ Runner ═══ one run of one job ═══════════════════════════════════════════════════════════
 
 SHORTEST_LOOK, LONGEST_LOOK = 0.02, 0.5  # seconds between looks at a run's output
 LONGEST_PAUSE = 0.25  # seconds between looks at processes that were told to end
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # no job's fault
 
 
 def run_name(worker: str, seq: int, run: int) -> str:
@@ -2526,12 +3082,13 @@ class Members:
     member when that parent is gone.
     """
 
-    def __init__(self, run: str, files: Sequence[str], leader: int = 0) -> None:
-        self.run, self.files, self.leader = run, files, leader
+    def __init__(self, mark: str, files: Sequence[str], leader: int = 0) -> None:
+        """As for `system.members`."""
+        self.mark, self.files, self.leader = mark, files, leader
         self.known: dict[int, str] = {}
 
     def __call__(self) -> dict[int, str]:
-        found: dict[int, str] = system.members(self.run, self.files, self.leader, self.known)
+        found: dict[int, str] = system.members(self.mark, self.files, self.leader, self.known)
         self.known.update(found)
         return found
 
@@ -2575,6 +3132,7 @@ class Run:
         self.worker = worker
         self.name = run_name(worker, job.seq, job.runs)
         self.pid = 0
+        self.short = False  # whether it could not start because the machine has no room for it
         self.exit_code: int | None = None
         self.began = time.monotonic()
         self.deadline = self.began + job.timeout_seconds if job.timeout_seconds else None
@@ -2587,13 +3145,14 @@ class Run:
         job = self.job
         cwd, umask, env = surroundings
         env = dict(env)
-        if job.env:
-            env.update([(system.native(name), system.native(value)) for name, value in json.loads(job.env).items()])
         env.update(zip(NATIVE_JOB_VARIABLES, map(system.native, (
             job.id, str(job.attempts), str(job.max_retries), job.queue, db, self.name))))
+        if job.env:  # that of a hook has the variables of the job which has ended
+            env.update([(system.native(name), system.native(value)) for name, value in json.loads(job.env).items()])
         try:
             self.pid = system.spawn(job.command, env, cwd, umask, *self.slot.fds)
         except OSError as error:
+            self.short = error.errno in SHORTAGES
             where = " in the folder %s" % cwd if error.filename == system.native(cwd) else ""
             return "can't start%s: %s" % (where, error.strerror)
         return ""
@@ -2625,7 +3184,7 @@ class Run:
 
     def end(self, grace: float, pause: Callable[[float], object]) -> None:
         """End the shell and everything it started, wherever that went."""
-        members = Members(self.name, self.slot.paths, self.pid)
+        members = Members(self.name + "\0", self.slot.paths, self.pid)
 
         def living() -> dict[int, str]:
             self.has_ended()  # the dead are collected, and the exit code of the shell is not lost
@@ -2651,6 +3210,8 @@ class Run:
 
 SHARED_SYNC = 4  # records that may share a sync of the disk, where jobs are short
 SYNC_WAIT = 0.005  # seconds a record waits for others to share its sync
+LONGEST_REST = 30.0  # seconds for which a worker rests while the machine has no room for a job
+SYNC_AGAIN = 1.0  # seconds until a sync of the disk is tried again that has failed
 LAST_PATIENCE = 0.4  # seconds that who leaves waits to write that it is gone
 CLOCK_STEP = 1.0  # seconds the wall clock must be set back by before retries are looked at again
 
@@ -2664,79 +3225,43 @@ def retry_time(job: Any, ending: str, settings: dict[str, Any], now: int) -> int
     return now + to_millis(backoff(base, job.attempts, settings["backoff_max"], settings["backoff_jitter"], chance))
 
 
-HOOK_TIME = 60.0  # seconds that the setting `on_dead` may take
-
-
-class DeathHook:
-    """Runs the setting `on_dead` for jobs that have died, one at a time, each for HOOK_TIME at most.
-
-    The worker goes on meanwhile; it waits for the hook before the next one, and before it leaves.
-    `pause` sleeps up to the given seconds, `tell` gets a line, `hurried` says if there is no time to wait.
-    """
-
-    def __init__(self, db: str, pause: Callable[[float], object], tell: Callable[[str], None],
-                 hurried: Callable[[], bool] = bool) -> None:
-        self.db, self.pause, self.tell, self.hurried = db, pause, tell, hurried
-        self.process: Any = None
-        self.deadline = 0.0
-
-    def start(self, ended: Ended, command: str | None) -> None:
-        """Run the shell command `command`, if there is one, with the job that `ended` in its environment."""
-        job = ended.job
-        if not command or ended.ending == CANCELLED:
-            return
-        self.finish()
-        variables = dict(zip(JOB_VARIABLES, (job.id, str(job.attempts), str(job.max_retries), job.queue, self.db)),
-                         QUEUECTL_COMMAND=shorten(job.command, 30000), QUEUECTL_ERROR=clean(ended.error or ""),
-                         QUEUECTL_EXIT_CODE="" if ended.exit_code is None else str(ended.exit_code))
-        try:
-            self.process = start_hook(command, variables, os.path.dirname(self.db))
-            self.deadline = time.monotonic() + HOOK_TIME
-        except (OSError, ValueError) as error:
-            self.tell("on_dead can't be started for %s: %s" % (job.id, error))
-
-    def running(self) -> bool:
-        """Whether one runs; one that has taken too long is ended."""
-        if self.process is None or self.process.poll() is not None:
-            self.process = None
-        elif time.monotonic() >= self.deadline:
-            self.tell("on_dead was ended, for it took more than %s" % show_duration(HOOK_TIME))
-            system.end_hook(self.process)
-            self.process.wait()
-        return self.process is not None
-
-    def finish(self) -> None:
-        while self.running() and not self.hurried():
-            self.pause(0.02)
-
-
 def _pool_of(worker: str) -> str:
     return worker.rpartition("-")[0]
+
+
+def original_of(worker: str) -> str:
+    """How the name of a worker begins: with the id of its queue, or where it is older with its pool's."""
+    return worker.rsplit("-", 2)[0]
 
 
 def _lost_run(job: Job, lost: dict[str, Any], stdout: bytes, stderr: bytes) -> Ended:
     """What there is to record of a run whose worker died."""
     now = to_millis(time.time())
-    ending, error = (CANCELLED, "cancelled") if lost["cancel"] else (
-        LOST, "the worker %s was lost while it ran this job" % lost["worker"])
+    ending, error = LOST, "the worker %s was lost while it ran this job" % lost["worker"]
+    if not lost["own"]:
+        ending, error = STOPPED, "it ran in the queue that this one was copied from"
+    if lost["cancel"]:
+        ending, error = CANCELLED, "cancelled"
     seconds = max(0, now - lost["started_at"]) / 1000
     return Ended(job, ending, None, error, now, seconds, stdout, stderr, lost["worker"])
 
 
 def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Callable[[str], None],
-                 pool: str) -> tuple[str, Ended | None]:
-    """Record one lost run whose orphans were ended: the job's state now; "" if some could not be."""
+                 pool: str) -> bool:
+    """Record one lost run whose orphans were ended; whether it was: some could perhaps not be."""
     job = Job._make(lost[field] for field in Job._fields)
     slot = Slot(store.path, lost["worker"], lost["slot"])
     settings = store.settings()
     checkpoint("recovering")
-    if orphans() or not slot.open():  # the token is held: in another container, or by another user
-        return "", None
+    if (lost["own"] or not lost["cancel"]) and orphans():
+        return False
+    if not slot.open():  # the token is held: in another container, or by another user
+        return False
     try:
         ended = _lost_run(job, lost, *slot.read(settings["max_output_bytes"]))
         with store.transaction():
             state, _ = store.record(ended, retry_time(job, LOST, settings, ended.finished_at),
-                                    {pool, _pool_of(lost["worker"])})
+                                    {pool, _pool_of(lost["worker"])}, settings)
     finally:
         slot.close()  # a token kept here by mistake would keep the job from ever being given back
     checkpoint("recovered")
@@ -2745,7 +3270,21 @@ def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Cal
     if state:
         tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
             job.id, lost["worker"], job.attempts, max(1, job.max_retries), state))
-    return state, ended
+    return bool(state)
+
+
+def _with_orphans(store: Store, job: dict[str, Any]) -> tuple[dict[str, Any], Members]:
+    """A job whose worker is dead, with `own`, and what is left of its run.
+
+    If this is a copy of the queue whose worker it was, these are all processes of that queue:
+    as long as there are any, the job may be running there.
+    """
+    files = output_paths(store.path, job["worker"], job["slot"])
+    if not store.identity.is_own(job["worker"]):
+        return dict(job, own=False), Members(original_of(job["worker"]) + "-", ())
+    mark = run_name(job["worker"], job["seq"], job["runs"]) + "\0"
+    leader = leader_of(store.path, job["worker"], job["seq"], job["runs"])
+    return dict(job, own=True), Members(mark, files, leader)
 
 
 def _forget_dead(store: Store) -> None:
@@ -2767,46 +3306,42 @@ def _forget_dead(store: Store) -> None:
                 remove_files(store.path, name)
 
 
-def recover(store: Store, hook: DeathHook, pool: str = "") -> int:
+def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str], None], pool: str = "") -> int:
     """Give back what dead workers held, after ending what is left of it; how many jobs.
 
-    If that uses up a job's tries, it has died in the hands of `pool` too, and `hook` is run, which
-    also knows how to pause and to tell.
+    `pause` sleeps up to the given seconds, `tell` gets a line. If that uses up a job's tries, it
+    has died in the hands of `pool` too. Raises QueueError if the database can't be trusted: by
+    what it says, processes are ended.
 
     One process at a time does this, under a lock of its own: ending processes takes seconds, and
     the write mutex must not be held so long. Who finds it taken leaves the work to the other.
     """
     folder = folder_path(store.path)
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder) and not store.lost_jobs():
         return 0
-    lock = open_private(os.path.join(folder, "recovery.lock"), os.O_RDWR)
+    refuse_untrusted(store.path)
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        lock = open_private(os.path.join(folder, "recovery.lock"), os.O_RDWR)
+    except OSError as error:
+        raise Unavailable("%s can't be used: %s" % (folder, error.strerror)) from error
     try:
         if not system.try_lock(lock):
             return 0
-        lost = [(job, Members(run_name(job["worker"], job["seq"], job["runs"]),
-                              output_paths(store.path, job["worker"], job["slot"]))) for job in store.lost_jobs()]
+        store.queue_id()
+        lost = [_with_orphans(store, job) for job in store.lost_jobs()]
+        own = [orphans for job, orphans in lost if job["own"]]
         # All of them together: that takes one grace, not one each.
-        end_processes(lambda: {pid: started for _, orphans in lost for pid, started in orphans().items()},
-                      store.settings()["kill_grace_seconds"], hook.pause, 1.0)
-        done = [_recover_job(store, job, orphans, hook.tell, pool) for job, orphans in lost]
+        end_processes(lambda: {pid: started for orphans in own for pid, started in orphans().items()},
+                      store.settings()["kill_grace_seconds"], pause, 1.0)
+        done = [_recover_job(store, job, orphans, tell, pool) for job, orphans in lost]
         _forget_dead(store)
     finally:
         os.close(lock)
-    count = sum(state != "" for state, _ in done)
+    count = sum(done)
     if count:
         ring_all(store.path)
-    for state, ended in done:
-        if state == DEAD and ended:
-            hook.start(ended, store.settings()["on_dead"])
     return count
-
-
-def recover_and_wait(store: Store, pause: Callable[[float], object], tell: Callable[[str], None],
-                     pool: str = "") -> None:
-    """The same by who is no worker, and has nothing else to do until `on_dead` has run."""
-    hook = DeathHook(store.path, pause, tell)
-    recover(store, hook, pool)
-    hook.finish()
 
 
 SWEEP_TIME, SWEEP_REST = 0.1, 60.0  # seconds of work in one second; seconds between rounds, at least
@@ -2864,9 +3399,9 @@ def take_life(db: str, name: str) -> int:
     return fd
 
 
-Order = namedtuple("Order", "db pool number queues drain limited run supervisor fds")
-Order.__doc__ = """What the supervisor tells a worker: the database, its pool, its number there, the
-queues it serves (none: all), whether to drain, whether --max-jobs was given, whether it serves a
+Order = namedtuple("Order", "db file pool number queues drain limited run supervisor fds")
+Order.__doc__ = """What the supervisor tells a worker: the database, which file that was, its pool, its
+number there, the queues it serves (none: all), whether to drain, whether --max-jobs was given, whether it serves a
 `run`, the supervisor's process id, and the descriptors it inherits but must not keep."""
 
 
@@ -2886,13 +3421,17 @@ class Worker:
     def __init__(self, order: Order) -> None:
         self.order = order
         self.name = "%s-%d" % (order.pool, order.number)
+        self.queues = (*order.queues, HOOK_QUEUE) if order.queues else ()
         self.supervisor_life = life_path(order.db, order.pool)
         self.leave = 0  # 1: after the running job, 2: now
         self.dismissed = False  # by a signal of its own, while the pool goes on
         self.life = -1
         self.bell = make_bell()
-        self.hook = DeathHook(order.db, lambda seconds: self.bell.wait(seconds), self.say, self._hurried)
+        self.place = system.place()
         self.lines = ""
+        self.trouble = ""  # what was told last of what keeps it from working
+        self.shortages, self.rest_until = 0, 0.0
+        self.sync_failed = False
         self.slots = 0
         self.spare: list[Slot] = []
         self.told_no_slot = False
@@ -2932,7 +3471,7 @@ class Worker:
 
     def work(self) -> int:
         """Work until told to stop; the exit code tells the supervisor why it ended."""
-        self.store = Store(self.order.db)
+        self.store = open_trusted(self.order.db, self.order.file)
         self.store.patience = TICK
         self.store.defer_sync()
         self.commit(self._register)
@@ -2940,15 +3479,22 @@ class Worker:
         self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
         self._recover()
         self._loop()
-        self.hook.finish()
-        self.flush()
+        self._sync_at_last()
         self._deregister()
         return EXIT_INTERRUPTED if self.leave == 2 else EXIT_DISMISSED if self.dismissed else EXIT_OK
+
+    def _sync_at_last(self) -> None:
+        """What was recorded is to be on disk before it leaves, unless it has to leave now."""
+        self._make_sure()
+        while self.unsynced and self.leave < 2:
+            self.bell.wait(SYNC_AGAIN)
+            self._make_sure()
 
     def _register(self) -> None:
         """Life lock, bell and row come into being in one transaction: nobody sees a half-born worker."""
         if self.life < 0:
             self.life = take_life(self.order.db, self.name)
+            note_trouble(self.life, "")  # which takes the space for all notes
             self.bell = make_bell(bell_path(self.order.db, self.name))
             self.bell.hear_signals()
         checkpoint("being born")
@@ -2966,6 +3512,8 @@ class Worker:
 
     def _loop(self) -> None:
         while not self.leave:
+            if self.sync_failed:
+                self._make_sure()
             news = self._has_news()
             if self.unpatrolled and time.monotonic() >= self.next_patrol:
                 self._patrol()
@@ -2996,10 +3544,13 @@ class Worker:
 
     def _may_claim(self) -> bool:
         """Whether there is a job to claim: found out by reading, for writers have to wait for each other."""
+        if self.sync_failed or time.monotonic() < self.rest_until:
+            self.seen = -1  # look again
+            return False
         try:
             epoch, self.next_due = self.store.pulse()
             self.follow(epoch)
-            ready = self.store.ready(self.order.queues, self.next_due, to_millis(time.time()))
+            ready = self.store.ready(self.queues, self.next_due, to_millis(time.time()))
             return ready and not self.leave and not self._used_up()
         except Unavailable:
             self.seen = -1  # look again
@@ -3013,10 +3564,11 @@ class Worker:
 
     def _is_done(self) -> bool:
         try:
+            now = to_millis(time.time())
             if self.order.run:
-                return not self.store.count(UNFINISHED, self.order.queues[0])
-            return self._used_up() or bool(
-                self.order.drain and self.store.drained(self.order.queues, to_millis(time.time())))
+                return (not self.store.count(UNFINISHED, self.order.queues[0])
+                        and self.store.drained((HOOK_QUEUE,), now))
+            return self._used_up() or bool(self.order.drain and self.store.drained(self.queues, now))
         except Unavailable:
             return False
 
@@ -3032,7 +3584,8 @@ class Worker:
         pause = self.control.settings["poll_interval_ms"] / 1000
         if self.next_due is not None:
             pause = min(pause, max(0.0, self.next_due / 1000 - time.time()))
-        self.hook.running()
+        if self.rest_until:
+            pause = min(pause, max(0.01, self.rest_until - time.monotonic()))
         if self.bell.wait(pause):
             system.reap(0)  # daemons that earlier jobs left behind end as children of this worker
         clock = time.time() - time.monotonic()
@@ -3062,17 +3615,9 @@ class Worker:
             except (QueueError, OSError, ValueError):
                 pass  # it is not urgent, and who needs the database next says what is wrong with it
 
-    def _hurried(self) -> bool:
-        """Whether it is told to leave now: by a signal, or by `worker stop`, which only rings."""
-        try:
-            self.follow(self.store.pulse()[0])
-        except QueueError:
-            pass
-        return self.leave == 2
-
     def _recover(self) -> None:
         try:
-            if recover(self.store, self.hook, self.order.pool):
+            if recover(self.store, self.bell.wait, self.say, self.order.pool):
                 self.seen = -1
                 self.flush()
         except Unavailable:
@@ -3096,16 +3641,20 @@ class Worker:
         told = time.monotonic() + (0 if holding else WAIT_TOLD)
         while True:
             try:
+                if self.sync_failed:
+                    self.store.sync()
                 with self.store.transaction():
-                    return change()
+                    result = change()
+                if time.monotonic() >= self.rest_until:
+                    self._tell_trouble("")
+                return result
             except Unavailable as error:
                 if self.leave > (1 if holding else 0):
                     raise
                 if time.monotonic() >= told:
-                    told = float("inf")
-                    self.say(("the outcome of %s waits to be recorded: " % holding if holding else "") + str(error))
-                    self.flush()
-                self.bell.wait(TICK)
+                    self._tell_trouble(
+                        ("the outcome of %s waits to be recorded: " % holding if holding else "") + str(error))
+                self.bell.wait(SYNC_AGAIN if self.sync_failed else TICK)
 
     # A turn: record, claim, run.
 
@@ -3125,9 +3674,6 @@ class Worker:
             self._tell_end(ended, state)
             if freed or state == FAILED or (ended.job.queue in self.control.limited and not self.order.run):
                 ring_all(self.order.db)  # another may take what waited for it or its place, or wake for its retry
-            if state == DEAD and self.control.settings["on_dead"]:
-                self._make_sure()
-                self.hook.start(ended, self.control.settings["on_dead"])
         if slot is None:
             self._make_sure()
             self.bell.wait(1.0)
@@ -3137,15 +3683,15 @@ class Worker:
 
     def _turn(self, ended: Ended | None, slot: Slot | None) -> tuple[str, bool, Job | None]:
         state, freed = "", False
-        if ended:
-            self.retry_at = retry_time(ended.job, ended.ending, self.control.settings, ended.finished_at)
-            state, freed = self.store.record(ended, self.retry_at, (self.order.pool,))
         epoch, due = self.store.pulse()
         self.follow(epoch)
-        if slot is None or self.leave or time.monotonic() >= self.next_patrol or self._orphaned() or (
-                state == DEAD and self.hook.running()):  # which has to end first: who waits must not hold a job
+        if ended:
+            self.retry_at = retry_time(ended.job, ended.ending, self.control.settings, ended.finished_at)
+            state, freed = self.store.record(ended, self.retry_at, (self.order.pool,), self.control.settings)
+        now = time.monotonic()
+        if slot is None or self.leave or self.rest_until > now or now >= self.next_patrol or self._orphaned():
             return state, freed, None
-        return state, freed, self.store.claim(self.name, slot.number, self.order.queues, due, to_millis(time.time()),
+        return state, freed, self.store.claim(self.name, slot.number, self.queues, due, to_millis(time.time()),
                                               self.order.pool if self.order.limited else "")
 
     def _make_sure(self) -> None:
@@ -3155,6 +3701,8 @@ class Worker:
         once: waiting for the disk would cost them a tenth of their rate.
         """
         self.flush()
+        if self.unsynced:
+            return
         for slot, printed in self.used:
             slot.clear(printed)
             self.spare.append(slot)
@@ -3183,7 +3731,12 @@ class Worker:
         run = Run(job, self.name, self.running)
         surroundings = self.surroundings.get(job.context) or self._look_around(job.context)
         checkpoint("claimed")
+        first = system.ticks()
         problem = run.start(surroundings, self.order.db)
+        note_run(self.life, RunNote(self.place, job.seq, job.runs, run.pid, first, system.ticks()))
+        if run.short:
+            return self._rest_from(run, problem)
+        self.shortages = 0
         if not self.order.run:
             self.say("started %s (pid %s, attempt %d of %d): %s" % (
                 job.id, run.pid or "none", job.attempts, max(1, job.max_retries), shorten(clean(job.command), 100)))
@@ -3192,6 +3745,22 @@ class Worker:
             self._make_sure()
         limit = self.control.settings["max_output_bytes"]
         return run.ended(FAILED, problem, limit) if problem else self._attend(run, limit)
+
+    def _rest_from(self, run: Run, problem: str) -> Ended:
+        """Give back a job for which the machine has no room now, and claim none for a while."""
+        pause = min(LONGEST_REST, 2.0 ** self.shortages)
+        self.shortages += 1
+        self.rest_until = time.monotonic() + pause
+        self._tell_trouble("%s %s; the next try is in %s" % (run.job.id, problem, show_duration(pause)))
+        return run.ended(UNSTARTED, problem, 0)
+
+    def _tell_trouble(self, text: str) -> None:
+        """Say at once what keeps this worker from working, and note it for `status`; nothing: it works again."""
+        if text != self.trouble:
+            self.trouble = text
+            note_trouble(self.life, text)
+            if text:
+                self.announce(text)
 
     def _look_around(self, context: int) -> Surroundings:
         cwd, path, umask, environ = self.store.context(context)
@@ -3205,17 +3774,22 @@ class Worker:
     def _attend(self, run: Run, limit: int) -> Ended:
         """Sleep until the run ends, or until there is a reason to end it."""
         while True:
-            self.bell.wait(min(run.patience(), SYNC_WAIT) if self.unsynced else run.patience())
+            self.bell.wait(min(run.patience(), self._sync_wait()))
             if run.has_ended():
                 return self._judge(run, limit)
             if self.unsynced:
                 self._make_sure()
-            self.hook.running()
             ending, error = self._interruption(run)
             if ending:
                 run.end(self.control.settings["kill_grace_seconds"], self.bell.wait)
                 return run.ended(ending, error, limit)
             run.bound_output(limit)
+
+    def _sync_wait(self) -> float:
+        """Seconds until the disk is to be synced."""
+        if not self.unsynced:
+            return float("inf")
+        return SYNC_AGAIN if self.sync_failed else SYNC_WAIT
 
     def _interruption(self, run: Run) -> tuple[str, str]:
         """Why a run must end now, as its ending and the reason, or two empty strings."""
@@ -3265,21 +3839,39 @@ class Worker:
         self.say("%s %s after %s%s" % (ended.job.id, outcome, show_duration(ended.seconds), rest))
 
     def say(self, text: str) -> None:
-        self.lines += "%s worker %d: %s\n" % (show_time(to_millis(time.time())), self.order.number, text)
+        self.lines += self._line(text)
+
+    def announce(self, text: str) -> None:
+        """Say something at once, whatever waits to be said."""
+        system.say(self._clear() + self._line(text))
+
+    def _line(self, text: str) -> str:
+        return "%s worker %d: %s\n" % (show_time(to_millis(time.time())), self.order.number, text)
+
+    def _clear(self) -> str:
+        """What takes away the line that shows the progress of a `run`."""
+        return "\r\033[K" if self.order.run and os.isatty(1) else ""
 
     def flush(self) -> None:
         """Say it, once what it tells of is on disk."""
+        self._sync()
+        if self.lines and not self.unsynced:
+            system.say(self._clear() + self.lines)
+            self.lines = ""
+
+    def _sync(self) -> None:
+        """Have the disk keep what was committed. While it does not, nothing of it is told or thrown away."""
         if self.unsynced and self.control.settings["durability"] == "full":
             try:
                 self.store.sync()
             except Unavailable as error:
-                self.say(str(error))
+                self.sync_failed = True
+                self._tell_trouble(str(error))
+                return
+        if self.sync_failed:
+            self.sync_failed = False
+            self._tell_trouble("")
         self.unsynced = False
-        if self.lines:
-            clear = "\r\033[K" if self.order.run and os.isatty(1) else ""  # of the line that shows the progress
-            system.say(clear + self.lines)
-            self.lines = ""
-
 
 def worker_main(order: Order) -> NoReturn:
     """What a worker process does from its first instruction on."""
@@ -3293,13 +3885,15 @@ def worker_main(order: Order) -> NoReturn:
     try:
         code = worker.work()
     except QueueError as error:
-        worker.say(str(error))
+        worker.announce(str(error))
         told = isinstance(error, Unavailable) and worker.leave  # what it can't write now, others will
         code = EXIT_INTERRUPTED if told == 2 else EXIT_OK if told else EXIT_FAILED
     except Exception:
         sys.excepthook(*sys.exc_info())
         code = EXIT_BUG
     worker.flush()
+    if not close_stores():
+        os._exit(code)
     sys.exit(code)
 
 
@@ -3369,7 +3963,8 @@ class Pool:
         return self._farewell()
 
     def _register(self) -> None:
-        store = Store(self.db, tell=complain)
+        store = open_trusted(self.db, tell=complain)
+        self.file = store.identity.file
         with store.transaction():
             self.life = take_life(self.db, self.name)
             store.add_pool(self.name, self.count, self.queues, self.max_jobs, to_millis(time.time()))
@@ -3402,7 +3997,7 @@ class Pool:
         self.number += 1
         inherited = [fd for fd in (self.life, self.bell.fd, self.bell.write_end) if fd >= 0]
         fds = tuple(inherited) if system.start_method == "fork" else ()
-        order = Order(self.db, self.name, self.number, self.queues, self.drain, self.max_jobs is not None,
+        order = Order(self.db, self.file, self.name, self.number, self.queues, self.drain, self.max_jobs is not None,
                       self.look is not None, os.getpid(), fds)
         process = self.context.Process(target=worker_main, args=(order,), name="worker %d" % self.number)
         mask = None if WINDOWS else signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
@@ -3470,10 +4065,10 @@ class Pool:
         """
         died = 0
         try:
-            store = Store(self.db)
+            store = open_trusted(self.db, self.file)
             store.patience = LAST_PATIENCE
             died = store.deaths(self.name)
-            recover_and_wait(store, self.bell.wait, self._tell, self.name)
+            recover(store, self.bell.wait, self._tell, self.name)
             died = store.deaths(self.name)
             with store.transaction():
                 store.remove_pool(self.name)
@@ -3650,6 +4245,7 @@ def status_lines(status: dict[str, Any], workers: Sequence[dict[str, Any]], now:
     if status["paused"] or status["all_paused"]:
         names = "all queues" if status["all_paused"] else ", ".join(clean(name) for name in status["paused"])
         lines.append("Paused: %s; `queuectl queue resume` lets their jobs start." % names)
+    lines += ["Held up: %s" % clean(trouble) for trouble in status["troubles"][:5]]
     if status["lost"]:
         lines.append("Held by dead workers: %s; `queuectl worker start` gives them back." % (
             ", ".join(map(clean, status["lost"][:5]))))
@@ -3782,8 +4378,19 @@ def out_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     return EXIT_OK
 
 
-def open_store(args: Any) -> Store:
-    return Store(args.db, tell=complain)
+def open_store(args: Any, **how: bool) -> Store:
+    """The store of a command that executes nothing; a word on stderr if others could have written it."""
+    store = Store(args.db, tell=complain, **how)
+    OPENED.append(store)
+    reason = distrust_of(args.db)
+    if reason:
+        complain("nothing of this queue will be executed: %s" % clean(reason))
+    return store
+
+
+def read_store(args: Any) -> Store:
+    """The store of a command that only reads."""
+    return open_store(args, reading=True)
 
 
 def now_millis() -> int:
@@ -4080,22 +4687,9 @@ def _whole_option(name: str, text: str, most: int) -> int:
     return number
 
 
-def new_pool_name() -> str:
-    return os.urandom(4).hex()
-
-
-def trusted_paths(db: str) -> tuple[str, ...]:
-    """What nobody else may be able to write, for workers run what it says."""
-    return os.path.dirname(db), db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db)
-
-
-def refuse_untrusted(db: str) -> None:
-    """Raise QueueError if others could change what workers run, or if locks can't be trusted."""
-    refuse_network(os.path.dirname(db))
-    for path in trusted_paths(db):
-        reason = system.distrust(path)
-        if reason:
-            raise QueueError("workers don't run what others could write: %s" % reason)
+def new_pool_name(store: Store) -> str:
+    """A name that is never used twice; it begins with the queue's id, see Identity."""
+    return "%s-%s" % (store.queue_id(), os.urandom(3).hex())
 
 
 LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside when a pool starts
@@ -4120,11 +4714,10 @@ def own_command() -> list[str]:
 START_TIME = 30.0  # seconds a detached pool has to come up
 
 
-def _start_detached(args: Any, count: int) -> int:
+def _start_detached(args: Any, count: int, store: Store, name: str) -> int:
     """Start the same command in a session of its own, and wait until its workers run."""
     import subprocess
     log = os.path.join(os.path.dirname(args.db), "queuectl.log")
-    name = new_pool_name()
     argv = [*own_command(), "--db", args.db, "worker", "start", "--count", str(count)]
     for queue in args.queue:
         argv += ["--queue", queue]
@@ -4135,7 +4728,6 @@ def _start_detached(args: Any, count: int) -> int:
         env=dict(os.environ, QUEUECTL_POOL=name), start_new_session=not WINDOWS,
         creationflags=0x208 if WINDOWS else 0)  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
     os.close(fd)
-    store = open_store(args)
     deadline = time.monotonic() + START_TIME
     while sum(worker["pool"] == name and worker["alive"] for worker in store.workers()) < count:
         if process.poll() is not None and process.returncode != EXIT_OK:
@@ -4167,11 +4759,11 @@ def cmd_worker_start(args: Any) -> int:
     count = _whole_option("--count", args.count, 1000)
     max_jobs = None if args.max_jobs is None else _whole_option("--max-jobs", args.max_jobs, 10**9)
     queues = [check_name("--queue", name) for name in args.queue]
-    open_store(args).close()  # made if it is new, and refused here if it can't be used
-    refuse_untrusted(args.db)
+    store = open_trusted(args.db, tell=complain)
+    name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name(store)
     if args.detach:
-        return _start_detached(args, count)
-    name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name()
+        return _start_detached(args, count, store, name)
+    store.close()
     system.say("Starting %s, pool %s, pid %d, database %s\n" % (
         count_of(count, "worker"), name, os.getpid(), clean(args.db)))
     return Pool(args.db, name, count, queues, args.drain, max_jobs).run()
@@ -4188,11 +4780,11 @@ queuectl worker stop --now           running jobs go back into the queue
 def cmd_worker_stop(args: Any) -> int:
     patience = patience_of(args)
     deadline = time.monotonic() + patience
-    store = open_store(args)
-    alive = [entry["name"] for entry in [*store.pools(), *store.workers()] if entry["alive"]]
-    if not alive:
+    if not anyone_alive(args.db):
         emit("No workers are running.")
         return EXIT_OK
+    store = open_store(args, as_it_is=True)
+    alive = [entry["name"] for entry in [*store.pools(), *store.workers()] if entry["alive"]]
     with store.transaction():
         store.ask_stop([pool["name"] for pool in store.pools()], 2 if args.now else 1)
     ring_all(args.db)
@@ -4212,7 +4804,7 @@ def cmd_worker_stop(args: Any) -> int:
 @subcommand("worker list", "show the workers that live, and what they run", JSON,
             examples="\nqueuectl worker list\n")
 def cmd_worker_list(args: Any) -> int:
-    workers = [worker for worker in open_store(args).workers() if worker["alive"]]
+    workers = [worker for worker in read_store(args).workers() if worker["alive"]]
     if args.json:
         shown = [dict(worker, started_at=show_time(worker["started_at"]),
                       job_started_at=worker["job_started_at"] and show_time(worker["job_started_at"]))
@@ -4499,16 +5091,16 @@ def cmd_run(args: Any) -> int:
         raise UsageError("give commands, --file, --each (with -0, if need be) or --resume; see `queuectl run --help`")
     if sys.stdin is not None and sys.stdin.isatty() and not (args.words or args.file or args.resume):
         raise UsageError("say what to run; see `queuectl run --help`")
-    store = open_store(args)
-    refuse_untrusted(args.db)
+    store = open_trusted(args.db, tell=complain)
     batch = (_old_batch if args.resume else _new_batch)(args, store, most)
     if not batch.total:
         _lift_limit(store, batch.name)
         complain("there is nothing to %s" % ("resume" if args.resume else "run"))
         return _tell_run(args, store, batch, False) if args.json else EXIT_OK
     ring_all(args.db)
+    name = new_pool_name(store)
     store.close()
-    pool = Pool(args.db, new_pool_name(), min(most, batch.total), [batch.name], look=batch)
+    pool = Pool(args.db, name, min(most, batch.total), [batch.name], look=batch)
     code = pool.run()
     batch.clear()
     store = open_store(args)
@@ -4554,7 +5146,9 @@ def status_of(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "lost": [job["id"] for job in store.lost_jobs()] if counts[PROCESSING] else [],
             "unserved": [queue["name"] for queue in queues if pools and not queue["paused"]
                          and queue[PENDING] + queue[FAILED] and not any(serves(pool, queue["name"]) for pool in pools)],
-            "interrupted": list(left_runs(store))}, workers
+            "interrupted": list(left_runs(store)),
+            "troubles": ["%s: %s" % (worker["name"], trouble) for worker in workers
+                         for trouble in [trouble_of(store.path, worker["name"])] if trouble]}, workers
 
 
 @subcommand("status", "show jobs by state, workers, and what comes next", JSON,
@@ -4567,7 +5161,7 @@ queuectl status --format prometheus > queuectl.prom.new && mv queuectl.prom.new 
 def cmd_status(args: Any) -> int:
     if args.json + args.watch + bool(args.format) > 1:
         raise UsageError("give one of --json, --watch and --format")
-    store = open_store(args)
+    store = read_store(args)
     rate = Rate()
 
     def frame() -> list[str]:
@@ -4594,7 +5188,7 @@ def _list(args: Any, states: list[str], head: Sequence[str],
     limit = None if args.limit is None else _whole_option("--limit", args.limit, 10**9)
     if args.all and limit:
         raise UsageError("--all and --limit contradict each other")
-    store = open_store(args)
+    store = read_store(args)
     jobs: Iterable[dict[str, Any]]
     if limit is None and (args.json or args.all):
         jobs = store.jobs(states, args.queue)
@@ -4615,7 +5209,7 @@ def _watch_list(args: Any) -> int:
     """Show the newest jobs again and again, and how fast jobs end."""
     if args.json or args.all or args.limit:
         raise UsageError("--watch shows what fits on the terminal; it does not go with --json, --all and --limit")
-    store = open_store(args)
+    store = read_store(args)
     rate = Rate()
 
     def frame() -> list[str]:
@@ -4648,8 +5242,8 @@ def cmd_list(args: Any) -> int:
 def read_output(path: str, missing: Any, read: Callable[..., Any], *values: Any) -> Any:
     """What `read(fd, *values)` makes of an output file, which is opened for that moment alone."""
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except OSError:
+        fd = open_beside(path, os.O_RDONLY)
+    except (OSError, QueueError):
         return missing
     try:
         return read(fd, *values)
@@ -4684,7 +5278,7 @@ def environment_of(store: Store, job: dict[str, Any]) -> dict[str, str]:
             option("--env", action="store_true", help="the variables that were kept for it, and nothing else"),
             examples="\nqueuectl show job1\nqueuectl show --json 3fa9\n")
 def cmd_show(args: Any) -> int:
-    store = open_store(args)
+    store = read_store(args)
     job = store.find(args.id)
     if args.env:
         kept = environment_of(store, job)
@@ -4811,7 +5405,7 @@ def cmd_logs(args: Any) -> int:
     if args.stdout and args.stderr:
         raise UsageError("give --stdout or --stderr, or neither for both")
     stream = "stdout" if args.stdout else "stderr" if args.stderr else None
-    store = open_store(args)
+    store = read_store(args)
     job = store.find(args.id)
     attempt = None if args.attempt is None else _whole_option("--attempt", args.attempt, 10**6)
     if args.follow:
@@ -4906,7 +5500,7 @@ def why_not_waiting(store: Store, job: dict[str, Any], now: int) -> str:
 @subcommand("why", "tell why a job isn't running now, and when it will", ID, JSON,
             examples="\nqueuectl why job1\n")
 def cmd_why(args: Any) -> int:
-    store = open_store(args)
+    store = read_store(args)
     job, now = store.find(args.id), now_millis()
     if job["state"] in WAITING:
         reasons, expected = why_waiting(store, job, now)
@@ -4937,6 +5531,11 @@ def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
     """Dead or stopped workers, what they hold, and jobs that run for very long."""
     for lost in store.lost_jobs():
         what = "%s is held by the worker %s, which is dead" % (clean(lost["id"]), lost["worker"])
+        if not lost["worker"].startswith(store.own_id() + "-"):
+            yield ("%s ran in the queue that this one was copied from, and may be running there" % clean(lost["id"]),
+                   "it is given back when no process of that queue is left; `queuectl cancel %s` gives it up" % (
+                       clean(lost["id"])))
+            continue
         if any(system.held(path) for path in output_paths(store.path, lost["worker"], lost["slot"])):
             what += "; processes of that run still live, perhaps in another container or of another user"
         yield what, "any live or new worker ends them, if it can, and gives the job back: `queuectl worker start`"
@@ -4961,10 +5560,9 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
     for damage in store.damage():
         yield ("the database is damaged: %s" % damage,
                "stop the workers, keep a copy of queue.db and queue.db-wal, then restore a backup")
-    for path in trusted_paths(store.path):
-        reason = system.distrust(path)
-        if reason:
-            yield "workers refuse to run: %s" % reason, "chown or chmod go-w %s" % path
+    reason = distrust_of(store.path)
+    if reason:
+        yield "workers refuse to run: %s" % reason, "nobody else may own or write it, or a folder above it"
     kind = system.network_file_system(folder)
     if kind:
         yield "%s is on a network file system (%s)" % (folder, kind), "move the database to a local disk, use --db"
@@ -4979,7 +5577,7 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
 @subcommand("doctor", "check the database and what dead workers left; exit 1 if anything is wrong", JSON,
             examples="\nqueuectl doctor\n")
 def cmd_doctor(args: Any) -> int:
-    store = open_store(args)
+    store = read_store(args)
     findings = list(findings_of(store))
     if args.json:
         out_json([{"what": what, "mend": mend} for what, mend in findings])
@@ -5059,7 +5657,7 @@ def _await_end(store: Store, job: dict[str, Any], deadline: float) -> str:
         if current is None or current["state"] != PROCESSING or current["runs"] != job["runs"]:
             return current["state"] if current else DEAD
         if not is_alive(store.path, current["locked_by"]):
-            recover_and_wait(store, time.sleep, complain)
+            recover(store, time.sleep, complain)
         if time.monotonic() >= deadline:
             raise QueueError("%s is still being ended; `queuectl show %s` tells when it is done"
                              % (clean(job["id"]), clean(job["id"])))
@@ -5128,7 +5726,7 @@ queuectl wait --timeout 1h
 """)
 def cmd_wait(args: Any) -> int:
     patience = patience_of(args)
-    store = open_store(args)
+    store = read_store(args)
     seqs = [store.find(name)["seq"] for name in args.ids]
     ranges = [(seq - 1, seq) for seq in seqs] or [(0, store.last_seq())]
     return await_jobs(store, ranges, 0 if seqs else now_millis(), patience)
@@ -5163,15 +5761,8 @@ def cmd_backup(args: Any) -> int:
     path = os.path.abspath(args.path)
     if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, args.db)):
         raise QueueError("%s can't be a backup; name another file" % clean(path))
-    store = open_store(args)
-    part = "%s.%d.part" % (path, os.getpid())
-    try:
-        store.backup(part)
-        os.replace(part, path)
-    finally:
-        for leftover in (part, part + "-journal", part + "-wal", part + "-shm"):
-            if os.path.exists(leftover):
-                os.unlink(leftover)
+    store = read_store(args)
+    store.backup(path)
     emit("Backed up: %s in %s" % (count_of(sum(store.counts().values()), "job"), clean(path)))
     return EXIT_OK
 
@@ -5290,10 +5881,9 @@ def cmd_completion(args: Any) -> int:
     if not args.ids:
         emit(completion_script())
         return EXIT_OK
-    if os.path.exists(args.db):  # a key pressed must not make one
-        for job in open_store(args).newest((), None, 200):
-            if re.fullmatch(r"[\w.%+-]+", job["id"], re.ASCII):  # bash would expand or divide others
-                emit(job["id"])
+    for job in read_store(args).newest((), None, 200):
+        if re.fullmatch(r"[\w.%+-]+", job["id"], re.ASCII):  # bash would expand or divide others
+            emit(job["id"])
     return EXIT_OK
 
 
@@ -5347,7 +5937,7 @@ NAME = option("name", metavar="NAME", help="the queue")
 
 @subcommand("queue list", "show the queues, their limits and jobs", JSON, examples="\nqueuectl queue list\n")
 def cmd_queue_list(args: Any) -> int:
-    queues = [dict(queue, paused=bool(queue["paused"])) for queue in open_store(args).queues()]
+    queues = [dict(queue, paused=bool(queue["paused"])) for queue in read_store(args).queues()]
     if args.json:
         return out_lines(queues)
     return out_table(QUEUE_HEAD, [
@@ -5404,7 +5994,7 @@ KEY = option("key", metavar="KEY", help="the setting, with - or _")
 @subcommand("config list", "the same as show", JSON, examples="\nqueuectl config list\n")
 @subcommand("config show", "show every setting", JSON, examples="\nqueuectl config show\n")
 def cmd_config_show(args: Any) -> int:
-    settings = open_store(args).settings()
+    settings = read_store(args).settings()
     if args.json:
         return out_json(settings)
     return out_table(("SETTING", "VALUE", "DEFAULT"), [
@@ -5414,7 +6004,7 @@ def cmd_config_show(args: Any) -> int:
 @subcommand("config get", "show one setting", KEY, JSON, examples="\nqueuectl config get max_retries\n")
 def cmd_config_get(args: Any) -> int:
     name = setting_name(args.key)
-    value = open_store(args).settings()[name]
+    value = read_store(args).settings()[name]
     if args.json:
         return out_json(value)
     emit(show_setting(value))
@@ -5616,19 +6206,14 @@ def fail(error: Exception, code: int) -> int:
     return code
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command line (`argv` without the program's name; sys.argv by default); its exit code.
-
-    Every expected failure ends here as one line on stderr.
-    """
-    import gc
-    gc.freeze()  # code lives to the end; not searching it for garbage makes the exit faster
+def run_command(argv: list[str]) -> int:
+    """Run one command line; its exit code. Every expected failure ends here as one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
         try:
-            entry, args = parse(sys.argv[1:] if argv is None else argv)
+            entry, args = parse(argv)
             code = EXIT_OK if entry is None else int(entry.run(args))
         except SystemExit:  # argparse has shown the help
             code = EXIT_OK
@@ -5648,6 +6233,17 @@ def main(argv: list[str] | None = None) -> int:
         sys.excepthook(*sys.exc_info())
         complain("this is a bug in queuectl %s; please report it with the lines above" % VERSION)
         return EXIT_BUG
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line (`argv` without the program's name; sys.argv by default); its exit code."""
+    import gc
+    gc.freeze()  # code lives to the end; not searching it for garbage makes the exit faster
+    system.keep_standard_streams()
+    code = run_command(sys.argv[1:] if argv is None else argv)
+    if not close_stores():
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

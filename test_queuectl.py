@@ -846,7 +846,7 @@ def take(store: Any, now: int = NOW, queues: Sequence[str] = ()) -> Any:
 def end(store: Any, job: Any, ending: str, now: int, retry_at: int = 0) -> str:
     ended = queuectl.Ended(job, ending, 0, None, now, 0.1, b"out", b"", "pool-1")
     with store.transaction():
-        return str(store.record(ended, retry_at, ["pool"])[0])
+        return str(store.record(ended, retry_at, ["pool"], store.settings())[0])
 
 
 def test_claims_go_by_priority_then_by_arrival_over_all_queues(store: Any) -> None:
@@ -1039,10 +1039,11 @@ def test_a_database_is_not_migrated_under_workers_of_an_older_version(q: Queue) 
     db.commit()
     db.close()
     life = queuectl.take_life(str(q.db), "p")
-    refused = q("status", code=1)
-    assert "kill 4711" in refused.err
-    os.close(life)
+    refused = q.fails("enqueue", "true")
+    assert "pid 4711" in refused.err and "worker stop" in refused.err
     q("status")
+    os.close(life)
+    q("enqueue", "true")
 
 
 def test_a_slot_that_a_daemon_holds_is_given_up(tmp_path: Path) -> None:
@@ -1136,7 +1137,7 @@ def test_calls_go_upward_only() -> None:
 def test_only_what_every_command_needs_is_imported_at_the_top() -> None:
     tree = ast.parse(PROGRAM.read_text(encoding="utf-8"))
     names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-    assert names == {"argparse", "json", "os", "re", "signal", "sqlite3", "sys", "time"}
+    assert names == {"argparse", "errno", "json", "os", "re", "signal", "sqlite3", "stat", "sys", "time"}
 
 
 def test_functions_are_short() -> None:
@@ -1250,7 +1251,7 @@ def in_a_minute(q: Queue, result: Result) -> None:
 
 def prints(*words: str) -> Check:
     def check(q: Queue, result: Result) -> None:
-        assert result.err == ""
+        assert re.fullmatch(r"(queuectl: there is no queue at [^\n]+\n)?", result.err)
         for word in words:
             assert word in result.out, result
 
@@ -3012,7 +3013,7 @@ DEFAULTS = {
     "max_retries": 3, "backoff_base": 2, "backoff_max": 3600, "backoff_jitter": 0, "timeout_seconds": None,
     "priority": 10, "poll_interval_ms": 1000, "kill_grace_seconds": 5, "max_output_bytes": 1 << 20,
     "durability": "full", "retry_after": 60, "max_deferrals": 100, "keep_completed": None, "keep_dead": None,
-    "on_dead": None,
+    "on_dead": None, "on_end": None,
 }  # fmt: skip
 
 
@@ -3030,7 +3031,7 @@ def test_config_set_get_unset(q: Queue) -> None:
         "poll-interval-ms": ("2000", 2000), "kill_grace_seconds": ("0.5", 0.5),
         "max_output_bytes": ("4096", 4096), "durability": ("normal", "normal"), "retry-after": ("5m", 300),
         "max-deferrals": ("7", 7), "keep-completed": ("30d", 2592000), "keep_dead": ("1d", 86400),
-        "on-dead": ("mail -s dead me", "mail -s dead me"),
+        "on-dead": ("mail -s dead me", "mail -s dead me"), "on_end": ("echo", "echo"),
     }  # fmt: skip
     for key, (text, _) in given.items():
         q("config", "set", key, text)
@@ -4827,6 +4828,307 @@ def test_a_database_on_a_network_file_system_is_refused(q: Queue, monkeypatch: p
 
 
 # =====================================================================================================
+# trust, copies and the disk
+# =====================================================================================================
+
+
+def let_bait_be_lost(q: Queue, *options: str) -> None:
+    """A job `bait` that is held by a dead worker: whoever recovers it records its death."""
+    q.add(f"touch {q.work}/started; exec sleep 300", "--id", "bait", "--max-retries", "1", *options)
+    pool = q.pool()
+    q.wait_file("started")
+    for pid in [*children(pool.process.pid), pool.process.pid]:
+        kill(pid, signal.SIGKILL)
+    pool.wait()
+
+
+def give_away(folder: Path, uid: int) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        os.chown(str(path), uid, uid, follow_symlinks=False)
+
+
+as_root = pytest.mark.skipif(not ROOT, reason="only root can give files away")
+
+
+@as_root
+@pytest.mark.parametrize("args", [["cancel", "bait"], ["worker", "start", "--drain"], ["run", "true"]])
+def test_nothing_of_another_users_database_is_executed(q: Queue, args: list[str]) -> None:
+    q.set("on_dead", f"touch {q.work}/pwned")
+    let_bait_be_lost(q)
+    give_away(q.db.parent, 12345)
+    result = q(*args, code=1)
+    assert "belongs to another user (uid 12345)" in result.err
+    assert not (q.work / "pwned").exists()
+    assert q.state("bait") == "processing"
+    give_away(q.db.parent, os.geteuid())
+    q.drain(code=1)
+    assert (q.work / "pwned").exists() == (args[0] != "cancel")
+
+
+@as_root
+def test_reading_another_users_database_says_whose_it_is(q: Queue) -> None:
+    q.add("true", "--id", "a")
+    give_away(q.db.parent, 12345)
+    shown = q("list", "--json")
+    assert [job["id"] for job in shown.json()] == ["a"] and "uid 12345" in shown.err
+    assert "uid 12345" in q("doctor", code=1).out
+
+
+@pytest.mark.parametrize(
+    "mode, gid, refused",
+    [(0o777, 0, True), (0o1777, 0, False), (0o755, 0, False), (0o775, 12345, False), (0o775, 1, True)],
+)
+def test_a_folder_above_that_others_may_write_is_refused(q: Queue, mode: int, gid: int, refused: bool) -> None:
+    """But not where it is sticky, as /tmp is, and not where it is of a group to which nobody else belongs."""
+    if gid and not ROOT:
+        pytest.skip("only root can give files away")
+    above = q.folder / "above"
+    db = above / "mine" / "queue.db"
+    db.parent.mkdir(parents=True, mode=0o700)
+    above.chmod(mode)
+    if gid:
+        os.chown(str(above), -1, gid)
+        above.chmod(mode)
+    env = {"QUEUECTL_DB": db}
+    q("enqueue", "touch ran", env=env)
+    done = q("worker", "start", "--drain", code=1 if refused else 0, env=env)
+    assert (q.work / "ran").exists() != refused
+    if refused:
+        assert str(above) in done.err and "chmod go-w" in done.err
+
+
+def test_no_advice_to_change_a_folder_that_all_share(q: Queue) -> None:
+    shared = q.folder / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    done = q("worker", "start", "--drain", "--db", shared / "queue.db", code=1)
+    assert "folder of your own" in done.err and "chmod" not in done.err
+
+
+def test_a_supervisor_leaves_a_database_alone_that_took_the_place_of_its_own(q: Queue, other: Queue) -> None:
+    other.set("on_dead", f"touch {q.work}/pwned")
+    let_bait_be_lost(other)
+    pool = q.pool()
+    os.rename(str(q.db.parent), str(q.folder / "away"))
+    os.rename(str(other.db.parent), str(q.db.parent))
+    pool.signal(signal.SIGTERM)
+    assert pool.wait() == 1 and "replaced" in pool.text
+    assert not (q.work / "pwned").exists()
+    assert q.show("bait")["state"] == "processing"
+    other.may_leave = True
+
+
+@pytest.mark.parametrize("name", ["queue.db.lock", "queue.db-wal", "queue.db-shm", "queue.db.d"])
+def test_links_beside_the_database_are_not_followed(q: Queue, name: str) -> None:
+    victim = q.folder / "victim"
+    victim.write_text("precious")
+    if name.endswith(".d"):
+        victim = q.folder / "folder"
+        victim.mkdir()
+    if name != "queue.db.lock":
+        q.add("true")
+    path = q.db.parent / name
+    if path.exists():
+        path.unlink()
+    path.symlink_to(victim)
+    q("enqueue", "true", code=1)
+    q("status", code=(0, 1))
+    q("worker", "start", "--drain", code=1)
+    assert victim.read_text() == "precious" if victim.is_file() else not list(victim.iterdir())
+
+
+def test_what_is_planted_among_the_files_of_workers_is_not_written_to(q: Queue) -> None:
+    q.add("true", "--id", "a")
+    victim = q.folder / "victim"
+    victim.write_text("precious")
+    folder = q.db.parent / "queue.db.d"
+    folder.mkdir()
+    for name in ("x-1.bell", "x-1.life", "recovery.lock", "sweep.lock"):
+        (folder / name).symlink_to(victim)
+    os.link(str(victim), str(folder / "y-1.bell"))
+    q.add("true", "--id", "b")
+    q("cancel", "a")
+    q("worker", "start", "--drain", code=None)
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("command", ["status", "enqueue true", "worker start --drain", "doctor", "backup copy.db"])
+def test_a_database_with_two_names_is_refused(q: Queue, command: str) -> None:
+    q.add("true")
+    os.link(str(q.db), str(q.folder / "link.db"))
+    for path in (q.db, q.folder / "link.db"):
+        refused = q.fails(*command.split(), "--db", path)
+        assert "2 names" in refused.err and "queuectl backup" in refused.err
+    (q.folder / "link.db").unlink()
+    q("status")
+
+
+# Copies
+
+
+def test_a_backup_is_another_queue_in_which_what_ran_is_pending(q: Queue) -> None:
+    """And who works on it harms nothing that runs in the original."""
+    q.add(f"echo $$ >>{q.work}/pids; until [ -e {q.work}/end ]; do sleep 0.05; done", "--id", "a")
+    pool = q.pool()
+    q.wait_file("pids")
+    copy = q.folder / "queue" / "copy.db"
+    q("backup", copy)
+    env = {"QUEUECTL_DB": copy}
+    job = q("show", "a", "--json", env=env).json()
+    assert (job["state"], job["attempts"], job["locked_by"]) == ("pending", 0, None)
+    assert q("worker", "list", "--json", env=env).json() == []
+    q("doctor", env=env)
+    work = q.start("worker", "start", "--drain", env=env)
+    wait_for(lambda: len(q.lines("pids")) == 2)
+    assert q.state("a") == "processing"
+    q.touch("end")
+    assert work.wait() == 0
+    q.wait_state("a", "completed")
+    pool.stop()
+    assert q.show("a")["attempts"] == 1
+
+
+def copied(q: Queue, how: str) -> Path:
+    """A copy of the queue as users make one, while its pool lives."""
+    place = q.folder / "copy"
+    place.mkdir(mode=0o700)
+    names = ["queue.db", "queue.db-wal"] if how == "files" else os.listdir(str(q.db.parent))
+    for name in names:
+        if (q.db.parent / name).is_file():
+            shutil.copy2(str(q.db.parent / name), str(place / name))
+    if how == "folder":
+        shutil.copytree(
+            str(q.db.parent / "queue.db.d"), str(place / "queue.db.d"), ignore=shutil.ignore_patterns("*.bell")
+        )
+        q.fails("status", "--db", place / "queue.db")  # the log could be that of another: the user has to say it
+        (place / "queue.db.lock").unlink()
+    return place / "queue.db"
+
+
+@linux
+@pytest.mark.parametrize("how", ["files", "folder"])
+def test_a_copy_waits_for_the_jobs_that_run_in_the_original(q: Queue, how: str) -> None:
+    q.add(f"touch {q.work}/started; until [ -e {q.work}/end ]; do sleep 0.05; done", "--id", "a")
+    pool = q.pool()
+    q.wait_file("started")
+    copy = copied(q, how)
+    env = {"QUEUECTL_DB": copy}
+    assert q("show", "a", "--json", env=env).json()["state"] == "processing"
+    second = q.start("worker", "start", env=env)
+    wait_for(lambda: q("worker", "list", "--json", env=env).json())
+    q("enqueue", "--wait", "true", env=env)
+    time.sleep(1.5)  # it has looked after dead workers by now
+    assert q("show", "a", "--json", env=env).json()["state"] == "processing"
+    assert "copied" in q("doctor", env=env, code=1).out
+    assert q.state("a") == "processing"
+    q.touch("end")
+    q.wait_state("a", "completed")
+    pool.stop()
+    wait_for(lambda: q("show", "a", "--json", env=env).json()["state"] == "completed")  # for it is run here too
+    assert q("show", "a", "--json", env=env).json()["attempts"] == 1
+    assert second.stop() == 0
+
+
+@linux
+def test_cancel_gives_up_waiting_for_the_original(q: Queue) -> None:
+    q.add(f"touch {q.work}/started; exec sleep 300", "--id", "a")
+    q.pool()
+    q.wait_file("started")
+    env = {"QUEUECTL_DB": copied(q, "files")}
+    q("cancel", "a", env=env)
+    assert q("show", "a", "--json", env=env).json()["last_error"] == "cancelled"
+    assert q.state("a") == "processing"
+
+
+def test_a_moved_queue_keeps_its_id_and_one_moved_alone_does_not(q: Queue) -> None:
+    """What lives there decides: its lock file beside it, which notes the id and the file."""
+    first = queuectl.Store(str(q.db))
+    ident = first.queue_id()
+    first.close()
+    moved = q.folder / "moved"
+    q.db.parent.rename(moved)
+
+    def id_of(path: Path) -> str:
+        store = queuectl.Store(str(path))
+        try:
+            return str(store.queue_id())
+        finally:
+            store.close()
+
+    assert id_of(moved / "queue.db") == ident
+    alone = q.folder / "alone"
+    alone.mkdir(mode=0o700)
+    (moved / "queue.db").rename(alone / "queue.db")
+    assert id_of(alone / "queue.db") != ident
+    assert id_of(alone / "queue.db") == id_of(alone / "queue.db")
+
+
+# Runs that can't be found by what they carry, and machines that have no room
+
+
+@linux
+def test_a_run_that_gave_up_all_but_its_session_is_ended_before_the_next(q: Queue) -> None:
+    """It has neither environment nor descriptors of ours; its leader is gone, and its worker is killed."""
+    give_up = "exec env -i /bin/bash -c 'exec 1>&- 2>&- 239>&-; echo $$ >>%s/pids; exec sleep 300'" % q.work
+    q.add(f"( {give_up} ) & while [ ! -s {q.work}/pids ]; do sleep 0.02; done; kill -9 $PPID; exit", "--id", "a",
+          "--max-retries", "2", "--backoff-base", "0.1")  # fmt: skip
+    q.drain(code=1)
+    pids = q.lines("pids")
+    assert len(pids) == 2
+    assert not [pid for pid in pids if read_proc(pid, "cmdline")]
+
+
+def test_a_leader_is_only_believed_on_its_own_machine_and_run(store: Any) -> None:
+    place = queuectl.system.place()
+    life = queuectl.take_life(store.path, "w-1")
+    first = queuectl.system.start_of(os.getpid())
+
+    def leader(**changes: Any) -> int:
+        note = queuectl.RunNote(place, 7, 3, os.getpid(), first, first)._replace(**changes)
+        queuectl.note_run(life, note)
+        return int(queuectl.leader_of(store.path, "w-1", 7, 3))
+
+    if LINUX:
+        assert leader() == os.getpid()
+    assert leader(place="another/boot") == leader(run=2) == leader(seq=8) == 0
+    if LINUX:
+        assert leader(first=first + 1, last=first + 2) == 0  # a stranger has its number now
+    os.close(life)
+
+
+SHORT_OF = """
+import errno, os, sys
+sys.path.insert(0, {folder!r})
+import queuectl
+spawn = os.posix_spawn
+def limited(*args, **options):
+    if os.path.exists({flag!r}):
+        raise OSError(errno.{name}, os.strerror(errno.{name}))
+    return spawn(*args, **options)
+os.posix_spawn = limited
+sys.exit(queuectl.main())
+"""
+
+
+@pytest.mark.parametrize("name", ["EAGAIN", "ENOMEM", "EMFILE", "ENFILE"])
+def test_a_shortage_of_the_machine_uses_up_no_attempt(q: Queue, name: str) -> None:
+    q.load([{"id": f"job{n}", "command": "true", "max_retries": 1} for n in range(20)])
+    q.touch("short")
+    code = SHORT_OF.format(folder=str(PROGRAM.parent), flag=str(q.work / "short"), name=name)
+    pool = q.launch([*q.program[:-1], "-c", code, "worker", "start", "--drain", "--count", "2"])
+    wait_for(lambda: "can't start" in pool.text)
+    held_up = wait_for(lambda: q.status()["troubles"])
+    assert os.strerror(getattr(__import__("errno"), name)) in held_up[0]
+    assert "Held up: " in q("status").out
+    assert q.counts() == {"pending": 20} and not any(job["attempts"] for job in q.jobs())
+    (q.work / "short").unlink()
+    assert pool.wait(40) == 0
+    assert q.counts() == {"completed": 20}
+    assert {len(q.show(f"job{n}")["runs"]) for n in range(20)} == {1}
+    assert not q.status()["troubles"]
+
+
+# =====================================================================================================
 # an operator's day: queues, waiting, dependencies, keys, exit codes, run, watching, servers
 # =====================================================================================================
 
@@ -5601,91 +5903,108 @@ def test_a_run_sums_up_what_would_be_forgotten_meanwhile(q: Queue) -> None:
     assert run.wait(40) == 1 and "1 of 2 completed, 1 dead" in run.out
 
 
-# on_dead
+# on_dead and on_end: jobs that are made when jobs end
 
 
-def test_what_the_hook_sees(q: Queue) -> None:
-    q.set(
-        "on_dead",
-        f"env | grep ^QUEUECTL_ | sort >{q.work}/$QUEUECTL_JOB_ID.new; mv {q.work}/$QUEUECTL_JOB_ID.new "
-        f"{q.work}/$QUEUECTL_JOB_ID.env",
-    )
+def hook_that_writes(q: Queue, name: str) -> str:
+    """A hook that keeps the variables it sees in a file called after the job."""
+    path = f"{q.work}/$QUEUECTL_JOB_ID.{name}"
+    return f"env | grep ^QUEUECTL_ | grep -v _RUN= | sort >{path}.new; mv {path}.new {path}"
+
+
+def test_what_on_dead_sees(q: Queue) -> None:
+    q.set("on_dead", hook_that_writes(q, "env"))
     q.add("echo 'why not' >&2; exit 4", "--id", "a", "--max-retries", "2", "--backoff-base", "0.1", "--queue", "mail")
     q.add(KILL_WORKER, "--id", "b", "--max-retries", "1")
     q.add("true", "--id", "waits", "--after", "a")
     q.add("true", "--id", "cancelled", "--delay", "1h")
-    pool = q.pool()
+    q.add(HANG, "--id", "ended", "--priority", "20")
+    pool = q.pool("--count", "2")
     q("cancel", "cancelled")
     assert q.wait_file("a.env").splitlines() == [
         "QUEUECTL_ATTEMPT=2", "QUEUECTL_COMMAND=echo 'why not' >&2; exit 4", f"QUEUECTL_DB={q.db}",
         "QUEUECTL_ERROR=exit code 4: why not", "QUEUECTL_EXIT_CODE=4", "QUEUECTL_JOB_ID=a",
-        "QUEUECTL_MAX_RETRIES=2", "QUEUECTL_QUEUE=mail",
+        "QUEUECTL_MAX_RETRIES=2", "QUEUECTL_QUEUE=mail", "QUEUECTL_STATE=dead",
     ]  # fmt: skip
     assert "was lost" in q.wait_file("b.env")
+    q.wait_state("ended", "processing")
+    q("cancel", "ended")
     pool.stop()
     assert sorted(path.name for path in q.work.glob("*.env")) == ["a.env", "b.env"]
+    hooks = q.jobs("--queue", "on-dead")
+    assert [job["timeout_seconds"] for job in hooks] == [60, 60]
+    assert {job["state"] for job in hooks} == {"completed"}
+    q("doctor")
+
+
+def test_on_end_sees_every_end_but_that_of_a_hook(q: Queue) -> None:
+    q.set("on_end", hook_that_writes(q, "end"))
+    q.load(
+        [{"id": "a", "command": "exit 4", "max_retries": 1}, {"id": "b", "command": "true", "after": ["a"]},
+         {"id": "c", "command": "true"}, {"id": "d", "command": "true", "delay": "1h"}]
+    )  # fmt: skip
+    q("cancel", "d")
+    q.drain(code=1)
+    states = {name: re.search("^QUEUECTL_STATE=(.*)", q.wait_file(f"{name}.end"), re.M)[1] for name in "abcd"}  # type: ignore[index]
+    assert states == {"a": "dead", "b": "dead", "c": "completed", "d": "dead"}
+    assert len(list(q.work.glob("*.end"))) == 4
+    q("doctor")
 
 
 @pytest.mark.parametrize("hook", ["exit 3", "no-such-program", "(((", "kill -9 $$"])
-def test_a_hooks_failure_is_logged_and_not_the_jobs(q: Queue, hook: str) -> None:
+def test_a_hook_is_retried_and_its_own_death_makes_none(q: Queue, hook: str) -> None:
     q.set("on_dead", hook)
+    q.set("backoff_base", "0.1")
     q.add("exit 4", "--id", "a", "--max-retries", "1")
-    q.add("true", "--id", "b")
-    pool = q.pool()
-    q.wait_state("b", "completed")
-    wait_for(lambda: "on_dead failed for a" in pool.err or "yntax" in pool.err)
-    pool.stop()
+    q.drain(code=1)
+    hooks = q.jobs("--queue", "on-dead")
+    assert [(job["state"], job["attempts"], job["command"]) for job in hooks] == [("dead", 3, hook)]
     assert q.show("a")["last_error"] == "exit code 4"
 
 
-def test_a_hook_that_hangs_does_not_hold_up_other_jobs(q: Queue) -> None:
+def test_a_hooks_death_is_not_counted_among_the_jobs_of_a_drain_or_a_run(q: Queue) -> None:
+    q.set("on_end", "exit 3")
+    q.set("max_retries", "1")
+    q.add("true")
+    q.drain("--queue", "default")
+    assert q("run", "true").code == 0
+    assert q.counts() == {"completed": 2, "dead": 2}
+
+
+def test_a_run_and_a_drain_wait_for_their_hooks(q: Queue) -> None:
+    q.set("on_dead", f"sleep 0.5; echo $QUEUECTL_JOB_ID >>{q.work}/told")
+    q.add("false", "--id", "a", "--max-retries", "1", "--queue", "mail")
+    q.drain("--queue", "mail", code=1)
+    assert q.lines("told") == ["a"]
+    q("run", "--id", "b", "--max-retries", "1", "false", code=1)
+    assert q.lines("told") == ["a", "b"]
+
+
+def test_nobodys_death_goes_untold_though_its_worker_is_killed(q: Queue) -> None:
+    q.set("on_dead", f"echo $QUEUECTL_JOB_ID >>{q.work}/told")
+    q.add("false", "--id", "a", "--max-retries", "1")
+    start_to_be_killed(q, "recorded", 2, "worker", "start", "--drain").wait()
+    q.drain(code=None)
+    assert q.lines("told") == ["a"]
+    assert [job["state"] for job in q.jobs("--queue", "on-dead")] == ["completed"]
+
+
+def test_a_hook_that_hangs_does_not_hold_up_other_jobs_for_ever(q: Queue) -> None:
     q.set("on_dead", f"touch {q.work}/hook; exec sleep 300")
     q.load([{"command": "false", "max_retries": 1}, {"id": "b", "command": "true"}])
-    pool = q.pool()
+    q.pool("--count", "2")
     q.wait_file("hook")
     q.wait_state("b", "completed")
     q("worker", "stop", "--now")
-    pool.wait()
-    q.may_leave = True
+    assert [job["state"] for job in q.jobs("--queue", "on-dead")] == ["pending"]
 
 
-@linux
-def test_hooks_run_one_after_the_other_and_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queuectl, "HOOK_TIME", 1.5)
-    said: list[str] = []
-    hook = queuectl.DeathHook(str(tmp_path / "queue.db"), time.sleep, said.append)
-    job = queuectl.Job(*range(1, 15))._replace(id="a", command="x", queue="q")
-    ended = queuectl.Ended(job, "failed", 1, "bad\0\033[1m", NOW, 0.1, b"", b"", "w")
-    out = tmp_path / "out"
-    hook.start(ended, f"sleep 0.3; printf '%s\\n' \"$QUEUECTL_ERROR\" >>{out}")
-    hook.start(ended, f"cat {out} >{out}2; echo $$ >{out}3; sleep 300; echo late >>{out}")
-    hook.finish()
-    assert out.read_text() == (tmp_path / "out2").read_text() == "bad\\x00\\x1b[1m\n"
-    assert "took more than 1.50s" in said[0]
-    pid = (tmp_path / "out3").read_text().strip()
-    wait_for(lambda: (read_proc(pid, "stat").rpartition(b")")[2].split() or [b"X"])[0] in b"ZX")
-
-
-def test_a_worker_that_waits_for_its_hook_holds_no_job(q: Queue) -> None:
-    q.set("on_dead", f"touch {q.work}/$QUEUECTL_JOB_ID.hook; sleep 30")
-    q.load(
-        [{"id": name, "command": "false", "max_retries": 1} for name in ("a", "b")] + [{"id": "c", "command": "true"}]
-    )
-    pool = q.pool()
-    q.wait_state("b", "dead")
-    wait_for((q.work / "a.hook").exists)
-    assert q.state("c") == "pending"  # another worker could take it
-    q("worker", "stop", "--now", "--timeout", "10s")  # and nobody waits for the hook then
-    pool.wait()
-    assert q.state("c") == "pending"
-    q.may_leave = True
-
-
-def test_a_worker_that_leaves_lets_its_hook_end(q: Queue) -> None:
-    q.set("on_dead", f"sleep 0.5; touch {q.work}/hook")
-    q.add("false", "--max-retries", "1")
+def test_hooks_move_to_another_machine(q: Queue, other: Queue) -> None:
+    q.set("on_dead", "true")
+    q.add("false", "--id", "a", "--max-retries", "1")
     q.drain(code=1)
-    assert (q.work / "hook").exists()
+    other("enqueue", "--file", "-", stdin=q("list", "--json").out)
+    assert [job["env"]["QUEUECTL_JOB_ID"] for job in other.jobs("--queue", "on-dead")] == ["a"]
 
 
 # The caller's whole environment
@@ -5751,6 +6070,8 @@ def test_watching_ends_with_its_reader_and_with_the_database(q: Queue) -> None:
     assert q.bash("queuectl status --watch | head -n 2").out.count("\n") == 2
     watch = q.start("status", "--watch")
     wait_for(lambda: "pending" in watch.out)
+    q.add("true")
+    wait_for(lambda: "pending:    1" in watch.out)
     q.db.unlink()
     assert watch.wait() == 1 and "deleted" in watch.err
     for words in (["--json"], ["--format", "prometheus"]):
