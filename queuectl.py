@@ -391,6 +391,129 @@ def last_line(output: bytes, width: int = 300) -> str:
     return shorten(next((line.strip() for line in reversed(lines) if line.strip()), ""), width)
 
 
+# What a shell may read next, by the name of its kind: outside of quotes, then within them. A kind has its code in
+# _SHELL_CODES, or is refused for the reason in _SHELL_REFUSED. They are compiled when first needed, see _NUMBER above.
+_SHELL_ANYWHERE = r"""(?asx)
+    (?P<null>    \0 )
+  | (?P<ticks>   ` )
+  | (?P<last>    \\ \n \n? \Z )
+  | (?P<join>    (?<=[ \t]) \\ \n )      # elsewhere, as in $x\, not all shells go on with the same word
+  | (?P<torn>    \\ \n )
+  | (?P<sum>     \$\(\( | \$\[ )
+  | (?P<value>   \$ (?: [A-Za-z_]\w* | [0-9] (?![0-9]) | [@*#?$!-] | \{ (?: \#?\w+ | [@*#?$!-]
+                      | \w+ (?: :?[-=+?] | %%? | \#\#? ) [\w *?.,:/=+@-]* ) \} ) )
+  | (?P<dollar>  \$ (?: [{0-9\\] | [^\0-\x7f] ) )
+"""
+_SHELL_UNQUOTED = _SHELL_ANYWHERE + r"""
+  | (?P<ansi>    \$ ['"] )
+  | (?P<here>    << )
+  | (?P<process> [<>] \( )
+  | (?P<twice>   \( \( )
+  | (?P<both>    &> )
+  | (?P<copy>    [<>]& (?! (?: [0-9]+ | - ) [ \t\n|&;<>)] ) )    # of `>&{}` bash runs a $(…) in the input
+  | (?P<glued>   (?: \\. | (?<= [^ \t\n|&;<>(]) ) \( )           # name=(…), @(…)
+  | (?P<hash>    (?: \\. | \) ) \# )                             # makes the next line hold for comments
+  | (?<! [^ \t\n|&;<>()]) (?:                                    # where a word begins:
+        (?P<comment> \# [^\n]* )
+      | (?P<index>   \{* [\w\x80-\U0010ffff]+ \[ )               # of `a[{}]=1` bash runs a $(…) in the input
+      | (?P<case>    case             (?= [ \t\n|&;<>()]) )
+      | (?P<word>    (?: \[\[ | function | alias ) (?= [ \t\n|&;<>()]) ) )
+  | (?P<open>    \$? \( )
+  | (?P<close>   \) )
+  | (?P<escape>  \\. )
+  | (?P<quote>   ['"] )
+  | (?P<operator> [|&;<>\n] )
+  | (?P<blank>   [ \t] )
+  | (?P<plain>   . )
+"""
+_SHELL_QUOTED = {
+    "'": r"(?s)(?P<quote>')|(?P<null>\0)|(?P<single>.)",
+    '"': _SHELL_ANYWHERE + r"""| (?P<quote> ") | (?P<open> \$\( ) | (?P<escape> \\ [$`"\\] ) | (?P<double> . )""",
+}
+_SHELL_CODES = {
+    "blank": " ", "plain": "w", "case": "w", "quote": "q", "join": "q", "single": "1", "double": "2",
+    "escape": "qe", "value": "$", "operator": "o", "open": "o", "close": "o", "comment": "#"}
+_SHELL_REFUSED = {
+    "null": "a command can't hold a NUL character; leave it out",
+    "ticks": "write $(command) instead of `command` in backquotes",
+    "last": "a command can't end in a backslash; write \\\\ for one, or leave it out",
+    "torn": "write a blank before a backslash at the end of a line, or join the lines",
+    "sum": "write $(expr 1 + 2) instead of $((1 + 2)) or $[1 + 2]",
+    "dollar": "write \\$ for a dollar sign, and of ${…} only plain ones such as ${name}, ${10}, ${name%.gz}",
+    "ansi": "write '…' or \"…\" without a $ before the quote",
+    "here": "write `<file` or a pipe instead of << and a text",
+    "process": "write a pipe or a file instead of <(…) or >(…)",
+    "twice": "write a blank between ( and (",
+    "both": "write `>file 2>&1` instead of `&>file`",
+    "copy": "write a number or - right behind >& or <&, and `>file 2>&1` for a file",
+    "glued": "write a blank before ( or quote it",
+    "hash": "write a blank before # for a comment, else quote it",
+    "index": "write ./name[…] or quote the [, as name[…] is an array to some shells",
+    "inner": "write if…fi for case…esac within $(…), and no comments there",  # old bash errs about their end
+    "word": "write [ … ] for [[ … ]], name () { …; } for function name and for an alias",
+}
+
+
+def shell_contexts(text: str) -> str:
+    """In which context a shell reads each character of `text`: a string of as many codes.
+
+    ' ' blank between words, 'w' plain character of a word, 'q' quoting that the shell takes away, '1' literal
+    within '…', '2' within "…", 'e' after a backslash, '$' parameter, 'o' operator, newline, $( or ), '#' comment.
+    Raises UsageError for what shells don't read alike, or this doesn't know.
+    Source: POSIX, Shell Command Language: 2.2 Quoting, 2.3 Token Recognition, 2.6 Word Expansions.
+    """
+    codes, text = "", text + "\n"
+    opened: list[str] = []  # the quotes, ( and $( around what comes next
+    while len(codes) < len(text):
+        pattern = _SHELL_QUOTED.get(opened[-1], _SHELL_UNQUOTED) if opened else _SHELL_UNQUOTED
+        match = next(re.compile(pattern).finditer(text, len(codes)))
+        kind, piece = match.lastgroup or "", match.group()
+        if kind in ("case", "comment") and "$(" in opened:
+            kind = "inner"
+        if kind in _SHELL_REFUSED or kind == "close" and not opened:
+            raise UsageError(_SHELL_REFUSED.get(kind, "a ) closes nothing: quote it, or write (pattern) in case…esac"))
+        if kind == "close" or kind == "quote" and opened[-1:] == [piece]:
+            opened.pop()
+        elif kind in ("open", "quote"):
+            opened.append(piece)
+        codes += (_SHELL_CODES[kind] * len(piece))[:len(piece)]
+    if opened:
+        raise UsageError("%s is not closed: quote it, or write its other one" % opened[-1])
+    return codes[:-1]
+
+
+def with_place(template: str) -> str:
+    """A template in which a {} says where the input stands: at the end, unless it says so itself."""
+    return template if "{}" in template else template + " {}"
+
+
+def check_template(template: str) -> str:
+    """The `template`, a command for --each, if `fill` can put any input into it as a plain part of a word.
+
+    Raises UsageError if a {} is in quotes, in a comment or behind a \\ or $, if no command is before one that
+    is put at the end, and as shell_contexts does.
+    """
+    shell_contexts(template)  # on its own too: a {} put at the end must not hide how it ends
+    text, before = with_place(template), template.rstrip(" \t")
+    codes = shell_contexts(text)
+    if text != template and codes[:len(before)][-1:] + before[-1:] in ("", "o|", "o&", "o;", "o(", "o\n"):
+        raise UsageError("--each needs a command that the input can stand behind; or write {} where it belongs")
+    at = text.find("{}")
+    while at >= 0:
+        if codes[at:at + 2] != "ww" or text[:at].endswith("$"):
+            raise UsageError("{} is quoted by itself; write it outside of quotes and comments, with no \\ or $ before it")
+        at = text.find("{}", at + 2)
+    return template
+
+
+def fill(template: str, name: str) -> str:
+    """The command for one input: each {} of a checked `template` is replaced by `name`, always in quotes.
+
+    Also a name like `2`, `if` or `a=b` is: bare, a shell would read it as more than a word.
+    """
+    return with_place(template).replace("{}", "'%s'" % name.replace("'", "'\"'\"'"))
+
+
 # What a user hands in as a job is a shell command or a JSON object; the functions below make a
 # draft of it: a dict of the GIVEN_FIELDS, checked, None where nothing was given.
 
@@ -4966,27 +5089,13 @@ def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]
         yield number + 1, rest
 
 
-def check_template(template: str) -> str:
-    """A command for --each, or UsageError: {} within quotes would be taken out of them by its own."""
-    quote, escaped = "", False
-    for at, c in enumerate(template):
-        if quote and not escaped and template.startswith("{}", at):
-            raise UsageError("{} is quoted already; write no quotes around it: %s" % clean(shorten(template, 60)))
-        if c in "'\"" and not escaped and quote in ("", c):
-            quote = "" if quote else c
-        escaped = c == "\\" and not escaped and quote != "'"
-    if not template.strip():
-        raise UsageError("--each needs a command")
-    return template
-
-
-def fill(template: str, given: bytes | str) -> str:
-    """The command for one input of --each: {} stands for it, safely quoted; without one it is put at the end."""
+def fill_in(template: str, given: bytes | str) -> str:
+    """The command for one input of --each: {} stands for it, safely quoted."""
     try:
         text = given if isinstance(given, str) else given.decode()
     except UnicodeDecodeError:
         raise UsageError("%s is not valid UTF-8" % clean(repr(given))) from None
-    return (template if "{}" in template else template + " {}").replace("{}", join_words([text]))
+    return with_place(template).replace("{}", join_words([text])) if WINDOWS else fill(template, text)
 
 
 def run_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
@@ -4994,11 +5103,11 @@ def run_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
     options, longest = given_options(args), system.longest_command
 
     def each(given: Any) -> dict[str, Any]:
-        return draft_of({"command": fill(args.each, given), **options}, now, longest)
+        return draft_of({"command": fill_in(args.each, given), **options}, now, longest)
 
     if ":::" in args.words:
         raise UsageError("inputs stand behind the options, or on stdin: queuectl run --each 'gzip {}' a.log b.log")
-    if args.each is not None:
+    if args.each is not None and not WINDOWS:
         check_template(args.each)
     if args.each is not None and args.words:
         yield from drafts_of(enumerate(args.words, 1), each)
