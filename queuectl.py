@@ -57,12 +57,16 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import stat
 import sys
 import time
 from collections import namedtuple
 from functools import lru_cache
+
+try:
+    import sqlite3
+except ImportError:
+    sys.exit("queuectl: error: this Python (%s) was built without SQLite; use another one" % sys.executable)
 
 TYPE_CHECKING = False  # the name type checkers know; typing itself is slow to import
 if TYPE_CHECKING:
@@ -83,7 +87,8 @@ UNSTARTED = "unstarted"  # the machine had no room for it: that was no run, and 
 TRY_LATER = 75  # the exit code that asks for it: EX_TEMPFAIL of sysexits.h
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_TIMED_OUT, EXIT_INTERRUPTED = 0, 1, 2, 3, 124, 130
-EXIT_DISMISSED = 10  # of a worker that a signal of its own sent home: the pool replaces it
+# Of workers, which the pool replaces: a signal of its own sent it home; the machine failed it.
+EXIT_DISMISSED, EXIT_TROUBLED = 10, 11
 
 # The fields of a job as users see them, in the order they are shown in.
 FIELDS = ("id", "command", "state", "queue", "priority", "run_at", "timeout_seconds", "attempts",
@@ -125,9 +130,8 @@ LIMITS = {  # what is sound, for job fields and settings alike
     "backoff_jitter": Limit("number", 0, 10),
     "poll_interval_ms": Limit("whole number", 10, 3_600_000),
     "kill_grace_seconds": Limit("duration", 0, 86400),
-    "max_output_bytes": Limit("whole number", 1024, 256 * 1024 * 1024),
+    "max_output_bytes": Limit("whole number", 1024, 64 * 1024 * 1024),  # a worker takes several times that
 }
-DURABILITIES = ("full", "normal")
 
 SETTINGS: dict[str, Any] = {  # every setting with its default
     "max_retries": 3,
@@ -139,7 +143,6 @@ SETTINGS: dict[str, Any] = {  # every setting with its default
     "poll_interval_ms": 1000,
     "kill_grace_seconds": 5.0,
     "max_output_bytes": 1024 * 1024,
-    "durability": "full",
     "retry_after": 60.0,
     "max_deferrals": 100,
     "keep_completed": None,
@@ -174,7 +177,7 @@ class Unavailable(QueueError):
 
 # A claimed job, as its worker knows it; `seq` is its place in the order of arrival.
 Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
-                        "backoff_base context env policy deferrals started_at")
+                        "backoff_base context env policy deferrals chained started_at")
 # How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
 # `seconds` was measured by the monotonic clock; `final`: its exit code says not to try again.
 Ended = namedtuple("Ended", "job ending exit_code error finished_at seconds stdout stderr worker final",
@@ -272,8 +275,9 @@ def checked(name: str, value: Any, called: str = "") -> Any:
         sound = False
     if sound:
         return number
-    bounds = ("from 0 s to 100 years, such as 90, 1.5, 500ms, 30s, 5m, 1h30m" if high == CENTURY else
-              "from %s to %s" % (show_number(low), show_number(high)))
+    bounds = "from %s to %s" % (show_number(low), show_number(high))
+    if high == CENTURY:
+        bounds = "from %s s to 100 years, such as 90, 1.5, 500ms, 30s, 5m, 1h30m" % show_number(low)
     raise UsageError("%s must be a %s %s, not %s" % (called or name, shape, bounds, shorten(quoted(value), 60)))
 
 
@@ -281,7 +285,7 @@ def setting_name(text: str) -> str:
     """The setting called `text` (with `-` or `_`), or UsageError with the nearest name."""
     name = text.replace("-", "_")
     if name not in SETTINGS:
-        raise UsageError("there is no setting %s%s; `config show` lists them"
+        raise UsageError("there is no setting %s%s; `queuectl config show` lists them"
                          % (shorten(quoted(text), 60), nearest(name, SETTINGS)))
     return name
 
@@ -307,6 +311,13 @@ def _time_from(match: re.Match[str]) -> int:
         - (-nanos // 1_000_000)
 
 
+class Delayed(int):
+    """A time that was given as a delay from now."""
+
+
+LAST_TIME = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
+
+
 def parse_time(text: Any, now: int) -> int:
     """Milliseconds since the epoch from ISO 8601 (UTC where no offset stands) or `now+5m`.
 
@@ -314,21 +325,24 @@ def parse_time(text: Any, now: int) -> int:
     Raises UsageError for anything else.
     """
     if isinstance(text, str):
-        if text == "now" or text.startswith("now+"):
-            return now + to_millis(checked("delay", text[4:] if text != "now" else 0))
+        if text == "now":
+            return now
+        if text.startswith(("now+", "+")):
+            return Delayed(now + to_millis(checked("delay", text.partition("+")[2])))
         match = re.fullmatch(_TIME, text.strip(), re.ASCII)
-        if match:
-            try:
-                return _time_from(match)
-            except (ValueError, OverflowError):
-                pass
-    raise UsageError("run_at must be a time such as 2026-01-31T10:00:00Z (UTC) or now+5m, not %s"
+        try:
+            moment = _time_from(match) if match else LAST_TIME + 1
+            if moment <= LAST_TIME:
+                return moment
+        except (ValueError, OverflowError):
+            pass
+    raise UsageError("run_at must be a time such as 2026-01-31T10:00:00Z (UTC) or +5m, not %s"
                      % shorten(quoted(text), 60))
 
 
 @lru_cache(16)
 def _show_second(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+    return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(second)[:6]
 
 
 def show_time(millis: int) -> str:
@@ -391,18 +405,19 @@ def last_line(output: bytes, width: int = 300) -> str:
     return shorten(next((line.strip() for line in reversed(lines) if line.strip()), ""), width)
 
 
-# What a shell may read next, by the name of its kind: outside of quotes, then within them. A kind has its code in
-# _SHELL_CODES, or is refused for the reason in _SHELL_REFUSED. They are compiled when first needed, see _NUMBER above.
+# What a shell may read next, outside of quotes and within them, by the name of its kind. A kind
+# has its code in _SHELL_CODES, or is refused with the text in _SHELL_REFUSED. Compiled when first needed.
 _SHELL_ANYWHERE = r"""(?asx)
     (?P<null>    \0 )
   | (?P<ticks>   ` )
   | (?P<last>    \\ \n \n? \Z )
-  | (?P<join>    (?<=[ \t]) \\ \n )      # elsewhere, as in $x\, not all shells go on with the same word
-  | (?P<torn>    \\ \n )
+  | (?P<join>    (?<=[ \t]) \\ \n )
+  | (?P<torn>    \\ \n )                    # in `$x\` shells differ about where the name ends
   | (?P<sum>     \$\(\( | \$\[ )
-  | (?P<value>   \$ (?: [A-Za-z_]\w* | [0-9] (?![0-9]) | [@*#?$!-] | \{ (?: \#?\w+ | [@*#?$!-]
-                      | \w+ (?: :?[-=+?] | %%? | \#\#? ) [\w *?.,:/=+@-]* ) \} ) )
-  | (?P<dollar>  \$ (?: [{0-9\\] | [^\0-\x7f] ) )
+  | (?P<value>   \$ (?: [A-Za-z_]\w* | [0-9] (?![0-9]) | [@*#?!-]
+      | \$ (?! ['"({[] | [^ -~\t\n] )       # bash up to 5.2 takes the end of $$( for a $(
+      | \{ (?: \#?\w+ | [@*#?$!-] | \w+ (?: :?[-=+?] | %%? | \#\#? ) [\w *?.,:/=+@-]* ) \} ) )
+  | (?P<dollar>  \$ (?: [${0-9\\] | [^ -~\t\n] ) )    # it overlooks a control character, too
 """
 _SHELL_UNQUOTED = _SHELL_ANYWHERE + r"""
   | (?P<ansi>    \$ ['"] )
@@ -410,36 +425,40 @@ _SHELL_UNQUOTED = _SHELL_ANYWHERE + r"""
   | (?P<process> [<>] \( )
   | (?P<twice>   \( \( )
   | (?P<both>    &> )
-  | (?P<copy>    [<>]& (?! (?: [0-9]+ | - ) [ \t\n|&;<>)] ) )    # of `>&{}` bash runs a $(…) in the input
-  | (?P<glued>   (?: \\. | (?<= [^ \t\n|&;<>(]) ) \( )           # name=(…), @(…)
-  | (?P<hash>    (?: \\. | \) ) \# )                             # makes the next line hold for comments
-  | (?<! [^ \t\n|&;<>()]) (?:                                    # where a word begins:
+  | (?P<copy>    [<>]& (?! (?: [0-9]+ | - ) [ \t\n|&;<>)] ) )    # `>&{}`: bash expands it twice
+  | (?P<glued>   (?: \\. | (?<= [^ \t\n|&;<>(]) ) \( )           # name=(…) and @(…) of bash
+  | (?P<hash>    (?: \\. | \) | [^\0-\x7f] ) \# )    # \ and $(…) before it; yash has wide blanks
+  | (?<! [^ \t\n|&;<>()] ) (?:              # where a word begins
         (?P<comment> \# [^\n]* )
-      | (?P<index>   \{* [\w\x80-\U0010ffff]+ \[ )               # of `a[{}]=1` bash runs a $(…) in the input
-      | (?P<case>    case             (?= [ \t\n|&;<>()]) )
-      | (?P<word>    (?: \[\[ | function | alias ) (?= [ \t\n|&;<>()]) ) )
+      | (?P<index>   \{* [\w\x80-\U0010ffff]+ \[ )    # `a[{}]=1`: bash runs a $(…) in the input
+      | (?P<case>    case (?= [ \t\n|&;<>()] ) )
+      | (?P<word>    (?: \[\[ | function | alias | eval | trap ) (?= [ \t\n|&;<>()] ) ) )
   | (?P<open>    \$? \( )
   | (?P<close>   \) )
   | (?P<escape>  \\. )
   | (?P<quote>   ['"] )
   | (?P<operator> [|&;<>\n] )
   | (?P<blank>   [ \t] )
+  | (?P<number>  \# )
   | (?P<plain>   . )
 """
 _SHELL_QUOTED = {
     "'": r"(?s)(?P<quote>')|(?P<null>\0)|(?P<single>.)",
-    '"': _SHELL_ANYWHERE + r"""| (?P<quote> ") | (?P<open> \$\( ) | (?P<escape> \\ [$`"\\] ) | (?P<double> . )""",
+    '"': _SHELL_ANYWHERE + r"""
+  | (?P<quote> ") | (?P<open> \$\( ) | (?P<escape> \\[$`"\\] ) | (?P<double> . )
+""",
 }
 _SHELL_CODES = {
-    "blank": " ", "plain": "w", "case": "w", "quote": "q", "join": "q", "single": "1", "double": "2",
-    "escape": "qe", "value": "$", "operator": "o", "open": "o", "close": "o", "comment": "#"}
+    "blank": " ", "plain": "w", "case": "w", "number": "w", "quote": "q", "join": "q",
+    "escape": "qe", "single": "1", "double": "2", "value": "$", "operator": "o", "open": "o",
+    "close": "o", "comment": "#"}
 _SHELL_REFUSED = {
     "null": "a command can't hold a NUL character; leave it out",
     "ticks": "write $(command) instead of `command` in backquotes",
     "last": "a command can't end in a backslash; write \\\\ for one, or leave it out",
     "torn": "write a blank before a backslash at the end of a line, or join the lines",
     "sum": "write $(expr 1 + 2) instead of $((1 + 2)) or $[1 + 2]",
-    "dollar": "write \\$ for a dollar sign, and of ${…} only plain ones such as ${name}, ${10}, ${name%.gz}",
+    "dollar": "write \\$ for a dollar sign; of ${…} only plain ones can be read, as ${x%.gz}",
     "ansi": "write '…' or \"…\" without a $ before the quote",
     "here": "write `<file` or a pipe instead of << and a text",
     "process": "write a pipe or a file instead of <(…) or >(…)",
@@ -449,18 +468,20 @@ _SHELL_REFUSED = {
     "glued": "write a blank before ( or quote it",
     "hash": "write a blank before # for a comment, else quote it",
     "index": "write ./name[…] or quote the [, as name[…] is an array to some shells",
-    "inner": "write if…fi for case…esac within $(…), and no comments there",  # old bash errs about their end
-    "word": "write [ … ] for [[ … ]], name () { …; } for function name and for an alias",
+    "word": "write [ … ] for [[ … ]], name () { …; } for a function or alias; no eval, no trap",
+    "inner": "within $(…) write if…fi for case…esac, quote each # and leave out comments",
+    "close": "a ) closes nothing; quote it, or write (pattern) in case…esac",
 }
 
 
 def shell_contexts(text: str) -> str:
     """In which context a shell reads each character of `text`: a string of as many codes.
 
-    ' ' blank between words, 'w' plain character of a word, 'q' quoting that the shell takes away, '1' literal
-    within '…', '2' within "…", 'e' after a backslash, '$' parameter, 'o' operator, newline, $( or ), '#' comment.
+    ' ' blank between words, 'w' plain character of a word, 'q' quoting that the shell takes away,
+    '1' literal within '…', '2' within "…", 'e' after a backslash, '$' parameter, 'o' operator,
+    newline, $( or ), '#' comment.
     Raises UsageError for what shells don't read alike, or this doesn't know.
-    Source: POSIX, Shell Command Language: 2.2 Quoting, 2.3 Token Recognition, 2.6 Word Expansions.
+    Source: POSIX, Shell Command Language, 2.2 Quoting, 2.3 Token Recognition, 2.6 Expansions.
     """
     codes, text = "", text + "\n"
     opened: list[str] = []  # the quotes, ( and $( around what comes next
@@ -468,48 +489,50 @@ def shell_contexts(text: str) -> str:
         pattern = _SHELL_QUOTED.get(opened[-1], _SHELL_UNQUOTED) if opened else _SHELL_UNQUOTED
         match = next(re.compile(pattern).finditer(text, len(codes)))
         kind, piece = match.lastgroup or "", match.group()
-        if kind in ("case", "comment") and "$(" in opened:
-            kind = "inner"
-        if kind in _SHELL_REFUSED or kind == "close" and not opened:
-            raise UsageError(_SHELL_REFUSED.get(kind, "a ) closes nothing: quote it, or write (pattern) in case…esac"))
-        if kind == "close" or kind == "quote" and opened[-1:] == [piece]:
+        if kind in ("case", "comment", "number") and "$(" in opened:
+            kind = "inner"  # old versions of bash err about where these end
+        if kind in _SHELL_REFUSED and (kind != "close" or not opened):
+            raise UsageError(_SHELL_REFUSED[kind])
+        if kind == "close" or (kind == "quote" and opened[-1:] == [piece]):
             opened.pop()
         elif kind in ("open", "quote"):
             opened.append(piece)
         codes += (_SHELL_CODES[kind] * len(piece))[:len(piece)]
     if opened:
-        raise UsageError("%s is not closed: quote it, or write its other one" % opened[-1])
+        raise UsageError("%s is not closed; write its other one, or \\ before it" % opened[-1])
     return codes[:-1]
 
 
 def with_place(template: str) -> str:
-    """A template in which a {} says where the input stands: at the end, unless it says so itself."""
+    """A template with a {} for the input: at the end, unless it says itself where."""
     return template if "{}" in template else template + " {}"
 
 
 def check_template(template: str) -> str:
-    """The `template`, a command for --each, if `fill` can put any input into it as a plain part of a word.
+    """The `template`, a command for --each, if any input put in by `fill` stays part of a word.
 
-    Raises UsageError if a {} is in quotes, in a comment or behind a \\ or $, if no command is before one that
-    is put at the end, and as shell_contexts does.
+    Raises UsageError if a {} is in quotes, in a comment or behind \\ or $, if no command is before
+    one that is put at the end, and as shell_contexts does.
     """
     shell_contexts(template)  # on its own too: a {} put at the end must not hide how it ends
     text, before = with_place(template), template.rstrip(" \t")
     codes = shell_contexts(text)
-    if text != template and codes[:len(before)][-1:] + before[-1:] in ("", "o|", "o&", "o;", "o(", "o\n"):
-        raise UsageError("--each needs a command that the input can stand behind; or write {} where it belongs")
+    ending = codes[:len(before)][-1:] + before[-1:]
+    if text != template and ending in ("", "o|", "o&", "o;", "o(", "o\n"):
+        raise UsageError("--each needs a command before the input; or write {} where it belongs")
     at = text.find("{}")
     while at >= 0:
         if codes[at:at + 2] != "ww" or text[:at].endswith("$"):
-            raise UsageError("{} is quoted by itself; write it outside of quotes and comments, with no \\ or $ before it")
+            raise UsageError("write {} outside of quotes and comments and not behind \\ or $: "
+                             "it is quoted by itself")
         at = text.find("{}", at + 2)
     return template
 
 
 def fill(template: str, name: str) -> str:
-    """The command for one input: each {} of a checked `template` is replaced by `name`, always in quotes.
+    """The command for one input: each {} of a checked `template` becomes `name`, in quotes.
 
-    Also a name like `2`, `if` or `a=b` is: bare, a shell would read it as more than a word.
+    Always in quotes: a shell would read more into a bare `2`, `if` or `a=b` than a word.
     """
     return with_place(template).replace("{}", "'%s'" % name.replace("'", "'\"'\"'"))
 
@@ -561,7 +584,7 @@ def check_env(env: Any, hook: bool = False) -> dict[str, str]:
     for name, value in env.items():
         check_text("env name", name)
         check_text("env %s" % shorten(quoted(name), 60), value)
-        if not name or "=" in name or (name in JOB_VARIABLES and not hook):
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) or (name in JOB_VARIABLES and not hook):
             raise UsageError("env can't set %s%s" % (
                 shorten(quoted(name), 60), ": queuectl sets it" if name in JOB_VARIABLES else ""))
     return env
@@ -569,10 +592,6 @@ def check_env(env: Any, hook: bool = False) -> dict[str, str]:
 
 def check_setting(name: str, value: str) -> Any:
     """The value of setting `name` that the text `value` stands for, or UsageError."""
-    if name == "durability":
-        if value not in DURABILITIES:
-            raise UsageError("durability must be full or normal, not %s" % shorten(quoted(value), 60))
-        return value
     if value == "none" and SETTINGS[name] is None:
         return None
     if name in ("on_dead", "on_end"):
@@ -598,13 +617,13 @@ def check_list(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[
 
 def _checked_field(key: str, name: str, value: Any, now: int) -> Any:
     if key == "delay":
-        return now + to_millis(checked("delay", value))
+        return Delayed(now + to_millis(checked("delay", value)))
     if name == "run_at":
         return parse_time(value, now)
     if name in ("after", "dead_on"):
         return check_list(name, value, check_name if name == "after" else checked)
     if name in LIMITS:
-        return checked(name, value)
+        return checked(name, value, key)
     if name == "unique":
         return check_key(value)
     if name in ("id", "queue"):
@@ -631,6 +650,8 @@ def draft_of(fields: dict[str, Any], now: int, longest: int) -> dict[str, Any]:
                 raise UsageError("%s is given twice (%s is the same field)" % (name, key))
             hook = name == "env" and fields.get("queue") == HOOK_QUEUE
             draft[name] = check_env(value, True) if hook else _checked_field(key, name, value, now)
+    if draft["queue"] == HOOK_QUEUE and "state" not in fields:
+        raise UsageError("the queue %s is for what on_dead and on_end ask for; name another" % HOOK_QUEUE)
     draft["command"] = check_command("" if draft["command"] is None else draft["command"], longest)
     return draft
 
@@ -679,6 +700,20 @@ def _bare_object(text: str) -> dict[str, Any] | None:
     return {name: None if value == "null" else value for name, value in zip(names, values)}
 
 
+CALLED = ["queuectl"]  # how this program was called, for advice that can be pasted
+
+
+def as_called(text: str) -> str:
+    """`text` with the commands that it advises as they work here: with the program's path, and --db if it was given."""
+    return text.replace("`queuectl ", "`%s " % CALLED[0])
+
+
+def shell_word(text: str) -> str:
+    """A text as one word of a command that can be pasted."""
+    import shlex
+    return shlex.quote(text)
+
+
 def read_object(text: str) -> dict[str, Any]:
     """The JSON object in `text`, also where a shell has taken its quotes or doubled its backslashes.
 
@@ -725,10 +760,12 @@ def read_job(text: str, now: int, longest: int, options: dict[str, Any]) -> dict
 # The only section that knows the operating system. `Posix` and `Windows` are twins with one
 # signature; `system`, at its end, is the one in use.
 
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # of processes, memory, descriptors
 TICK = 0.25  # seconds a write waits in the kernel before it looks at flags and deadlines again
 TOKEN_FD = 239  # where a job's processes inherit the token: above what scripts use with flock(1)
-NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "afs",
-                        "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs")
+NETWORK_FILE_SYSTEMS = (
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "afs", "beegfs", "davfs", "virtiofs",
+    "vboxsf", "fuse.davfs", "fuse.glusterfs", "fuse.grpcfuse", "fuse.rclone", "fuse.s3fs", "fuse.sshfs")
 
 
 class _Tick(Exception):
@@ -769,6 +806,15 @@ def open_private(path: str, flags: int) -> int:
     return open_beside(path, flags | os.O_CREAT)
 
 
+def is_link(path: str) -> bool:
+    """Whether a symbolic link stands there, or a file that has other names too."""
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISLNK(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink > 1)
+
+
 def sync_folder(folder: str) -> None:
     """Have the disk keep the names in a folder, where the system can do that."""
     try:
@@ -785,10 +831,9 @@ def sync_folder(folder: str) -> None:
 
 def read_between(fd: int, start: int, end: int) -> bytes:
     """The bytes of a file from `start` to `end`, fewer if it is shorter."""
-    os.lseek(fd, start, os.SEEK_SET)
     parts = []
     while start < end:
-        part = os.read(fd, end - start)
+        part = system.read_at(fd, end - start, start)
         if not part:
             break
         parts.append(part)
@@ -796,34 +841,56 @@ def read_between(fd: int, start: int, end: int) -> bytes:
     return b"".join(parts)
 
 
+class Leader(namedtuple("Leader", "pid first last")):
+    """The first process of a run, which started between two clock ticks; its number is that of its session.
+
+    When it is gone its number can be given to a stranger, but only once the session is empty.
+    """
+
+    def is_a_stranger(self, entry: _Process | None) -> bool:
+        """Whether the process that has its number now is another."""
+        if entry is None or not entry.started:
+            return False
+        return not self.first <= int(entry.started) <= self.last
+
+
+NOBODY = Leader(0, 0, 0)
+
+
 def write_at(fd: int, start: int, data: bytes) -> None:
     """Write all of `data` into a file at the offset `start`."""
-    os.lseek(fd, start, os.SEEK_SET)
     while data:
-        data = data[os.write(fd, data):]
+        written = system.write_at(fd, data, start)
+        data, start = data[written:], start + written
 
 
 _Process = namedtuple("_Process", "parent session started marked")
 
 
+def _proc_file(pid: str, name: str) -> bytes:
+    """A file in /proc/PID; nothing if the process is gone or another user's.
+
+    Raises OSError where there is no room to look: a process that can't be seen now is not gone.
+    """
+    try:
+        with open("/proc/%s/%s" % (pid, name), "rb") as file:
+            return file.read()
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
+        return b""
+
+
 def _proc_stat(pid: str) -> _Process | None:
     """Parent, session and start time of a living process, from /proc/PID/stat (proc(5))."""
-    try:
-        with open("/proc/%s/stat" % pid, "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
+    fields = _proc_file(pid, "stat").rpartition(b")")[2].split()
+    if not fields:
         return None
     if fields[0] in (b"Z", b"X"):
         return None
     return _Process(int(fields[1]), int(fields[3]), fields[19].decode(), False)
 
 
-def _proc_environ(pid: str) -> bytes:
-    try:
-        with open("/proc/%s/environ" % pid, "rb") as environ:
-            return environ.read()
-    except OSError:
-        return b""
 
 
 def _writes_to(pid: str, files: Sequence[str]) -> bool:
@@ -834,8 +901,9 @@ def _writes_to(pid: str, files: Sequence[str]) -> bool:
             link = os.path.join(folder, name)
             if os.readlink(link) in files and os.lstat(link).st_mode & 0o200:
                 return True
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
     return False
 
 
@@ -851,12 +919,13 @@ class Posix:
     def __init__(self) -> None:
         self.fcntl: Any = __import__("fcntl")
         self.user = os.geteuid()
+        self.ticks_per_second = os.sysconf("SC_CLK_TCK")
         self.childless = False  # nobody but the run just reaped was left below this process
         self.subreaper = False
         self.token_fd = TOKEN_FD
         self.to_default: list[int] = []  # signals that jobs start with in their default state: all
         self.null = -1  # the stdin of jobs
-        self.stdout: Any = None  # a poll object
+        self.polls: dict[int, Any] = {}  # poll objects of standard streams
 
     # Locks: flock belongs to the open file, is inherited with it, and dies with its last copy.
     # Never unlocked by LOCK_UN, which would free every copy: closing is what frees one.
@@ -867,6 +936,12 @@ class Posix:
             return True
         except BlockingIOError:
             return False
+
+    def read_at(self, fd: int, size: int, start: int) -> bytes:
+        return os.pread(fd, size, start)
+
+    def write_at(self, fd: int, data: bytes, start: int) -> int:
+        return os.pwrite(fd, data, start)
 
     def unlock(self, fd: int) -> None:
         """Free the write mutex, which is never inherited: the one lock that is not freed by closing."""
@@ -899,15 +974,47 @@ class Posix:
             return not isinstance(error, FileNotFoundError)
         try:
             return not self.try_lock(fd, shared=True)
+        except OSError:
+            return True
         finally:
             os.close(fd)
 
     # Starting and ending processes.
 
+    def check_room(self, workers: int) -> None:
+        """Raise UsageError if a supervisor can't have the descriptors that it needs for so many workers."""
+        if self.linux and not os.path.exists("/proc/%d" % os.getpid()):
+            raise QueueError("/proc does not show the processes here, so what jobs leave behind could not be ended; "
+                             "mount it")
+        if not os.path.exists(os.devnull):
+            raise QueueError("there is no %s here, which jobs need as their stdin" % os.devnull)
+        resource: Any = __import__("resource")
+        need, have = 2 * workers + 32, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if 0 <= have < need:
+            raise UsageError("%d workers need %d open files, and this shell allows %d; `ulimit -n %d` first"
+                             % (workers, need, have, need))
+
     def prepare_parent(self) -> None:
-        """Before workers are forked: what all of them need, loaded once and shared."""
+        """Before workers are forked: what all of them need, loaded once; nothing of the caller's for jobs."""
         if self.linux:
             self._libc()
+        for fd in self.descriptors():
+            os.set_inheritable(fd, False)
+
+    def descriptors(self) -> set[int]:
+        """The open descriptors of this process but the standard streams; none if they can't be listed."""
+        try:
+            found = {int(name) for name in os.listdir("/dev/fd")}
+        except OSError:
+            return set()
+        return {fd for fd in found if fd > 2 and self._is_open(fd)}
+
+    def _is_open(self, fd: int) -> bool:
+        try:
+            os.fstat(fd)
+        except OSError:  # that of the listing itself
+            return False
+        return True
 
     def keep_standard_streams(self) -> None:
         """Before anything is opened: no file must become a standard stream that was closed."""
@@ -925,9 +1032,10 @@ class Posix:
         self.token_fd = TOKEN_FD if limit < 0 or limit > TOKEN_FD else limit - 1
         self.to_default = list(signal.valid_signals())
         self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        if self.linux:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
-            self._libc().prctl(1, int(signal.SIGHUP), 0, 0, 0)
-            self.subreaper = self._libc().prctl(36, 1, 0, 0, 0) == 0
+        libc = self._libc() if self.linux else None
+        if libc:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
+            libc.prctl(1, int(signal.SIGHUP), 0, 0, 0)
+            self.subreaper = libc.prctl(36, 1, 0, 0, 0) == 0
         if os.getppid() != supervisor:  # it died before the line above: no signal will come
             os.kill(os.getpid(), signal.SIGHUP)
 
@@ -947,15 +1055,14 @@ class Posix:
         """Now, in the unit of start times in /proc/PID/stat."""
         if sys.platform != "linux":
             return 0
-        return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
-
-    def start_of(self, pid: int) -> int | None:
-        """When a living process started, in ticks."""
-        entry = _proc_stat(str(pid))
-        return int(entry.started) if entry else None
+        return int(time.clock_gettime(time.CLOCK_BOOTTIME) * self.ticks_per_second)
 
     def _libc(self) -> Any:
-        import ctypes
+        """The C library; None for a Python that was built without libffi, which can do without."""
+        try:
+            import ctypes
+        except ImportError:
+            return None
         return ctypes.CDLL(None, use_errno=True)
 
     def native(self, text: str) -> Any:
@@ -987,6 +1094,8 @@ class Posix:
         os.umask(umask)
         try:
             os.chdir(self.native(cwd))
+            # A shell would take a command that begins like an option for one.
+            command = " " + command if command[0] in "-+" else command
             return self._spawn([*self.shell, self.native(command)], env,
                                ((self.null, 0), (out, 1), (err, 2), (err, self.token_fd)))
         finally:
@@ -997,7 +1106,7 @@ class Posix:
         try:
             return os.posix_spawn(argv[0], argv, env, setsid=True, setsigdef=self.to_default, setsigmask=(),
                                   file_actions=[(os.POSIX_SPAWN_DUP2, have, want) for have, want in streams])
-        except NotImplementedError:  # no POSIX_SPAWN_SETSID: glibc before 2.26
+        except (NotImplementedError, AttributeError):  # no POSIX_SPAWN_SETSID: glibc before 2.26; PyPy
             return self._fork_exec(argv, env, streams)
 
     def _fork_exec(self, argv: list[Any], env: dict[Any, Any], streams: tuple[tuple[int, int], ...]) -> int:
@@ -1010,13 +1119,16 @@ class Posix:
             for number in set(self.to_default) - {signal.SIGKILL, signal.SIGSTOP}:
                 signal.signal(number, signal.SIG_DFL)
 
-        return subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False, preexec_fn=dup).pid
+        child = subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False, preexec_fn=dup)
+        child.returncode = 0  # else Popen would reap it when it is forgotten here, and its exit code with it
+        return child.pid
 
     def reap(self, pid: int) -> int | None:
         """Collect dead children; the exit code of `pid` (negative: its signal) if it was among them.
 
         Orphans of earlier runs come to a subreaper too. Sets `childless` if no child is left:
-        then a run that failed has left nothing behind, and nobody has to search for it.
+        then a run that failed has left nothing behind, and nobody has to search for it. Raises
+        ChildProcessError if `pid` (0: none) is no child any more: somebody else has its exit code.
         """
         code = None
         while True:
@@ -1024,6 +1136,8 @@ class Posix:
                 dead, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 self.childless = self.subreaper
+                if code is None and pid:
+                    raise
                 return code
             if dead == 0:
                 self.childless = False
@@ -1045,35 +1159,53 @@ class Posix:
                 return
             os.waitpid(info.si_pid, os.WNOHANG)
 
-    def members(self, mark: str, files: Sequence[str], leader: int, known: dict[int, str]) -> dict[int, str]:
+    def members(self, mark: str, files: Sequence[str], leader: Leader, known: dict[int, str]) -> dict[int, str]:
         """The living processes of a run, each with the time it started.
 
         `mark` is how its QUEUECTL_RUN begins (a NUL ends it), `files` its output files, `leader`
-        the process id of its shell (0: unknown), `known` those found before. A member carries
+        its first process, `known` those found before. A member carries
         QUEUECTL_RUN, can write to the files, is in the leader's session, shares a session with a
         member or descends from one; so also children that
         closed all descriptors and left the session are found. Processes of other users and
         namespaces are not.
         """
         processes = self._from_proc(mark, files) if self.linux else self._from_ps(mark)
+        session = 0 if leader.is_a_stranger(processes.get(leader.pid)) else leader.pid
         found = {pid for pid, entry in processes.items()
-                 if entry.marked or known.get(pid) == entry.started or (leader and leader == entry.session)}
+                 if entry.marked or known.get(pid) == entry.started or (session and session == entry.session)}
         while True:
             sessions = {processes[pid].session for pid in found}
             more = {pid for pid, entry in processes.items()
                     if pid not in found and (entry.session in sessions or entry.parent in found)}
             if not more:
-                return {pid: processes[pid].started for pid in found}
+                return {pid: processes[pid].started for pid in self._from_the_top(found, processes)}
             found |= more
+
+    def _from_the_top(self, found: set[int], processes: dict[int, _Process]) -> list[int]:
+        """Processes in the order in which they are to be signalled: ancestors before descendants.
+
+        A shell whose child dies first would go on with its next command. A parent starts before
+        its child; of those that started in the same tick the one with fewer ancestors is first.
+        """
+        def place(pid: int) -> tuple[int, int]:
+            depth, at = 0, pid
+            while processes[at].parent in found and depth < len(found):
+                depth, at = depth + 1, processes[at].parent
+            return int(processes[pid].started or 0), depth
+
+        return sorted(found, key=place)
 
     def _from_proc(self, mark: str, files: Sequence[str]) -> dict[int, _Process]:
         """Every process but this one, its session and process 1, from /proc."""
         needle = b"QUEUECTL_RUN=%s" % mark.encode()
         processes = {}
-        for name in os.listdir("/proc"):
+        names = os.listdir("/proc")
+        if str(os.getpid()) not in names:
+            raise OSError(errno.ENOENT, "/proc does not show the processes here")
+        for name in names:
             entry = _proc_stat(name) if name.isdigit() and int(name) not in (1, os.getpid()) else None
             if entry and entry.session != os.getsid(0):
-                marked = needle in _proc_environ(name) or _writes_to(name, files)
+                marked = needle in _proc_file(name, "environ") or _writes_to(name, files)
                 processes[int(name)] = entry._replace(marked=marked)
         return processes
 
@@ -1109,21 +1241,26 @@ class Posix:
 
     def punch(self, fd: int, start: int, end: int) -> bool:
         """Give back the disk space between two offsets while others go on writing at the end."""
-        if not self.linux:
+        libc = self._libc() if self.linux else None
+        if not libc:
             return False
         import ctypes
         offset, length = ctypes.c_int64(start), ctypes.c_int64(end - start)
-        return bool(self._libc().fallocate(fd, 3, offset, length) == 0)  # PUNCH_HOLE | KEEP_SIZE
+        return bool(libc.fallocate(fd, 3, offset, length) == 0)  # PUNCH_HOLE | KEEP_SIZE
 
-    def say(self, text: str) -> None:
-        """A worker's line on stdout, whole or not at all: a stopped terminal holds up no job."""
-        if self.stdout is None:
+    def say(self, text: str, stream: int = 1) -> None:
+        """What a worker or supervisor has to say; never waits: a full pipe or a stopped terminal holds up no job.
+
+        What the stream does not take now is not said. A stream that can be written takes 4096 bytes at least.
+        """
+        if stream not in self.polls:
             import select
-            self.stdout = select.poll()
-            self.stdout.register(1, select.POLLOUT)
+            self.polls[stream] = select.poll()
+            self.polls[stream].register(stream, select.POLLOUT)
+        data = text.encode("utf-8", "replace")
         try:
-            if self.stdout.poll(0):
-                os.write(1, text.encode("utf-8", "replace"))
+            while data and self.polls[stream].poll(0):
+                data = data[os.write(stream, data[:4096]):]
         except OSError:
             pass  # the terminal is gone; the record in the database is what counts
 
@@ -1135,16 +1272,34 @@ class Posix:
         except OSError:
             return False
 
-    def distrust(self, path: str, above: bool = False) -> str:
-        """Why others could change the file or folder `path`, or nothing.
+    def wake(self, pid: int, life: str) -> None:
+        """Let a worker or supervisor go on that was stopped, by Ctrl-Z for one: it holds the life file `life`."""
+        if self.is_stopped(pid) and _writes_to(str(pid), (life,)):
+            os.kill(pid, signal.SIGCONT)
 
-        `above`: it is a folder above that of the database. There others may make names of their
-        own where it is sticky, and a group to which only this user and root belong may write.
+    def refuse_full(self, folder: str) -> None:
+        """Raise Unavailable where writing to SQLite's mapped index would end the process.
+
+        Where blocks are smaller than pages of memory, SQLite does not make sure that a page of
+        its index has all its blocks before it writes to it: on a full disk that is a SIGBUS.
         """
-        try:
-            info = os.lstat(path)
-        except FileNotFoundError:
-            return ""
+        disk = os.statvfs(folder)
+        if disk.f_bsize < 4096 and disk.f_bavail * disk.f_frsize < 1 << 20:
+            raise Unavailable("no space left in %s; free some and try again" % folder)
+
+    def give_to_owner(self, fd: int, path: str) -> None:
+        """What root has made beside another user's file is given to that user, as SQLite does with its own."""
+        owner = os.stat(path)
+        if self.user == 0 and os.fstat(fd).st_uid != owner.st_uid:
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+
+    def distrust(self, path: str, above: bool = False) -> str:
+        """Why others could change the file or folder `path`, or nothing; raises FileNotFoundError.
+
+        A group to which only this user and root belong may write it; and in a folder `above` that
+        of the database others may make names of their own, where it is sticky.
+        """
+        info = os.lstat(path)
         if stat.S_ISLNK(info.st_mode):
             return "%s is a symbolic link" % path
         if info.st_uid not in (0, self.user):
@@ -1152,12 +1307,19 @@ class Posix:
         if above and info.st_mode & stat.S_ISVTX:
             return ""
         shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if not shared or (above and shared == stat.S_IWGRP and self._is_private_group(info.st_gid)):
+        if not shared or (shared == stat.S_IWGRP and self._is_private_group(info.st_gid) and not self._has_acl(path)):
             return ""
         mend = "use a database in a folder of your own"
         if info.st_uid == self.user and not info.st_mode & stat.S_ISVTX:
-            mend = "`chmod go-w %s` mends that" % path
+            mend = "`chmod go-w %s` mends that" % shell_word(path)
         return "%s can be written by others; %s" % (path, mend)
+
+    def _has_acl(self, path: str) -> bool:
+        """Whether a list says who may write: then the bits of the group are those of its mask."""
+        try:
+            return self.linux and bool(os.getxattr(path, "system.posix_acl_access"))  # type: ignore[attr-defined,unused-ignore]
+        except OSError:
+            return False
 
     def _is_private_group(self, group: int) -> bool:
         """Whether no account but this user's and root's belongs to a group."""
@@ -1172,17 +1334,25 @@ class Posix:
             pass
         return members <= own
 
-    def network_file_system(self, folder: str) -> str:
-        """The type of the network file system `folder` is on, or nothing (known on Linux alone)."""
+    def _mounts(self) -> Iterator[tuple[str, str]]:
+        """Each mount point with the type of its file system (known on Linux alone)."""
         try:
             with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
                 entries = [line.split(" ")[1:3] for line in mounts]
         except OSError:
-            return ""
+            return
+        for point, kind in entries:
+            yield re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), point), kind
+
+    def is_mount_point(self, path: str) -> bool:
+        """Whether something is mounted at `path` itself."""
+        return any(point == path for point, _ in self._mounts())
+
+    def network_file_system(self, folder: str) -> str:
+        """The type of the network file system `folder` is on, or nothing."""
         real = os.path.realpath(folder)
         best = ("", "")
-        for point, kind in entries:  # of equal mount points the last one covers the others
-            point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), point)
+        for point, kind in self._mounts():  # of equal mount points the last one covers the others
             if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
                 best = (point, kind)
         return best[1] if best[1] in NETWORK_FILE_SYSTEMS else ""
@@ -1275,6 +1445,14 @@ class Windows:
         except OSError:
             return False
 
+    def read_at(self, fd: int, size: int, start: int) -> bytes:
+        os.lseek(fd, start, os.SEEK_SET)
+        return os.read(fd, size)
+
+    def write_at(self, fd: int, data: bytes, start: int) -> int:
+        os.lseek(fd, start, os.SEEK_SET)
+        return os.write(fd, data)
+
     def unlock(self, fd: int) -> None:
         os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
         self.msvcrt.locking(fd, self.msvcrt.LK_UNLCK, 1)
@@ -1346,14 +1524,14 @@ class Windows:
             self._kernel().CloseHandle(__import__("ctypes").c_void_p(handle))
         return None if code is None else int(code)
 
-    def members(self, mark: str, files: Sequence[str], leader: int, known: dict[int, str]) -> dict[int, str]:
+    def members(self, mark: str, files: Sequence[str], leader: Leader, known: dict[int, str]) -> dict[int, str]:
         """The run's Job Object while any process lives in it; nothing for other workers' runs."""
-        if leader not in self.runs:
+        if leader.pid not in self.runs:
             return {}
         ctypes: Any = __import__("ctypes")
         info = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION (1)
-        self._kernel().QueryInformationJobObject(ctypes.c_void_p(self.runs[leader][1]), 1, info, 48, None)
-        return {leader: ""} if int.from_bytes(info[40:44], "little") else {}  # ActiveProcesses
+        self._kernel().QueryInformationJobObject(ctypes.c_void_p(self.runs[leader.pid][1]), 1, info, 48, None)
+        return {leader.pid: ""} if int.from_bytes(info[40:44], "little") else {}  # ActiveProcesses
 
     def end_process(self, pid: int, started: str, kill: bool) -> None:
         self._kernel().TerminateJobObject(__import__("ctypes").c_void_p(self.runs[pid][1]), 1)
@@ -1368,12 +1546,16 @@ class Windows:
     def place(self) -> str:
         return ""
 
-    ticks = os.getpid
-    prepare_parent = keep_standard_streams = reap_strangers = dismiss = punch = is_stopped = distrust = _nothing
+    def descriptors(self) -> set[int]:
+        return set()
 
-    def say(self, text: str) -> None:
+    ticks = os.getpid
+    prepare_parent = refuse_full = give_to_owner = check_room = keep_standard_streams = reap_strangers = _nothing
+    dismiss = wake = punch = is_mount_point = is_stopped = distrust = _nothing
+
+    def say(self, text: str, stream: int = 1) -> None:
         try:
-            os.write(1, text.encode("utf-8", "replace"))
+            os.write(stream, text.encode("utf-8", "replace"))
         except OSError:
             pass
 
@@ -1464,8 +1646,7 @@ def ring_all(db: str) -> None:
 
 RUN_NOTE, TROUBLE_NOTE = 200, 300  # bytes
 RunNote = namedtuple("RunNote", "place seq run leader first last")
-RunNote.__doc__ = """`place` is what process ids are counted in, `leader` the run's first process,
-which started between the clock ticks `first` and `last`."""
+RunNote.__doc__ = """`place` is what process ids are counted in; the rest but `seq` and `run` is a Leader."""
 
 
 def _note(life: int, start: int, size: int, text: str) -> None:
@@ -1495,16 +1676,15 @@ def _read_life(db: str, name: str, start: int, size: int) -> str:
         os.close(fd)
 
 
-def leader_of(db: str, worker: str, seq: int, run: int) -> int:
-    """The process that a run of a dead worker began as; 0 if that isn't known for sure any more."""
+def leader_of(db: str, worker: str, seq: int, run: int) -> Leader:
+    """The process that a run of a dead worker began as; NOBODY if that isn't known for sure any more."""
     fields = _read_life(db, worker, 0, RUN_NOTE).split()
     if len(fields) != len(RunNote._fields):
-        return 0
+        return NOBODY
     note = RunNote(fields[0], *map(int, fields[1:]))
     if (note.place, note.seq, note.run) != (system.place(), seq, run):
-        return 0
-    started = system.start_of(note.leader)
-    return int(note.leader) if started is None or note.first <= started <= note.last else 0
+        return NOBODY
+    return Leader(note.leader, note.first, note.last)
 
 
 def trouble_of(db: str, worker: str) -> str:
@@ -1576,8 +1756,14 @@ class Slot:
 
     def read(self, limit: int) -> tuple[bytes, bytes]:
         """What the run has printed to stdout and stderr, at most `limit` bytes each."""
-        out, err = (head_and_tail(fd, limit) for fd in self.fds)
+        out, err = (self._read_one(fd, limit) for fd in self.fds)
         return out, err
+
+    def _read_one(self, fd: int, limit: int) -> bytes:
+        try:
+            return head_and_tail(fd, limit)
+        except OSError as error:
+            return b"[queuectl: this output can't be read: %s]\n" % str(error.strerror).encode()
 
     def bound(self, limit: int) -> int:
         """Keep a run that prints without end from filling the disk; the bytes it has printed.
@@ -1716,6 +1902,19 @@ MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit o
     (  # a queue has an id, by which a copy is told from the queue that it was copied from
         "ALTER TABLE control ADD COLUMN identity TEXT NOT NULL DEFAULT ''",
         "UPDATE control SET identity = lower(hex(randomblob(4)))",
+        # Pools of older programs, whose names don't begin with that id.
+        "ALTER TABLE control ADD COLUMN older TEXT NOT NULL DEFAULT ''",
+        # A job that had to wait for others starts only when their records are on disk.
+        "ALTER TABLE jobs ADD COLUMN chained INTEGER NOT NULL DEFAULT 0",
+        "UPDATE jobs SET chained = 1 WHERE seq IN (SELECT job FROM waits)",
+        # Whether its time was given as a delay, which begins anew if the clock is set back.
+        "ALTER TABLE jobs ADD COLUMN delayed INTEGER NOT NULL DEFAULT 0",
+        # Who waited for a dead job that is forgotten still knows that it never was completed.
+        "DROP TRIGGER jobs_forgotten",
+        """CREATE TRIGGER jobs_forgotten AFTER DELETE ON jobs BEGIN
+            DELETE FROM waits WHERE job = old.seq;
+            UPDATE contexts SET jobs = jobs - 1 WHERE id = old.context AND jobs > 0;
+            DELETE FROM contexts WHERE id = old.context AND jobs = 0 AND environ <> ''; END""",
     ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
@@ -1734,6 +1933,7 @@ DATA_VERSION = "PRAGMA data_version"  # changes when another connection has comm
 FREE_PAGES = "PRAGMA freelist_count"
 ALL_PAGES = "PRAGMA page_count"
 VACUUM = "VACUUM"
+CHECKPOINT = "PRAGMA wal_checkpoint"
 BULK_CACHE = "PRAGMA cache_size = -40000"  # KiB
 
 BEGIN = "BEGIN IMMEDIATE"
@@ -1752,8 +1952,8 @@ FORGET_UNUSED = "DELETE FROM contexts WHERE jobs = 0 AND environ <> ''"
 ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
 COUNT_ADDED = "UPDATE queues SET pending = pending + ? WHERE name = ?"
 ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
-    timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at)
-    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at, delayed)
+    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 SET_SPECIAL = "UPDATE jobs SET unique_key = ?, policy = ? WHERE seq = ?"
 WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
 WITH_KEY = """SELECT seq, id, state FROM jobs
@@ -1766,6 +1966,8 @@ MAKE_READY = """UPDATE jobs SET ready = 1 WHERE seq IN (
     SELECT seq FROM jobs WHERE ready = 0 AND due IS NOT NULL AND due <= ? ORDER BY due LIMIT %d)""" % READY_AT_ONCE
 MAKE_READY_AFTER_CLOCK_STEP = """UPDATE jobs SET ready = 1
     WHERE state = 'failed' AND ready = 0 AND updated_at > ?"""
+DELAY_AGAIN = """UPDATE jobs SET due = due - updated_at + ?, run_at = run_at - updated_at + ?, updated_at = ?
+    WHERE delayed = 1 AND ready = 0 AND due IS NOT NULL AND state = 'pending' AND updated_at > ?"""
 CLAIM = """UPDATE jobs SET state = 'processing', ready = 0, due = NULL, attempts = attempts + 1,
     runs = runs + 1, worker = ?, slot = ?, locked_at = ?, started_at = ?, updated_at = ?
     WHERE seq = ?"""
@@ -1784,14 +1986,17 @@ CANCEL_WAITING = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, last_
 RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', due = NULL, attempts = 0, deferrals = 0, updated_at = ?,
     ready = NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq) WHERE """  # ignores those whose key is taken
 RETRY_ONE = RETRY + "seq = ? AND state IN ('completed', 'dead')"
-RETRY_ALL_DEAD = RETRY + "state = 'dead' AND queue = coalesce(?, queue)"
+RETRY_ALL_DEAD = RETRY + "state = 'dead' AND queue = coalesce(?, queue) AND NOT EXISTS (SELECT 1 %s)"
 DELETE_JOB = """DELETE FROM jobs WHERE seq = ? AND state <> 'processing' AND NOT EXISTS (
     SELECT 1 FROM waits JOIN jobs AS waiting ON waiting.seq = waits.job
     WHERE awaited = jobs.seq AND waiting.state <> 'dead')"""
 
 # A row in `waits` stands until the awaited job is completed, or either is forgotten; so also while both are dead.
 ADD_WAIT = "INSERT OR IGNORE INTO waits (awaited, job) VALUES (?, ?)"
-HOLD = "UPDATE jobs SET ready = 0, due = NULL WHERE seq = ?"
+HOLD = "UPDATE jobs SET ready = 0, due = NULL, chained = 1 WHERE seq = ?"
+_FOR_GONE = """FROM waits WHERE job = jobs.seq
+    AND NOT EXISTS (SELECT 1 FROM jobs AS awaited WHERE awaited.seq = waits.awaited)"""
+WAITS_FOR_GONE = "SELECT 1 FROM jobs WHERE seq = ? AND EXISTS (SELECT 1 %s)" % _FOR_GONE
 WAITING_FOR = "SELECT job FROM waits WHERE awaited = ?"
 END_WAITS = "DELETE FROM waits WHERE awaited = ?"
 LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?, due = CASE WHEN run_at > ? THEN run_at END
@@ -1800,7 +2005,11 @@ _DEPENDENTS = """(WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHER
     UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq) SELECT seq FROM dependents)"""
 BURY = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, updated_at = ?, finished_at = ?,
     last_error = ? WHERE state = 'pending' AND seq """
-TO_BURY = "SELECT seq FROM jobs WHERE state = 'pending' AND seq "
+HOOKS_LEFT = """SELECT 1 FROM jobs WHERE state IN ('pending', 'processing', 'failed') AND queue = ?
+    AND env LIKE ? LIMIT 1"""
+HOOKED = "SELECT id, queue, command, state, attempts, max_retries, exit_code, last_error, updated_at FROM jobs "
+ONE_HOOKED = HOOKED + "WHERE seq = ?"
+TO_BURY = HOOKED + "WHERE state = 'pending' AND seq "
 THIS_ONE = "= ?"
 DEPENDENTS_OF = "IN " + _DEPENDENTS
 DEAD_DEPENDENTS = "SELECT seq FROM jobs WHERE state = 'dead' AND seq IN %s ORDER BY seq" % _DEPENDENTS
@@ -1815,16 +2024,19 @@ AWAITED_DEAD = """SELECT DISTINCT awaited.seq, awaited.id FROM waits JOIN jobs A
     JOIN jobs ON jobs.seq = waits.job WHERE awaited.state = 'dead' AND jobs.state = 'pending'"""
 RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 16777215"
 DELETE_RUNS = "DELETE " + RUNS_OF_JOB
-UNFINISHED_BETWEEN = "SELECT 1 FROM jobs WHERE state = ? AND seq > ? AND seq <= ? LIMIT 1"
+UNFINISHED_BETWEEN = """SELECT seq FROM jobs
+    WHERE state IN ('pending', 'processing', 'failed') AND seq BETWEEN ? AND ?"""
+END_OF = "SELECT id, state, last_error FROM jobs WHERE seq = ?"
 DIED_BETWEEN = """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead' AND seq > ? AND seq <= ?
     AND updated_at >= ? AND queue = coalesce(?, queue) ORDER BY seq LIMIT 20"""
+STATE_OF_ID = "SELECT seq, state FROM jobs WHERE id = ?"
 ID_OF = "SELECT id FROM jobs WHERE seq = ?"
 STILL_SO = "SELECT 1 FROM jobs WHERE seq = ? AND state = ? AND updated_at <= ?"
 SOME_IN_STATE = """SELECT seq, queue, updated_at FROM jobs WHERE state = ? AND seq < ?
     ORDER BY seq DESC LIMIT 500"""  # the newest first: what waits goes before what it waits for
 
 HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
-    backoff_base, context, env, policy, deferrals, worker, slot, started_at, cancel FROM jobs
+    backoff_base, context, env, policy, deferrals, chained, worker, slot, started_at, cancel FROM jobs
     WHERE state = 'processing'"""
 HOLDERS = "SELECT DISTINCT worker FROM jobs WHERE state = 'processing'"
 ADD_POOL = "INSERT INTO pools (name, pid, started_at, workers, queues, jobs_left) VALUES (?, ?, ?, ?, ?, ?)"
@@ -1841,7 +2053,10 @@ ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS s
 
 NEXT_EPOCH = "UPDATE control SET epoch = epoch + 1"
 GET_IDENTITY = "SELECT identity FROM control"
-RENEW_IDENTITY = MIGRATIONS[3][1]
+RENEW_IDENTITY = "UPDATE control SET identity = lower(hex(randomblob(4))), older = ''"
+KEEP_OLDER = """UPDATE control SET older = coalesce((SELECT group_concat(DISTINCT worker) FROM jobs
+    WHERE state = 'processing'), '')"""
+GET_OLDER = "SELECT older FROM control"
 GIVE_BACK_ALL = """UPDATE jobs SET state = 'pending', ready = 1, attempts = max(attempts - 1, 0), cancel = 0,
     worker = NULL, slot = NULL, locked_at = NULL WHERE state = 'processing'"""
 FORGET_WORKERS = ("DELETE FROM workers", "DELETE FROM pools")
@@ -1860,6 +2075,7 @@ PAUSE_ALL = "UPDATE control SET paused = ?"
 RESUME_EACH = "UPDATE queues SET paused = 0"
 ALL_PAUSED = "SELECT paused FROM control"
 INTEGRITY = "PRAGMA integrity_check(5)"
+QUICK_CHECK = "PRAGMA quick_check(1)"
 RECOUNT = "SELECT queue, state, count(*) FROM jobs GROUP BY queue, state"
 EDIT = """UPDATE jobs SET priority = ?, run_at = ?, timeout_seconds = ?, max_retries = ?, queue = ?, ready = ?, due = ?,
     updated_at = ? WHERE seq = ? AND state IN ('pending', 'failed')"""
@@ -1902,7 +2118,7 @@ def next_job(queues: int) -> str:
     limit until its run is recorded: so do those of dead workers, whose processes may still live.
     """
     return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries, timeout_seconds,
-        backoff_base, context, env, policy, deferrals FROM queues CROSS JOIN jobs ON seq = (
+        backoff_base, context, env, policy, deferrals, chained FROM queues CROSS JOIN jobs ON seq = (
             SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name ORDER BY priority, seq LIMIT 1)
         WHERE pending + failed > 0 AND NOT paused AND NOT (SELECT paused FROM control)
             AND (concurrency IS NULL OR processing < concurrency) %s ORDER BY priority, seq LIMIT 1""" % (
@@ -1935,6 +2151,15 @@ WAIT_TOLD = 5.0  # seconds after which it says that it waits
 NEVER = 1 << 62
 
 
+def shortage_of_descriptors() -> str:
+    """Why no file can be opened now, or nothing: SQLite does not tell."""
+    try:
+        os.close(os.dup(0))
+    except OSError as error:
+        return str(error.strerror)
+    return ""
+
+
 def translate(error: sqlite3.Error, path: str) -> QueueError:
     """What an error of SQLite means to the user, and what to do next."""
     text = str(error)
@@ -1949,11 +2174,31 @@ def translate(error: sqlite3.Error, path: str) -> QueueError:
     if "not a database" in text or "encrypted" in text:
         return QueueError("%s is not a queuectl database; nothing was changed, name another with --db" % path)
     if "malformed" in text:
-        return QueueError("%s is damaged (%s); keep a copy of it and of its -wal file, then restore a backup "
-                          "or start anew with another --db" % (path, text))
+        return QueueError("%s is damaged (%s); move it, %s-wal and %s-shm away together, then `queuectl "
+                          "restore BACKUP` or start anew" % (path, text, path, path))
     if "unable to open" in text:
+        shortage = shortage_of_descriptors()
+        if shortage:
+            return Unavailable("%s can't be opened: %s" % (path, shortage))
         return QueueError("%s can't be opened; check that the path exists and that you may use it" % path)
     return QueueError("%s: %s" % (path, text))
+
+
+def file_uri(path: str, how: str) -> str:
+    """How SQLite is told to open a file in another way than usual."""
+    from urllib.parse import quote
+    return "file:%s?%s" % (quote(os.fsencode(path)), how)
+
+
+def make_folder(folder: str) -> None:
+    """Make the folder of a database, for this user alone; raises QueueError if that can't be."""
+    try:
+        if not os.path.isdir(folder):
+            os.makedirs(folder, 0o700, exist_ok=True)
+            sync_folder(os.path.dirname(folder))
+    except OSError as error:
+        raise QueueError("the folder %s can't be made: %s; name another database with --db"
+                         % (folder, error.strerror)) from None
 
 
 def refuse_network(folder: str) -> None:
@@ -1964,6 +2209,13 @@ def refuse_network(folder: str) -> None:
                          "on a local disk with --db" % (folder, kind))
 
 
+def _distrust(path: str) -> str:
+    try:
+        return str(system.distrust(path) or "")
+    except FileNotFoundError:  # then there is nothing to distrust, as the folder is looked at too
+        return ""
+
+
 def distrust_of(db: str) -> str:
     """Why nothing that a database says may be executed, or nothing: others could have written it.
 
@@ -1971,24 +2223,25 @@ def distrust_of(db: str) -> str:
     as this user; and who can write to a folder above can put another in its place.
     """
     folder = os.path.dirname(db)
-    for path in (folder, db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db)):
-        reason = system.distrust(path)
-        if reason:
-            return str(reason)
-    folder = os.path.dirname(folder)
-    while folder != os.path.dirname(folder):  # who may write to / can replace Python itself
-        reason = system.distrust(folder, True)
-        if reason:
-            return str(reason)
+    reasons = [_distrust(path) for path in (db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db))]
+    try:
+        reasons.append(system.distrust(folder))
         folder = os.path.dirname(folder)
-    return ""
+        while folder != os.path.dirname(folder):  # who may write to / can replace Python itself
+            reasons.append(system.distrust(folder, True))
+            folder = os.path.dirname(folder)
+    except FileNotFoundError:  # moved away: whoever did that can put another there
+        return "%s was moved away while it was looked at" % folder
+    return next(filter(None, reasons), "")
 
 
 def refuse_untrusted(db: str) -> None:
     """Raise QueueError if others could change what is executed, or if locks can't be trusted.
 
     Whatever executes a command of a database, or ends processes by what it says, asks here first.
+    A folder that is not there is made: nobody can then put another in its place.
     """
+    make_folder(os.path.dirname(db))
     refuse_network(os.path.dirname(db))
     reason = distrust_of(db)
     if reason:
@@ -2020,7 +2273,7 @@ def _job_row(draft: dict[str, Any], settings: dict[str, Any], context: int, now:
     return (draft["id"], 1 if draft["id"] is None else 0, draft["command"], draft["queue"] or "default",
             given["priority"], 1 if due is None else 0, due, run_at, given["timeout_seconds"],
             given["max_retries"], draft["backoff_base"], context,
-            json.dumps(draft["env"]) if draft["env"] else None, now, now)
+            json.dumps(draft["env"]) if draft["env"] else None, now, now, isinstance(run_at, Delayed))
 
 
 def wal_checksum(data: bytes, sums: tuple[int, int], order: str) -> tuple[int, int]:
@@ -2063,6 +2316,9 @@ class Identity:
     def __init__(self, path: str, mutex: int) -> None:
         self.path, self.mutex = path, mutex
         self.queue = ""  # known once something was written
+        self.next_look, self.index, self.changed_at = 0.0, 0, 0
+        self.watched = [mutex]  # descriptors of files that must not be deleted while it is in use
+        self.replaced = False  # then even closing it may do harm: SQLite would write its log into another file
         self.file = self._look()
 
     def _look(self) -> tuple[int, int]:
@@ -2078,8 +2334,31 @@ class Identity:
         """Raise QueueError if the database or its lock file was deleted or replaced since it was opened."""
         if self._look() != self.file:
             raise QueueError("%s was replaced while it was in use; nothing more is written" % self.path)
-        if not os.fstat(self.mutex).st_nlink:
-            raise QueueError("%s was deleted while it was in use; nothing more is written" % mutex_path(self.path))
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        self.next_look = now + 0.1
+        if not all(os.fstat(fd).st_nlink for fd in self.watched) or self._inode_of_index() != self.index:
+            self.replaced = True
+            raise QueueError("files beside %s were deleted while it was in use; nothing more is written" % self.path)
+        changed_at = os.stat(self.path).st_mtime_ns  # by a checkpoint, or by who overwrites it
+        if self.queue and changed_at != self.changed_at and self._is_another(self.queue):
+            self.replaced = True
+            raise QueueError("%s was overwritten while it was in use; nothing more is written" % self.path)
+        self.changed_at = changed_at
+
+    def watch(self, fd: int) -> None:
+        """From now on it is looked at whether this file, and the index of SQLite's log, are deleted."""
+        self.watched.append(fd)
+        self.index = self._inode_of_index()
+
+    def _inode_of_index(self) -> int:
+        if not self.watched[1:]:
+            return 0
+        try:
+            return os.stat(self.path + "-shm").st_ino
+        except FileNotFoundError:
+            return -1
 
     def _noted(self) -> list[bytes]:
         """The queue's id, the device and the inode that the lock file tells of; older programs told the last alone."""
@@ -2090,16 +2369,42 @@ class Identity:
 
         SQLite would mix that log with it. Devices may have other numbers after a restart of the machine.
         """
-        noted = self._noted()
-        if not noted or noted[-1] == b"%d" % self.file[1]:
+        noted, log = self._noted(), self.path + "-wal"
+        has_log = os.path.exists(log) and os.path.getsize(log) > 0
+        overwritten = has_log and len(noted) == 3 and self._is_another(noted[0].decode())
+        if has_log and not os.path.exists(self.path + "-shm") and anyone_alive(self.path):
+            raise QueueError("%s-shm was removed while workers live; they stop when they see it" % self.path)
+        if (not noted or self.same_file()) and not overwritten:
             return
         if anyone_alive(self.path):
-            raise QueueError("%s was replaced while workers of the old one live; let them end first" % self.path)
-        log = self.path + "-wal"
-        if os.path.exists(log) and os.path.getsize(log):
+            raise QueueError("%s was replaced while workers of the old one live; they stop when they see it"
+                             % self.path)
+        if has_log:
             raise QueueError("%s was replaced, but a log stands beside it: move %s and %s-shm away if they are the old "
                              "one's, or remove %s if they were copied with it"
                              % (self.path, log, self.path, mutex_path(self.path)))
+
+    def _is_another(self, queue: str) -> bool:
+        """Whether the database file was overwritten in place with that of another queue than the one noted.
+
+        The file is read as it is, without its log. What is written to it meanwhile can make it
+        look damaged, which tells nothing, but not three times like a whole other queue.
+        """
+        for _ in range(3):
+            found = self._queue_in_file()
+            if found in (queue, ""):
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _queue_in_file(self) -> str:
+        db = sqlite3.connect(file_uri(self.path, "immutable=1"), uri=True)
+        try:
+            return str(db.execute(GET_IDENTITY).fetchone()[0])
+        except (sqlite3.Error, TypeError):
+            return ""
+        finally:
+            db.close()
 
     def settle(self, queue: str, renew: Callable[[], str] | None = None) -> None:
         """Under the mutex, before the first write: note which queue this is; a copy is given a new id by `renew`.
@@ -2109,8 +2414,7 @@ class Identity:
         if self._noted() != self._note(queue).split():
             if renew and not anyone_alive(self.path):
                 queue = renew()
-            os.lseek(self.mutex, 0, os.SEEK_SET)
-            os.write(self.mutex, self._note(queue))
+            write_at(self.mutex, 0, self._note(queue))
         self.queue = queue
 
     def known(self, queue: str) -> str:
@@ -2121,9 +2425,9 @@ class Identity:
     def _note(self, queue: str) -> bytes:
         return self.NOTE % (queue.encode(), *self.file)
 
-    def is_own(self, worker: str) -> bool:
-        """Whether a worker is of this queue, and not of one that it was copied from."""
-        return worker.startswith(self.queue + "-")
+    def same_file(self) -> bool:
+        """Whether the lock file tells of this file."""
+        return self._noted()[-1:] == [b"%d" % self.file[1]]
 
 
 class Log:
@@ -2148,9 +2452,10 @@ class Log:
         self.index = path + "-shm"
         self.fd = -1
 
-    def open(self) -> None:
+    def open(self) -> int:
         if self.fd < 0:
             self.fd = open_beside(self.path, os.O_RDWR)
+        return self.fd
 
     def failed(self) -> bool:
         """Whether a sync has failed, anybody's, and the log was not written again since."""
@@ -2258,18 +2563,59 @@ class Store:
         if sqlite3.sqlite_version_info < (3, 8, 3):
             raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer" % sqlite3.sqlite_version)
         try:
-            self._open()
+            self._patiently(self._open)
         except BaseException as error:
             if self.mutex >= 0:
                 os.close(self.mutex)
-            if isinstance(error, sqlite3.Error):
-                raise translate(error, path) from error
             if isinstance(error, OSError):
-                raise Unavailable("%s can't be used: %s" % (path, error.strerror)) from error
+                raise Unavailable("%s can't be used: %s%s" % (path, error.strerror, self._owner())) from error
             raise
 
+    def _owner(self) -> str:
+        """Whose the files are, and what to do, if they are another user's; made by `sudo`, for instance."""
+        for file in (os.path.dirname(self.path), self.path, mutex_path(self.path)):
+            owner = os.stat(file).st_uid if os.path.exists(file) else system.user
+            if owner != system.user:
+                return "; %s belongs to the user with the id %d (`sudo chown -R %d %s` would give it to you)" % (
+                    file, owner, system.user, shell_word(os.path.dirname(self.path)))
+        return ""
+
+    def _trouble(self, error: sqlite3.Error) -> QueueError:
+        """What an error means; of a page that could not be read SQLite says the same as of a damaged one.
+
+        Where a descriptor was lacking SQLite has opened the database for reading alone: that is mended.
+        """
+        trouble = translate(error, self.path)
+        if "readonly" in str(error) and os.access(self.path, os.W_OK):
+            self.db.close()
+            self._connect()
+        if "malformed" not in str(error):
+            return trouble
+        try:
+            sound = self.db.execute(QUICK_CHECK).fetchall() == [("ok",)]
+        except sqlite3.Error:
+            sound = False
+        return Unavailable("%s could not be read for a moment" % self.path) if sound else trouble
+
+    def _patiently(self, read: Callable[[], Any]) -> Any:
+        """What `read()` returns; tried again for `patience` seconds while another program has it locked.
+
+        SQLite itself locks all out while it reads the log that a crash has left.
+        """
+        deadline = time.monotonic() + self.patience
+        self.told = False
+        while True:
+            try:
+                return read()
+            except sqlite3.Error as error:
+                trouble = self._trouble(error)
+                if "locked" not in str(error) or time.monotonic() >= deadline:
+                    raise trouble from error
+                self._tell_wait(deadline)
+                time.sleep(0.02)
+
     def _open(self) -> None:
-        new = not os.path.exists(self.path)
+        new = not self._exists()
         if new and self.reading:
             self._open_nothing()
             return
@@ -2277,16 +2623,50 @@ class Store:
             self._prepare_folder()
         else:
             self._check_file()
-        self.mutex = open_private(mutex_path(self.path), os.O_RDWR)
+        if self.mutex < 0:
+            try:
+                self.mutex = open_private(mutex_path(self.path), os.O_RDWR)
+            except OSError as error:
+                if not self.reading or error.errno not in (errno.EROFS, errno.EACCES):
+                    raise
+                self._open_unwritable(error)
+                return
         self.log = Log(self.path, self.mutex)
         if not new:
+            system.give_to_owner(self.mutex, self.path)
             self.identity = Identity(self.path, self.mutex)
-            self.identity.check_log()
+            self._check_log()
         self._connect()
         if new or self._value(GET_VERSION) != SCHEMA_VERSION:
             self._bring_up_to_date()
         if new:
             self.identity = Identity(self.path, self.mutex)
+
+    def _exists(self) -> bool:
+        try:
+            os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def _check_log(self) -> None:
+        try:
+            self.identity.check_log()
+        except QueueError:  # perhaps it is being made at this moment: look again when that is done
+            self._lock(time.monotonic() + self.patience)
+            try:
+                self.identity.check_log()
+            finally:
+                self._unlock()
+
+    def _open_unwritable(self, error: OSError) -> None:
+        """Read a database that can't be written as it is: without locks, and only if nothing waits in its log."""
+        if os.path.exists(self.path + "-wal") and os.path.getsize(self.path + "-wal"):
+            raise error
+        self.db = sqlite3.connect(file_uri(self.path, "immutable=1"), uri=True, isolation_level=None)
+        if self._checked_version() < SCHEMA_VERSION:
+            self.source = self.db
+            self._copy_source()
 
     def _open_nothing(self) -> None:
         """An empty queue, in memory."""
@@ -2298,15 +2678,14 @@ class Store:
     def _prepare_folder(self) -> None:
         """Before a database is made: a private folder, on a disk of this machine, with no live worker."""
         folder = os.path.dirname(self.path)
-        try:
-            os.makedirs(folder, 0o700, exist_ok=True)
-        except OSError as error:
-            raise QueueError("the folder %s can't be made: %s; name another database with --db"
-                             % (folder, error.strerror)) from None
+        make_folder(folder)
         refuse_network(folder)
         if anyone_alive(self.path):
             raise QueueError("%s is gone, but workers of it still live; let them end before a new one is made"
                              % self.path)
+        if os.path.exists(self.path + "-wal"):
+            raise QueueError("%s is gone, but its log stands there; `queuectl restore BACKUP`, or move %s-wal away"
+                             % (self.path, self.path))
 
     def _check_file(self) -> None:
         """Before a database is opened: SQLite would make a new queue of an empty file, and follow links."""
@@ -2316,15 +2695,19 @@ class Store:
         if info.st_nlink > 1:
             raise QueueError("%s has %d names (hard links), each with a log and a lock of its own, which would damage "
                              "it; `find / -xdev -samefile %s` lists them: remove the others, and make copies with "
-                             "`queuectl backup`" % (self.path, info.st_nlink, self.path))
+                             "`queuectl backup`" % (self.path, info.st_nlink, shell_word(self.path)))
+        if system.is_mount_point(self.path):
+            raise QueueError("%s is mounted as a single file, so its log and its lock would stand elsewhere than "
+                             "for others; mount the folder that it is in" % self.path)
         for path in (self.path + "-wal", self.path + "-shm", self.path + "-journal", folder_path(self.path)):
-            if os.path.islink(path):
-                raise QueueError("%s is a symbolic link, which is not followed; remove it" % path)
+            if is_link(path):
+                raise QueueError("%s is a link, which is not followed; remove it" % path)
         if info.st_size == 0 and os.path.isdir(folder_path(self.path)):
             raise QueueError("%s is empty, but has been a queue before; restore a backup, or move it and %s away"
                              % (self.path, folder_path(self.path)))
 
     def _connect(self) -> None:
+        system.refuse_full(os.path.dirname(self.path))
         mask = os.umask(0o077)
         try:
             self.db = sqlite3.connect(self.path, timeout=TICK, isolation_level=None)
@@ -2332,7 +2715,7 @@ class Store:
             os.umask(mask)
         for pragma in CONNECTION_PRAGMAS:
             self.db.execute(pragma)
-        self.db.execute(FULL_SYNC)
+        self.db.execute(NORMAL_SYNC if self.deferring else FULL_SYNC)
 
     def _bring_up_to_date(self) -> None:
         """Read a database of an older schema from a copy, or migrate it."""
@@ -2360,6 +2743,8 @@ class Store:
         self.db = sqlite3.connect(":memory:", isolation_level=None)
         self.source.backup(self.db)
         self._run_migrations(int(self._value(GET_VERSION)))
+        if self.mutex < 0 or self.identity.same_file():
+            self.db.execute(KEEP_OLDER)
 
     def _migrate(self) -> None:
         """Bring the schema to this version; many may try at once, one does it, whole or not at all."""
@@ -2377,13 +2762,17 @@ class Store:
                                  "with --db" % self.path)
             self._run_migrations(version)
             self.identity = Identity(self.path, self.mutex)
+            if self.identity.same_file():  # no copy: what older workers left is its own
+                self.db.execute(KEEP_OLDER)
             self.identity.settle(self._value(GET_IDENTITY))
+            self._value(CHECKPOINT)  # so that its id stands in the file itself
+            sync_folder(os.path.dirname(self.path))
         finally:
             os.umask(mask)
-            system.unlock(self.mutex)
+            self._unlock()
 
     def _refuse_older_workers(self) -> None:
-        alive = [str(pool["pid"]) for pool in self.pools() if pool["alive"]]
+        alive = [str(entry["pid"]) for entry in [*self.pools(), *self.workers()] if entry["alive"]]
         if alive or anyone_alive(self.path):
             raise QueueError("workers of an older queuectl still use %s (%s); `queuectl worker stop` lets them finish, "
                              "then try again" % (self.path, "pid " + ", ".join(alive) if alive else "in another place"))
@@ -2405,11 +2794,17 @@ class Store:
 
     def _renew_identity(self) -> str:
         self.db.execute(RENEW_IDENTITY)
+        self._value(CHECKPOINT)
         return str(self._value(GET_IDENTITY))
 
-    def own_id(self) -> str:
-        """The id of this queue as far as it can be known by reading: "" for a copy that nothing was written to."""
-        return self.identity.known(str(self._value(GET_IDENTITY)))
+    def is_own(self, worker: str) -> bool:
+        """Whether a worker is of this queue, and not of one that it was copied from."""
+        if worker in str(self._value(GET_OLDER)).split(","):
+            return True
+        queue = str(self._value(GET_IDENTITY))
+        if self.mutex >= 0:
+            queue = self.identity.known(queue)
+        return bool(queue) and worker.startswith(queue + "-")
 
     def queue_id(self) -> str:
         """The id of this queue, which a copy gets by this at the latest."""
@@ -2422,7 +2817,11 @@ class Store:
         """Close the database; or, while the mark of a failed sync stands, leave that to the kernel (False)."""
         if self.mutex < 0:
             return True
-        if self.log.failed():  # the last connection would copy the log into the database
+        try:
+            harmful = self.identity.replaced or self.log.failed()
+        except OSError:
+            harmful = True
+        if harmful:  # the last connection would copy the log into the database
             OPENED.append(self)
             return False
         if self in OPENED:
@@ -2452,7 +2851,7 @@ class Store:
                  trace: TracebackType | None) -> None:
         self.end(commit=kind is None)
         if isinstance(error, sqlite3.Error):
-            raise translate(error, self.path) from error
+            raise self._trouble(error) from error
 
     def begin(self) -> None:
         """Take the mutex and SQLite's write lock within `patience` seconds, or raise Unavailable."""
@@ -2468,25 +2867,37 @@ class Store:
                 self.db.execute(BEGIN)
                 return
             except OSError as error:
-                system.unlock(self.mutex)
+                self._unlock()
                 raise self._unsynced(error) from error
             except sqlite3.Error as error:  # a program that is not queuectl may hold the lock
-                system.unlock(self.mutex)
-                trouble = translate(error, self.path)
+                self._unlock()
+                trouble = self._trouble(error)
                 if not isinstance(trouble, Unavailable) or time.monotonic() >= deadline:
                     raise trouble from error
                 self._tell_wait(deadline)
             except BaseException:
-                system.unlock(self.mutex)
+                self._unlock()
                 raise
 
+    def _unlock(self) -> None:
+        """Free the mutex; this must not fail, for what was committed would be taken for failed."""
+        try:
+            system.unlock(self.mutex)
+        except OSError:
+            again = open_private(mutex_path(self.path), os.O_RDWR)
+            os.dup2(again, self.mutex, inheritable=False)  # which closes the descriptor that holds it
+            os.close(again)
+
     def _lock(self, deadline: float) -> None:
-        while not system.try_lock(self.mutex):
-            if time.monotonic() >= deadline:
-                raise Unavailable("another process has been writing to %s for %d s; try again later"
-                                  % (self.path, self.patience))
-            self._tell_wait(deadline)
-            system.wait_lock(self.mutex)
+        try:
+            while not system.try_lock(self.mutex):
+                if time.monotonic() >= deadline:
+                    raise Unavailable("another process has been writing to %s for %d s; try again later"
+                                      % (self.path, self.patience))
+                self._tell_wait(deadline)
+                system.wait_lock(self.mutex)
+        except OSError as error:
+            raise Unavailable("%s can't be locked: %s" % (mutex_path(self.path), error.strerror)) from error
 
     def _tell_wait(self, deadline: float) -> None:
         if self.tell and not self.told and time.monotonic() >= deadline - self.patience + WAIT_TOLD:
@@ -2498,37 +2909,37 @@ class Store:
         try:
             self.db.execute(COMMIT if commit else ROLLBACK)
             if commit and not self.deferring:
-                self._write_log_again()  # what others committed before may not be on disk, and so not this
+                self._repair_after_commit()
         except sqlite3.Error as error:
             if self.db.in_transaction:
                 self.db.execute(ROLLBACK)
             if "I/O" in str(error):  # perhaps of a sync: what others committed before is forgotten with this
                 self._note_failed_sync()
             if commit:
-                raise translate(error, self.path) from error
+                raise self._trouble(error) from error
         except OSError as error:
             raise self._unsynced(error) from error
         finally:
-            system.unlock(self.mutex)
+            self._unlock()
 
     def _rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         """All rows at once: an open cursor would keep checkpoints from finishing."""
         try:
             return self.db.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise translate(error, self.path) from error
+        except sqlite3.Error:
+            return self._patiently(lambda: self.db.execute(statement, values).fetchall())  # type: ignore[no-any-return]
 
     def _value(self, statement: str, *values: Any) -> Any:
         rows = self._rows(statement, *values)
         return rows[0][0] if rows else None
 
     def _dicts(self, statement: str, *values: Any) -> list[dict[str, Any]]:
-        try:
+        def read() -> list[dict[str, Any]]:
             cursor = self.db.execute(statement, values)
             names = [column[0] for column in cursor.description]
             return [dict(zip(names, row)) for row in cursor.fetchall()]
-        except sqlite3.Error as error:
-            raise translate(error, self.path) from error
+
+        return self._patiently(read)  # type: ignore[no-any-return]
 
     def defer_sync(self) -> None:
         """From now on a commit does not wait for the disk: a power cut may undo it, until `sync` has returned.
@@ -2539,7 +2950,8 @@ class Store:
         self.deferring = True
         self.db.execute(NORMAL_SYNC)
         self.db.execute(COUNT_TABLES).fetchall()  # which makes the log, if there was none
-        self.log.open()  # before the first commit: who opens it after a sync has failed does not hear of that
+        # Before the first commit: who opens it after a sync has failed does not hear of that.
+        self.identity.watch(self.log.open())
 
     def sync(self) -> None:
         """Make every commit so far survive a power cut; raises Unavailable if the disk can't.
@@ -2547,6 +2959,8 @@ class Store:
         The log may be opened: unlike the database's, nobody's locks depend on its descriptors.
         While a connection is open the log is never replaced, only written anew from its start.
         """
+        if self.mutex < 0:  # there is no database
+            return
         try:
             if not self.log.failed():
                 self.log.sync()
@@ -2555,9 +2969,18 @@ class Store:
                 try:
                     self._write_log_again()
                 finally:
-                    system.unlock(self.mutex)
+                    self._unlock()
         except OSError as error:
             raise self._unsynced(error) from error
+
+    def _repair_after_commit(self) -> None:
+        """What others committed before is perhaps not on disk, and so not what was committed now."""
+        try:
+            failed = self.log.failed()
+        except OSError:  # SQLite has synced it, and who failed to sync will see to it
+            return
+        if failed:
+            self._write_log_again()
 
     def _note_failed_sync(self) -> None:
         try:
@@ -2585,7 +3008,7 @@ class Store:
 
         Raises QueueError if the database was deleted or replaced: nobody would hear of it else.
         """
-        if self.mutex < 0:  # there was none
+        if self.mutex < 0:  # there was none, or it can't be written
             if os.path.exists(self.path):
                 self._open()
             return 0
@@ -2616,6 +3039,7 @@ class Store:
         """
         before = self._value(LAST_SEQ) or 0
         self.existing: list[int] = []
+        self.causes: dict[int, str] = {}  # of dead jobs: for which one they died
         contexts: dict[str, int] = {}
         added: dict[str, int] = {}
         chunk: list[tuple[Any, ...]] = []
@@ -2633,7 +3057,7 @@ class Store:
                 self._add_chunk(chunk, lines, added, skip_existing)
                 chunk, lines = [], []
             if special:  # it may wait for one of these
-                self._add_special(draft, row, added, skip_existing, now)
+                self._add_special(draft, row, added, skip_existing, now, settings)
         self._add_chunk(chunk, lines, added, skip_existing)
         for queue, count in added.items():
             self.db.execute(ADD_QUEUE, (queue,))
@@ -2647,7 +3071,7 @@ class Store:
         return int(self._value(FIND_CONTEXT, *values) or self.db.execute(ADD_CONTEXT, values).lastrowid or 0)
 
     def _add_special(self, draft: dict[str, Any], row: tuple[Any, ...], added: dict[str, int], skip_existing: bool,
-                     now: int) -> None:
+                     now: int, settings: dict[str, Any]) -> None:
         """Insert a job with a key, a policy, or others to wait for; if one of those is dead already, so is the job."""
         line = draft.get("line", 0)
         if not self._add_one(line, row, skip_existing, draft["unique"]):
@@ -2656,19 +3080,34 @@ class Store:
         policy = {name: draft[name] for name in POLICY_FIELDS if draft[name] not in (None, [])}
         self.db.execute(SET_SPECIAL, (draft["unique"], json.dumps(policy) if policy else None, seq))
         try:
-            awaited = [self.find(name) for name in draft["after"] or ()]
+            awaited = [self._awaited(name) for name in draft["after"] or ()]
         except QueueError as error:
             raise QueueError(at_line(line, "%s; what a job is to run after must stand before it" % error)) from None
-        if any(job["seq"] == seq for job in awaited):
+        if any(each == seq for each, _ in awaited):
             raise QueueError(at_line(line, "a job can't wait for itself"))
         added[queue] = added.get(queue, 0) + 1
         self.db.execute(ADD_QUEUE, (queue,))  # the burial below is counted there
-        for job in awaited:
-            if job["state"] != COMPLETED:
-                self.db.execute(ADD_WAIT, (job["seq"], seq))
-                self.db.execute(HOLD, (seq,))
-        for cause in self.dead_causes(seq)[:1]:
-            self._bury(THIS_ONE, cause, seq, now)
+        waits = [(each, seq) for each, state in awaited if state != COMPLETED]
+        self.db.executemany(ADD_WAIT, waits)
+        if waits:
+            self.db.execute(HOLD, (seq,))
+        for each in [each for each, state in awaited if state == DEAD][:1]:
+            self.causes[seq] = self._cause_of(each)
+            self._bury(THIS_ONE, self.causes[seq], seq, now, settings)
+
+    def _awaited(self, name: str) -> tuple[int, str]:
+        """Seq and state of a job that another is to run after."""
+        rows = self._rows(STATE_OF_ID, name)
+        if rows:
+            return rows[0]
+        job = self.find(name)
+        return job["seq"], job["state"]
+
+    def _cause_of(self, seq: int) -> str:
+        """The id of the first dead job for which a dead job died; known for those just added."""
+        if seq not in self.causes:
+            self.causes[seq] = (self.dead_causes(seq) or [self._value(ID_OF, seq)])[0]
+        return self.causes[seq]
 
     def _add_chunk(self, chunk: list[tuple[Any, ...]], lines: list[int], added: dict[str, int],
                    skip_existing: bool) -> None:
@@ -2727,7 +3166,9 @@ class Store:
         if due is not None and due <= now and self.db.execute(MAKE_READY, (now,)).rowcount == READY_AT_ONCE:
             return None
         found = self.next(queues)
-        if found is None or (pool and not self.db.execute(TAKE_TURN, (pool,)).rowcount):
+        if found is None:
+            return None
+        if pool and found[3] != HOOK_QUEUE and not self.db.execute(TAKE_TURN, (pool,)).rowcount:
             return None
         self.db.execute(CLAIM, (worker, slot, now, now, now, found[0]))
         return Job._make((*found, now))
@@ -2738,8 +3179,14 @@ class Store:
         return cwd, path, umask, environ
 
     def make_ready_after_clock_step(self, now: int) -> None:
-        """Retries that were put off by a clock that has since been set back are due now."""
+        """Retries that were put off by a clock that has since been set back are due now; delays begin anew."""
         self.db.execute(MAKE_READY_AFTER_CLOCK_STEP, (now,))
+        self.db.execute(DELAY_AGAIN, (now,) * 4)
+
+    def hooks_left(self, queue: str) -> bool:
+        """Whether a hook of a job of this queue has not ended, and is not paused."""
+        mark = "%%%s%%" % json.dumps({"QUEUECTL_QUEUE": queue})[1:-1]
+        return bool(self._rows(HOOKS_LEFT, HOOK_QUEUE, mark)) and not self.queue(HOOK_QUEUE)["paused"]
 
     def drained(self, queues: Sequence[str], now: int) -> bool:
         """Whether no job of these queues (none: all) is due, failed or processing; paused ones don't count."""
@@ -2776,47 +3223,50 @@ class Store:
             return state, False
         if state == DEAD and job.queue != HOOK_QUEUE:
             self.db.executemany(COUNT_DEATH, [(pool,) for pool in pools])
-        hooked = self._add_hooks(job.seq, settings, state == DEAD and by_itself)
+        hooked = self._hook(job.seq, settings, state == DEAD and by_itself)
         return state, self._settle_waiters(job.seq, state, ended.finished_at) or hooked
 
-    def _add_hooks(self, seq: int, settings: dict[str, Any], died: bool) -> bool:
-        """A job has ended: add the jobs that `on_end`, and if it `died` by itself `on_dead`, ask for.
+    def _hook(self, seq: int, settings: dict[str, Any], died: bool) -> bool:
+        if not (settings["on_end"] or (died and settings["on_dead"])):
+            return False
+        return self._add_hooks(self._dicts(ONE_HOOKED, seq), settings, died)
+
+    def _add_hooks(self, jobs: Sequence[dict[str, Any]], settings: dict[str, Any], died: bool) -> bool:
+        """Jobs have ended: add the jobs that `on_end`, and if they `died` by themselves `on_dead`, ask for.
 
         In the transaction that records the end: so nobody's death goes untold, whoever is killed
         now. They are jobs like others, but their own end makes none.
         """
         commands = [settings[name] for name in ["on_end"] + ["on_dead"] * died if settings[name]]
-        job = commands and self.find_by_seq(seq)
-        if not job or job["queue"] == HOOK_QUEUE:
+        ended = [job for job in jobs if job["queue"] != HOOK_QUEUE]
+        if not commands or not ended:
             return False
         path = os.fsencode(os.environ.get("PATH", os.defpath)).decode("utf-8", "replace")
         context = self._context(os.path.dirname(self.path), path, 0o077, "")
-        draft = dict(dict.fromkeys(GIVEN_FIELDS), queue=HOOK_QUEUE, priority=HOOK_PRIORITY,
-                     timeout_seconds=HOOK_TIME, env=_hook_env(job))
-        for command in commands:
-            row = _job_row(dict(draft, command=command), settings, context, job["updated_at"])
-            self._add_one(0, row, False)
+        draft = dict(dict.fromkeys(GIVEN_FIELDS), queue=HOOK_QUEUE, priority=HOOK_PRIORITY, timeout_seconds=HOOK_TIME)
+        rows = [_job_row(dict(draft, command=command, env=_hook_env(job)), settings, context, job["updated_at"])
+                for job in ended for command in commands]
+        self._add_chunk(rows, [0] * len(rows), {}, False)
         self.db.execute(ADD_QUEUE, (HOOK_QUEUE,))
-        self.db.execute(COUNT_ADDED, (len(commands), HOOK_QUEUE))
+        self.db.execute(COUNT_ADDED, (len(rows), HOOK_QUEUE))
         return True
 
     def _settle_waiters(self, seq: int, state: str, now: int) -> bool:
         """A job is completed or dead: let those go on that waited for it alone, or bury them; whether there are any."""
         waiting = self._rows(WAITING_FOR, seq)
         if waiting and state == DEAD:
-            self._bury(DEPENDENTS_OF, self._value(ID_OF, seq), seq, now)
+            self._bury(DEPENDENTS_OF, self._value(ID_OF, seq), seq, now, self.settings())
         elif waiting:
             self.db.execute(END_WAITS, (seq,))
             self.db.executemany(LET_GO, [(now, now, job) for (job,) in waiting])
         return bool(waiting)
 
-    def _bury(self, which: str, cause: str, seq: int, now: int) -> None:
+    def _bury(self, which: str, cause: str, seq: int, now: int, settings: dict[str, Any]) -> None:
         """Let those jobs die that were to run after the dead one `cause`: `which` says which, of `seq`."""
-        settings = self.settings()
-        buried = self._rows(TO_BURY + which, seq) if settings["on_end"] else []
-        self.db.execute(BURY + which, (now, now, "%s is dead, and this job was to run after it" % cause, seq))
-        for (job,) in buried:
-            self._add_hooks(job, settings, False)
+        error = "%s is dead, and this job was to run after it" % cause
+        buried = self._dicts(TO_BURY + which, seq) if settings["on_end"] else []
+        self.db.execute(BURY + which, (now, now, error, seq))
+        self._add_hooks([dict(job, state=DEAD, last_error=error, updated_at=now) for job in buried], settings, False)
 
     def is_cancelled(self, seq: int) -> bool:
         return bool(self._rows(IS_CANCELLED, seq) == [(1,)])
@@ -2826,7 +3276,7 @@ class Store:
     def cancel_waiting(self, seq: int, now: int) -> bool:
         done = self.db.execute(CANCEL_WAITING, ("cancelled before it ran again", now, now, seq)).rowcount > 0
         if done:
-            self._add_hooks(seq, self.settings(), False)
+            self._hook(seq, self.settings(), False)
             self._settle_waiters(seq, DEAD, now)
         return done
 
@@ -2839,9 +3289,9 @@ class Store:
     def retry_all_dead(self, now: int, queue: str | None) -> int:
         """Give every dead job of a queue (None: of all) a new start whose key is not taken; how many."""
         before = self.counts()[DEAD]
-        self.db.execute(RETRY_ALL_DEAD, (now, queue))
+        self.db.execute(RETRY_ALL_DEAD % _FOR_GONE, (now, queue))
         for seq, name in self._rows(AWAITED_DEAD):
-            self._bury(DEPENDENTS_OF, name, seq, now)
+            self._bury(DEPENDENTS_OF, name, seq, now, self.settings())
         return before - self.counts()[DEAD]
 
     def dead_dependents(self, seq: int) -> list[int]:
@@ -2855,6 +3305,10 @@ class Store:
     def dead_causes(self, seq: int) -> list[str]:
         """The ids of the dead jobs for which a job waits, or would, and which themselves wait for no dead one."""
         return [row[0] for row in self._rows(DEAD_CAUSES, seq, seq)]
+
+    def waits_for_gone(self, seq: int) -> bool:
+        """Whether a job was to run after one that died and was forgotten."""
+        return bool(self._rows(WAITS_FOR_GONE, seq))
 
     def waiters_of(self, seq: int) -> list[dict[str, Any]]:
         """The jobs that wait for a job."""
@@ -2901,7 +3355,7 @@ class Store:
             except sqlite3.Error as error:
                 raise translate(error, self.path) from error
             finally:
-                system.unlock(self.mutex)
+                self._unlock()
 
     # Workers and pools come and go, and are told what to do.
 
@@ -2921,6 +3375,11 @@ class Store:
         """How many jobs have died in the hands of this pool."""
         rows = self._rows(GET_POOL, pool)
         return int(rows[0][2]) if rows else 0
+
+    def is_stopping(self, pool: str) -> bool:
+        """Whether a pool was told to stop."""
+        rows = self._rows(GET_POOL, pool)
+        return bool(rows) and rows[0][0] > 0
 
     def turns_left(self, pool: str) -> bool:
         rows = self._rows(GET_POOL, pool)
@@ -3047,9 +3506,14 @@ class Store:
     def last_seq(self) -> int:
         return int(self._value(LAST_SEQ) or 0)
 
-    def unfinished(self, first: int, last: int) -> bool:
-        """Whether any job after seq `first` up to `last` is neither completed nor dead."""
-        return any(self._rows(UNFINISHED_BETWEEN, state, first, last) for state in UNFINISHED)
+    def unfinished(self, first: int, last: int) -> set[int]:
+        """The seqs from `first` to `last` of jobs that have not ended."""
+        return {row[0] for row in self._rows(UNFINISHED_BETWEEN, first, last)}
+
+    def end_of(self, seq: int) -> tuple[str, str, str | None] | None:
+        """Id, state and last error of a job; None if it was forgotten."""
+        rows = self._rows(END_OF, seq)
+        return rows[0] if rows else None
 
     def died(self, first: int, last: int, start: int, queue: str | None = None) -> list[dict[str, Any]]:
         """The first few jobs after seq `first` up to `last`, of a queue or of all, that died at or after `start`."""
@@ -3058,6 +3522,17 @@ class Store:
     def backup(self, path: str) -> None:
         """Copy the database into the file `path`, as another queue in which what was running is pending."""
         self.copy_to(path, (GIVE_BACK_ALL, *FORGET_WORKERS, RENEW_IDENTITY))
+
+    @staticmethod
+    def is_queue(path: str) -> bool:
+        """Whether a file, which nobody uses, is the database of a queue."""
+        db = sqlite3.connect(file_uri(path, "immutable=1"), uri=True)
+        try:
+            return bool(db.execute(GET_APPLICATION).fetchone() == (APPLICATION_ID,))
+        except sqlite3.Error:
+            return False
+        finally:
+            db.close()
 
     def copy_to(self, path: str, changes: Sequence[str] = ()) -> None:
         """Copy the database as it is at this moment into a file, by SQLite's own online backup, and change the copy.
@@ -3170,15 +3645,15 @@ class Store:
         return count, average or 0.0
 
 
-def open_trusted(db: str, file: tuple[int, int] | None = None,
-                 tell: Callable[[str], None] | None = None) -> Store:
+def open_trusted(db: str, file: tuple[int, int] | None = None, tell: Callable[[str], None] | None = None,
+                 patience: float = PATIENCE) -> Store:
     """The store of a database from which something is to be executed.
 
     `file` is its identity where it was checked before: it must be the same. Raises QueueError if
     others could have written it, or if it was replaced.
     """
     refuse_untrusted(db)
-    store = Store(db, tell=tell)
+    store = Store(db, patience, tell)
     OPENED.append(store)
     if file not in (None, store.identity.file):
         store.close()
@@ -3186,11 +3661,73 @@ def open_trusted(db: str, file: tuple[int, int] | None = None,
     return store
 
 
+def copy_backup(backup: str, part: str) -> None:
+    """Copy a backup that is sound; raises QueueError if it is not."""
+    source = Store(backup, reading=True)
+    try:
+        damage = source.damage()
+        if damage:
+            raise QueueError("%s is damaged: %s" % (backup, damage[0]))
+        source.backup(part)
+    finally:
+        source.close()
+
+
+def fold_log(db: str) -> None:
+    """Have SQLite write the log into the database, if it can still read them."""
+    old = sqlite3.connect(db, isolation_level=None)
+    try:
+        old.execute(CHECKPOINT).fetchall()
+    except sqlite3.Error:
+        pass
+    finally:
+        old.close()
+
+
+def keep_aside(db: str) -> str:
+    """Give a database, and a log that could not be folded in, a second name; the name."""
+    number = 1
+    while any(os.path.exists("%s.replaced%d%s" % (db, number, ending)) for ending in ("", "-wal")):
+        number += 1
+    kept = "%s.replaced%d" % (db, number)
+    os.link(db, kept)
+    if os.path.exists(db + "-wal"):
+        os.rename(db + "-wal", kept + "-wal")
+    if os.path.exists(db + "-shm"):
+        os.unlink(db + "-shm")
+    return kept
+
+
+def put_in_place(backup: str, db: str) -> str:
+    """Put a copy of a backup in a database's place; under which name what it replaces is kept, or nothing.
+
+    Under the mutex. The old log is folded into the old database first, for it would be mixed with
+    the new one; where that can't be, it is kept beside it. There is a database at every moment:
+    until the last step the old one, which then has two names, and so is not mistaken for the new.
+    """
+    mutex = open_private(mutex_path(db), os.O_RDWR)
+    try:
+        system.wait_lock(mutex)
+        if not system.try_lock(mutex):
+            raise Unavailable("another process is writing to %s; try again when it has finished" % db)
+        part, kept = db + ".restored", ""
+        copy_backup(backup, part)
+        if os.path.exists(db):
+            fold_log(db)
+            kept = keep_aside(db)
+        os.rename(part, db)
+        sync_folder(os.path.dirname(db))
+        return kept
+    except OSError as error:
+        raise QueueError("%s can't be put in its place: %s" % (db, error.strerror)) from error
+    finally:
+        os.close(mutex)
+
+
 # ═══ Runner ═══ one run of one job ═══════════════════════════════════════════════════════════
 
 SHORTEST_LOOK, LONGEST_LOOK = 0.02, 0.5  # seconds between looks at a run's output
 LONGEST_PAUSE = 0.25  # seconds between looks at processes that were told to end
-SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # no job's fault
 
 
 def run_name(worker: str, seq: int, run: int) -> str:
@@ -3199,13 +3736,13 @@ def run_name(worker: str, seq: int, run: int) -> str:
 
 
 class Members:
-    """The processes of one run; called, it finds those that live, each with the time it started.
+    """The processes of one run; called, it finds those that live, from the top, each with the time it started.
 
     It remembers whom it has found: a child whose only tie to the run was its parent stays a
     member when that parent is gone.
     """
 
-    def __init__(self, mark: str, files: Sequence[str], leader: int = 0) -> None:
+    def __init__(self, mark: str, files: Sequence[str], leader: Leader = NOBODY) -> None:
         """As for `system.members`."""
         self.mark, self.files, self.leader = mark, files, leader
         self.known: dict[int, str] = {}
@@ -3228,7 +3765,13 @@ def end_processes(members: Callable[[], dict[int, str]], grace: float,
     nap = 0.005
     told: set[tuple[int, str]] = set()
     while True:
-        left = members()
+        try:
+            left = members()
+        except OSError:  # they can't be looked for now: they may all live
+            if patience is not None and time.monotonic() - start >= grace + patience:
+                return False
+            pause(LONGEST_PAUSE)
+            continue
         age = time.monotonic() - start
         if not left:
             return True
@@ -3255,6 +3798,8 @@ class Run:
         self.worker = worker
         self.name = run_name(worker, job.seq, job.runs)
         self.pid = 0
+        self.leader = NOBODY
+        self.lost = False  # whether it has ended with an exit code that nobody knows
         self.short = False  # whether it could not start because the machine has no room for it
         self.exit_code: int | None = None
         self.began = time.monotonic()
@@ -3271,21 +3816,31 @@ class Run:
         env.update(zip(NATIVE_JOB_VARIABLES, map(system.native, (
             job.id, str(job.attempts), str(job.max_retries), job.queue, db, self.name))))
         if job.env:  # that of a hook has the variables of the job which has ended
-            env.update([(system.native(name), system.native(value)) for name, value in json.loads(job.env).items()])
+            own = json.loads(job.env)
+            own.pop("QUEUECTL_RUN", None)
+            env.update([(system.native(name), system.native(value)) for name, value in own.items()])
         try:
+            first = system.ticks()
             self.pid = system.spawn(job.command, env, cwd, umask, *self.slot.fds)
+            self.leader = Leader(self.pid, first, system.ticks())
         except OSError as error:
-            self.short = error.errno in SHORTAGES
-            where = " in the folder %s" % cwd if error.filename == system.native(cwd) else ""
+            self.short = error.errno in (*SHORTAGES, errno.EIO)
+            where = ""
+            if error.filename == system.native(cwd):
+                self.short, where = False, " in the folder %s" % cwd
             return "can't start%s: %s" % (where, error.strerror)
         return ""
 
     def has_ended(self) -> bool:
         """Whether the shell has ended; `exit_code` (negative: its signal) is known from then on."""
-        code = system.reap(self.pid)
-        if self.exit_code is None:
-            self.exit_code = code
-        return self.exit_code is not None
+        if self.exit_code is not None or self.lost:
+            system.reap(0)
+            return True
+        try:
+            self.exit_code = system.reap(self.pid)
+        except ChildProcessError:
+            self.lost = True
+        return self.exit_code is not None or self.lost
 
     def overdue(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
@@ -3300,14 +3855,17 @@ class Run:
         now = time.monotonic()
         if now < self.next_look:
             return
-        printed = self.slot.bound(limit)
+        try:
+            printed = self.slot.bound(limit)
+        except OSError:  # looked at again soon
+            printed = self.printed
         grown, self.printed = printed - self.printed, printed
         self.look_every = SHORTEST_LOOK if grown > limit // 4 else min(self.look_every * 2, LONGEST_LOOK)
         self.next_look = now + self.look_every
 
     def end(self, grace: float, pause: Callable[[float], object]) -> None:
         """End the shell and everything it started, wherever that went."""
-        members = Members(self.name + "\0", self.slot.paths, self.pid)
+        members = Members(self.name + "\0", self.slot.paths, self.leader)
 
         def living() -> dict[int, str]:
             self.has_ended()  # the dead are collected, and the exit code of the shell is not lost
@@ -3331,6 +3889,7 @@ class Run:
 
 # ═══ Worker ═══ claim, run, record; recovery of what dead workers held ═══════════════════════
 
+SHUTDOWN_CODES = (-15, -9, 143, 137)  # SIGTERM and SIGKILL, or what a shell or program makes of them
 SHARED_SYNC = 4  # records that may share a sync of the disk, where jobs are short
 SYNC_WAIT = 0.005  # seconds a record waits for others to share its sync
 LONGEST_REST = 30.0  # seconds for which a worker rests while the machine has no room for a job
@@ -3363,6 +3922,8 @@ def _lost_run(job: Job, lost: dict[str, Any], stdout: bytes, stderr: bytes) -> E
     ending, error = LOST, "the worker %s was lost while it ran this job" % lost["worker"]
     if not lost["own"]:
         ending, error = STOPPED, "it ran in the queue that this one was copied from"
+    elif lost["stopping"]:
+        ending, error = STOPPED, "ended with its worker while the pool was stopping, to be run again"
     if lost["cancel"]:
         ending, error = CANCELLED, "cancelled"
     seconds = max(0, now - lost["started_at"]) / 1000
@@ -3376,12 +3937,14 @@ def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Cal
     slot = Slot(store.path, lost["worker"], lost["slot"])
     settings = store.settings()
     checkpoint("recovering")
-    if (lost["own"] or not lost["cancel"]) and orphans():
+    given_up = lost["cancel"] and not lost["own"]  # whoever cancels a job of the original doesn't wait for that
+    if not given_up and orphans():
         return False
-    if not slot.open():  # the token is held: in another container, or by another user
+    if not slot.open() and not given_up:  # the token is held: in another container, or by another user
         return False
     try:
-        ended = _lost_run(job, lost, *slot.read(settings["max_output_bytes"]))
+        outputs = slot.read(settings["max_output_bytes"]) if slot.fds else (b"", b"")
+        ended = _lost_run(job, lost, *outputs)
         with store.transaction():
             state, _ = store.record(ended, retry_time(job, LOST, settings, ended.finished_at),
                                     {pool, _pool_of(lost["worker"])}, settings)
@@ -3389,7 +3952,8 @@ def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Cal
         slot.close()  # a token kept here by mistake would keep the job from ever being given back
     checkpoint("recovered")
     store.sync()  # before the output is thrown away
-    slot.remove()
+    if not given_up:
+        slot.remove()
     if state:
         tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
             job.id, lost["worker"], job.attempts, max(1, job.max_retries), state))
@@ -3397,17 +3961,18 @@ def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Cal
 
 
 def _with_orphans(store: Store, job: dict[str, Any]) -> tuple[dict[str, Any], Members]:
-    """A job whose worker is dead, with `own`, and what is left of its run.
+    """A job whose worker is dead, with `own` and whether its pool was `stopping`, and what is left of its run.
 
     If this is a copy of the queue whose worker it was, these are all processes of that queue:
     as long as there are any, the job may be running there.
     """
     files = output_paths(store.path, job["worker"], job["slot"])
-    if not store.identity.is_own(job["worker"]):
+    if not store.is_own(job["worker"]):
         return dict(job, own=False), Members(original_of(job["worker"]) + "-", ())
+    stopping = store.is_stopping(_pool_of(job["worker"]))
     mark = run_name(job["worker"], job["seq"], job["runs"]) + "\0"
     leader = leader_of(store.path, job["worker"], job["seq"], job["runs"])
-    return dict(job, own=True), Members(mark, files, leader)
+    return dict(job, own=True, stopping=stopping), Members(mark, files, leader)
 
 
 def _forget_dead(store: Store) -> None:
@@ -3469,6 +4034,7 @@ def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str]
 
 SWEEP_TIME, SWEEP_REST = 0.1, 60.0  # seconds of work in one second; seconds between rounds, at least
 YOUNGEST_SWEPT = 5.0  # seconds for which ended jobs are kept at least, for somebody may be waiting for them
+STEADY_TIME = 60.0  # seconds for which the clock must have gone as the machine's own before it is believed
 
 
 def _sweep_on(store: Store, keep: dict[str, float], place: dict[str, int]) -> dict[str, int]:
@@ -3488,11 +4054,26 @@ def _sweep_on(store: Store, keep: dict[str, float], place: dict[str, int]) -> di
     return place
 
 
+def _steady_clock(noted: Any) -> tuple[bool, list[float]]:
+    """Whether the time of day can be believed, and what to note of it.
+
+    A clock that is a year ahead for some seconds must not let everything be forgotten: it has to
+    have gone for STEADY_TIME as the machine's own clock, which nobody sets.
+    """
+    now = [time.time(), time.monotonic()]
+    if noted:
+        passed, own = now[0] - noted[0], now[1] - noted[1]
+        if own >= 0 and abs(passed - own) <= CLOCK_STEP:
+            return own >= STEADY_TIME, noted
+    return STEADY_TIME == 0, now  # it was set, or the machine started anew
+
+
 def sweep(store: Store, settings: dict[str, Any]) -> None:
     """Forget jobs that ended longer ago than `keep_completed` and `keep_dead` say: for SWEEP_TIME, then go on later.
 
-    One worker at a time does that, under a lock; its file keeps the place, and by its date the end
-    of the last round. The longer jobs are kept, the longer is the rest: a hundredth of that.
+    One worker at a time does that, under a lock; its file keeps the place, since when the clock was
+    steady, and by its date the end of the last round. The longer jobs are kept, the longer is the
+    rest: a hundredth of that.
     """
     keep = {state: max(YOUNGEST_SWEPT, settings["keep_" + state]) for state in ENDED
             if settings["keep_" + state] is not None}
@@ -3502,13 +4083,17 @@ def sweep(store: Store, settings: dict[str, Any]) -> None:
     try:
         if not system.try_lock(lock):
             return
-        place = json.loads(read_between(lock, 0, 99) or b"null")
+        noted = json.loads(read_between(lock, 0, 200) or b"{}")
+        place = noted.get("place")
+        steady, clock = _steady_clock(noted.get("clock"))
         if place == {} and 0 <= time.time() - os.fstat(lock).st_mtime < max(SWEEP_REST, min(keep.values()) / 100):
             return
-        place = _sweep_on(store, keep, place or dict.fromkeys(keep, NEVER))
+        if steady:
+            place = _sweep_on(store, keep, place or dict.fromkeys(keep, NEVER))
+        elif clock == noted.get("clock"):
+            return
         os.ftruncate(lock, 0)
-        os.lseek(lock, 0, os.SEEK_SET)
-        os.write(lock, json.dumps(place).encode())
+        write_at(lock, 0, json.dumps({"place": place, "clock": clock}).encode())
     finally:
         os.close(lock)
 
@@ -3555,9 +4140,9 @@ class Worker:
         self.trouble = ""  # what was told last of what keeps it from working
         self.shortages, self.rest_until = 0, 0.0
         self.sync_failed = False
+        self.retry_at: int | None = None  # of the run that was recorded last
         self.slots = 0
         self.spare: list[Slot] = []
-        self.told_no_slot = False
         self.next_slot: Slot | None = None
         self.running: Slot
         self.control = Control(-1, SETTINGS, 0, set())
@@ -3594,17 +4179,28 @@ class Worker:
 
     def work(self) -> int:
         """Work until told to stop; the exit code tells the supervisor why it ended."""
-        self.store = open_trusted(self.order.db, self.order.file)
-        self.store.patience = TICK
-        self.store.defer_sync()
+        self.store = self._open()
         self.commit(self._register)
         self.follow(self.store.pulse()[0])
+        self._recover()  # first: what is left of a lost run must not go on while others lock the database
         self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
-        self._recover()
         self._loop()
         self._sync_at_last()
         self._deregister()
         return EXIT_INTERRUPTED if self.leave == 2 else EXIT_DISMISSED if self.dismissed else EXIT_OK
+
+    def _open(self) -> Store:
+        """The database, as soon as it can be opened."""
+        while True:
+            try:
+                store = open_trusted(self.order.db, self.order.file, patience=TICK)
+                store.defer_sync()
+                return store
+            except (Unavailable, OSError) as error:
+                if self.leave:
+                    raise
+                self._tell_trouble(str(error))
+                self.bell.wait(TICK)
 
     def _sync_at_last(self) -> None:
         """What was recorded is to be on disk before it leaves, unless it has to leave now."""
@@ -3617,6 +4213,7 @@ class Worker:
         """Life lock, bell and row come into being in one transaction: nobody sees a half-born worker."""
         if self.life < 0:
             self.life = take_life(self.order.db, self.name)
+            self.store.identity.watch(self.life)
             note_trouble(self.life, "")  # which takes the space for all notes
             self.bell = make_bell(bell_path(self.order.db, self.name))
             self.bell.hear_signals()
@@ -3630,7 +4227,7 @@ class Worker:
             with self.store.transaction():
                 self.store.remove_worker(self.name)
             remove_files(self.order.db, self.name)
-        except QueueError:
+        except (QueueError, OSError):
             pass
 
     def _loop(self) -> None:
@@ -3689,8 +4286,8 @@ class Worker:
         try:
             now = to_millis(time.time())
             if self.order.run:
-                return (not self.store.count(UNFINISHED, self.order.queues[0])
-                        and self.store.drained((HOOK_QUEUE,), now))
+                queue = self.order.queues[0]
+                return not self.store.count(UNFINISHED, queue) and not self.store.hooks_left(queue)
             return self._used_up() or bool(self.order.drain and self.store.drained(self.queues, now))
         except Unavailable:
             return False
@@ -3711,11 +4308,14 @@ class Worker:
             pause = min(pause, max(0.01, self.rest_until - time.monotonic()))
         if self.bell.wait(pause):
             system.reap(0)  # daemons that earlier jobs left behind end as children of this worker
-        clock = time.time() - time.monotonic()
-        if clock < self.clock - CLOCK_STEP:
+        if self._clock_was_set_back():
             self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
             self.seen = -1
-        self.clock = clock
+
+    def _clock_was_set_back(self) -> bool:
+        """Whether the wall clock was set back since this was asked last."""
+        before, self.clock = self.clock, time.time() - time.monotonic()
+        return self.clock < before - CLOCK_STEP
 
     def _patrol(self) -> None:
         """Now and then, while anybody else runs jobs: has a worker died whose supervisor died too?"""
@@ -3743,7 +4343,7 @@ class Worker:
             if recover(self.store, self.bell.wait, self.say, self.order.pool):
                 self.seen = -1
                 self.flush()
-        except Unavailable:
+        except (Unavailable, OSError):
             self.unpatrolled = True
 
     def follow(self, epoch: int) -> None:
@@ -3771,7 +4371,7 @@ class Worker:
                 if time.monotonic() >= self.rest_until:
                     self._tell_trouble("")
                 return result
-            except Unavailable as error:
+            except (Unavailable, OSError) as error:
                 if self.leave > (1 if holding else 0):
                     raise
                 if time.monotonic() >= told:
@@ -3806,16 +4406,22 @@ class Worker:
 
     def _turn(self, ended: Ended | None, slot: Slot | None) -> tuple[str, bool, Job | None]:
         state, freed = "", False
+        if self._clock_was_set_back():
+            self.store.make_ready_after_clock_step(to_millis(time.time()))
         epoch, due = self.store.pulse()
         self.follow(epoch)
         if ended:
-            self.retry_at = retry_time(ended.job, ended.ending, self.control.settings, ended.finished_at)
+            if ended.ending != COMPLETED:
+                self.retry_at = retry_time(ended.job, ended.ending, self.control.settings, ended.finished_at)
             state, freed = self.store.record(ended, self.retry_at, (self.order.pool,), self.control.settings)
         now = time.monotonic()
         if slot is None or self.leave or self.rest_until > now or now >= self.next_patrol or self._orphaned():
             return state, freed, None
-        return state, freed, self.store.claim(self.name, slot.number, self.queues, due, to_millis(time.time()),
-                                              self.order.pool if self.order.limited else "")
+        job = self.store.claim(self.name, slot.number, self.queues, due, to_millis(time.time()),
+                               self.order.pool if self.order.limited else "")
+        if job and job.context not in self.surroundings:
+            self._look_around(job.context)
+        return state, freed, job
 
     def _make_sure(self) -> None:
         """Have the disk keep what was recorded; only then it is told, and the output files are emptied.
@@ -3827,8 +4433,11 @@ class Worker:
         if self.unsynced:
             return
         for slot, printed in self.used:
-            slot.clear(printed)
-            self.spare.append(slot)
+            try:
+                slot.clear(printed)
+                self.spare.append(slot)
+            except OSError:  # a file that can't be emptied is used no more
+                slot.remove()
         self.used.clear()
 
     def _open_slot(self) -> Slot | None:
@@ -3840,23 +4449,25 @@ class Worker:
             try:
                 if self.spare[0].open():
                     self.spare[0].empty()  # of what a daemon wrote after its job was recorded, and ended since
-                    self.told_no_slot = False
                     return self.spare.pop(0)
             except OSError as error:
-                if not self.told_no_slot:
-                    self.say("no job can be claimed: %s" % error)
-                self.told_no_slot = True
+                self.rest_until = time.monotonic() + 1.0
+                self._tell_trouble("no job can be claimed: %s" % error)
                 return None
             self.spare.pop(0).remove()  # a daemon that an earlier job left behind keeps it
 
     def execute(self, job: Job) -> Ended:
         """Run a claimed job to its end, whatever that is."""
         run = Run(job, self.name, self.running)
-        surroundings = self.surroundings.get(job.context) or self._look_around(job.context)
+        surroundings = self.surroundings[job.context]
         checkpoint("claimed")
-        first = system.ticks()
+        if job.chained:  # what it waited for was perhaps recorded by another, and is not on disk yet
+            self.unsynced = True
+            self._make_sure()
+        if self.sync_failed:
+            return self._rest_from(run, "can't start: the disk can't be synced")
         problem = run.start(surroundings, self.order.db)
-        note_run(self.life, RunNote(self.place, job.seq, job.runs, run.pid, first, system.ticks()))
+        note_run(self.life, RunNote(self.place, job.seq, job.runs, *run.leader))
         if run.short:
             return self._rest_from(run, problem)
         self.shortages = 0
@@ -3885,14 +4496,15 @@ class Worker:
             if text:
                 self.announce(text)
 
-    def _look_around(self, context: int) -> Surroundings:
+    def _look_around(self, context: int) -> None:
+        """Read where the jobs of a context run, with the claim: from then on nothing may fail but their start."""
         cwd, path, umask, environ = self.store.context(context)
         env = system.environment() if not environ else {
             system.native(name): system.native(value) for name, value in json.loads(environ).items()}
         env[system.native("PATH")] = system.native(path)
         if len(self.surroundings) > 100:
             self.surroundings.clear()
-        return self.surroundings.setdefault(context, Surroundings(cwd, umask, env))
+        self.surroundings[context] = Surroundings(cwd, umask, env)
 
     def _attend(self, run: Run, limit: int) -> Ended:
         """Sleep until the run ends, or until there is a reason to end it."""
@@ -3926,20 +4538,24 @@ class Worker:
                 self.flush()
                 if self.store.is_cancelled(run.job.seq):
                     return CANCELLED, "cancelled"
-        except QueueError:
+        except (QueueError, OSError):
             pass  # the run goes on; what is wrong with the database shows when it is recorded
         return (STOPPED, "ended with its worker, to be run again") if self.leave == 2 else ("", "")
 
     def _judge(self, run: Run, limit: int) -> Ended:
         """What the end of its shell means for a run."""
+        if run.lost:
+            run.end_leftovers(self.control.settings["kill_grace_seconds"], self.bell.wait)
+            return run.ended(LOST, "its exit code was lost", limit)
         code = run.exit_code or 0
         if code == 0:
             return run.ended(COMPLETED, None, limit)
         grace = self.control.settings["kill_grace_seconds"]
         run.end_leftovers(grace, self.bell.wait)
-        if code in (-signal.SIGTERM, -9):
-            if not self.leave:
-                self.bell.wait(0.1)  # whoever ends all of us at once may have hit the job first
+        if code in SHUTDOWN_CODES:
+            deadline = time.monotonic() + 0.1  # whoever ends all of us at once may have hit the job first
+            while not self.leave and time.monotonic() < deadline:
+                self.bell.wait(deadline - time.monotonic())
             if self.leave:
                 return run.ended(STOPPED, "ended with its worker, to be run again", limit)
         error = "exit code %d" % code if code > 0 else "ended by signal %s" % signal_name(-code)
@@ -3958,7 +4574,7 @@ class Worker:
             return
         rest = "" if ended.error is None else ": %s" % clean(ended.error)
         if state == FAILED:
-            rest += "; next try at %s" % show_time(self.retry_at)
+            rest += "; next try at %s" % show_time(self.retry_at or 0)
         self.say("%s %s after %s%s" % (ended.job.id, outcome, show_duration(ended.seconds), rest))
 
     def say(self, text: str) -> None:
@@ -3966,7 +4582,7 @@ class Worker:
 
     def announce(self, text: str) -> None:
         """Say something at once, whatever waits to be said."""
-        system.say(self._clear() + self._line(text))
+        system.say(self._clear() + self._line(as_called(text)))
 
     def _line(self, text: str) -> str:
         return "%s worker %d: %s\n" % (show_time(to_millis(time.time())), self.order.number, text)
@@ -3984,7 +4600,7 @@ class Worker:
 
     def _sync(self) -> None:
         """Have the disk keep what was committed. While it does not, nothing of it is told or thrown away."""
-        if self.unsynced and self.control.settings["durability"] == "full":
+        if self.unsynced:
             try:
                 self.store.sync()
             except Unavailable as error:
@@ -4002,17 +4618,26 @@ def worker_main(order: Order) -> NoReturn:
         os.close(fd)
     if order.run:
         os.dup2(2, 1)  # stdout is for the result
-    system.prepare_worker(order.supervisor)
-    worker = Worker(order)
+    try:
+        system.prepare_worker(order.supervisor)
+        worker = Worker(order)
+    except OSError as error:
+        system.say("queuectl: a worker can't start: %s\n" % error, 2)
+        os._exit(EXIT_TROUBLED)
     worker.handle_signals()
     try:
         code = worker.work()
     except QueueError as error:
         worker.announce(str(error))
-        told = isinstance(error, Unavailable) and worker.leave  # what it can't write now, others will
-        code = EXIT_INTERRUPTED if told == 2 else EXIT_OK if told else EXIT_FAILED
+        code = EXIT_FAILED
+        if isinstance(error, Unavailable):  # what it can't write now, others will
+            code = (EXIT_TROUBLED, EXIT_OK, EXIT_INTERRUPTED)[worker.leave]
+    except OSError as error:
+        worker.announce(str(error))
+        code = EXIT_TROUBLED
     except Exception:
-        sys.excepthook(*sys.exc_info())
+        import traceback
+        system.say(traceback.format_exc(), 2)
         code = EXIT_BUG
     worker.flush()
     if not close_stores():
@@ -4041,7 +4666,7 @@ def complain(text: str) -> None:
     """A line on stderr that is no result."""
     try:
         if sys.stderr is not None:
-            print("queuectl: %s" % text, file=sys.stderr, flush=True)
+            print("queuectl: %s" % as_called(text), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         mute(2)  # nobody listens
 
@@ -4095,6 +4720,8 @@ class Pool:
 
     def _handle_signals(self) -> None:
         self.bell.hear_signals()
+        if not WINDOWS:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the caller may have blocked some
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
@@ -4124,9 +4751,12 @@ class Pool:
                       self.look is not None, os.getpid(), fds)
         process = self.context.Process(target=worker_main, args=(order,), name="worker %d" % self.number)
         mask = None if WINDOWS else signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        before = system.descriptors()
         try:
             process.start()  # until it has handlers of its own, a signal to it must wait
         except OSError as error:
+            for fd in system.descriptors() - before:  # multiprocessing has left them open
+                os.close(fd)
             self._tell("a worker can't be started yet: %s" % error.strerror)
             self.openings.append(time.monotonic() + LONGEST_DELAY)
             return
@@ -4139,7 +4769,7 @@ class Pool:
     def _tell(self, text: str) -> None:
         if self.look:
             self.look.clear()
-        complain(text)
+        system.say("queuectl: %s\n" % as_called(text), 2)
 
     def _patience(self) -> float | None:
         times = self.openings + ([self.next_look] if self.look else [])
@@ -4151,15 +4781,24 @@ class Pool:
             return
         self.told = min(self.stops, 2)
         self.openings = []
-        self._tell("ending the running jobs now" if self.told == 2 else
-                   "stopping: running jobs finish first; once more to end them now")
         for process in self.workers:
             system.dismiss(process.pid, self.told == 2)
-        if WINDOWS:
-            store = Store(self.db)
+        self._tell("ending the running jobs now" if self.told == 2 else
+                   "stopping: running jobs finish first; once more to end them now")
+        self._note_stop()
+
+    def _note_stop(self) -> None:
+        """Have it on record that the pool is told to stop: jobs that are killed from now on did not fail.
+
+        Where there are no signals, workers hear of it by this alone.
+        """
+        try:
+            store = Store(self.db, LAST_PATIENCE)
             with store.transaction():
                 store.ask_stop([self.name], self.told)
             store.close()
+        except QueueError:
+            pass
 
     def _collect(self) -> None:
         """Take note of workers that have ended, and replace those that should not have."""
@@ -4178,6 +4817,8 @@ class Pool:
         if code != EXIT_DISMISSED:
             self._tell("a worker died (%s); it is replaced" % (
                 "exit code %d" % code if code > 0 else signal_name(-code)))
+        if code == EXIT_TROUBLED:
+            return LONGEST_DELAY
         self.quick_deaths = self.quick_deaths + 1 if age < QUICK_DEATH else 0
         return min(LONGEST_DELAY, 0.1 * 2 ** min(self.quick_deaths - 1, 10)) if self.quick_deaths > 1 else 0.0
 
@@ -4197,10 +4838,10 @@ class Pool:
                 store.remove_pool(self.name)
             remove_files(self.db, self.name)
             store.close()
-        except Unavailable:
+        except (Unavailable, OSError):
             pass
         except QueueError as error:
-            complain(str(error))
+            self._tell(str(error))
             return max(self.code, EXIT_FAILED)
         return self.code or (EXIT_FAILED if self.drain and died else EXIT_OK)
 
@@ -4305,7 +4946,7 @@ def job_row(job: dict[str, Any], now: int) -> tuple[str, ...]:
         when = "for " + since(job["started_at"], now)
     elif job["state"] == PENDING and job["after"]:
         when = "after " + job["after"]
-    elif job["next_retry_at"] or (job["run_at"] or 0) > now:
+    elif job["next_retry_at"] or (job["run_at"] is not None and job["run_at"] > now):
         when = "in " + show_duration(max(0, (job["next_retry_at"] or job["run_at"]) - now) / 1000)
     else:
         when = since(job["updated_at"], now) + " ago"
@@ -4462,11 +5103,18 @@ IDS = option("ids", nargs="+", metavar="ID", help="the job's id, or a unique par
 ID = option("id", metavar="ID", help="the job's id, or a unique part of its beginning")
 
 
-def emit(text: str) -> None:
-    """A line of a command's result."""
+def emit_bytes(data: bytes) -> None:
+    """A part of a command's result; it leaves at once only on a terminal, else with much more or at the end."""
     if sys.stdout is None:
         raise OSError("stdout is closed")
-    sys.stdout.write(text + "\n")
+    sys.stdout.buffer.write(data)
+    if sys.stdout.line_buffering:
+        sys.stdout.flush()
+
+
+def emit(text: str) -> None:
+    """A line of a command's result."""
+    emit_bytes((text + "\n").encode(sys.stdout.encoding if sys.stdout else "ascii", "replace"))
 
 
 def out_lines(values: Iterable[Any]) -> int:
@@ -4489,6 +5137,9 @@ def terminal_width() -> int:
         return 0
 
 
+help_width = lru_cache(1)(terminal_width)
+
+
 def fitted_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table for where stdout leads: within a terminal's width, coloured there, or whole."""
     width = terminal_width()
@@ -4505,7 +5156,7 @@ def open_store(args: Any, **how: bool) -> Store:
     """The store of a command that executes nothing; a word on stderr if others could have written it."""
     store = Store(args.db, tell=complain, **how)
     OPENED.append(store)
-    reason = distrust_of(args.db)
+    reason = os.path.exists(args.db) and distrust_of(args.db)
     if reason:
         complain("nothing of this queue will be executed: %s" % clean(reason))
     return store
@@ -4537,31 +5188,39 @@ def patience_of(args: Any) -> float:
     return float("inf") if args.timeout is None else float(checked("delay", args.timeout, "--timeout"))
 
 
-def await_jobs(store: Store, ranges: Sequence[tuple[int, int]], start: int, patience: float) -> int:
-    """Wait until no job in these ranges (after a seq, up to a seq) is unfinished; the exit code of `wait`.
+def tell_ends(ends: Sequence[tuple[str, str, str | None] | None]) -> int:
+    """Tell of jobs that were waited for and are dead or (None) forgotten; the exit code."""
+    gone = sum(end is None for end in ends)
+    if gone:
+        complain("%s deleted while waited for" % count_of(gone, "job"))
+    for name, _, error in [end for end in ends if end][:5]:
+        complain("%s is dead: %s; `queuectl logs %s` shows what it printed"
+                 % (clean(name), clean(error or "cancelled"), clean(name)))
+    return EXIT_FAILED if ends else EXIT_OK
 
-    A death before `start` (milliseconds) does not count. Raises TimedOut after `patience` seconds.
+
+def await_jobs(store: Store, seqs: Iterable[int], patience: float) -> int:
+    """Wait until all these jobs have ended; the exit code of `wait`. Raises TimedOut after `patience` seconds.
+
+    Each is looked at when it has ended, for it may be forgotten soon after.
     """
     deadline = time.monotonic() + patience
-    told, left = False, ranges
+    left, ends, told = set(seqs), [], False
     while True:
-        seen = store.changed()
-        left = [pair for pair in left if store.unfinished(*pair)]
+        seen, began = store.changed(), time.monotonic()
+        ended = left and left - store.unfinished(min(left), max(left))
+        ends += [end for end in map(store.end_of, sorted(ended)) if end is None or end[1] == DEAD]
+        left -= ended
         if not left:
             break
+        pause = max(0.02, 4 * (time.monotonic() - began))
         while store.changed() == seen and time.monotonic() < deadline:
             told = told or tell_if_idle(store.path)
-            time.sleep(0.02)
+            time.sleep(pause)
         if time.monotonic() >= deadline:
             raise TimedOut("not all jobs have ended after %s; they stay in the queue" % show_duration(patience))
-    gone = [last for first, last in ranges if last == first + 1 and store.find_by_seq(last) is None]
-    if gone:
-        complain("%s deleted while waited for" % count_of(len(gone), "job"))
-    died = [job for pair in ranges for job in store.died(*pair, start)]
-    for job in died[:5]:
-        complain("%s is dead: %s; `queuectl logs %s` shows what it printed"
-                 % (clean(job["id"]), clean(job["last_error"] or "cancelled"), clean(job["id"])))
-    return EXIT_FAILED if died or gone else EXIT_OK
+    store.sync()  # what it says must still be so after a power cut
+    return tell_ends(ends)
 
 
 # enqueue
@@ -4661,7 +5320,7 @@ def job_lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
         if len(raw) == LONGEST_LINE:
             raise UsageError("line %d is longer than any command can be" % number)
         try:
-            line = raw.decode().strip()
+            line = raw.decode().rstrip("\r\n").lstrip(" \t")
         except UnicodeDecodeError:
             raise UsageError("line %d is not valid UTF-8" % number) from None
         if number == 1 and line == "[":
@@ -4689,9 +5348,48 @@ def drafts_of(lines: Iterable[tuple[int, Any]], read: Callable[[Any], dict[str, 
         yield draft
 
 
+def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:
+    """The inputs for --each with their numbers: what stands between separators, without what is empty."""
+    rest, number = b"", 0
+    for data in iter(lambda: stream.read(1 << 16), b""):
+        *parts, rest = (rest + data).split(separator)
+        for part in parts:
+            number += 1
+            if part:
+                yield number, part
+    if rest:
+        yield number + 1, rest
+
+
+def fill_in(template: str, given: bytes | str) -> str:
+    """The command for one input of --each: {} stands for it, safely quoted."""
+    try:
+        text = given if isinstance(given, str) else given.decode()
+    except UnicodeDecodeError:
+        raise UsageError("%s is not valid UTF-8" % clean(repr(given))) from None
+    return with_place(template).replace("{}", join_words([text])) if WINDOWS else fill(template, text)
+
+
+def each_source(args: Any, options: dict[str, Any], now: int) -> Iterator[dict[str, Any]]:
+    """The drafts of a command for each input: the arguments, or what comes from stdin or a file."""
+    def each(given: Any) -> dict[str, Any]:
+        return draft_of({"command": fill_in(args.each, given), **options}, now, system.longest_command)
+
+    if not WINDOWS:
+        check_template(args.each)
+    if args.words:
+        yield from drafts_of(enumerate(args.words, 1), each)
+        return
+    with open_jobs(args.file or "-") as stream:
+        yield from drafts_of(inputs_of(stream, b"\0" if args.null else b"\n"), each)
+
+
 def job_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
     """The drafts of what `enqueue` was given: one argument, several words, or the lines of a file."""
     options = given_options(args)
+    if args.each is not None:
+        yield from each_source(args, options, now)
+        return
     if args.file is None:
         yield finish_draft(draft_of_words(args.words, args.literal, now, options), {})
         return
@@ -4718,19 +5416,27 @@ def caller_of(args: Any) -> dict[str, Any]:
     return {"path": check_text("PATH", as_utf8(os.environ.get("PATH", os.defpath))), "umask": umask, "environ": environ}
 
 
-def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
-    if args.json:
+def tell_enqueued(args: Any, store: Store, first: int, last: int, existing: Sequence[int],
+                  many: bool) -> None:
+    if args.json and not many:
+        job = store.find_by_seq(existing[0] if existing else last)
+        out_json(job and job_json(job))
+    elif args.json:
         out_lines(map(job_json, store.jobs_between(first, last)))
     elif args.quiet:
-        for job in store.jobs_between(first, last):
-            emit(job["id"])
-    elif args.file is not None:
+        for job in [*map(store.find_by_seq, existing), *store.jobs_between(first, last)]:
+            emit(job["id"] if job else "")
+    elif many:
         emit("Enqueued: %s" % count_of(last - first, "job"))
     elif first == last:
         emit("Exists already: nothing changed")
     else:
         job = next(store.jobs_between(first, last))
         emit("Enqueued: %s" % job["id"])
+        if (job["due"] or 0) > now_millis():
+            complain("%s will run in %s, at %s (%s in local time)" % (
+                clean(job["id"]), show_duration((job["due"] - now_millis()) / 1000), show_time(job["due"]),
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(job["due"] / 1000))))
         if job["state"] == DEAD:
             complain("%s is dead already: %s" % (clean(job["id"]), job["last_error"]))
     if sys.stderr is not None and sys.stderr.isatty():
@@ -4738,14 +5444,18 @@ def tell_enqueued(args: Any, store: Store, first: int, last: int) -> None:
 
 
 FILE = option("--file", metavar="PATH", help="one job a line, command or JSON; - is stdin; all or none")
+EACH = (
+    option("--each", metavar="COMMAND", help="this for each input, a line on stdin: {} stands for it, quoted"),
+    option("-0", "--null", action="store_true", help="inputs end with NUL, not with a newline"),
+)
 JOB_OPTIONS = (
     option("--id", metavar="ID", help="choose the id yourself"),
-    option("--priority", metavar="N", help="lower runs first (10)"),
+    option("--priority", metavar="N", help="lower runs first (%d)" % SETTINGS["priority"]),
     option("--run-at", metavar="TIME", help="not before this time: 2026-01-31T10:00:00Z, now+5m"),
     option("--delay", metavar="DURATION", help="not before this long from now: 90, 500ms, 1h30m"),
     option("--timeout", metavar="DURATION", help="end a run that takes longer"),
-    option("--max-retries", metavar="N", help="runs before it is dead (3)"),
-    option("--backoff-base", metavar="N", help="seconds between tries: N ** attempts (2)"),
+    option("--max-retries", metavar="N", help="runs before it is dead (%d)" % SETTINGS["max_retries"]),
+    option("--backoff-base", metavar="N", help="seconds between tries: N ** attempts (%d)" % SETTINGS["backoff_base"]),
     option("--cwd", metavar="DIR", help="the folder it runs in (this one)"),
     option("--env", metavar="NAME[=VALUE]", action="append", help="a variable for the job; without value yours"),
     option("--env-all", action="store_true", help="all your variables, as they are now"),
@@ -4760,7 +5470,7 @@ JOB_OPTIONS = (
 @subcommand(
     "enqueue", "add a job, or a file of jobs",
     option("words", nargs="*", metavar="COMMAND", help="a shell command, JSON, or a program and its arguments"),
-    FILE, option("--queue", metavar="NAME", help="the queue it waits in (default)"), *JOB_OPTIONS,
+    FILE, *EACH, option("--queue", metavar="NAME", help="the queue it waits in (default)"), *JOB_OPTIONS,
     option("--wait", action="store_true", help="until it is completed or dead; exit 1 if it died"),
     option("--quiet", action="store_true", help="print the ids alone"), JSON,
     examples="""
@@ -4771,31 +5481,32 @@ queuectl enqueue --delay 10m 'curl -fsS https://example.org/ping'
 queuectl enqueue --after fetch,unpack --id build make
 queuectl enqueue --unique sync --if-exists skip 'rsync -a /data backup:'
 queuectl enqueue -- '{ echo a; echo b; }'
-find . -name '*.log' | sed 's/.*/gzip -9 "&"/' | queuectl enqueue --file -
+find . -name '*.log' -print0 | queuectl enqueue -0 --each 'gzip -9 {}'
 """)
 def cmd_enqueue(args: Any) -> int:
-    if (args.file is None) != bool(args.words) or (args.file is not None and args.id):
+    many = args.file is not None or args.each is not None
+    if (args.file is not None and bool(args.words)) or not (many or args.words) or (many and args.id) or (
+            args.null and args.each is None):
         raise UsageError("give either a command or --file PATH%s; see `queuectl enqueue --help`"
                          % (" (the lines of a file carry their own ids)" if args.id and args.file else ""))
     now = now_millis()
-    drafts = begun(job_source(args, now), args.file is None)
+    drafts = begun(job_source(args, now), bool(args.words))
     caller = caller_of(args)
     store = open_store(args)
     settings = store.settings()
-    if args.file is not None:
+    if many:
         store.expect_bulk()
     with store.transaction():
         first, last, existing = store.add(
             drafts, settings, now=now, skip_existing=args.if_exists == "skip", **caller)
     ring_all(args.db)
     try:
-        tell_enqueued(args, store, first, last)
+        tell_enqueued(args, store, first, last, existing, many)
         sys.stdout.flush()
     except OSError:
-        complain("%s enqueued all the same" % ("the jobs are" if args.file else "the job is"))
+        complain("%s enqueued all the same" % ("the jobs are" if many else "the job is"))
         raise
-    ranges = [(first, last), *((seq - 1, seq) for seq in existing)]
-    return await_jobs(store, ranges, 0, float("inf")) if args.wait else EXIT_OK
+    return await_jobs(store, [*range(first + 1, last + 1), *existing], float("inf")) if args.wait else EXIT_OK
 
 
 # worker
@@ -4829,9 +5540,13 @@ def _open_log(path: str) -> int:
 
 def own_command() -> list[str]:
     """How this program is started: by the launcher of `make install` (its module is compiled), or as a script."""
+    script = os.path.abspath(globals().get("__file__", ""))
+    if not os.path.isfile(script):
+        raise QueueError("queuectl can't be started again from %s; save it as a file of its own" % (
+            clean(script) or "where it came from"))
     launcher = os.path.abspath(sys.argv[0])
     installed = os.path.basename(launcher) == "queuectl" and os.path.isfile(launcher)
-    return [sys.executable, launcher if installed else os.path.abspath(__file__)]
+    return [sys.executable, launcher if installed else script]
 
 
 START_TIME = 30.0  # seconds a detached pool has to come up
@@ -4882,6 +5597,7 @@ def cmd_worker_start(args: Any) -> int:
     count = _whole_option("--count", args.count, 1000)
     max_jobs = None if args.max_jobs is None else _whole_option("--max-jobs", args.max_jobs, 10**9)
     queues = [check_name("--queue", name) for name in args.queue]
+    system.check_room(count)
     store = open_trusted(args.db, tell=complain)
     name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name(store)
     if args.detach:
@@ -4890,6 +5606,12 @@ def cmd_worker_start(args: Any) -> int:
     system.say("Starting %s, pool %s, pid %d, database %s\n" % (
         count_of(count, "worker"), name, os.getpid(), clean(args.db)))
     return Pool(args.db, name, count, queues, args.drain, max_jobs).run()
+
+
+def own_run(db: str) -> tuple[str, int]:
+    """The worker and the seq of the job from which this command was called, if it is one of this queue."""
+    worker, _, rest = os.environ.get("QUEUECTL_RUN", "--").rpartition("-")[0].rpartition("-")
+    return (worker, int(rest)) if rest.isdigit() and is_alive(db, worker) else ("", 0)
 
 
 @subcommand(
@@ -4907,20 +5629,26 @@ def cmd_worker_stop(args: Any) -> int:
         emit("No workers are running.")
         return EXIT_OK
     store = open_store(args, as_it_is=True)
-    alive = [entry["name"] for entry in [*store.pools(), *store.workers()] if entry["alive"]]
+    worker, _ = own_run(args.db)
+    own = (worker, _pool_of(worker))  # which waits for the job that called this
+    alive = {entry["name"]: entry["pid"] for entry in [*store.pools(), *store.workers()]
+             if entry["alive"] and entry["name"] not in own}
     with store.transaction():
         store.ask_stop([pool["name"] for pool in store.pools()], 2 if args.now else 1)
     ring_all(args.db)
     told = time.monotonic() + WAIT_TOLD
     while any(is_alive(args.db, name) for name in alive):
+        for name, pid in alive.items():
+            system.wake(pid, life_path(args.db, name))
         if time.monotonic() >= deadline:
-            raise TimedOut("workers still run after %s; they go on stopping, `worker stop --now` ends their jobs"
-                           % show_duration(patience))
+            raise TimedOut("workers still run after %s; they go on stopping, `queuectl worker stop --now` ends their "
+                           "jobs" % show_duration(patience))
         if time.monotonic() >= told:
             complain("waiting for running jobs to finish; `queuectl worker stop --now` would end them")
             told = float("inf")
         time.sleep(0.02)
-    emit("All workers have stopped.")
+    emit("All workers have stopped." if not worker else
+         "All other workers have stopped; those of this pool do when this job has ended.")
     return EXIT_OK
 
 
@@ -4969,6 +5697,11 @@ def unfinished_of(queue: dict[str, Any]) -> int:
 Part = namedtuple("Part", "total left completed dead failed processing paused")
 
 
+def has_escapes() -> bool:
+    """Whether the terminal understands escape sequences."""
+    return os.environ.get("TERM") != "dumb"
+
+
 class Batch:
     """The jobs of one `run`: those of its queue from seq `first` to `last`, and what has become of them.
 
@@ -4983,7 +5716,7 @@ class Batch:
         self.queue = store.queue(name)
         self.total = unfinished_of(self.before) if start else last - first + 1
         self.began, self.rate, self.last_end = time.monotonic(), Rate(), (0, 0.0)
-        self.terminal = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        self.terminal = not quiet and sys.stderr is not None and sys.stderr.isatty() and has_escapes()
         self.next = self.began + (0.0 if self.terminal else 10.0)
 
     def outcome(self, store: Store) -> Part:
@@ -5033,12 +5766,11 @@ class Batch:
 
     def tell(self, text: str) -> None:
         if not self.terminal:
-            complain(text)
+            system.say("queuectl: %s\n" % text, 2)
             return
         try:
             width = os.get_terminal_size(2).columns or 80
-            sys.stderr.write("\r%s\033[K" % fit(text, width - 1).rstrip())
-            sys.stderr.flush()
+            system.say("\r%s\033[K" % fit(text, width - 1).rstrip(), 2)
         except OSError:  # it is gone
             self.terminal, self.quiet = False, True
             mute(2)
@@ -5076,45 +5808,15 @@ def _resumed(store: Store, words: Sequence[str]) -> str:
     return words[0] if words else next(iter(left), "")
 
 
-def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """The inputs for --each with their numbers: what stands between separators, without what is empty."""
-    rest, number = b"", 0
-    for data in iter(lambda: stream.read(1 << 16), b""):
-        *parts, rest = (rest + data).split(separator)
-        for part in parts:
-            number += 1
-            if part:
-                yield number, part
-    if rest:
-        yield number + 1, rest
-
-
-def fill_in(template: str, given: bytes | str) -> str:
-    """The command for one input of --each: {} stands for it, safely quoted."""
-    try:
-        text = given if isinstance(given, str) else given.decode()
-    except UnicodeDecodeError:
-        raise UsageError("%s is not valid UTF-8" % clean(repr(given))) from None
-    return with_place(template).replace("{}", join_words([text])) if WINDOWS else fill(template, text)
-
-
 def run_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
     """The drafts of what `run` was given: --each with its inputs, several commands, or what `enqueue` takes."""
     options, longest = given_options(args), system.longest_command
 
-    def each(given: Any) -> dict[str, Any]:
-        return draft_of({"command": fill_in(args.each, given), **options}, now, longest)
-
     if ":::" in args.words:
         raise UsageError("inputs stand behind the options, or on stdin: queuectl run --each 'gzip {}' a.log b.log")
-    if args.each is not None and not WINDOWS:
-        check_template(args.each)
-    if args.each is not None and args.words:
-        yield from drafts_of(enumerate(args.words, 1), each)
-    elif args.each is not None:
-        with open_jobs(args.file) as stream:
-            yield from drafts_of(inputs_of(stream, b"\0" if args.null else b"\n"), each)
-    elif len(args.words) > 1 and " " in args.words[0] and not args.literal and not args.words[0].startswith("{"):
+    first = args.words[0] if args.words else ""
+    several = len(args.words) > 1 and " " in first and not first.startswith("{")
+    if several and args.each is None and not args.literal:
         yield from drafts_of(enumerate(args.words, 1), lambda line: read_job(line, now, longest, options))
     else:
         yield from job_source(args, now)
@@ -5166,7 +5868,7 @@ def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
                       "left": part.left, "seconds": round(seconds, 3), "died": died})
         elif not args.quiet or part.completed != part.total:
             for line in summary_lines(batch.name, part, seconds, died):
-                emit(line)
+                emit(as_called(line))
         sys.stdout.flush()
     except OSError:
         complain("%d of %d jobs are completed all the same" % (part.completed, part.total))
@@ -5180,8 +5882,7 @@ def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
     "run", "run commands in parallel, show progress, and sum up",
     option("words", nargs="*", metavar="COMMAND", help="as for enqueue, or several shell commands, or inputs"),
     FILE,
-    option("--each", metavar="COMMAND", help="run this for each input, a line on stdin: {} stands for it, quoted"),
-    option("-0", "--null", action="store_true", help="inputs end with NUL, not with a newline"),
+    *EACH,
     option("-j", "--workers", metavar="N", help="how many at once (the number of cores)"),
     option("--resume", action="store_true", help="go on with a run that was interrupted: run --resume [run-1]"),
     option("--quiet", action="store_true", help="no progress; a summary only if not all completed"), JSON, *JOB_OPTIONS,
@@ -5198,6 +5899,7 @@ def cmd_run(args: Any) -> int:
     if (args.file is not None and bool(args.words)) or (args.null and not args.each) or (
             args.resume and (args.file or args.each or given_options(args))):
         raise UsageError("give commands, --file, --each (with -0, if need be) or --resume; see `queuectl run --help`")
+    system.check_room(most)
     if sys.stdin is not None and sys.stdin.isatty() and not (args.words or args.file or args.resume):
         raise UsageError("say what to run; see `queuectl run --help`")
     store = open_trusted(args.db, tell=complain)
@@ -5227,11 +5929,11 @@ def show_frames(args: Any, frame: Callable[[], list[str]]) -> int:
     """Show the lines of `frame()` once, or with --watch each second anew: on a terminal in place, without flicker."""
     if not args.watch:
         for line in frame():
-            emit(line)
+            emit(as_called(line))
         return EXIT_OK
     clear = "\033[2J"
     while True:
-        lines = ["%s, every second until Ctrl-C" % show_time(now_millis())[:-5], *frame()]
+        lines = ["%s, every second until Ctrl-C" % show_time(now_millis())[:-5], *map(as_called, frame())]
         width = terminal_width()
         if width:
             lines[:2] = [fit(line, width).rstrip() for line in lines[:2]]
@@ -5314,38 +6016,19 @@ def _list(args: Any, states: list[str], head: Sequence[str],
     return EXIT_OK
 
 
-def _watch_list(args: Any) -> int:
-    """Show the newest jobs again and again, and how fast jobs end."""
-    if args.json or args.all or args.limit:
-        raise UsageError("--watch shows what fits on the terminal; it does not go with --json, --all and --limit")
-    store = read_store(args)
-    rate = Rate()
-
-    def frame() -> list[str]:
-        store.changed()  # raises if the database is gone
-        most = os.get_terminal_size(sys.stdout.fileno()).lines - 5 if terminal_width() else 50
-        rows = [job_row(job, now_millis()) for job in store.newest(args.state, args.queue, max(1, most))]
-        speed = rate(store.count(ENDED, args.queue))
-        total = "%s, %s" % (count_of(store.count(args.state, args.queue), "job"),
-                            "..." if speed is None else "%.1f ended a second in the last minute" % speed)
-        return [total, *fitted_table(JOB_HEAD, rows)]
-
-    return show_frames(args, frame)
-
-
 @subcommand(
     "list", "show jobs, the newest last",
     option("--state", action="append", default=[], choices=STATES, help="in this state only; repeatable"),
     option("--queue", metavar="NAME", help="of this queue only"),
     option("--limit", metavar="N", help="the newest N (50; with --json all)"),
-    option("--all", action="store_true", help="all of them"), JSON, WATCH,
+    option("--all", action="store_true", help="all of them"), JSON,
     examples="""
 queuectl list
 queuectl list --state failed --state dead
 queuectl list --json --state pending --state failed | queuectl --db /other/queue.db enqueue --file -
 """)
 def cmd_list(args: Any) -> int:
-    return _watch_list(args) if args.watch else _list(args, args.state, JOB_HEAD, job_row)
+    return _list(args, args.state, JOB_HEAD, job_row)
 
 
 def read_output(path: str, missing: Any, read: Callable[..., Any], *values: Any) -> Any:
@@ -5402,18 +6085,16 @@ def cmd_show(args: Any) -> int:
         emit(line)
     for run in runs_of(store, job):
         emit(run_title(run))
-    emit("`queuectl logs %s` shows what it printed." % clean(job["id"]) if job["runs"] else
-         "It has not run yet; `queuectl why %s` tells why." % clean(job["id"]))
+    advice = "It has not run yet; `queuectl why %s` tells why."
+    if job["runs"]:
+        advice = "`queuectl logs %s` shows what it printed."
+    emit(as_called(advice % clean(job["id"])))
     return EXIT_OK
 
 
 def out_bytes(output: bytes) -> None:
     """Output of a job: safe on a terminal, unchanged into a pipe or file."""
-    if sys.stdout is None:
-        raise OSError("stdout is closed")
-    sys.stdout.flush()
-    sys.stdout.buffer.write(shown_output(output, sys.stdout.isatty()))
-    sys.stdout.buffer.flush()
+    emit_bytes(shown_output(output, sys.stdout is not None and sys.stdout.isatty()))
 
 
 def _out_run(run: dict[str, Any], stream: str | None) -> None:
@@ -5483,6 +6164,7 @@ def _follow(store: Store, job: dict[str, Any], stream: str | None) -> int:
     offsets = {"stdout": 0, "stderr": 0}
     current: dict[str, Any] | None = job
     while current is not None:
+        store.changed()  # raises if the database is gone
         for run in store.runs(seq, done):
             if any(offsets.values()):
                 _follow_end(run, stream, offsets, store.settings()["max_output_bytes"])
@@ -5578,6 +6260,9 @@ def why_waiting(store: Store, job: dict[str, Any], now: int) -> tuple[list[str],
         asks = any(pool["alive"] for pool in store.pools())
         return [*reasons, "no worker serves its queue; `queuectl worker start%s` does" % (
             " --queue " + clean(job["queue"]) if asks else "")], None
+    troubles = [trouble_of(store.path, worker["name"]) for worker in serving]
+    if all(troubles):
+        reasons.append("its workers are held up: %s" % clean(troubles[0]))
     if len(reasons) == 1 and (job["due"] or 0) > now:
         return reasons, job["due"]
     if reasons:
@@ -5592,6 +6277,9 @@ def why_not_waiting(store: Store, job: dict[str, Any], now: int) -> str:
     if job["state"] == PROCESSING:
         left = job["timeout_seconds"] and ", at most %s more" % show_duration(
             max(0, job["timeout_seconds"] - (now - job["started_at"]) / 1000))
+        if not store.is_own(job["locked_by"]):
+            return ("it ran in the queue that this one was copied from; it is given back when no process of that queue "
+                    "is left, and `queuectl cancel %s` gives it up" % name)
         if not is_alive(store.path, job["locked_by"]):
             return "its worker %s has died; the next worker ends what is left of the run: `queuectl worker start`" % (
                 job["locked_by"])
@@ -5601,6 +6289,11 @@ def why_not_waiting(store: Store, job: dict[str, Any], now: int) -> str:
         return "it ended well %s ago; `queuectl retry %s` runs it once more" % (since(job["finished_at"], now), name)
     died = "it died %s ago: %s; " % (since(job["updated_at"], now), clean(job["last_error"] or "cancelled"))
     causes = store.dead_causes(job["seq"])
+    living = [clean(other["id"]) for other in store.awaited_by(job["seq"]) if other["state"] != DEAD]
+    if living and not causes:
+        return died + "%s was retried since; `queuectl dlq retry %s` lets it wait for that" % (", ".join(living), name)
+    if store.waits_for_gone(job["seq"]):
+        return died + "it was to run after a job that never was completed and is forgotten; enqueue it anew"
     if causes:
         return died + "`queuectl dlq retry %s --with-dependents` tries all again" % clean(" ".join(causes))
     return died + "`queuectl logs %s` shows what it printed, `queuectl dlq retry %s` tries it again" % (name, name)
@@ -5615,6 +6308,7 @@ def cmd_why(args: Any) -> int:
         reasons, expected = why_waiting(store, job, now)
     else:
         reasons, expected = [why_not_waiting(store, job, now)], None
+    reasons = [as_called(reason) for reason in reasons]
     when = None if expected is None else show_time(expected)
     if args.json:
         return out_json({"id": job["id"], "state": job["state"], "reasons": reasons, "expected_at": when})
@@ -5640,13 +6334,15 @@ def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
     """Dead or stopped workers, what they hold, and jobs that run for very long."""
     for lost in store.lost_jobs():
         what = "%s is held by the worker %s, which is dead" % (clean(lost["id"]), lost["worker"])
-        if not lost["worker"].startswith(store.own_id() + "-"):
+        if not store.is_own(lost["worker"]):
             yield ("%s ran in the queue that this one was copied from, and may be running there" % clean(lost["id"]),
                    "it is given back when no process of that queue is left; `queuectl cancel %s` gives it up" % (
                        clean(lost["id"])))
             continue
         if any(system.held(path) for path in output_paths(store.path, lost["worker"], lost["slot"])):
-            what += "; processes of that run still live, perhaps in another container or of another user"
+            what += "; processes of that run still live, " + (
+                "perhaps in another container or of another user" if os.path.isdir("/proc/self") or not system.linux
+                else "but there is no /proc to find them in")
         yield what, "any live or new worker ends them, if it can, and gives the job back: `queuectl worker start`"
     for entry in [*store.pools(), *store.workers()]:
         if not entry["alive"]:
@@ -5655,7 +6351,7 @@ def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
         elif system.is_stopped(entry["pid"]):
             yield ("%s (pid %d) is stopped by a signal" % (entry["name"], entry["pid"]), "kill -CONT %d" % entry["pid"])
     now = now_millis()
-    for worker in store.workers():
+    for worker in [worker for worker in store.workers() if worker["alive"]]:
         age = (now - (worker["job_started_at"] or now)) / 1000
         if age > LONG_RUN:
             name = clean(worker["job"])
@@ -5668,7 +6364,7 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
     folder = os.path.dirname(store.path)
     for damage in store.damage():
         yield ("the database is damaged: %s" % damage,
-               "stop the workers, keep a copy of queue.db and queue.db-wal, then restore a backup")
+               "`queuectl worker stop`, then `queuectl restore BACKUP`, which keeps what it replaces")
     reason = distrust_of(store.path)
     if reason:
         yield "workers refuse to run: %s" % reason, "nobody else may own or write it, or a folder above it"
@@ -5687,7 +6383,7 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
             examples="\nqueuectl doctor\n")
 def cmd_doctor(args: Any) -> int:
     store = read_store(args)
-    findings = list(findings_of(store))
+    findings = [(what, as_called(mend)) for what, mend in findings_of(store)]
     if args.json:
         out_json([{"what": what, "mend": mend} for what, mend in findings])
     elif not findings:
@@ -5722,6 +6418,9 @@ def _retry(args: Any, states: Sequence[str], advice: str) -> int:
             if any(other["state"] == DEAD and other["seq"] not in jobs for other in store.awaited_by(seq)):
                 raise QueueError("%s is to run after dead jobs; `queuectl dlq retry %s --with-dependents` does all" % (
                     clean(job["id"]), clean(" ".join(store.dead_causes(seq)))))
+            if store.waits_for_gone(seq):
+                raise QueueError("%s was to run after a job that never was completed and is forgotten; enqueue it anew"
+                                 % clean(job["id"]))
             if not store.retry(seq, now_millis()):
                 raise QueueError("%s can't be retried: another job with its key %s waits or runs"
                                  % (clean(job["id"]), clean(str(job["unique"]))))
@@ -5790,7 +6489,7 @@ def cmd_cancel(args: Any) -> int:
                          clean(job["id"])))
         dependents = store.dead_dependents(job["seq"])
         if dependents:
-            complain("dead with it: %s that were to run after it" % count_of(len(dependents), "job"))
+            complain("dead with it: %s that waited for it" % count_of(len(dependents), "job"))
     return EXIT_OK
 
 
@@ -5836,12 +6535,13 @@ queuectl wait --timeout 1h
 def cmd_wait(args: Any) -> int:
     patience = patience_of(args)
     store = read_store(args)
-    seqs = [store.find(name)["seq"] for name in args.ids]
-    ranges = [(seq - 1, seq) for seq in seqs] or [(0, store.last_seq())]
-    return await_jobs(store, ranges, 0 if seqs else now_millis(), patience)
+    seqs = {store.find(name)["seq"] for name in args.ids} or store.unfinished(0, NEVER)
+    return await_jobs(store, seqs - {own_run(args.db)[1]}, patience)  # a job doesn't wait for itself
 
 
 def _purge(args: Any, states: Iterable[str]) -> int:
+    if args.older_than is not None and re.fullmatch(_NUMBER, args.older_than):
+        raise UsageError("--older-than %s needs a unit, such as %sd or %sh" % ((args.older_than,) * 3))
     before = NEVER if args.older_than is None else now_millis() - to_millis(
         checked("delay", args.older_than, "--older-than"))
     store = open_store(args)
@@ -5868,11 +6568,32 @@ def cmd_purge(args: Any) -> int:
             examples="\nqueuectl backup /mnt/queue-backup.db\n")
 def cmd_backup(args: Any) -> int:
     path = os.path.abspath(args.path)
-    if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, args.db)):
+    beside = (args.db, args.db + "-wal", args.db + "-shm", mutex_path(args.db))
+    if os.path.realpath(path) in beside or (os.path.exists(path) and not os.path.isfile(path)):
         raise QueueError("%s can't be a backup; name another file" % clean(path))
+    if not os.path.exists(args.db):
+        raise QueueError("there is no queue at %s" % clean(args.db))
     store = read_store(args)
+    if os.path.exists(path) and os.path.getsize(path) and not Store.is_queue(path):
+        raise QueueError("%s is not a backup of a queue; it is left as it is: name another file" % clean(path))
     store.backup(path)
     emit("Backed up: %s in %s" % (count_of(sum(store.counts().values()), "job"), clean(path)))
+    return EXIT_OK
+
+
+@subcommand("restore", "put a backup in the database's place", option("file", metavar="FILE", help="the backup"),
+            examples="\nqueuectl worker stop\nqueuectl restore /mnt/queue-backup.db\n")
+def cmd_restore(args: Any) -> int:
+    if anyone_alive(args.db):
+        raise QueueError("workers still use %s; `queuectl worker stop` first" % clean(args.db))
+    if not os.path.isfile(args.file) or not Store.is_queue(args.file):
+        raise QueueError("%s is not a backup of a queue" % clean(args.file))
+    make_folder(os.path.dirname(args.db))
+    kept = put_in_place(os.path.abspath(args.file), args.db)
+    store = read_store(args)
+    emit("Restored: %s from %s" % (count_of(sum(store.counts().values()), "job"), clean(args.file)))
+    if kept:
+        complain("what stood in its place is kept as %s" % clean(kept))
     return EXIT_OK
 
 
@@ -5880,8 +6601,9 @@ def cmd_backup(args: Any) -> int:
 
 def unit_word(text: str) -> str:
     """A word of a command line as systemd.syntax(7) and systemd.service(5) read it."""
-    for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("%", "%%"), ("$", "$$")):
+    for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
         text = text.replace(plain, escaped)
+    text = "".join(c if c.isprintable() else "".join("\\x%02x" % byte for byte in c.encode()) for c in text)
     return text if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII) else '"%s"' % text
 
 
@@ -5890,11 +6612,15 @@ UNIT = """\
 #   {install}
 [Unit]
 Description=queuectl workers of {db}
+# Else an empty queue would be made where its disk is not there yet.
+RequiresMountsFor={folder}
 
 [Service]
 ExecStart={start}
 {user}# Running jobs may finish, this long; then they are killed, and run again at the next start.
 KillMode=mixed
+# A job that runs out of memory is no reason to stop the others.
+OOMPolicy=continue
 TimeoutStopSec=10min
 Restart=on-failure
 RestartSec=5
@@ -5923,8 +6649,10 @@ def cmd_service(args: Any) -> int:
     else:
         install = "systemctl --user enable --now queuectl && loginctl enable-linger"
         user, target = "", "default.target"
-    emit(UNIT.format(install=install, db=clean(args.db).replace("%", "%%"), start=" ".join(map(unit_word, words)),
-                     user=user, target=target))
+    folder = unit_word(os.path.dirname(args.db))
+    shown = clean(args.db).replace("%", "%%")
+    emit(UNIT.format(install=install, folder=folder, db=shown, start=" ".join(map(unit_word, words)), user=user,
+                     target=target))
     return EXIT_OK
 
 
@@ -6006,7 +6734,7 @@ def cmd_dlq_list(args: Any) -> int:
     args.queue = None
     code = _list(args, [DEAD], DEAD_HEAD, dead_row)
     if terminal_width() and not args.json:
-        emit(fit("Next: `queuectl logs ID`, `queuectl dlq retry ID` or --all", terminal_width()).rstrip())
+        emit(fit(as_called("Next: `queuectl logs ID`, `queuectl dlq retry ID` or --all"), terminal_width()).rstrip())
     return code
 
 
@@ -6071,10 +6799,13 @@ def cmd_queue_set(args: Any) -> int:
 def _pause(args: Any, paused: bool) -> int:
     name = None if args.name is None else check_name("the queue's name", args.name)
     store = open_store(args)
+    unknown = name is not None and all(queue["name"] != name for queue in store.queues())
     with store.transaction():
         store.pause(name, paused)
         still = not paused and store.all_paused()
     ring_all(args.db)
+    if unknown:
+        complain("no job has ever been in the queue %s" % clean(name or ""))
     if still:
         complain("all queues are paused; `queuectl queue resume` without a name lifts that")
     emit("%s: %s" % ("Paused" if paused else "Resumed", "all queues" if name is None else clean(name)))
@@ -6116,7 +6847,7 @@ def cmd_config_get(args: Any) -> int:
     value = read_store(args).settings()[name]
     if args.json:
         return out_json(value)
-    emit(show_setting(value))
+    emit(clean(show_setting(value)))
     return EXIT_OK
 
 
@@ -6153,6 +6884,7 @@ def cmd_config_unset(args: Any) -> int:
 # ═══ main ═══ arguments in, exit code out ════════════════════════════════════════════════════
 
 GROUPS = ("worker", "queue", "dlq", "config")
+LONGEST_NAME = 220  # bytes of a database's file name; the system's limit is 255
 
 
 class Parser(argparse.ArgumentParser):
@@ -6167,7 +6899,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """argparse makes one for every option it is told, and each would import shutil to ask for the width."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=(terminal_width() or 80) - 2)
+        super().__init__(prog, width=(help_width() or 80) - 2)
 
 
 def parser_of(entry: Command) -> Parser:
@@ -6273,8 +7005,29 @@ def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str
     return options, rest, False
 
 
+def own_name() -> str:
+    """How this program was called, as it can be pasted: as a module, by its launcher or as a script."""
+    spec, path = sys.modules["__main__"].__spec__, sys.argv[0]
+    if spec is not None and spec.name == "queuectl":
+        return "python3 -m queuectl"
+    if os.path.basename(path) not in ("", "-", "queuectl"):
+        return "python3 " + join_words([path])
+    found = os.path.dirname(path) in ("", *os.environ.get("PATH", "").split(os.pathsep))
+    return "queuectl" if found else join_words([path])
+
+
+def home_folder() -> str:
+    """The user's home; raises QueueError where none is known, or it isn't there (yet): it is not to be made."""
+    home = os.path.expanduser("~")
+    if os.environ.get("HOME") == "" or not os.path.isabs(home) or not os.path.isdir(home):
+        raise QueueError("there is no home folder (HOME is %s); name a database with --db or QUEUECTL_DB"
+                         % quoted(os.environ.get("HOME")))
+    return home
+
+
 def parse(argv: list[str]) -> tuple[Command | None, Any]:
     """The command that was asked for and its arguments; None if help was asked for, and shown."""
+    CALLED[0] = own_name()
     db, name, words = split_arguments([check_text("the argument", as_utf8(word)) for word in argv])
     if not name:
         return None, None
@@ -6287,9 +7040,13 @@ def parse(argv: list[str]) -> tuple[Command | None, Any]:
     else:
         args = parser.parse_args(words)
     path = getattr(args, "db", db)
-    if path == "":
-        raise UsageError("--db needs the path of a database")
-    path = path or os.environ.get("QUEUECTL_DB") or os.path.join("~", ".queuectl", "queue.db")
+    if path == "" or (path or "").endswith(os.sep):
+        raise UsageError("--db needs the path of a database, which is a file")
+    if path and len(os.fsencode(os.path.basename(path))) > LONGEST_NAME:
+        raise UsageError("the database's name is too long: what stands beside it has longer names")
+    if path:
+        CALLED[0] += " --db " + join_words([path])
+    path = path or os.environ.get("QUEUECTL_DB") or os.path.join(home_folder(), ".queuectl", "queue.db")
     # By its real name: what stands beside it must be the same for all, whatever link they came by.
     try:
         args.db = os.path.realpath(os.path.expanduser(check_text("--db", path)))
@@ -6317,10 +7074,13 @@ def fail(error: Exception, code: int) -> int:
 
 def run_command(argv: list[str]) -> int:
     """Run one command line; its exit code. Every expected failure ends here as one line on stderr."""
+    if sys.stdout is not None and not hasattr(sys.stdout.buffer, "raw"):  # PYTHONUNBUFFERED: a write a line
+        sys.stdout = open(1, "w", encoding=sys.stdout.encoding, closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
+        system.keep_standard_streams()
         try:
             entry, args = parse(argv)
             code = EXIT_OK if entry is None else int(entry.run(args))
@@ -6347,8 +7107,8 @@ def run_command(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (`argv` without the program's name; sys.argv by default); its exit code."""
     import gc
-    gc.freeze()  # code lives to the end; not searching it for garbage makes the exit faster
-    system.keep_standard_streams()
+    if hasattr(gc, "freeze"):  # code lives to the end; not searching it for garbage makes the exit faster
+        gc.freeze()
     code = run_command(sys.argv[1:] if argv is None else argv)
     if not close_stores():
         os._exit(code)

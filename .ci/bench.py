@@ -256,10 +256,9 @@ class Bench:
 # ═══ The rows ═══ each a generator; --list shows the first lines of their docstrings
 
 
-def drained(bench: Bench, program: Program, workers: int, durability: str, command: str, size: int) -> float:
+def drained(bench: Bench, program: Program, workers: int, command: str, size: int) -> float:
     """Jobs a second of a pool that runs until nothing is left."""
     queue = bench.queue(program)
-    queue.timed("config", "set", "durability", durability)
     queue.put([command] * size)
     seconds = queue.timed("worker", "start", "--count", str(workers), "--drain")
     queue.check("completed", size)
@@ -286,9 +285,9 @@ def xargs(bench: Bench, workers: int, command: str, length: int, size: int) -> f
     return size / seconds
 
 
-def against_xargs(bench: Bench, what: str, size: int, workers: int, durability: str, command: str, length: int,
+def against_xargs(bench: Bench, what: str, size: int, workers: int, command: str, length: int,
                   goal: float) -> Iterator[Row]:
-    measures: dict[str, Measure] = {program.name: partial(drained, bench, program, workers, durability, command)
+    measures: dict[str, Measure] = {program.name: partial(drained, bench, program, workers, command)
                                     for program in bench.programs}
     if bench.has("xargs"):
         measures[f"`xargs -P {workers} -I{{}} sh -c ...`"] = partial(xargs, bench, workers, command, length)
@@ -298,10 +297,9 @@ def against_xargs(bench: Bench, what: str, size: int, workers: int, durability: 
 def drain(bench: Bench) -> Iterator[Row]:
     """5,000 jobs `true`, added before; 1 to 32 workers; against xargs."""
     size = bench.size(5000)
-    for workers, durability, goal in ((1, "full", 0.95), (2, "full", 0.95), (8, "full", 0.95), (32, "full", 0.95),
-                                      (2, "normal", 1.0)):
-        what = f"{size:,} jobs `true`, --count {workers}, durability {durability}"
-        yield from against_xargs(bench, what, size, workers, durability, "true", 0, goal)
+    for workers in (1, 2, 8, 32):
+        what = f"{size:,} jobs `true`, --count {workers}"
+        yield from against_xargs(bench, what, size, workers, "true", 0, 0.95)
 
 
 # What nothing in Python that keeps a record by SQLite can be faster than: two processes that do no more
@@ -364,9 +362,10 @@ if sqlite3.connect(path).execute("SELECT count(*) FROM runs WHERE code = 0").fet
 """
 
 
-def bare_loop(bench: Bench, durability: str, command: str, size: int) -> float:
+def bare_loop(bench: Bench, sync: str, command: str, size: int) -> float:
+    """Jobs a second; `sync` is full, or normal for never."""
     folder = bench.folder()
-    seconds = run([bench.python, "-c", BARE_LOOP, folder, str(size), durability, command], env=environment(folder))
+    seconds = run([bench.python, "-c", BARE_LOOP, folder, str(size), sync, command], env=environment(folder))
     shutil.rmtree(folder)
     return size / seconds
 
@@ -374,11 +373,11 @@ def bare_loop(bench: Bench, durability: str, command: str, size: int) -> float:
 def limit(bench: Bench) -> Iterator[Row]:
     """What the barest loop in Python reaches that keeps a record; against xargs."""
     path = big_output(bench)
-    for durability, command, length, full in (("full", "true", 0, 5000), ("normal", "true", 0, 5000),
-                                              ("full", f"cat {shlex.quote(path)}", 100_000, 2000)):
+    for sync, command, length, full in (("full", "true", 0, 5000), ("normal", "true", 0, 5000),
+                                        ("full", f"cat {shlex.quote(path)}", 100_000, 2000)):
         size = bench.size(full)
-        bare = f"the barest loop in Python that records its jobs, {durability}"
-        measures: dict[str, Measure] = {bare: partial(bare_loop, bench, durability, command)}
+        bare = "the barest loop in Python that records its jobs" + (", never synced" if sync == "normal" else "")
+        measures: dict[str, Measure] = {bare: partial(bare_loop, bench, sync, command)}
         if bench.has("xargs"):
             measures["`xargs -P 2 -I{} sh -c ...`"] = partial(xargs, bench, 2, command, length)
         what = f"the limit: {bare}, 2 processes, {size:,} jobs " + ("that print 100 KB" if length else "`true`")
@@ -400,7 +399,7 @@ def output(bench: Bench) -> Iterator[Row]:
                                           ("100 KB", f"cat {shlex.quote(path)}", 100_000, 2000)):
         size = bench.size(full)
         what = f"{size:,} jobs that print {called}, --count 2"
-        yield from against_xargs(bench, what, size, 2, "full", command, length, 0.9)
+        yield from against_xargs(bench, what, size, 2, command, length, 0.9)
 
 
 def big_queue(bench: Bench, kind: str, program: Program | None = None) -> tuple[Queue, int]:
