@@ -68,6 +68,9 @@ try:
 except ImportError:
     sys.exit("queuectl: error: this Python (%s) was built without SQLite; use another one" % sys.executable)
 
+if sys.version_info < (3, 8):  # noqa: UP036
+    sys.exit("queuectl: error: this is Python %d.%d, and 3.8 or newer is needed" % sys.version_info[:2])
+
 TYPE_CHECKING = False  # the name type checkers know; typing itself is slow to import
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
@@ -794,10 +797,14 @@ def open_beside(path: str, flags: int) -> int:
             raise
         raise QueueError("%s is a symbolic link, which is not followed; remove it" % path) from None
     info = os.fstat(fd)
-    ours = system.user in (0, info.st_uid) or info.st_uid == 0
-    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1 or not ours:
+    problem = ""
+    if info.st_uid not in (0, system.user) and system.user != 0:
+        problem = "belongs to another user (uid %d), whose queue this is" % info.st_uid
+    elif not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+        problem = "is not a plain file with one name; remove it"
+    if problem:
         os.close(fd)
-        raise QueueError("%s is not a plain file of this user with one name; remove it" % path)
+        raise QueueError("%s %s" % (path, problem))
     return fd
 
 
@@ -1272,6 +1279,15 @@ class Posix:
         except OSError:
             return False
 
+    def stop(self, pid: int, life: str, now: bool) -> bool:
+        """Tell a supervisor to stop by signals, if it holds the life file `life`; whether it was told."""
+        if not _writes_to(str(pid), (life,)):
+            return False
+        for _ in range(1 + now):
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.1)  # two at once would count as one
+        return True
+
     def wake(self, pid: int, life: str) -> None:
         """Let a worker or supervisor go on that was stopped, by Ctrl-Z for one: it holds the life file `life`."""
         if self.is_stopped(pid) and _writes_to(str(pid), (life,)):
@@ -1296,8 +1312,9 @@ class Posix:
     def distrust(self, path: str, above: bool = False) -> str:
         """Why others could change the file or folder `path`, or nothing; raises FileNotFoundError.
 
-        A group to which only this user and root belong may write it; and in a folder `above` that
-        of the database others may make names of their own, where it is sticky.
+        A group that is known to have no member but this user and root may write it. In a folder
+        `above` that of the database others may make names of their own where it is sticky; and
+        there a group without a name, as containers are given for a volume, is no threat.
         """
         info = os.lstat(path)
         if stat.S_ISLNK(info.st_mode):
@@ -1307,7 +1324,8 @@ class Posix:
         if above and info.st_mode & stat.S_ISVTX:
             return ""
         shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if not shared or (shared == stat.S_IWGRP and self._is_private_group(info.st_gid) and not self._has_acl(path)):
+        private = shared == stat.S_IWGRP and self._is_private_group(info.st_gid, above) and not self._has_acl(path)
+        if private or not shared:
             return ""
         mend = "use a database in a folder of your own"
         if info.st_uid == self.user and not info.st_mode & stat.S_ISVTX:
@@ -1321,8 +1339,8 @@ class Posix:
         except OSError:
             return False
 
-    def _is_private_group(self, group: int) -> bool:
-        """Whether no account but this user's and root's belongs to a group."""
+    def _is_private_group(self, group: int, nameless: bool) -> bool:
+        """Whether no account but this user's and root's belongs to a group; if it has no name: `nameless`."""
         grp: Any = __import__("grp")
         pwd: Any = __import__("pwd")
         accounts = pwd.getpwall()
@@ -1330,8 +1348,8 @@ class Posix:
         members = {account.pw_name for account in accounts if account.pw_gid == group}
         try:
             members.update(grp.getgrgid(group).gr_mem)
-        except KeyError:  # it has no name, as those that a container is given: nobody logs in with it
-            pass
+        except KeyError:
+            return nameless
         return members <= own
 
     def _mounts(self) -> Iterator[tuple[str, str]]:
@@ -1551,7 +1569,7 @@ class Windows:
 
     ticks = os.getpid
     prepare_parent = refuse_full = give_to_owner = check_room = keep_standard_streams = reap_strangers = _nothing
-    dismiss = wake = punch = is_mount_point = is_stopped = distrust = _nothing
+    dismiss = stop = wake = punch = is_mount_point = is_stopped = distrust = _nothing
 
     def say(self, text: str, stream: int = 1) -> None:
         try:
@@ -1732,11 +1750,11 @@ class Slot:
         try:
             for path in self.paths:
                 self.fds.append(open_private(path, os.O_RDWR | os.O_APPEND))
-        except OSError:
+            if all(system.try_lock(fd) for fd in self.fds):
+                return True
+        except BaseException:  # who kept them open would be taken for a process of that run
             self.close()
             raise
-        if all(system.try_lock(fd) for fd in self.fds):
-            return True
         self.close()
         return False
 
@@ -2176,10 +2194,9 @@ def translate(error: sqlite3.Error, path: str) -> QueueError:
     if "malformed" in text:
         return QueueError("%s is damaged (%s); move it, %s-wal and %s-shm away together, then `queuectl "
                           "restore BACKUP` or start anew" % (path, text, path, path))
+    if "unable to open" in text and os.path.exists(path):
+        return Unavailable("%s can't be opened: %s" % (path, shortage_of_descriptors() or "check that you may use it"))
     if "unable to open" in text:
-        shortage = shortage_of_descriptors()
-        if shortage:
-            return Unavailable("%s can't be opened: %s" % (path, shortage))
         return QueueError("%s can't be opened; check that the path exists and that you may use it" % path)
     return QueueError("%s: %s" % (path, text))
 
@@ -2587,15 +2604,19 @@ class Store:
         """
         trouble = translate(error, self.path)
         if "readonly" in str(error) and os.access(self.path, os.W_OK):
-            self.db.close()
-            self._connect()
+            try:
+                self._connect()
+            except sqlite3.Error:  # tried again with what is to be written
+                pass
         if "malformed" not in str(error):
             return trouble
-        try:
-            sound = self.db.execute(QUICK_CHECK).fetchall() == [("ok",)]
-        except sqlite3.Error:
-            sound = False
-        return Unavailable("%s could not be read for a moment" % self.path) if sound else trouble
+        for _ in range(3):
+            try:
+                if self.db.execute(QUICK_CHECK).fetchall() == [("ok",)]:
+                    return Unavailable("%s could not be read for a moment" % self.path)
+            except sqlite3.Error:
+                pass
+        return trouble
 
     def _patiently(self, read: Callable[[], Any]) -> Any:
         """What `read()` returns; tried again for `patience` seconds while another program has it locked.
@@ -2695,7 +2716,7 @@ class Store:
         if info.st_nlink > 1:
             raise QueueError("%s has %d names (hard links), each with a log and a lock of its own, which would damage "
                              "it; `find / -xdev -samefile %s` lists them: remove the others, and make copies with "
-                             "`queuectl backup`" % (self.path, info.st_nlink, shell_word(self.path)))
+                             "`queuectl backup FILE`" % (self.path, info.st_nlink, shell_word(self.path)))
         if system.is_mount_point(self.path):
             raise QueueError("%s is mounted as a single file, so its log and its lock would stand elsewhere than "
                              "for others; mount the folder that it is in" % self.path)
@@ -2972,6 +2993,8 @@ class Store:
                     self._unlock()
         except OSError as error:
             raise self._unsynced(error) from error
+        except sqlite3.Error as error:
+            raise self._trouble(error) from error
 
     def _repair_after_commit(self) -> None:
         """What others committed before is perhaps not on disk, and so not what was committed now."""
@@ -3705,6 +3728,8 @@ def put_in_place(backup: str, db: str) -> str:
     the new one; where that can't be, it is kept beside it. There is a database at every moment:
     until the last step the old one, which then has two names, and so is not mistaken for the new.
     """
+    if system.is_mount_point(db):
+        raise QueueError("%s is mounted as a single file; mount the folder that it is in" % db)
     mutex = open_private(mutex_path(db), os.O_RDWR)
     try:
         system.wait_lock(mutex)
@@ -4102,9 +4127,13 @@ def take_life(db: str, name: str) -> int:
     """Take the life lock of a worker or pool, in the transaction that registers it."""
     os.makedirs(folder_path(db), 0o700, exist_ok=True)
     fd = open_private(life_path(db, name), os.O_RDWR)
-    while not system.try_lock(fd):  # somebody asks at this moment whether it is alive
-        time.sleep(0.001)
-    return fd
+    try:
+        while not system.try_lock(fd):  # somebody asks at this moment whether it is alive
+            time.sleep(0.001)
+        return fd
+    except OSError:
+        os.close(fd)
+        raise
 
 
 Order = namedtuple("Order", "db file pool number queues drain limited run supervisor fds")
@@ -5626,6 +5655,8 @@ def cmd_worker_stop(args: Any) -> int:
     patience = patience_of(args)
     deadline = time.monotonic() + patience
     if not anyone_alive(args.db):
+        if not os.path.exists(args.db):
+            complain("there is no queue at %s" % clean(args.db))
         emit("No workers are running.")
         return EXIT_OK
     store = open_store(args, as_it_is=True)
@@ -5633,19 +5664,25 @@ def cmd_worker_stop(args: Any) -> int:
     own = (worker, _pool_of(worker))  # which waits for the job that called this
     alive = {entry["name"]: entry["pid"] for entry in [*store.pools(), *store.workers()]
              if entry["alive"] and entry["name"] not in own}
-    with store.transaction():
-        store.ask_stop([pool["name"] for pool in store.pools()], 2 if args.now else 1)
-    ring_all(args.db)
-    told = time.monotonic() + WAIT_TOLD
+    try:
+        with store.transaction():
+            store.ask_stop([pool["name"] for pool in store.pools()], 2 if args.now else 1)
+        ring_all(args.db)
+    except Unavailable as error:  # a full disk: supervisors can be told without it
+        told = [system.stop(pool["pid"], life_path(args.db, pool["name"]), args.now) for pool in store.pools()]
+        if not any(told):
+            raise
+        complain("%s; the workers are told by signals" % error)
+    tell_at = time.monotonic() + WAIT_TOLD
     while any(is_alive(args.db, name) for name in alive):
         for name, pid in alive.items():
             system.wake(pid, life_path(args.db, name))
         if time.monotonic() >= deadline:
             raise TimedOut("workers still run after %s; they go on stopping, `queuectl worker stop --now` ends their "
                            "jobs" % show_duration(patience))
-        if time.monotonic() >= told:
+        if time.monotonic() >= tell_at:
             complain("waiting for running jobs to finish; `queuectl worker stop --now` would end them")
-            told = float("inf")
+            tell_at = float("inf")
         time.sleep(0.02)
     emit("All workers have stopped." if not worker else
          "All other workers have stopped; those of this pool do when this job has ended.")
@@ -5954,7 +5991,7 @@ def status_of(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return {"jobs": counts, "workers": len(workers), "all_paused": store.all_paused(),
             "paused": [queue["name"] for queue in queues if queue["paused"]],
             "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due(),
-            "lost": [job["id"] for job in store.lost_jobs()] if counts[PROCESSING] else [],
+            "lost": [job["id"] for job in store.lost_jobs() if store.is_own(job["worker"])],
             "unserved": [queue["name"] for queue in queues if pools and not queue["paused"]
                          and queue[PENDING] + queue[FAILED] and not any(serves(pool, queue["name"]) for pool in pools)],
             "interrupted": list(left_runs(store)),
@@ -6345,6 +6382,8 @@ def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
                 else "but there is no /proc to find them in")
         yield what, "any live or new worker ends them, if it can, and gives the job back: `queuectl worker start`"
     for entry in [*store.pools(), *store.workers()]:
+        if not store.is_own(entry["name"]):  # of the queue that this one was copied from
+            continue
         if not entry["alive"]:
             yield ("%s (pid %d) has died and left its entry behind" % (entry["name"], entry["pid"]),
                    "`queuectl worker start` clears it away")
@@ -6365,14 +6404,14 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
     for damage in store.damage():
         yield ("the database is damaged: %s" % damage,
                "`queuectl worker stop`, then `queuectl restore BACKUP`, which keeps what it replaces")
-    reason = distrust_of(store.path)
+    reason = os.path.exists(store.path) and distrust_of(store.path)
     if reason:
         yield "workers refuse to run: %s" % reason, "nobody else may own or write it, or a folder above it"
     kind = system.network_file_system(folder)
     if kind:
         yield "%s is on a network file system (%s)" % (folder, kind), "move the database to a local disk, use --db"
     import shutil
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else LEAST_SPACE
     if free < LEAST_SPACE:
         yield ("only %d MiB are free in %s" % (free >> 20, folder),
                "free some space outside the queue; workers that wait for it go on by themselves")
@@ -6586,7 +6625,9 @@ def cmd_backup(args: Any) -> int:
 def cmd_restore(args: Any) -> int:
     if anyone_alive(args.db):
         raise QueueError("workers still use %s; `queuectl worker stop` first" % clean(args.db))
-    if not os.path.isfile(args.file) or not Store.is_queue(args.file):
+    if not os.path.isfile(args.file):
+        raise QueueError("there is no file %s" % clean(args.file))
+    if not Store.is_queue(args.file):
         raise QueueError("%s is not a backup of a queue" % clean(args.file))
     make_folder(os.path.dirname(args.db))
     kept = put_in_place(os.path.abspath(args.file), args.db)
@@ -7005,13 +7046,21 @@ def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str
     return options, rest, False
 
 
+def own_python() -> str:
+    """The Python that runs this, by its bare name if that finds it."""
+    name = os.path.basename(sys.executable)
+    found = (os.path.join(folder, name) for folder in os.environ.get("PATH", "").split(os.pathsep))
+    first = next(filter(os.path.exists, found), "")
+    return name if first and os.path.samefile(first, sys.executable) else join_words([sys.executable])
+
+
 def own_name() -> str:
     """How this program was called, as it can be pasted: as a module, by its launcher or as a script."""
     spec, path = sys.modules["__main__"].__spec__, sys.argv[0]
     if spec is not None and spec.name == "queuectl":
-        return "python3 -m queuectl"
+        return own_python() + " -m queuectl"
     if os.path.basename(path) not in ("", "-", "queuectl"):
-        return "python3 " + join_words([path])
+        return own_python() + " " + join_words([path])
     found = os.path.dirname(path) in ("", *os.environ.get("PATH", "").split(os.pathsep))
     return "queuectl" if found else join_words([path])
 

@@ -7671,6 +7671,86 @@ def test_a_backup_is_not_put_over_the_files_of_the_queue(q: Queue, name: str) ->
     assert "can't be a backup" in q.fails("backup", q.db.parent / name).err
 
 
+STORM_FAULTS = ";".join(
+    f"{call}:{error}:p0.01:/queue.db{'-' if call == 'write' else ''}"  # a bell, a FIFO, never fails to be written
+    for call, error in (
+        ("open", "EMFILE"), ("open", "EIO"), ("read", "EIO"), ("pread", "EIO"), ("write", "EIO"), ("pwrite", "ENOSPC"),
+        ("fdatasync", "EIO"), ("ftruncate", "EIO"), ("lseek", "EIO"), ("flock", "ENOLCK"), ("stat", "ESTALE"),
+        ("fstat", "ESTALE"),
+    )
+) + ";posix_spawn:EAGAIN:p0.01:"  # fmt: skip
+
+
+class StormOfFaults(Storm):
+    """The same on a machine where one call in a hundred fails; who can't start for that comes again."""
+
+    def __init__(self, q: Queue, library: Path) -> None:
+        self.env = {
+            "LD_PRELOAD": str(library), "QUEUECTL_TEST_FAULTS": STORM_FAULTS,
+            "QUEUECTL_TEST_COUNTER": str(q.folder / "counter"), "QUEUECTL_TEST_FAULTS_OFF": str(q.folder / "off"),
+        }  # fmt: skip
+        super().__init__(q, pools=2, workers=4)
+
+    def start(self) -> Background:
+        return self.q.start("worker", "start", "--count", str(self.count), env=self.env)
+
+    def restart(self) -> None:
+        for place, pool in enumerate(self.pools):
+            if pool.ended:
+                self.pools[place] = self.start()
+
+
+@linux
+def test_a_storm_of_faults(q: Queue, library: Path) -> None:
+    """Kills, and one call in a hundred that fails: nothing lost, nothing twice, nothing beside, no traceback."""
+    jobs = storm_jobs(100, 3, 6) if FULL else storm_jobs(40, 2, 4)
+    (q.work / "locks").mkdir()
+    q.set("kill_grace_seconds", "0.3")
+    ids = q.load(jobs)
+    storm = StormOfFaults(q, library)
+    storm.rage(20 if FULL else 5)
+    (q.folder / "off").touch()
+    storm.restart()
+
+    def done() -> bool:
+        storm.restart()
+        return q.counts() == {"completed": len(jobs)}
+
+    wait_for(done, 90, "all jobs to complete", every=0.3)
+    wait_for(lambda: q.workers() == 8, what="all workers")
+    assert [pool.stop() for pool in storm.pools] == [0, 0]
+    records, runs = storm_records(q)
+    assert storm_faults(q.lines("log"), ids, records, runs) == []
+    assert not [pool for pool in q.background if "Traceback" in pool.text]
+    assert q("doctor", code=None).out.startswith("Nothing is wrong")
+
+
+@containers
+def test_a_disk_without_inodes_is_waited_for(q: Queue) -> None:
+    words = shlex.join([str(word) for word in q.program])
+    place = q.folder / "small"
+    place.mkdir()
+    script = f"""
+        mount -t tmpfs -o nr_inodes=14,size=8m,mode=0700 none {place} || exit 77
+        export QUEUECTL_DB={place}/q/queue.db
+        for n in 1 2 3; do {words} enqueue "echo $n" || exit 78; done
+        {words} worker start --count 4 2>&1 & sleep 2.5
+        {words} status
+        mount -o remount,nr_inodes=500 {place} && {words} wait --timeout 20s && {words} worker stop
+    """
+    done = q.run(["unshare", "-m", "bash", "-c", script])
+    if done.code == 77:
+        pytest.skip("no tmpfs can be mounted")
+    assert done.code == 0 and "Held up: " in done.out and "Traceback" not in done.out + done.err
+
+
+def test_a_clock_before_1970_can_be_shown() -> None:
+    job = dict(dict.fromkeys(queuectl.FIELDS), state="completed", id="a", attempts=1, max_retries=3, queue="q",
+               priority=10, command="true", updated_at=-5000)  # fmt: skip
+    assert queuectl.job_row(job, -1000)[5] == "4.00s ago"
+    assert queuectl.show_time(-1000) == "1969-12-31T23:59:59.000Z"
+
+
 # =====================================================================================================
 # templates of --each: what is accepted is run by real shells, with names that would break out of any quoting
 # =====================================================================================================
