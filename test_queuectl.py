@@ -5723,25 +5723,33 @@ def test_only_a_backup_is_restored(q: Queue) -> None:
         assert "not a backup" in q.fails("restore", name).err
 
 
+def call_it_python3(q: Queue) -> None:
+    """A copy of the program in the folder one is in, and this Python as the first `python3` of the PATH."""
+    shutil.copy(str(PROGRAM), str(q.work / "queuectl.py"))
+    (q.folder / "bin").mkdir()
+    (q.folder / "bin" / "python3").symlink_to(sys.executable)
+    q.env["PATH"] = f"{q.folder}/bin:{q.env['PATH']}"
+
+
 @pytest.mark.parametrize("option", [True, False])
 def test_advice_can_be_pasted(q: Queue, option: bool) -> None:
     """For who copied the file, with the database that was named."""
-    shutil.copy(str(PROGRAM), str(q.work / "queuectl.py"))
+    call_it_python3(q)
     db = ["--db", "my queue/q.db"] if option else []
-    script = [sys.executable, "queuectl.py", *db]
+    script = ["python3", "queuectl.py", *db]
     q.run([*script, "enqueue", "--id", "a", "--max-retries", "1", "exit 3"])
     q.run([*script, "worker", "start", "--drain"])
     named = "python3 queuectl.py --db 'my queue/q.db' " if option else "python3 queuectl.py "
     assert f"`{named}logs a` shows what it printed" in q.run([*script, "wait", "a"]).err
     assert f"`{named}dlq list`" in q.run([*script, "status"]).out
     assert f"`{named}logs a`" in q.run([*script, "why", "a"]).out
-    q.bash(q.run([*script, "why", "a"]).out.split("`")[3].replace("python3", sys.executable))
+    q.run(["sh", "-c", q.run([*script, "why", "a"]).out.split("`")[3]])
     assert '"pending"' in q.run([*script, "show", "a", "--json"]).out
 
 
 def test_advice_of_the_module_names_the_module(q: Queue) -> None:
-    shutil.copy(str(PROGRAM), str(q.work / "queuectl.py"))
-    done = q.run([sys.executable, "-m", "queuectl", "show", "nothing"])
+    call_it_python3(q)
+    done = q.run(["python3", "-m", "queuectl", "show", "nothing"])
     assert "`python3 -m queuectl list`" in done.err
 
 
@@ -7749,6 +7757,65 @@ def test_a_clock_before_1970_can_be_shown() -> None:
                priority=10, command="true", updated_at=-5000)  # fmt: skip
     assert queuectl.job_row(job, -1000)[5] == "4.00s ago"
     assert queuectl.show_time(-1000) == "1969-12-31T23:59:59.000Z"
+
+
+# What a newcomer found
+
+
+@containers
+@pytest.mark.parametrize("now", [False, True])
+def test_worker_stop_needs_no_disk_space(q: Queue, now: bool) -> None:
+    words = shlex.join([str(word) for word in q.program])
+    place = q.folder / "small"
+    place.mkdir()
+    script = f"""
+        mount -t tmpfs -o size=600k,mode=0700 none {place} || exit 77
+        export QUEUECTL_DB={place}/q/queue.db
+        {words} enqueue {"'sleep 300'" if now else "true"} && {words} worker start --detach && sleep 0.7
+        dd if=/dev/zero of={place}/fill bs=1k 2>/dev/null
+        {words} worker stop {"--now" if now else ""} --timeout 20s
+    """
+    done = q.run(["unshare", "-m", "bash", "-c", script])
+    if done.code == 77:
+        pytest.skip("no tmpfs can be mounted")
+    assert done.code == 0 and "All workers have stopped" in done.out
+
+
+@as_root
+def test_a_group_without_a_name_is_no_threat_above_the_queue_alone(q: Queue) -> None:
+    q.add("true")
+    os.chown(str(q.db.parent), -1, 54321)
+    q.db.parent.chmod(0o770)
+    assert "written by others" in q("worker", "start", "--drain", code=1).err
+    q.db.parent.chmod(0o700)
+    os.chown(str(q.db), -1, 54321)
+    q.db.chmod(0o660)
+    assert "written by others" in q("worker", "start", "--drain", code=1).err
+
+
+@as_root
+def test_another_users_lock_file_is_not_to_be_removed(q: Queue) -> None:
+    path = q.folder / "file"
+    path.touch()
+    os.chown(str(path), 12345, -1)
+    queuectl.system.user = 54321
+    try:
+        with pytest.raises(queuectl.QueueError) as caught:
+            queuectl.open_private(str(path), os.O_RDWR)
+    finally:
+        queuectl.system.user = os.geteuid()
+    assert "belongs to another user (uid 12345)" in str(caught.value) and "remove" not in str(caught.value)
+
+
+def test_the_doctor_on_a_fresh_machine(q: Queue) -> None:
+    assert "Nothing is wrong" in q("doctor", env={"QUEUECTL_DB": q.folder / "new" / "folder" / "queue.db"}).out
+
+
+def test_advice_names_a_python_that_is_not_the_first_one(q: Queue) -> None:
+    shutil.copy(str(PROGRAM), str(q.work / "queuectl.py"))
+    done = q.run([sys.executable, "queuectl.py", "show", "nothing"], env={"PATH": "/usr/bin:/bin"})
+    advised = done.err.split("`")[1]
+    assert q.run(["sh", "-c", advised], env={"PATH": "/usr/bin:/bin"}).code == 0
 
 
 # =====================================================================================================
