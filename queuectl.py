@@ -784,6 +784,13 @@ for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
     OPEN_BESIDE |= getattr(os, _name, 0)
 
 
+def _refuse_planted(info: os.stat_result, path: str) -> None:
+    if info.st_uid not in (0, system.user) and system.user != 0:
+        raise QueueError("%s belongs to another user (uid %d), whose queue this is" % (path, info.st_uid))
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+        raise QueueError("%s is not a plain file with one name; remove it" % path)
+
+
 def open_beside(path: str, flags: int) -> int:
     """A descriptor of a file that stands beside a database.
 
@@ -796,16 +803,12 @@ def open_beside(path: str, flags: int) -> int:
         if error.errno != errno.ELOOP:
             raise
         raise QueueError("%s is a symbolic link, which is not followed; remove it" % path) from None
-    info = os.fstat(fd)
-    problem = ""
-    if info.st_uid not in (0, system.user) and system.user != 0:
-        problem = "belongs to another user (uid %d), whose queue this is" % info.st_uid
-    elif not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
-        problem = "is not a plain file with one name; remove it"
-    if problem:
+    try:
+        _refuse_planted(os.fstat(fd), path)
+        return fd
+    except BaseException:  # who kept it open would be taken for a process of the run that it belongs to
         os.close(fd)
-        raise QueueError("%s %s" % (path, problem))
-    return fd
+        raise
 
 
 def open_private(path: str, flags: int) -> int:
@@ -2202,9 +2205,10 @@ def translate(error: sqlite3.Error, path: str) -> QueueError:
 
 
 def file_uri(path: str, how: str) -> str:
-    """How SQLite is told to open a file in another way than usual."""
-    from urllib.parse import quote
-    return "file:%s?%s" % (quote(os.fsencode(path)), how)
+    """How SQLite is told to open a file in another way than usual (https://www.sqlite.org/uri.html)."""
+    for mark in "%?#":
+        path = path.replace(mark, "%%%02x" % ord(mark))
+    return "file:%s?%s" % (path, how)
 
 
 def make_folder(folder: str) -> None:
@@ -2359,7 +2363,7 @@ class Identity:
             self.replaced = True
             raise QueueError("files beside %s were deleted while it was in use; nothing more is written" % self.path)
         changed_at = os.stat(self.path).st_mtime_ns  # by a checkpoint, or by who overwrites it
-        if self.queue and changed_at != self.changed_at and self._is_another(self.queue):
+        if self.queue and self.changed_at not in (0, changed_at) and self._is_another(self.queue):
             self.replaced = True
             raise QueueError("%s was overwritten while it was in use; nothing more is written" % self.path)
         self.changed_at = changed_at

@@ -7709,14 +7709,15 @@ class StormOfFaults(Storm):
 
 
 @linux
+@full
 def test_a_storm_of_faults(q: Queue, library: Path) -> None:
     """Kills, and one call in a hundred that fails: nothing lost, nothing twice, nothing beside, no traceback."""
-    jobs = storm_jobs(100, 3, 6) if FULL else storm_jobs(40, 2, 4)
+    jobs = storm_jobs(60, 2, 5)
     (q.work / "locks").mkdir()
     q.set("kill_grace_seconds", "0.3")
     ids = q.load(jobs)
     storm = StormOfFaults(q, library)
-    storm.rage(20 if FULL else 5)
+    storm.rage(8)
     (q.folder / "off").touch()
     storm.restart()
 
