@@ -2974,7 +2974,7 @@ class Store:
         """
         self.deferring = True
         self.db.execute(NORMAL_SYNC)
-        self.db.execute(COUNT_TABLES).fetchall()  # which makes the log, if there was none
+        self._value(COUNT_TABLES)  # which makes the log, if there was none
         # Before the first commit: who opens it after a sync has failed does not hear of that.
         self.identity.watch(self.log.open())
 
