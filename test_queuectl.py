@@ -2659,9 +2659,8 @@ def test_a_waiting_command_can_be_interrupted(q: Queue) -> None:
     q.add(GATE)
     pool = q.pool()
     q.wait_file("started")
-    said = len(pool.text)
     stop = q.start("worker", "stop")
-    wait_for(lambda: len(pool.text) > said, what="the pool to say that it stops")
+    wait_for(lambda: "told to stop" in pool.text, what="the pool to say that it stops")
     stop.signal(signal.SIGINT)
     assert stop.wait() == 130
     assert "Traceback" not in stop.err
