@@ -1173,11 +1173,10 @@ class Posix:
         """The living processes of a run, each with the time it started.
 
         `mark` is how its QUEUECTL_RUN begins (a NUL ends it), `files` its output files, `leader`
-        its first process, `known` those found before. A member carries
-        QUEUECTL_RUN, can write to the files, is in the leader's session, shares a session with a
-        member or descends from one; so also children that
-        closed all descriptors and left the session are found. Processes of other users and
-        namespaces are not.
+        its first process, `known` those found before. A member carries QUEUECTL_RUN, can write to
+        the files, is in the leader's session, shares a session with a member or descends from one;
+        so also children that closed all descriptors and left the session are found. Processes of
+        other users and namespaces are not.
         """
         processes = self._from_proc(mark, files) if self.linux else self._from_ps(mark)
         session = 0 if leader.is_a_stranger(processes.get(leader.pid)) else leader.pid
@@ -1276,11 +1275,7 @@ class Posix:
 
     def is_stopped(self, pid: int) -> bool:
         """Whether a process is stopped, by SIGSTOP or a debugger; only as far as this can be seen."""
-        try:
-            with open("/proc/%d/stat" % pid, "rb") as file:
-                return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
-        except OSError:
-            return False
+        return _proc_file(str(pid), "stat").rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])
 
     def stop(self, pid: int, life: str, now: bool) -> bool:
         """Tell a supervisor to stop by signals, if it holds the life file `life`; whether it was told."""
@@ -2204,11 +2199,33 @@ def translate(error: sqlite3.Error, path: str) -> QueueError:
     return QueueError("%s: %s" % (path, text))
 
 
-def file_uri(path: str, how: str) -> str:
-    """How SQLite is told to open a file in another way than usual (https://www.sqlite.org/uri.html)."""
+def open_as_it_is(path: str) -> sqlite3.Connection:
+    """A database for reading, without its log and without any lock (https://www.sqlite.org/uri.html)."""
     for mark in "%?#":
         path = path.replace(mark, "%%%02x" % ord(mark))
-    return "file:%s?%s" % (path, how)
+    return sqlite3.connect("file:%s?immutable=1" % path, uri=True, isolation_level=None)
+
+
+def value_in_file(path: str, statement: str) -> Any:
+    """The first value that a statement finds in a database as it is; None if it can't be read."""
+    db = open_as_it_is(path)
+    try:
+        row = db.execute(statement).fetchone()
+        return row[0] if row else None
+    except sqlite3.Error:
+        return None
+    finally:
+        db.close()
+
+
+def is_queue(path: str) -> bool:
+    """Whether a file is the database of a queue."""
+    return bool(value_in_file(path, GET_APPLICATION) == APPLICATION_ID)
+
+
+def has_log(db: str) -> bool:
+    """Whether anything stands in the log beside a database."""
+    return os.path.exists(db + "-wal") and os.path.getsize(db + "-wal") > 0
 
 
 def make_folder(folder: str) -> None:
@@ -2390,20 +2407,19 @@ class Identity:
 
         SQLite would mix that log with it. Devices may have other numbers after a restart of the machine.
         """
-        noted, log = self._noted(), self.path + "-wal"
-        has_log = os.path.exists(log) and os.path.getsize(log) > 0
-        overwritten = has_log and len(noted) == 3 and self._is_another(noted[0].decode())
-        if has_log and not os.path.exists(self.path + "-shm") and anyone_alive(self.path):
+        noted, log = self._noted(), has_log(self.path)
+        overwritten = log and len(noted) == 3 and self._is_another(noted[0].decode())
+        if log and not os.path.exists(self.path + "-shm") and anyone_alive(self.path):
             raise QueueError("%s-shm was removed while workers live; they stop when they see it" % self.path)
         if (not noted or self.same_file()) and not overwritten:
             return
         if anyone_alive(self.path):
             raise QueueError("%s was replaced while workers of the old one live; they stop when they see it"
                              % self.path)
-        if has_log:
-            raise QueueError("%s was replaced, but a log stands beside it: move %s and %s-shm away if they are the old "
-                             "one's, or remove %s if they were copied with it"
-                             % (self.path, log, self.path, mutex_path(self.path)))
+        if log:
+            raise QueueError("%s was replaced, but a log stands beside it: move %s-wal and %s-shm away if they are the "
+                             "old one's, or remove %s if they were copied with it"
+                             % (self.path, self.path, self.path, mutex_path(self.path)))
 
     def _is_another(self, queue: str) -> bool:
         """Whether the database file was overwritten in place with that of another queue than the one noted.
@@ -2412,20 +2428,10 @@ class Identity:
         look damaged, which tells nothing, but not three times like a whole other queue.
         """
         for _ in range(3):
-            found = self._queue_in_file()
-            if found in (queue, ""):
+            if value_in_file(self.path, GET_IDENTITY) in (queue, None):
                 return False
             time.sleep(0.05)
         return True
-
-    def _queue_in_file(self) -> str:
-        db = sqlite3.connect(file_uri(self.path, "immutable=1"), uri=True)
-        try:
-            return str(db.execute(GET_IDENTITY).fetchone()[0])
-        except (sqlite3.Error, TypeError):
-            return ""
-        finally:
-            db.close()
 
     def settle(self, queue: str, renew: Callable[[], str] | None = None) -> None:
         """Under the mutex, before the first write: note which queue this is; a copy is given a new id by `renew`.
@@ -2627,7 +2633,10 @@ class Store:
 
         SQLite itself locks all out while it reads the log that a crash has left.
         """
-        deadline = time.monotonic() + self.patience
+        try:
+            return read()
+        except sqlite3.Error:  # looked into below; reading is mostly done here
+            deadline = time.monotonic() + self.patience
         self.told = False
         while True:
             try:
@@ -2686,9 +2695,9 @@ class Store:
 
     def _open_unwritable(self, error: OSError) -> None:
         """Read a database that can't be written as it is: without locks, and only if nothing waits in its log."""
-        if os.path.exists(self.path + "-wal") and os.path.getsize(self.path + "-wal"):
+        if has_log(self.path):
             raise error
-        self.db = sqlite3.connect(file_uri(self.path, "immutable=1"), uri=True, isolation_level=None)
+        self.db = open_as_it_is(self.path)
         if self._checked_version() < SCHEMA_VERSION:
             self.source = self.db
             self._copy_source()
@@ -2949,10 +2958,7 @@ class Store:
 
     def _rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         """All rows at once: an open cursor would keep checkpoints from finishing."""
-        try:
-            return self.db.execute(statement, values).fetchall()
-        except sqlite3.Error:
-            return self._patiently(lambda: self.db.execute(statement, values).fetchall())  # type: ignore[no-any-return]
+        return self._patiently(lambda: self.db.execute(statement, values).fetchall())  # type: ignore[no-any-return]
 
     def _value(self, statement: str, *values: Any) -> Any:
         rows = self._rows(statement, *values)
@@ -3047,10 +3053,7 @@ class Store:
         return self.seen_in_source
 
     def _version_of(self, db: sqlite3.Connection) -> int:
-        try:
-            row = db.execute(DATA_VERSION).fetchone()
-        except sqlite3.Error as error:
-            raise translate(error, self.path) from error
+        row = self._patiently(lambda: db.execute(DATA_VERSION).fetchone())
         # None before SQLite 3.8.8: then everything is looked at each time.
         return int(row[0]) if row else time.monotonic_ns()
 
@@ -3549,17 +3552,6 @@ class Store:
     def backup(self, path: str) -> None:
         """Copy the database into the file `path`, as another queue in which what was running is pending."""
         self.copy_to(path, (GIVE_BACK_ALL, *FORGET_WORKERS, RENEW_IDENTITY))
-
-    @staticmethod
-    def is_queue(path: str) -> bool:
-        """Whether a file, which nobody uses, is the database of a queue."""
-        db = sqlite3.connect(file_uri(path, "immutable=1"), uri=True)
-        try:
-            return bool(db.execute(GET_APPLICATION).fetchone() == (APPLICATION_ID,))
-        except sqlite3.Error:
-            return False
-        finally:
-            db.close()
 
     def copy_to(self, path: str, changes: Sequence[str] = ()) -> None:
         """Copy the database as it is at this moment into a file, by SQLite's own online backup, and change the copy.
@@ -5995,7 +5987,8 @@ def status_of(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return {"jobs": counts, "workers": len(workers), "all_paused": store.all_paused(),
             "paused": [queue["name"] for queue in queues if queue["paused"]],
             "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due(),
-            "lost": [job["id"] for job in store.lost_jobs() if store.is_own(job["worker"])],
+            "lost": [job["id"] for job in (store.lost_jobs() if counts[PROCESSING] else ())
+                     if store.is_own(job["worker"])],
             "unserved": [queue["name"] for queue in queues if pools and not queue["paused"]
                          and queue[PENDING] + queue[FAILED] and not any(serves(pool, queue["name"]) for pool in pools)],
             "interrupted": list(left_runs(store)),
@@ -6617,7 +6610,7 @@ def cmd_backup(args: Any) -> int:
     if not os.path.exists(args.db):
         raise QueueError("there is no queue at %s" % clean(args.db))
     store = read_store(args)
-    if os.path.exists(path) and os.path.getsize(path) and not Store.is_queue(path):
+    if os.path.exists(path) and os.path.getsize(path) and not is_queue(path):
         raise QueueError("%s is not a backup of a queue; it is left as it is: name another file" % clean(path))
     store.backup(path)
     emit("Backed up: %s in %s" % (count_of(sum(store.counts().values()), "job"), clean(path)))
@@ -6631,7 +6624,7 @@ def cmd_restore(args: Any) -> int:
         raise QueueError("workers still use %s; `queuectl worker stop` first" % clean(args.db))
     if not os.path.isfile(args.file):
         raise QueueError("there is no file %s" % clean(args.file))
-    if not Store.is_queue(args.file):
+    if not is_queue(args.file):
         raise QueueError("%s is not a backup of a queue" % clean(args.file))
     make_folder(os.path.dirname(args.db))
     kept = put_in_place(os.path.abspath(args.file), args.db)
