@@ -2224,8 +2224,11 @@ def is_queue(path: str) -> bool:
 
 
 def has_log(db: str) -> bool:
-    """Whether anything stands in the log beside a database."""
-    return os.path.exists(db + "-wal") and os.path.getsize(db + "-wal") > 0
+    """Whether anything stands in the log beside a database. (Whoever closes it last removes the log, at any moment.)"""
+    try:
+        return os.path.getsize(db + "-wal") > 0
+    except FileNotFoundError:
+        return False
 
 
 def make_folder(folder: str) -> None:
@@ -2409,7 +2412,7 @@ class Identity:
         """
         noted, log = self._noted(), has_log(self.path)
         overwritten = log and len(noted) == 3 and self._is_another(noted[0].decode())
-        if log and not os.path.exists(self.path + "-shm") and anyone_alive(self.path):
+        if log and self._lacks_index():
             raise QueueError("%s-shm was removed while workers live; they stop when they see it" % self.path)
         if (not noted or self.same_file()) and not overwritten:
             return
@@ -2420,6 +2423,17 @@ class Identity:
             raise QueueError("%s was replaced, but a log stands beside it: move %s-wal and %s-shm away if they are the "
                              "old one's, or remove %s if they were copied with it"
                              % (self.path, self.path, self.path, mutex_path(self.path)))
+
+    def _lacks_index(self) -> bool:
+        """Whether workers live, but the index of the log is gone.
+
+        Whoever closes the database last removes the index, then the log; perhaps at this moment.
+        """
+        for _ in range(10):
+            if os.path.exists(self.path + "-shm") or not has_log(self.path) or not anyone_alive(self.path):
+                return False
+            time.sleep(0.05)
+        return True
 
     def _is_another(self, queue: str) -> bool:
         """Whether the database file was overwritten in place with that of another queue than the one noted.

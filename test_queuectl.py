@@ -5431,6 +5431,29 @@ def test_workers_whose_files_are_removed_stop_loudly(q: Queue, name: str) -> Non
     assert "deleted" in pool.text
 
 
+def test_a_log_that_vanishes_between_two_looks_is_none(q: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever closes the database last removes the log, while another opens it."""
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    assert not queuectl.has_log(str(q.db))
+
+
+def test_an_index_that_is_removed_with_its_log_is_not_missed(q: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever closes the database last removes the log's index first, then the log; workers may be starting then."""
+    q.add("true")
+    log = Path(f"{q.db}-wal")
+    log.write_bytes(b"x" * 4096)
+    monkeypatch.setattr(queuectl, "anyone_alive", lambda path: True)
+    fd = os.open(f"{q.db}.lock", os.O_RDWR)
+    closer = threading.Timer(0.1, log.unlink)
+    closer.start()
+    queuectl.Identity(str(q.db), fd).check_log()
+    closer.join()
+    log.write_bytes(b"x" * 4096)
+    with pytest.raises(queuectl.QueueError, match="removed"):
+        queuectl.Identity(str(q.db), fd).check_log()
+    os.close(fd)
+
+
 @linux
 def test_jobs_inherit_nothing_of_who_started_the_pool(q: Queue) -> None:
     q.add("ls /proc/self/fd; exit 0", "--id", "a")
