@@ -5577,15 +5577,47 @@ def _open_log(path: str) -> int:
         raise QueueError("the log %s can't be written: %s" % (clean(path), error.strerror)) from None
 
 
-def own_command() -> list[str]:
-    """How this program is started: by the launcher of `make install` (its module is compiled), or as a script."""
-    script = os.path.abspath(globals().get("__file__", ""))
+def own_file() -> str:
+    """The file that this program is in; raises QueueError if it came by a pipe."""
+    script: str = os.path.abspath(globals().get("__file__", ""))
     if not os.path.isfile(script):
         raise QueueError("queuectl can't be started again from %s; save it as a file of its own" % (
             clean(script) or "where it came from"))
+    return script
+
+
+def own_command() -> list[str]:
+    """How this program is started: by the launcher of `install` (its module is compiled), or as a script."""
+    script = own_file()
     launcher = os.path.abspath(sys.argv[0])
     installed = os.path.basename(launcher) == "queuectl" and os.path.isfile(launcher)
     return [sys.executable, launcher if installed else script]
+
+
+# `python -c` this, with the descriptor of compiled code, its file and arguments: runs it as the module queuectl.
+RUN_COMPILED = (
+    'import marshal, sys; sys.path[:] = filter(None, sys.path); '  # nothing is imported from the folder it runs in
+    'file = open(int(sys.argv[1]), "rb"); code = marshal.load(file); file.close(); del sys.argv[:2]; '
+    'sys.modules["queuectl"] = module = type(sys)("queuectl"); module.__file__ = sys.argv[0]; '
+    'exec(code, module.__dict__); sys.exit(module.main())')
+
+
+def start_compiled() -> None:
+    """Where this is a script, go on as a new program in this process, which has its code without compiling it.
+
+    Python keeps a script's syntax tree in memory for as long as it runs: more than all the rest of
+    a pool. What the script was compiled to is in the outermost frame.
+    """
+    import marshal
+    if __name__ != "__main__" or sys.modules["__main__"].__spec__ or not hasattr(os, "memfd_create"):
+        return
+    frame = sys._getframe()
+    while frame.f_back:
+        frame = frame.f_back
+    fd = os.memfd_create("queuectl", 0)
+    os.write(fd, marshal.dumps(frame.f_code))
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.execv(sys.executable, [sys.executable, "-c", RUN_COMPILED, str(fd), *sys.argv])
 
 
 START_TIME = 30.0  # seconds a detached pool has to come up
@@ -5637,6 +5669,8 @@ def cmd_worker_start(args: Any) -> int:
     max_jobs = None if args.max_jobs is None else _whole_option("--max-jobs", args.max_jobs, 10**9)
     queues = [check_name("--queue", name) for name in args.queue]
     system.check_room(count)
+    if not args.detach and not args.drain:  # a drain is short
+        start_compiled()
     store = open_trusted(args.db, tell=complain)
     name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name(store)
     if args.detach:
@@ -6649,6 +6683,76 @@ def cmd_restore(args: Any) -> int:
     return EXIT_OK
 
 
+# installing
+
+# A shell reads the second and third line as a command, Python as a string: so the path of Python
+# may have blanks and any length. Site-packages only slow the start (-S); queuectl uses none.
+LAUNCHER = """\
+#!/bin/sh
+'''exec' %s -IS "$0" "$@"
+' '''
+import os
+import sys
+
+prefix = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+sys.path.insert(0, os.path.join(prefix, "lib", "queuectl"))
+from queuectl import main
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+PREFIX = option("--prefix", metavar="DIR", default="~/.local", type=os.path.expanduser,
+                help="the command is DIR/bin/queuectl, what it needs is in DIR/lib/queuectl (~/.local)")
+
+
+def put_program(bin_folder: str, lib_folder: str) -> None:
+    """Install, or upgrade while the old one runs: each file is replaced at one go."""
+    import py_compile
+    import shutil
+    launcher, module = bin_folder + "/queuectl", lib_folder + "/queuectl.py"
+    os.makedirs(lib_folder, exist_ok=True)
+    os.makedirs(bin_folder, exist_ok=True)
+    shutil.copyfile(own_file(), module + ".new")
+    os.replace(module + ".new", module)
+    shutil.rmtree(lib_folder + "/__pycache__", ignore_errors=True)  # the old one, which is never checked for changes
+    compiled = "%s/__pycache__/queuectl.%s.pyc" % (lib_folder, sys.implementation.cache_tag)
+    py_compile.compile(module, compiled, doraise=True,
+                       invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    with open(launcher + ".new", "w") as file:
+        file.write(LAUNCHER % join_words([sys.executable]))
+    os.chmod(launcher + ".new", 0o755)
+    os.replace(launcher + ".new", launcher)
+
+
+@subcommand("install", "put the command `queuectl` on the path, compiled", PREFIX,
+            examples="\nqueuectl install\nqueuectl install --prefix /usr/local\n")
+def cmd_install(args: Any) -> int:
+    bin_folder = args.prefix + "/bin"
+    os.umask(0o022)
+    try:
+        put_program(bin_folder, args.prefix + "/lib/queuectl")
+    except OSError as error:
+        raise QueueError("can't install in %s: %s; --prefix names another folder" % (args.prefix, error)) from None
+    emit("""\
+installed: %s/queuectl
+If the shell does not find it, put this into ~/.profile: export PATH=%s:"$PATH"
+Completion, for ~/.bashrc: eval "$(queuectl completion)\"""" % (bin_folder, join_words([os.path.abspath(bin_folder)])))
+    return EXIT_OK
+
+
+@subcommand("uninstall", "remove what `install` made", PREFIX,
+            examples="\nqueuectl uninstall\nqueuectl uninstall --prefix /usr/local\n")
+def cmd_uninstall(args: Any) -> int:
+    import shutil
+    launcher = args.prefix + "/bin/queuectl"
+    if not os.path.exists(launcher):
+        raise QueueError("there is no %s" % launcher)
+    shutil.rmtree(args.prefix + "/lib/queuectl", ignore_errors=True)
+    os.remove(launcher)
+    emit("removed: " + launcher)
+    return EXIT_OK
+
+
 # for servers
 
 def unit_word(text: str) -> str:
@@ -7106,7 +7210,9 @@ def parse(argv: list[str]) -> tuple[Command | None, Any]:
         raise UsageError("the database's name is too long: what stands beside it has longer names")
     if path:
         CALLED[0] += " --db " + join_words([path])
-    path = path or os.environ.get("QUEUECTL_DB") or os.path.join(home_folder(), ".queuectl", "queue.db")
+    path = path or os.environ.get("QUEUECTL_DB") or ""
+    if not path and chosen.run not in (cmd_install, cmd_uninstall):
+        path = os.path.join(home_folder(), ".queuectl", "queue.db")
     # By its real name: what stands beside it must be the same for all, whatever link they came by.
     try:
         args.db = os.path.realpath(os.path.expanduser(check_text("--db", path)))

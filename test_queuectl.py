@@ -20,8 +20,10 @@ import ast
 import base64
 import hashlib
 import heapq
+import importlib.util
 import itertools
 import json
+import multiprocessing.connection
 import os
 import random
 import re
@@ -39,12 +41,43 @@ import time
 import unicodedata
 from contextlib import closing
 from datetime import datetime, timezone
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, NoReturn, Sequence, Union
 
-import pytest
+PYTEST = ("-p", "no:cacheprovider", "-p", "test_queuectl")  # this file is also a plugin: pytest_runtestloop
 
-import queuectl
+
+def python_with_pytest() -> str:
+    """A Python of this version that has pytest: this one, or that of a folder .venv/3.8, made here if need be."""
+    if importlib.util.find_spec("pytest"):
+        return sys.executable
+    folder = Path(".venv", "%d.%d" % sys.version_info[:2])
+    python = str(folder / "bin" / "python")
+    if subprocess.call([python, "-c", "import pytest"], stderr=subprocess.DEVNULL) if folder.exists() else True:
+        print(f"{sys.executable} has no pytest; it is installed in {folder}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "pytest"], check=True)
+    return python
+
+
+def run_tests(args: Sequence[str]) -> NoReturn:
+    """What `make test` does: pytest with these arguments, and none of the plugins that happen to be installed."""
+    os.chdir(Path(__file__).resolve().parent)
+    try:
+        python = python_with_pytest()
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"there is no pytest, and it could not be installed (no network, or no venv): {error}")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    os.execv(python, [python, "-m", "pytest", *PYTEST, "test_queuectl.py", *args])
+
+
+if __name__ == "__main__":
+    run_tests(sys.argv[1:])
+
+import pytest  # noqa: E402
+
+import queuectl  # noqa: E402
 
 PROGRAM = Path(__file__).resolve().parent / "queuectl.py"
 SCRIPT = (sys.executable, PROGRAM)
@@ -565,6 +598,86 @@ def kill(pid: int, number: int) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         pass
+
+
+# One process a core: forks of pytest, which has collected, run the tests; pytest itself shows what they report.
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Reporter:
+    """In a fork, in the terminal reporter's place: sends how a test went, instead of showing it."""
+
+    def __init__(self, config: pytest.Config, reports: Connection) -> None:
+        self.config, self.reports = config, reports
+        self._tw = config.get_terminal_writer()  # by which pytest formats what an assertion compares
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        hook = self.config.hook
+        self.reports.send(hook.pytest_report_to_serializable(config=self.config, report=report))
+
+
+def run_ordered(session: pytest.Session, orders: Connection, reports: Connection) -> None:
+    """In a fork: run the tests whose numbers are ordered, until there is no other."""
+    plugins = session.config.pluginmanager
+    reporter = Reporter(session.config, reports)
+    plugins.unregister(plugins.getplugin("terminalreporter"))
+    plugins.register(reporter, "terminalreporter")
+    capture: Any = plugins.getplugin("capturemanager")
+    capture.stop_global_capturing()  # its files are those of all forks
+    capture.start_global_capturing()
+    capture.suspend_global_capture(in_=True)
+    number = orders.recv()
+    while number is not None:
+        reports.send("ready")  # what follows a test tells pytest which fixtures it may keep
+        following = orders.recv()
+        nextitem = None if following is None else session.items[following]
+        session.config.hook.pytest_runtest_protocol(item=session.items[number], nextitem=nextitem)
+        number = following
+    reports.send("done")
+
+
+def fork_runner(session: pytest.Session) -> tuple[Connection, Connection]:
+    """Start one; where its reports come from, and where its orders go."""
+    orders, give = multiprocessing.Pipe(False)
+    take, reports = multiprocessing.Pipe(False)
+    if os.fork():
+        orders.close()
+        reports.close()  # so the end of a fork is the end of its reports
+        return take, give
+    try:
+        run_ordered(session, orders, reports)
+    finally:
+        os._exit(0)
+
+
+def pytest_runtestloop(session: pytest.Session) -> object:
+    """Run the tests in as many forks as there are cores; None, for pytest's own loop, where that is no use."""
+    options, count = session.config.option, min(cores(), len(session.items))
+    if count < 2 or options.collectonly or options.usepdb or options.capture == "no" or session.testsfailed:
+        return None
+    numbers, hook = iter(range(len(session.items))), session.config.hook
+    runners = dict(fork_runner(session) for _ in range(count))
+    for give in runners.values():
+        give.send(next(numbers))
+    while runners:
+        for take in multiprocessing.connection.wait(list(runners)):
+            try:
+                word = take.recv()  # type: ignore[union-attr]
+            except EOFError:
+                pytest.exit("a process that ran tests has died", 3)
+            if word == "ready":
+                runners[take].send(None if session.shouldfail else next(numbers, None))  # type: ignore[index]
+            elif word == "done":
+                del runners[take]  # type: ignore[arg-type]
+            else:
+                report = hook.pytest_report_from_serializable(config=session.config, data=word)
+                hook.pytest_runtest_logreport(report=report)
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
+    return True
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -2036,7 +2149,62 @@ def test_a_detached_pool(q: Queue) -> None:
     wait_for(lambda: not q.processes(), what="the pool to be gone")
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_install_puts_a_command_on_the_path(q: Queue) -> None:
+    place = q.folder / "it's a place"
+    done = q.run([*SCRIPT, "install", "--prefix", place], env={"HOME": "/nowhere", "QUEUECTL_DB": None})
+    assert done.code == 0 and str(place / "bin/queuectl") in done.out, done
+    export = re.search("export PATH=.*", done.out)
+    made = files_in(place)
+    assert export and set(made) == {
+        "bin/queuectl", "lib/queuectl/queuectl.py", f"lib/queuectl/__pycache__/queuectl.{sys.implementation.cache_tag}.pyc"
+    }  # fmt: skip
+    script = f"{export.group()}\nqueuectl enqueue --id a 'echo hello' && queuectl worker start --drain && queuectl logs a"
+    assert "hello" in q.run(["sh", "-c", script]).out
+    assert files_in(place) == made  # nothing is compiled anew when it runs
+
+
+def test_install_upgrades_under_a_live_pool_and_is_undone(q: Queue) -> None:
+    prefix = ("--prefix", q.folder)
+    q("install", *prefix)
+    old = q.folder / "lib/queuectl/__pycache__/queuectl.cpython-30.pyc"  # left by another Python: stale, once upgraded
+    old.touch()
+    launcher = q.folder / "bin/queuectl"
+    q.program = (launcher,)
+    pool = q.pool()
+    assert q("install", *prefix).code == 0 and not old.exists()
+    q.wait_state(q.add("true"), "completed")
+    assert q("--version").out == f"queuectl {queuectl.VERSION}\n"
+    assert q("uninstall", *prefix).out == f"removed: {launcher}\n"
+    assert not launcher.exists() and not (q.folder / "lib/queuectl").exists()
+    assert pool.stop() == 0
+    q.program = SCRIPT
+    q.fails("uninstall", *prefix)
+
+
+def test_install_says_what_is_in_the_way(q: Queue) -> None:
+    (q.folder / "lib").write_text("a file")
+    assert "--prefix" in q.fails("install", "--prefix", q.folder).err
+
+
 @linux
+def test_a_pool_that_is_a_script_does_not_keep_what_it_was_compiled_from(q: Queue) -> None:
+    """It goes on in the same process as compiled code; nothing is imported from the folder that it runs in."""
+    (q.work / "types.py").write_text("raise SystemExit('imported from here')")
+    (q.work / "os.py").write_text("raise SystemExit('imported from here')")
+    q.program = SCRIPT
+    pool = q.pool()
+    words = read_proc(str(pool.process.pid), "cmdline").split(b"\0")
+    assert words[1] == b"-c" and words[4:7] == [os.fsencode(PROGRAM), b"worker", b"start"]
+    assert not any(b"memfd" in link for link in links(str(pool.process.pid)))
+    q.wait_state(q.add("true"), "completed")
+    assert pool.stop() == 0 and str(q.db) in pool.out
+    assert not list(PROGRAM.parent.glob("__pycache__/queuectl.*"))
+
+
 @linux
 def test_a_detached_pool_is_started_as_the_command_was(q: Queue) -> None:
     """By the installed command, whose module is compiled: that starts faster and takes half of the memory."""
