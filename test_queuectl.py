@@ -2159,11 +2159,10 @@ def test_install_puts_a_command_on_the_path(q: Queue) -> None:
     assert done.code == 0 and str(place / "bin/queuectl") in done.out, done
     export = re.search("export PATH=.*", done.out)
     made = files_in(place)
-    assert export and set(made) == {
-        "bin/queuectl", "lib/queuectl/queuectl.py", f"lib/queuectl/__pycache__/queuectl.{sys.implementation.cache_tag}.pyc"
-    }  # fmt: skip
-    script = f"{export.group()}\nqueuectl enqueue --id a 'echo hello' && queuectl worker start --drain && queuectl logs a"
-    assert "hello" in q.run(["sh", "-c", script]).out
+    compiled = f"lib/queuectl/__pycache__/queuectl.{sys.implementation.cache_tag}.pyc"
+    assert export and set(made) == {"bin/queuectl", "lib/queuectl/queuectl.py", compiled}
+    script = "queuectl enqueue --id a 'echo hello' && queuectl worker start --drain && queuectl logs a"
+    assert "hello" in q.run(["sh", "-c", f"{export.group()}\n{script}"]).out
     assert files_in(place) == made  # nothing is compiled anew when it runs
 
 
