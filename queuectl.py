@@ -44,6 +44,7 @@ Contents, in reading order; a section calls only those above it:
     Store        the database: one method for each change of state
     Runner       one run of one job
     Worker       claim, run, record; recovery of what dead workers held
+    Console      what is printed: where, how wide, with what escaped
     Pool         the supervisor: start, watch, replace and stop workers
     Views        rows to text or JSON: pure functions
     Commands     what a user types, each beside its options
@@ -4684,11 +4685,7 @@ def worker_main(order: Order) -> NoReturn:
     sys.exit(code)
 
 
-# ═══ Pool ═══ the supervisor: start, watch, replace and stop workers ═════════════════════════
-
-QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing delay
-LONGEST_DELAY = 1.0
-
+# ═══ Console ═══ what is printed, where, how wide, and with nothing that acts on a terminal ═══
 
 def mute(stream: int) -> None:
     """After a failed write to a standard stream: nothing more, so that Python does not fail again at its exit."""
@@ -4708,6 +4705,131 @@ def complain(text: str) -> None:
             print("queuectl: %s" % as_called(text), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         mute(2)  # nobody listens
+
+
+def emit_bytes(data: bytes) -> None:
+    """A part of a command's result; it leaves at once only on a terminal, else with much more or at the end."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed")
+    sys.stdout.buffer.write(data)
+    if sys.stdout.line_buffering:
+        sys.stdout.flush()
+
+
+def emit(text: str) -> None:
+    """A line of a command's result."""
+    emit_bytes((text + "\n").encode(sys.stdout.encoding if sys.stdout else "ascii", "replace"))
+
+
+def json_lines(values: Iterable[Any]) -> Iterator[str]:
+    """A JSON array, one value a line between `[` and `]`: lines that can also be read one by one."""
+    yield "["
+    before = None
+    for value in values:
+        if before is not None:
+            yield before + ","
+        before = json.dumps(value)
+    if before is not None:
+        yield before
+    yield "]"
+
+
+def out_lines(values: Iterable[Any]) -> int:
+    """A JSON array as a command's result, one value a line."""
+    for line in json_lines(values):
+        emit(line)
+    return EXIT_OK
+
+
+def out_json(value: Any) -> int:
+    emit(json.dumps(value, indent=2))
+    return EXIT_OK
+
+
+def shown_output(output: bytes, terminal: bool) -> bytes:
+    """A run's output for a terminal (nothing in it can act on it) or, unchanged, for a pipe."""
+    if not terminal:
+        return output
+    text = output.decode("utf-8", "replace").replace("\r\n", "\n")
+    return re.sub(r"[^\n\t]+", lambda match: clean(match.group()), text).encode("utf-8", "replace")
+
+
+def out_bytes(output: bytes) -> None:
+    """Output of a job: safe on a terminal, unchanged into a pipe or file."""
+    emit_bytes(shown_output(output, sys.stdout is not None and sys.stdout.isatty()))
+
+
+def has_escapes() -> bool:
+    """Whether the terminal understands escape sequences."""
+    return os.environ.get("TERM") != "dumb"
+
+
+def terminal_width() -> int:
+    """Columns of the terminal on stdout; 0 if it is none."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
+    except (OSError, AttributeError, ValueError):
+        return 0
+
+
+help_width = lru_cache(1)(terminal_width)
+
+
+def text_width(text: str) -> int:
+    """Columns that text takes on a terminal: two for wide characters, none for combining ones."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def fit(text: str, width: int) -> str:
+    """Text cut to a number of columns, or filled up to it."""
+    if text_width(text) > width:
+        text = text[:4 * width]
+        while text and text_width(text) > max(0, width - 1):
+            text = text[:-1]
+        text += "…" if width else ""
+    return text + " " * (width - text_width(text))
+
+
+COLOURS = {PROCESSING: "36", COMPLETED: "32", FAILED: "33", DEAD: "31"}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int, colour: bool) -> list[str]:
+    """Lines of a table in `width` columns (0: as many as it takes); what does not fit is cut at the right."""
+    cells = [[clean(cell) for cell in row] for row in rows]
+    widths = [max(text_width(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
+    if width:  # the last column gives way first, then the widest
+        widths = [min(size, width) for size in widths]
+        while sum(widths) + 2 * (len(head) - 1) > width and max(widths) > 4:
+            widths[-1 if widths[-1] > 20 else widths.index(max(widths))] -= 1
+    lines = ["  ".join(fit(text, size) for text, size in zip(head, widths)).rstrip()]
+    for row in cells:
+        shown = [fit(text, size) for text, size in zip(row, widths)]
+        if colour:
+            shown = ["\033[%sm%s\033[0m" % (COLOURS[text], cell) if text in COLOURS else cell
+                     for text, cell in zip(row, shown)]
+        lines.append("  ".join(shown).rstrip())
+    return lines
+
+
+def fitted_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for where stdout leads: within a terminal's width, coloured there, or whole."""
+    width = terminal_width()
+    return table(head, rows, width, bool(width) and not os.environ.get("NO_COLOR"))
+
+
+def out_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    for line in fitted_table(head, rows):
+        emit(line)
+    return EXIT_OK
+
+
+# ═══ Pool ═══ the supervisor: start, watch, replace and stop workers ═════════════════════════
+
+QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing delay
+LONGEST_DELAY = 1.0
 
 
 class Pool:
@@ -4890,9 +5012,6 @@ HANDLED = () if WINDOWS else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, sign
 
 # ═══ Views ═══ rows to text or JSON: pure functions ══════════════════════════════════════════
 
-COLOURS = {PROCESSING: "36", COMPLETED: "32", FAILED: "33", DEAD: "31"}
-
-
 def job_json(job: dict[str, Any]) -> dict[str, Any]:
     """A job as `--json` shows it: the FIELDS, times in ISO 8601."""
     policy = {"retry_after": None, "dead_on": [], **json.loads(job["policy"] or "{}")}
@@ -4920,55 +5039,6 @@ def run_json(run: dict[str, Any]) -> dict[str, Any]:
             from base64 import b64encode
             shown[name + "_base64"] = b64encode(output).decode()
     return shown
-
-
-def json_lines(values: Iterable[Any]) -> Iterator[str]:
-    """A JSON array, one value a line between `[` and `]`: lines that can also be read one by one."""
-    yield "["
-    before = None
-    for value in values:
-        if before is not None:
-            yield before + ","
-        before = json.dumps(value)
-    if before is not None:
-        yield before
-    yield "]"
-
-
-def text_width(text: str) -> int:
-    """Columns that text takes on a terminal: two for wide characters, none for combining ones."""
-    if text.isascii():
-        return len(text)
-    from unicodedata import combining, east_asian_width
-    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def fit(text: str, width: int) -> str:
-    """Text cut to a number of columns, or filled up to it."""
-    if text_width(text) > width:
-        text = text[:4 * width]
-        while text and text_width(text) > max(0, width - 1):
-            text = text[:-1]
-        text += "…" if width else ""
-    return text + " " * (width - text_width(text))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int, colour: bool) -> list[str]:
-    """Lines of a table in `width` columns (0: as many as it takes); what does not fit is cut at the right."""
-    cells = [[clean(cell) for cell in row] for row in rows]
-    widths = [max(text_width(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
-    if width:  # the last column gives way first, then the widest
-        widths = [min(size, width) for size in widths]
-        while sum(widths) + 2 * (len(head) - 1) > width and max(widths) > 4:
-            widths[-1 if widths[-1] > 20 else widths.index(max(widths))] -= 1
-    lines = ["  ".join(fit(text, size) for text, size in zip(head, widths)).rstrip()]
-    for row in cells:
-        shown = [fit(text, size) for text, size in zip(row, widths)]
-        if colour:
-            shown = ["\033[%sm%s\033[0m" % (COLOURS[text], cell) if text in COLOURS else cell
-                     for text, cell in zip(row, shown)]
-        lines.append("  ".join(shown).rstrip())
-    return lines
 
 
 def since(then: int | None, now: int) -> str:
@@ -5012,14 +5082,6 @@ def run_title(run: dict[str, Any]) -> str:
     reason = ": %s" % clean(run["error"]) if run["error"] else ""
     return "[%s] run %d, attempt %d, %s after %s%s" % (show_time(run["started_at"]), run["run"], run["attempt"],
                                                        run["state"], show_duration(run["duration_seconds"]), reason)
-
-
-def shown_output(output: bytes, terminal: bool) -> bytes:
-    """A run's output for a terminal (nothing in it can act on it) or, unchanged, for a pipe."""
-    if not terminal:
-        return output
-    text = output.decode("utf-8", "replace").replace("\r\n", "\n")
-    return re.sub(r"[^\n\t]+", lambda match: clean(match.group()), text).encode("utf-8", "replace")
 
 
 def worker_row(worker: dict[str, Any], now: int) -> tuple[str, ...]:
@@ -5121,6 +5183,10 @@ def prometheus_lines(queues: Sequence[dict[str, Any]], workers: int, oldest: dic
 
 Command = namedtuple("Command", "name run summary options examples")
 COMMANDS: dict[str, Command] = {}
+# In what order help and completion name them, by the first word.
+ORDER = (  # noqa: SIM905
+    "enqueue worker run status list show logs why doctor retry delete cancel edit wait purge "
+    "backup restore install uninstall service completion dlq queue config").split()
 
 
 def option(*names: str, **details: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -5137,58 +5203,15 @@ def subcommand(name: str, summary: str, *options: tuple[tuple[str, ...], dict[st
     return enter
 
 
+def commands_of(group: str = "") -> list[Command]:
+    """The commands of a group, or all of them, as help names them."""
+    shown = [entry for entry in COMMANDS.values() if not group or entry.name.startswith(group + " ")]
+    return sorted(shown, key=lambda entry: ORDER.index(entry.name.partition(" ")[0]))
+
+
 JSON = option("--json", action="store_true", help="print JSON")
 IDS = option("ids", nargs="+", metavar="ID", help="the job's id, or a unique part of its beginning")
 ID = option("id", metavar="ID", help="the job's id, or a unique part of its beginning")
-
-
-def emit_bytes(data: bytes) -> None:
-    """A part of a command's result; it leaves at once only on a terminal, else with much more or at the end."""
-    if sys.stdout is None:
-        raise OSError("stdout is closed")
-    sys.stdout.buffer.write(data)
-    if sys.stdout.line_buffering:
-        sys.stdout.flush()
-
-
-def emit(text: str) -> None:
-    """A line of a command's result."""
-    emit_bytes((text + "\n").encode(sys.stdout.encoding if sys.stdout else "ascii", "replace"))
-
-
-def out_lines(values: Iterable[Any]) -> int:
-    """A JSON array as a command's result, one value a line."""
-    for line in json_lines(values):
-        emit(line)
-    return EXIT_OK
-
-
-def out_json(value: Any) -> int:
-    emit(json.dumps(value, indent=2))
-    return EXIT_OK
-
-
-def terminal_width() -> int:
-    """Columns of the terminal on stdout; 0 if it is none."""
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
-    except (OSError, AttributeError, ValueError):
-        return 0
-
-
-help_width = lru_cache(1)(terminal_width)
-
-
-def fitted_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table for where stdout leads: within a terminal's width, coloured there, or whole."""
-    width = terminal_width()
-    return table(head, rows, width, bool(width) and not os.environ.get("NO_COLOR"))
-
-
-def out_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    for line in fitted_table(head, rows):
-        emit(line)
-    return EXIT_OK
 
 
 def open_store(args: Any, **how: bool) -> Store:
@@ -5214,6 +5237,21 @@ def count_of(number: int, noun: str) -> str:
     return "%d %s%s" % (number, noun, "" if number == 1 else "s")
 
 
+def _whole_option(name: str, text: str, most: int) -> int:
+    try:
+        number = to_whole(text)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= most:
+        raise UsageError("%s must be a whole number from 1 to %d, not %s" % (name, most, shorten(quoted(text), 60)))
+    return number
+
+
+def patience_of(args: Any) -> float:
+    """Seconds that --timeout gives a command to wait; without it there is no end."""
+    return float("inf") if args.timeout is None else float(checked("delay", args.timeout, "--timeout"))
+
+
 def tell_if_idle(db: str) -> bool:
     """Say how to start a worker if none lives; whether that was said."""
     idle = not anyone_alive(db)
@@ -5222,9 +5260,446 @@ def tell_if_idle(db: str) -> bool:
     return idle
 
 
-def patience_of(args: Any) -> float:
-    """Seconds that --timeout gives a command to wait; without it there is no end."""
-    return float("inf") if args.timeout is None else float(checked("delay", args.timeout, "--timeout"))
+# ─── reading: what changes nothing ────────────────────────────────────────────────────────────
+
+def unfinished_of(queue: dict[str, Any]) -> int:
+    """How many jobs of a queue have not ended."""
+    return sum(queue[state] for state in UNFINISHED)
+
+
+def left_runs(store: Store) -> dict[str, int]:
+    """The queues of runs that were interrupted, each with how many jobs are left."""
+    busy = store.queues_of_runs()
+    left = {queue["name"]: unfinished_of(queue) for queue in store.queues() if is_run_queue(queue["name"])}
+    return {name: count for name, count in left.items() if count and name not in busy}
+
+
+RATE_SPAN = 60.0  # seconds
+
+
+class Rate:
+    """How fast a number has grown over the last minute of those it was told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, int]] = []
+
+    def __call__(self, number: int) -> float | None:
+        """Its growth a second up to now; None until there is a span to speak of."""
+        now = time.monotonic()
+        self.seen.append((now, number))
+        while len(self.seen) > 1 and self.seen[1][0] < now - RATE_SPAN:
+            del self.seen[0]
+        then, before = self.seen[0]
+        return max(0, number - before) / (now - then) if now - then >= 0.2 else None
+
+
+WATCH = option("--watch", action="store_true", help="show it anew each second until Ctrl-C")
+WATCH_EVERY = 1.0  # seconds
+
+
+def show_frames(args: Any, frame: Callable[[], list[str]]) -> int:
+    """Show the lines of `frame()` once, or with --watch each second anew: on a terminal in place, without flicker."""
+    if not args.watch:
+        for line in frame():
+            emit(as_called(line))
+        return EXIT_OK
+    clear = "\033[2J"
+    while True:
+        lines = ["%s, every second until Ctrl-C" % show_time(now_millis())[:-5], *map(as_called, frame())]
+        width = terminal_width()
+        if width:
+            lines[:2] = [fit(line, width).rstrip() for line in lines[:2]]
+            rows = os.get_terminal_size(sys.stdout.fileno()).lines
+            emit(clear + "\033[H" + "".join(line + "\033[K\n" for line in lines[:rows - 2]) + "\033[J")
+            clear = ""
+        else:
+            emit("\n".join(lines) + "\n")
+        sys.stdout.flush()
+        time.sleep(WATCH_EVERY)
+
+
+def status_of(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `status` tells, and the workers that live."""
+    workers = [worker for worker in store.workers() if worker["alive"]]
+    counts, queues = store.counts(), store.queues()
+    pools = [pool for pool in store.pools() if pool["alive"]]
+    return {"jobs": counts, "workers": len(workers), "all_paused": store.all_paused(),
+            "paused": [queue["name"] for queue in queues if queue["paused"]],
+            "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due(),
+            "lost": [job["id"] for job in (store.lost_jobs() if counts[PROCESSING] else ())
+                     if store.is_own(job["worker"])],
+            "unserved": [queue["name"] for queue in queues if pools and not queue["paused"]
+                         and queue[PENDING] + queue[FAILED] and not any(serves(pool, queue["name"]) for pool in pools)],
+            "interrupted": list(left_runs(store)),
+            "troubles": ["%s: %s" % (worker["name"], trouble) for worker in workers
+                         for trouble in [trouble_of(store.path, worker["name"])] if trouble]}, workers
+
+
+@subcommand("status", "show jobs by state, workers, and what comes next", JSON,
+            option("--format", choices=("prometheus",), help="for the textfile collector of node_exporter"), WATCH,
+            examples="""
+queuectl status
+queuectl status --watch
+queuectl status --format prometheus > queuectl.prom.new && mv queuectl.prom.new queuectl.prom
+""")
+def cmd_status(args: Any) -> int:
+    if args.json + args.watch + bool(args.format) > 1:
+        raise UsageError("give one of --json, --watch and --format")
+    store = read_store(args)
+    rate = Rate()
+
+    def frame() -> list[str]:
+        store.changed()  # raises if the database is gone
+        status, workers = status_of(store)
+        if args.format:
+            return prometheus_lines(store.queues(), len(workers), status["oldest_waiting"], now_millis())
+        speed = rate(sum(status["jobs"][state] for state in ENDED)) if args.watch else None
+        shown = "" if speed is None else "%.1f jobs/s in the last minute" % speed
+        return status_lines(status, workers, now_millis(), terminal_width(), shown)
+
+    if not args.json:
+        return show_frames(args, frame)
+    status, workers = status_of(store)
+    for entry in (status["oldest_waiting"], status["next"]):
+        if entry:
+            entry.update((field, show_time(entry[field])) for field in ("created_at", "due") if entry.get(field))
+    return out_json(dict(status, running=[worker["job"] for worker in workers if worker["job"]]))
+
+
+def _list(args: Any, states: list[str], head: Sequence[str],
+          row: Callable[[dict[str, Any], int], Sequence[str]]) -> int:
+    """Show jobs: all as a stream of JSON, or the newest as a table."""
+    limit = None if args.limit is None else _whole_option("--limit", args.limit, 10**9)
+    if args.all and limit:
+        raise UsageError("--all and --limit contradict each other")
+    store = read_store(args)
+    jobs: Iterable[dict[str, Any]]
+    if limit is None and (args.json or args.all):
+        jobs = store.jobs(states, args.queue)
+    else:
+        jobs = store.newest(states, args.queue, limit or 50)
+    if args.json:
+        return out_lines(map(job_json, jobs))
+    shown = list(jobs)
+    out_table(head, [row(job, now_millis()) for job in shown])
+    total = store.count(states, args.queue)
+    if total > len(shown):
+        sys.stdout.flush()
+        complain("the newest %d of %d; --all shows all, --limit N more" % (len(shown), total))
+    return EXIT_OK
+
+
+@subcommand(
+    "list", "show jobs, the newest last",
+    option("--state", action="append", default=[], choices=STATES, help="in this state only; repeatable"),
+    option("--queue", metavar="NAME", help="of this queue only"),
+    option("--limit", metavar="N", help="the newest N (50; with --json all)"),
+    option("--all", action="store_true", help="all of them"), JSON,
+    examples="""
+queuectl list
+queuectl list --state failed --state dead
+queuectl list --json --state pending --state failed | queuectl --db /other/queue.db enqueue --file -
+""")
+def cmd_list(args: Any) -> int:
+    return _list(args, args.state, JOB_HEAD, job_row)
+
+
+@subcommand("dlq list", "show the dead letter queue: jobs that failed too often",
+            option("--limit", metavar="N", help="the newest N (50; with --json all)"),
+            option("--all", action="store_true", help="all of them"), JSON,
+            examples="\nqueuectl dlq list\n")
+def cmd_dlq_list(args: Any) -> int:
+    args.queue = None
+    code = _list(args, [DEAD], DEAD_HEAD, dead_row)
+    if terminal_width() and not args.json:
+        emit(fit(as_called("Next: `queuectl logs ID`, `queuectl dlq retry ID` or --all"), terminal_width()).rstrip())
+    return code
+
+
+def read_output(path: str, missing: Any, read: Callable[..., Any], *values: Any) -> Any:
+    """What `read(fd, *values)` makes of an output file, which is opened for that moment alone."""
+    try:
+        fd = open_beside(path, os.O_RDONLY)
+    except (OSError, QueueError):
+        return missing
+    try:
+        return read(fd, *values)
+    finally:
+        os.close(fd)
+
+
+def live_run(store: Store, job: dict[str, Any]) -> dict[str, Any]:
+    """The current run of a job, with what it has printed so far."""
+    limit = store.settings()["max_output_bytes"]
+    outputs = [read_output(path, b"", head_and_tail, limit)
+               for path in output_paths(store.path, job["locked_by"], job["slot"])]
+    return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING, "started_at": job["started_at"],
+            "finished_at": None, "duration_seconds": max(0, now_millis() - job["started_at"]) / 1000,
+            "exit_code": None, "error": None, "worker": job["locked_by"], "stdout": outputs[0], "stderr": outputs[1]}
+
+
+def runs_of(store: Store, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The runs of a job, oldest first, and at the end the one that runs now."""
+    yield from store.runs(job["seq"])
+    if job["state"] == PROCESSING:
+        yield live_run(store, job)
+
+
+def environment_of(store: Store, job: dict[str, Any]) -> dict[str, str]:
+    """The variables that were kept for a job: with --env-all its caller's, and those that --env named."""
+    environ = store.context(job["context"])[3]
+    return {**json.loads(environ or "{}"), **json.loads(job["env"] or "{}")}
+
+
+@subcommand("show", "show everything about one job", ID, JSON,
+            option("--env", action="store_true", help="the variables that were kept for it, and nothing else"),
+            examples="\nqueuectl show job1\nqueuectl show --json 3fa9\n")
+def cmd_show(args: Any) -> int:
+    store = read_store(args)
+    job = store.find(args.id)
+    if args.env:
+        kept = environment_of(store, job)
+        if args.json:
+            return out_json(kept)
+        for pair in sorted(kept.items()):
+            emit(clean("%s=%s" % pair))
+        return EXIT_OK
+    if args.json:
+        return out_json(dict(job_json(job), runs=[run_json(run) for run in runs_of(store, job)]))
+    for line in job_lines(job):
+        emit(line)
+    for run in runs_of(store, job):
+        emit(run_title(run))
+    advice = "It has not run yet; `queuectl why %s` tells why."
+    if job["runs"]:
+        advice = "`queuectl logs %s` shows what it printed."
+    emit(as_called(advice % clean(job["id"])))
+    return EXIT_OK
+
+
+def _out_run(run: dict[str, Any], stream: str | None) -> None:
+    if stream is None:
+        emit(run_title(run))
+    for name in ("stdout", "stderr"):
+        output = run[name] or b""
+        if stream in (None, name) and output:
+            if stream is None:
+                emit("%s:" % name)
+            out_bytes(output if stream or output.endswith(b"\n") else output + b"\n")
+    if stream is None:
+        emit("")
+
+
+def _out_average(store: Store, job: dict[str, Any], stream: str | None) -> int:
+    if stream is None:
+        count, average = store.run_times(job["seq"])
+        emit("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
+    return EXIT_OK
+
+
+def _output_since(fd: int, start: int, limit: int) -> tuple[bytes, int]:
+    """What an output file holds from `start` on, and its size; the middle of very much is left out."""
+    size = os.fstat(fd).st_size
+    if size - start <= limit:
+        return read_between(fd, start, size), size
+    return b"\n[queuectl: %d bytes left out here]\n%s" % (
+        size - limit // 2 - start, read_between(fd, size - limit // 2, size)), size
+
+
+def _follow_live(store: Store, job: dict[str, Any], stream: str | None, offsets: dict[str, int]) -> None:
+    """Show what a running job has printed since the last look.
+
+    The files are used again for other jobs after the run was recorded: so what was read counts
+    only if the job is still in the same run afterwards.
+    """
+    limit = store.settings()["max_output_bytes"]
+    paths = dict(zip(offsets, output_paths(store.path, job["locked_by"], job["slot"])))
+    news = {name: read_output(path, (b"", 0), _output_since, offsets[name], limit) for name, path in paths.items()}
+    again = store.find_by_seq(job["seq"])
+    if again and again["state"] == PROCESSING and again["runs"] == job["runs"]:
+        for name, (output, size) in news.items():
+            if stream in (None, name) and output:
+                out_bytes(output)
+            offsets[name] = max(offsets[name], size)
+
+
+def _follow_end(run: dict[str, Any], stream: str | None, offsets: dict[str, int], limit: int) -> None:
+    """Show what is left of a run that was followed and has been recorded."""
+    for name, offset in offsets.items():
+        output = run[name] or b""
+        if stream in (None, name):  # of output that was too long to be kept whole, the gap and the tail
+            out_bytes(output[limit // 2:] if len(output) > limit else output[offset:])
+    if stream is None:
+        emit(run_title(run) + "\n")
+
+
+FOLLOW_EVERY = 0.1  # seconds
+
+
+def _follow(store: Store, job: dict[str, Any], stream: str | None) -> int:
+    """Show runs as they go, until the job has ended for good."""
+    if stream is None:
+        emit("Logs for job %s:\n" % clean(job["id"]))
+    done, seq = 0, job["seq"]
+    offsets = {"stdout": 0, "stderr": 0}
+    current: dict[str, Any] | None = job
+    while current is not None:
+        store.changed()  # raises if the database is gone
+        for run in store.runs(seq, done):
+            if any(offsets.values()):
+                _follow_end(run, stream, offsets, store.settings()["max_output_bytes"])
+            else:
+                _out_run(run, stream)
+            done, offsets = run["run"], dict.fromkeys(offsets, 0)
+        if current["state"] == PROCESSING and current["runs"] > done:
+            _follow_live(store, current, stream, offsets)
+        elif current["state"] in (COMPLETED, DEAD) and current["runs"] <= done:
+            break
+        sys.stdout.flush()
+        time.sleep(FOLLOW_EVERY)
+        current = store.find_by_seq(seq)
+    return _out_average(store, job, stream)
+
+
+@subcommand(
+    "logs", "show what a job has printed", ID,
+    option("--attempt", metavar="N", help="of the newest run of this number only"),
+    option("--stdout", action="store_true", help="stdout's bytes and nothing else"),
+    option("--stderr", action="store_true", help="stderr's bytes and nothing else"),
+    option("--follow", action="store_true", help="go on until the job is completed or dead"), JSON,
+    examples="""
+queuectl logs job1
+queuectl logs --follow job1
+queuectl logs --stdout --attempt 2 job1 > result.txt
+""")
+def cmd_logs(args: Any) -> int:
+    if args.stdout and args.stderr:
+        raise UsageError("give --stdout or --stderr, or neither for both")
+    stream = "stdout" if args.stdout else "stderr" if args.stderr else None
+    store = read_store(args)
+    job = store.find(args.id)
+    attempt = None if args.attempt is None else _whole_option("--attempt", args.attempt, 10**6)
+    if args.follow:
+        if args.json or attempt:
+            raise UsageError("--follow goes neither with --json nor with --attempt")
+        return _follow(store, job, stream)
+    runs: Iterable[dict[str, Any]] = runs_of(store, job)
+    if attempt is not None:
+        matching = [run for run in runs if run["attempt"] == attempt][-1:]
+        if not matching:
+            raise QueueError("%s has no run with attempt %d" % (clean(job["id"]), attempt))
+        runs = matching
+    if args.json:
+        return out_lines(map(run_json, runs))
+    if stream is None:
+        emit("Logs for job %s:\n" % clean(job["id"]))
+    for run in runs:
+        _out_run(run, stream)
+    return _out_average(store, job, stream)
+
+
+def _obstacles(store: Store, job: dict[str, Any], now: int) -> Iterator[str]:
+    """What keeps a waiting job from running, whoever would work on it."""
+    queue = store.queue(job["queue"])
+    name = clean(queue["name"])
+    for other in store.awaited_by(job["seq"]):
+        rest = " (next try in %s)" % show_duration(max(0, other["due"] - now) / 1000) if other["due"] else ""
+        yield "it runs after %s, which is %s%s" % (clean(other["id"]), other["state"], rest)
+    if job["due"] is not None and job["due"] > now:
+        what = "its next try is due" if job["state"] == FAILED else "it is scheduled"
+        yield "%s in %s, at %s; `queuectl edit %s --run-at now` starts it" % (
+            what, show_duration((job["due"] - now) / 1000), show_time(job["due"]), clean(job["id"]))
+    if store.all_paused():
+        yield "all queues are paused; `queuectl queue resume` lets their jobs start"
+    elif queue["paused"]:
+        yield "its queue %s is paused; `queuectl queue resume %s` lets its jobs start" % (name, name)
+    if queue["concurrency"] is not None and queue[PROCESSING] >= queue["concurrency"]:
+        yield ("its queue %s runs as many jobs as it may at once (%d): %s; `queuectl cancel ID` ends one, "
+               "`queuectl queue set %s --concurrency N` lets more run" % (
+                   name, queue["concurrency"], ", ".join(map(clean, store.running_in(queue["name"], 5))), name))
+
+
+def _expected(store: Store, job: dict[str, Any], now: int, serving: Sequence[dict[str, Any]]) -> tuple[int, str]:
+    """When a job can be expected to start that nothing but others keeps from it, and how many those are."""
+    pools = {pool["name"]: pool["queues"] for pool in store.pools()}
+    ahead = store.ahead_of(job, not all(pools.get(worker["pool"]) for worker in serving))
+    busy = sum(worker["job"] is not None for worker in serving)
+    before = ", by priority (up to %d) or arrival" % job["priority"] if ahead else ""
+    wait = store.recent_seconds() * (ahead + (busy == len(serving))) / len(serving)
+    return now + to_millis(wait), "%s before it%s; %d of %s busy" % (
+        count_of(ahead, "job") + " stand" + "s" * (ahead == 1), before, busy, count_of(len(serving), "worker"))
+
+
+def why_waiting(store: Store, job: dict[str, Any], now: int) -> tuple[list[str], int | None]:
+    """Why a waiting job does not run now, and when it is expected to (milliseconds), if that can be told."""
+    reasons = list(_obstacles(store, job, now))
+    serving = store.serving(job["queue"])
+    if not serving:
+        asks = any(pool["alive"] for pool in store.pools())
+        return [*reasons, "no worker serves its queue; `queuectl worker start%s` does" % (
+            " --queue " + clean(job["queue"]) if asks else "")], None
+    troubles = [trouble_of(store.path, worker["name"]) for worker in serving]
+    if all(troubles):
+        reasons.append("its workers are held up: %s" % clean(troubles[0]))
+    if len(reasons) == 1 and (job["due"] or 0) > now:
+        return reasons, job["due"]
+    if reasons:
+        return reasons, None
+    expected, reason = _expected(store, job, now, serving)
+    return [reason], expected
+
+
+def why_not_waiting(store: Store, job: dict[str, Any], now: int) -> str:
+    """What there is to say of a job that runs or has ended, and what to do next."""
+    name = clean(job["id"])
+    if job["state"] == PROCESSING:
+        left = job["timeout_seconds"] and ", at most %s more" % show_duration(
+            max(0, job["timeout_seconds"] - (now - job["started_at"]) / 1000))
+        if not store.is_own(job["locked_by"]):
+            return ("it ran in the queue that this one was copied from; it is given back when no process of that queue "
+                    "is left, and `queuectl cancel %s` gives it up" % name)
+        if not is_alive(store.path, job["locked_by"]):
+            return "its worker %s has died; the next worker ends what is left of the run: `queuectl worker start`" % (
+                job["locked_by"])
+        return "it runs now, for %s%s; `queuectl logs --follow %s` shows its output, `queuectl cancel %s` ends it" % (
+            since(job["started_at"], now), left or ", without a time-out", name, name)
+    if job["state"] == COMPLETED:
+        return "it ended well %s ago; `queuectl retry %s` runs it once more" % (since(job["finished_at"], now), name)
+    died = "it died %s ago: %s; " % (since(job["updated_at"], now), clean(job["last_error"] or "cancelled"))
+    causes = store.dead_causes(job["seq"])
+    living = [clean(other["id"]) for other in store.awaited_by(job["seq"]) if other["state"] != DEAD]
+    if living and not causes:
+        return died + "%s was retried since; `queuectl dlq retry %s` lets it wait for that" % (", ".join(living), name)
+    if store.waits_for_gone(job["seq"]):
+        return died + "it was to run after a job that never was completed and is forgotten; enqueue it anew"
+    if causes:
+        return died + "`queuectl dlq retry %s --with-dependents` tries all again" % clean(" ".join(causes))
+    return died + "`queuectl logs %s` shows what it printed, `queuectl dlq retry %s` tries it again" % (name, name)
+
+
+@subcommand("why", "tell why a job isn't running now, and when it will", ID, JSON,
+            examples="\nqueuectl why job1\n")
+def cmd_why(args: Any) -> int:
+    store = read_store(args)
+    job, now = store.find(args.id), now_millis()
+    if job["state"] in WAITING:
+        reasons, expected = why_waiting(store, job, now)
+    else:
+        reasons, expected = [why_not_waiting(store, job, now)], None
+    reasons = [as_called(reason) for reason in reasons]
+    when = None if expected is None else show_time(expected)
+    if args.json:
+        return out_json({"id": job["id"], "state": job["state"], "reasons": reasons, "expected_at": when})
+    emit("%s is %s:" % (clean(job["id"]), job["state"]))
+    for reason in reasons:
+        emit("  " + reason)
+    if job["state"] == FAILED:
+        emit("  its last run: %s (%d of %d attempts used)" % (
+            clean(job["last_error"]), job["attempts"], max(1, job["max_retries"])))
+    if when and expected:
+        emit("It is expected to start %s." % (
+            "in %s, at %s" % (show_duration((expected - now) / 1000), when) if expected > now else "at once"))
+    return EXIT_OK
 
 
 def tell_ends(ends: Sequence[tuple[str, str, str | None] | None]) -> int:
@@ -5262,12 +5737,286 @@ def await_jobs(store: Store, seqs: Iterable[int], patience: float) -> int:
     return tell_ends(ends)
 
 
-# enqueue
+def own_run(db: str) -> tuple[str, int]:
+    """The worker and the seq of the job from which this command was called, if it is one of this queue."""
+    worker, _, rest = os.environ.get("QUEUECTL_RUN", "--").rpartition("-")[0].rpartition("-")
+    return (worker, int(rest)) if rest.isdigit() and is_alive(db, worker) else ("", 0)
+
+
+@subcommand(
+    "wait", "until jobs are completed or dead; exit 1 if one died",
+    option("ids", nargs="*", metavar="ID", help="without: all that are unfinished now"),
+    option("--timeout", metavar="DURATION", help="exit 124 if it takes longer"),
+    examples="""
+queuectl wait job1 job2 && echo 'both are completed'
+queuectl wait --timeout 1h
+""")
+def cmd_wait(args: Any) -> int:
+    patience = patience_of(args)
+    store = read_store(args)
+    seqs = {store.find(name)["seq"] for name in args.ids} or store.unfinished(0, NEVER)
+    return await_jobs(store, seqs - {own_run(args.db)[1]}, patience)  # a job doesn't wait for itself
+
+
+LEAST_SPACE = 100 * 1024 * 1024  # bytes
+LONG_RUN = 86400.0  # seconds
+
+
+def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
+    """Dead or stopped workers, what they hold, and jobs that run for very long."""
+    for lost in store.lost_jobs():
+        what = "%s is held by the worker %s, which is dead" % (clean(lost["id"]), lost["worker"])
+        if not store.is_own(lost["worker"]):
+            yield ("%s ran in the queue that this one was copied from, and may be running there" % clean(lost["id"]),
+                   "it is given back when no process of that queue is left; `queuectl cancel %s` gives it up" % (
+                       clean(lost["id"])))
+            continue
+        if any(system.held(path) for path in output_paths(store.path, lost["worker"], lost["slot"])):
+            what += "; processes of that run still live, " + (
+                "perhaps in another container or of another user" if os.path.isdir("/proc/self") or not system.linux
+                else "but there is no /proc to find them in")
+        yield what, "any live or new worker ends them, if it can, and gives the job back: `queuectl worker start`"
+    for entry in [*store.pools(), *store.workers()]:
+        if not store.is_own(entry["name"]):  # of the queue that this one was copied from
+            continue
+        if not entry["alive"]:
+            yield ("%s (pid %d) has died and left its entry behind" % (entry["name"], entry["pid"]),
+                   "`queuectl worker start` clears it away")
+        elif system.is_stopped(entry["pid"]):
+            yield ("%s (pid %d) is stopped by a signal" % (entry["name"], entry["pid"]), "kill -CONT %d" % entry["pid"])
+    now = now_millis()
+    for worker in [worker for worker in store.workers() if worker["alive"]]:
+        age = (now - (worker["job_started_at"] or now)) / 1000
+        if age > LONG_RUN:
+            name = clean(worker["job"])
+            yield ("%s has been running for %s" % (name, show_duration(age)),
+                   "`queuectl logs %s` shows what it does, `queuectl cancel %s` ends it" % (name, name))
+
+
+def findings_of(store: Store) -> Iterator[tuple[str, str]]:
+    """What is wrong with a queue, each with what mends it."""
+    folder = os.path.dirname(store.path)
+    for damage in store.damage():
+        yield ("the database is damaged: %s" % damage,
+               "`queuectl worker stop`, then `queuectl restore BACKUP`, which keeps what it replaces")
+    reason = os.path.exists(store.path) and distrust_of(store.path)
+    if reason:
+        yield "workers refuse to run: %s" % reason, "nobody else may own or write it, or a folder above it"
+    kind = system.network_file_system(folder)
+    if kind:
+        yield "%s is on a network file system (%s)" % (folder, kind), "move the database to a local disk, use --db"
+    import shutil
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else LEAST_SPACE
+    if free < LEAST_SPACE:
+        yield ("only %d MiB are free in %s" % (free >> 20, folder),
+               "free some space outside the queue; workers that wait for it go on by themselves")
+    yield from _findings_of_workers(store)
+
+
+@subcommand("doctor", "check the database and what dead workers left; exit 1 if anything is wrong", JSON,
+            examples="\nqueuectl doctor\n")
+def cmd_doctor(args: Any) -> int:
+    store = read_store(args)
+    findings = [(what, as_called(mend)) for what, mend in findings_of(store)]
+    if args.json:
+        out_json([{"what": what, "mend": mend} for what, mend in findings])
+    elif not findings:
+        emit("Nothing is wrong: %s, %s, %s alive." % (
+            clean(store.path), count_of(sum(store.counts().values()), "job"),
+            count_of(sum(worker["alive"] for worker in store.workers()), "worker")))
+    else:
+        for what, mend in findings:
+            emit("%s\n    %s" % (what, mend))
+    return EXIT_FAILED if findings else EXIT_OK
+
+
+# ─── changing: the jobs there are ─────────────────────────────────────────────────────────────
+
+def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advice: str) -> list[dict[str, Any]]:
+    """The jobs with these names, each once, if all of them exist and are in one of `fit_states`."""
+    jobs = {job["seq"]: job for job in [store.find(name) for name in names]}
+    for job in jobs.values():
+        if job["state"] not in fit_states:
+            raise QueueError("%s is %s; %s" % (clean(job["id"]), job["state"], advice))
+    return list(jobs.values())
+
+
+def _retry(args: Any, states: Sequence[str], advice: str) -> int:
+    store = open_store(args)
+    with store.transaction():
+        jobs = {job["seq"]: job for job in find_all(store, args.ids, states, advice)}
+        dependents = {seq for first in jobs for seq in store.dead_dependents(first)} - set(jobs)
+        if args.with_dependents:
+            jobs.update((seq, store.find_by_seq(seq) or {}) for seq in sorted(dependents))
+        for seq, job in jobs.items():
+            if any(other["state"] == DEAD and other["seq"] not in jobs for other in store.awaited_by(seq)):
+                raise QueueError("%s is to run after dead jobs; `queuectl dlq retry %s --with-dependents` does all" % (
+                    clean(job["id"]), clean(" ".join(store.dead_causes(seq)))))
+            if store.waits_for_gone(seq):
+                raise QueueError("%s was to run after a job that never was completed and is forgotten; enqueue it anew"
+                                 % clean(job["id"]))
+            if not store.retry(seq, now_millis()):
+                raise QueueError("%s can't be retried: another job with its key %s waits or runs"
+                                 % (clean(job["id"]), clean(str(job["unique"]))))
+    ring_all(args.db)
+    for job in jobs.values():
+        emit("Queued again: %s" % clean(job["id"]))
+    if dependents and not args.with_dependents:
+        complain("not retried: %s that died with it; --with-dependents takes them too"
+                 % count_of(len(dependents), "job"))
+    return EXIT_OK
+
+
+DEPENDENTS = option("--with-dependents", action="store_true", help="and the jobs that died with them, waiting for them")
+
+
+@subcommand("retry", "let ended jobs run again from the start", IDS, DEPENDENTS,
+            examples="\nqueuectl retry job1 job2\n")
+def cmd_retry(args: Any) -> int:
+    return _retry(args, ENDED, "only a completed or dead job can be retried")
+
+
+@subcommand("dlq retry", "give dead jobs a new start",
+            option("ids", nargs="*", metavar="ID", help="the job's id, or a unique part of its beginning"),
+            option("--all", action="store_true", help="all dead jobs"), DEPENDENTS,
+            option("--queue", metavar="NAME", help="with --all: of this queue only"),
+            examples="\nqueuectl dlq retry job1\nqueuectl dlq retry --all\nqueuectl dlq retry --all --queue run-1\n")
+def cmd_dlq_retry(args: Any) -> int:
+    if args.all == bool(args.ids) or (args.queue and args.ids):
+        raise UsageError("give either ids or --all, which --queue may limit")
+    if args.ids:
+        return _retry(args, (DEAD,), "it is not in the dead letter queue")
+    store = open_store(args)
+    with store.transaction():
+        count = store.retry_all_dead(now_millis(), args.queue)
+        left = store.count([DEAD], args.queue)
+    ring_all(args.db)
+    emit("Queued again: %s" % count_of(count, "job"))
+    if left:
+        complain("still dead, for another job with their key waits or runs, or because they wait for such a job: %s"
+                 % count_of(left, "job"))
+    return EXIT_OK
+
+
+def _await_end(store: Store, job: dict[str, Any], deadline: float) -> str:
+    """Wait until a cancelled job is no longer running; if its worker is dead, do the worker's part."""
+    while True:
+        current = store.find_by_seq(job["seq"])
+        if current is None or current["state"] != PROCESSING or current["runs"] != job["runs"]:
+            return current["state"] if current else DEAD
+        if not is_alive(store.path, current["locked_by"]):
+            recover(store, time.sleep, complain)
+        if time.monotonic() >= deadline:
+            raise QueueError("%s is still being ended; `queuectl show %s` tells when it is done"
+                             % (clean(job["id"]), clean(job["id"])))
+        time.sleep(0.02)
+
+
+@subcommand("cancel", "take waiting jobs out of the queue, end running ones", IDS,
+            examples="\nqueuectl cancel job1\n")
+def cmd_cancel(args: Any) -> int:
+    store = open_store(args)
+    with store.transaction():
+        jobs = find_all(store, args.ids, (*WAITING, PROCESSING), "it has ended already")
+        for job in jobs:
+            change = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
+            change(job["seq"], now_millis())
+    ring_all(args.db)
+    deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
+    for job in jobs:
+        state = _await_end(store, job, deadline)
+        emit("%s: %s" % ("Completed before it could be cancelled" if state == COMPLETED else "Cancelled",
+                         clean(job["id"])))
+        dependents = store.dead_dependents(job["seq"])
+        if dependents:
+            complain("dead with it: %s that waited for it" % count_of(len(dependents), "job"))
+    return EXIT_OK
+
 
 def given_of(args: Any, *names: str) -> dict[str, Any]:
     """Those of these options that were given."""
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
+
+@subcommand(
+    "edit", "change a waiting job", ID,
+    option("--priority", metavar="N", help="lower runs first"),
+    option("--run-at", metavar="TIME", help="not before this time, now for at once; of a failed job: its next try"),
+    option("--delay", metavar="DURATION", help="not before this long from now"),
+    option("--timeout", metavar="DURATION", help="end a run that takes longer, or none"),
+    option("--max-retries", metavar="N", help="runs before it is dead"),
+    option("--queue", metavar="NAME", help="the queue it waits in"),
+    examples="""
+queuectl edit job1 --priority 1
+queuectl edit job1 --run-at now --timeout none
+""")
+def cmd_edit(args: Any) -> int:
+    given = given_of(args, "priority", "run_at", "delay", "timeout", "max_retries", "queue")
+    if not given:
+        raise UsageError("say what to change; see `queuectl edit --help`")
+    now = now_millis()
+    unlimited = given.pop("timeout", None) if args.timeout == "none" else None
+    draft = draft_of({"command": "true", **given}, now, system.longest_command)
+    changes = {name: draft[name] for name in EDITABLE if draft[name] is not None}
+    if unlimited:
+        changes["timeout_seconds"] = None
+    store = open_store(args)
+    with store.transaction():
+        job, = find_all(store, [args.id], WAITING, "only a job that waits can be changed; `queuectl cancel` ends one")
+        store.edit(job, changes, now)
+    ring_all(args.db)
+    emit("Changed: %s" % clean(job["id"]))
+    return EXIT_OK
+
+
+@subcommand("delete", "forget jobs and their runs", IDS,
+            examples="\nqueuectl delete job1\n")
+def cmd_delete(args: Any) -> int:
+    store = open_store(args)
+    with store.transaction():
+        jobs = find_all(store, args.ids, WAITING + ENDED, "`queuectl cancel` ends a running job")
+        for job in sorted(jobs, key=lambda job: -job["seq"]):  # what waits goes before what it waits for
+            if not store.delete(job["seq"]):
+                names = [clean(waiting["id"]) for waiting in store.waiters_of(job["seq"])[:5]]
+                raise QueueError("%s can't be deleted, for others are to run after it: %s"
+                                 % (clean(job["id"]), ", ".join(names)))
+    for job in jobs:
+        emit("Deleted: %s" % clean(job["id"]))
+    return EXIT_OK
+
+
+OLDER_THAN = option("--older-than", metavar="DURATION", help="only those unchanged for longer than this")
+
+
+def _purge(args: Any, states: Iterable[str]) -> int:
+    if args.older_than is not None and re.fullmatch(_NUMBER, args.older_than):
+        raise UsageError("--older-than %s needs a unit, such as %sd or %sh" % ((args.older_than,) * 3))
+    before = NEVER if args.older_than is None else now_millis() - to_millis(
+        checked("delay", args.older_than, "--older-than"))
+    store = open_store(args)
+    count = sum(store.purge(state, before) for state in sorted(states, key=STATES.index))  # what waits goes first
+    try:
+        store.shrink()
+    except QueueError as error:
+        complain("the disk space is not given back yet: %s" % error)
+    emit("Deleted: %s" % count_of(count, "job"))
+    return EXIT_OK
+
+
+@subcommand("purge", "forget completed jobs, or those in other states, and their runs",
+            option("--state", action="append", choices=(*WAITING, *ENDED), help="instead of completed; repeatable"),
+            OLDER_THAN, examples="\nqueuectl purge --older-than 7d\nqueuectl purge --state dead --state completed\n")
+def cmd_purge(args: Any) -> int:
+    return _purge(args, dict.fromkeys(args.state or [COMPLETED]))
+
+
+@subcommand("dlq purge", "forget dead jobs and their runs",
+            OLDER_THAN, examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
+def cmd_dlq_purge(args: Any) -> int:
+    return _purge(args, [DEAD])
+
+
+# ─── working: new jobs, and whoever runs them ─────────────────────────────────────────────────
 
 def given_options(args: Any) -> dict[str, Any]:
     """The fields of a job that stand on the command line as options."""
@@ -5548,239 +6297,12 @@ def cmd_enqueue(args: Any) -> int:
     return await_jobs(store, [*range(first + 1, last + 1), *existing], float("inf")) if args.wait else EXIT_OK
 
 
-# worker
-
-def _whole_option(name: str, text: str, most: int) -> int:
-    try:
-        number = to_whole(text)
-    except ValueError:
-        number = 0
-    if not 1 <= number <= most:
-        raise UsageError("%s must be a whole number from 1 to %d, not %s" % (name, most, shorten(quoted(text), 60)))
-    return number
-
-
 def new_pool_name(store: Store) -> str:
     """A name that is never used twice; it begins with the queue's id, see Identity."""
     return "%s-%s" % (store.queue_id(), os.urandom(3).hex())
 
 
-LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside when a pool starts
-
-
-def _open_log(path: str) -> int:
-    try:
-        if os.path.exists(path) and os.path.getsize(path) > LONGEST_LOG:
-            os.replace(path, path + ".1")
-        return open_private(path, os.O_WRONLY | os.O_APPEND)
-    except OSError as error:
-        raise QueueError("the log %s can't be written: %s" % (clean(path), error.strerror)) from None
-
-
-def own_file() -> str:
-    """The file that this program is in; raises QueueError if it came by a pipe."""
-    script: str = os.path.abspath(globals().get("__file__", ""))
-    if not os.path.isfile(script):
-        raise QueueError("queuectl can't be started again from %s; save it as a file of its own" % (
-            clean(script) or "where it came from"))
-    return script
-
-
-def own_command() -> list[str]:
-    """How this program is started: by the launcher of `install` (its module is compiled), or as a script."""
-    script = own_file()
-    launcher = os.path.abspath(sys.argv[0])
-    installed = os.path.basename(launcher) == "queuectl" and os.path.isfile(launcher)
-    return [sys.executable, launcher if installed else script]
-
-
-# `python -c` this, with the descriptor of compiled code, its file and arguments: runs it as the module queuectl.
-RUN_COMPILED = (
-    'import marshal, sys; sys.path[:] = filter(None, sys.path); '  # nothing is imported from the folder it runs in
-    'file = open(int(sys.argv[1]), "rb"); code = marshal.load(file); file.close(); del sys.argv[:2]; '
-    'sys.modules["queuectl"] = module = type(sys)("queuectl"); module.__file__ = sys.argv[0]; '
-    'exec(code, module.__dict__); sys.exit(module.main())')
-
-
-def start_compiled() -> None:
-    """Where this is a script, go on as a new program in this process, which has its code without compiling it.
-
-    Python keeps a script's syntax tree in memory for as long as it runs: more than all the rest of
-    a pool. What the script was compiled to is in the outermost frame.
-    """
-    import marshal
-    if __name__ != "__main__" or sys.modules["__main__"].__spec__ or not hasattr(os, "memfd_create"):
-        return
-    frame = sys._getframe()
-    while frame.f_back:
-        frame = frame.f_back
-    fd = os.memfd_create("queuectl", 0)
-    os.write(fd, marshal.dumps(frame.f_code))
-    os.lseek(fd, 0, os.SEEK_SET)
-    os.execv(sys.executable, [sys.executable, "-c", RUN_COMPILED, str(fd), *sys.argv])
-
-
-START_TIME = 30.0  # seconds a detached pool has to come up
-
-
-def _start_detached(args: Any, count: int, store: Store, name: str) -> int:
-    """Start the same command in a session of its own, and wait until its workers run."""
-    import subprocess
-    log = os.path.join(os.path.dirname(args.db), "queuectl.log")
-    argv = [*own_command(), "--db", args.db, "worker", "start", "--count", str(count)]
-    for queue in args.queue:
-        argv += ["--queue", queue]
-    argv += ["--drain"] * args.drain + (["--max-jobs", args.max_jobs] if args.max_jobs else [])
-    fd = _open_log(log)
-    process = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, cwd=os.path.dirname(args.db),
-        env=dict(os.environ, QUEUECTL_POOL=name), start_new_session=not WINDOWS,
-        creationflags=0x208 if WINDOWS else 0)  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
-    os.close(fd)
-    deadline = time.monotonic() + START_TIME
-    while sum(worker["pool"] == name and worker["alive"] for worker in store.workers()) < count:
-        if process.poll() is not None and process.returncode != EXIT_OK:
-            raise QueueError("the workers did not start; the end of %s says why" % log)
-        if process.poll() is not None:  # drained, or stopped, before we looked
-            break
-        if time.monotonic() > deadline:
-            raise QueueError("the workers are not running after %d s; see %s" % (START_TIME, log))
-        time.sleep(0.01)
-    emit(str(process.pid))
-    complain("%s in the background, log in %s; `queuectl worker stop` ends them"
-             % (count_of(count, "worker"), clean(log)))
-    return EXIT_OK
-
-
-@subcommand(
-    "worker start", "run jobs, in the foreground",
-    option("--count", metavar="N", default="1", help="worker processes (1)"),
-    option("--queue", metavar="NAME", action="append", default=[], help="serve this queue only; repeatable"),
-    option("--drain", action="store_true", help="exit when nothing is left to do; 1 if a job died meanwhile"),
-    option("--detach", action="store_true", help="run in the background; prints the process id"),
-    option("--max-jobs", metavar="N", help="exit after N runs"),
-    examples="""
-queuectl worker start --count 4           until Ctrl-C: finishes running jobs; twice ends them
-queuectl worker start --count 4 --drain   until nothing is left to do
-queuectl worker start --detach            in the background, log beside the database
-""")
-def cmd_worker_start(args: Any) -> int:
-    count = _whole_option("--count", args.count, 1000)
-    max_jobs = None if args.max_jobs is None else _whole_option("--max-jobs", args.max_jobs, 10**9)
-    queues = [check_name("--queue", name) for name in args.queue]
-    system.check_room(count)
-    if not args.detach and not args.drain:  # a drain is short
-        start_compiled()
-    store = open_trusted(args.db, tell=complain)
-    name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name(store)
-    if args.detach:
-        return _start_detached(args, count, store, name)
-    store.close()
-    system.say("Starting %s, pool %s, pid %d, database %s\n" % (
-        count_of(count, "worker"), name, os.getpid(), clean(args.db)))
-    return Pool(args.db, name, count, queues, args.drain, max_jobs).run()
-
-
-def own_run(db: str) -> tuple[str, int]:
-    """The worker and the seq of the job from which this command was called, if it is one of this queue."""
-    worker, _, rest = os.environ.get("QUEUECTL_RUN", "--").rpartition("-")[0].rpartition("-")
-    return (worker, int(rest)) if rest.isdigit() and is_alive(db, worker) else ("", 0)
-
-
-@subcommand(
-    "worker stop", "stop every pool on this database, after the running jobs",
-    option("--now", action="store_true", help="end the running jobs and give them back"),
-    option("--timeout", metavar="DURATION", help="exit 124 if it takes longer; they go on stopping"),
-    examples="""
-queuectl worker stop                 running jobs finish first
-queuectl worker stop --now           running jobs go back into the queue
-""")
-def cmd_worker_stop(args: Any) -> int:
-    patience = patience_of(args)
-    deadline = time.monotonic() + patience
-    if not anyone_alive(args.db):
-        if not os.path.exists(args.db):
-            complain("there is no queue at %s" % clean(args.db))
-        emit("No workers are running.")
-        return EXIT_OK
-    store = open_store(args, as_it_is=True)
-    worker, _ = own_run(args.db)
-    own = (worker, _pool_of(worker))  # which waits for the job that called this
-    alive = {entry["name"]: entry["pid"] for entry in [*store.pools(), *store.workers()]
-             if entry["alive"] and entry["name"] not in own}
-    try:
-        with store.transaction():
-            store.ask_stop([pool["name"] for pool in store.pools()], 2 if args.now else 1)
-        ring_all(args.db)
-    except Unavailable as error:  # a full disk: supervisors can be told without it
-        told = [system.stop(pool["pid"], life_path(args.db, pool["name"]), args.now) for pool in store.pools()]
-        if not any(told):
-            raise
-        complain("%s; the workers are told by signals" % error)
-    tell_at = time.monotonic() + WAIT_TOLD
-    while any(is_alive(args.db, name) for name in alive):
-        for name, pid in alive.items():
-            system.wake(pid, life_path(args.db, name))
-        if time.monotonic() >= deadline:
-            raise TimedOut("workers still run after %s; they go on stopping, `queuectl worker stop --now` ends their "
-                           "jobs" % show_duration(patience))
-        if time.monotonic() >= tell_at:
-            complain("waiting for running jobs to finish; `queuectl worker stop --now` would end them")
-            tell_at = float("inf")
-        time.sleep(0.02)
-    emit("All workers have stopped." if not worker else
-         "All other workers have stopped; those of this pool do when this job has ended.")
-    return EXIT_OK
-
-
-@subcommand("worker list", "show the workers that live, and what they run", JSON,
-            examples="\nqueuectl worker list\n")
-def cmd_worker_list(args: Any) -> int:
-    workers = [worker for worker in read_store(args).workers() if worker["alive"]]
-    if args.json:
-        shown = [dict(worker, started_at=show_time(worker["started_at"]),
-                      job_started_at=worker["job_started_at"] and show_time(worker["job_started_at"]))
-                 for worker in workers]
-        out_lines(shown)
-    elif workers:
-        out_table(("WORKER", "PID", "UP", "DOES"), [worker_row(worker, now_millis()) for worker in workers])
-    else:
-        emit("No workers are running.")
-    return EXIT_OK
-
-
-# run
-
-RATE_SPAN = 60.0  # seconds
-
-
-class Rate:
-    """How fast a number has grown over the last minute of those it was told."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[float, int]] = []
-
-    def __call__(self, number: int) -> float | None:
-        """Its growth a second up to now; None until there is a span to speak of."""
-        now = time.monotonic()
-        self.seen.append((now, number))
-        while len(self.seen) > 1 and self.seen[1][0] < now - RATE_SPAN:
-            del self.seen[0]
-        then, before = self.seen[0]
-        return max(0, number - before) / (now - then) if now - then >= 0.2 else None
-
-
-def unfinished_of(queue: dict[str, Any]) -> int:
-    """How many jobs of a queue have not ended."""
-    return sum(queue[state] for state in UNFINISHED)
-
-
 Part = namedtuple("Part", "total left completed dead failed processing paused")
-
-
-def has_escapes() -> bool:
-    """Whether the terminal understands escape sequences."""
-    return os.environ.get("TERM") != "dumb"
 
 
 class Batch:
@@ -5868,13 +6390,6 @@ def new_run_queue(store: Store) -> str:
     while RUN_QUEUE % number in taken:
         number += 1
     return RUN_QUEUE % number
-
-
-def left_runs(store: Store) -> dict[str, int]:
-    """The queues of runs that were interrupted, each with how many jobs are left."""
-    busy = store.queues_of_runs()
-    left = {queue["name"]: unfinished_of(queue) for queue in store.queues() if is_run_queue(queue["name"])}
-    return {name: count for name, count in left.items() if count and name not in busy}
 
 
 def _resumed(store: Store, words: Sequence[str]) -> str:
@@ -6000,652 +6515,295 @@ def cmd_run(args: Any) -> int:
     return max(_tell_run(args, store, batch, pool.stops > 0), code)
 
 
-# What reads.
-
-WATCH = option("--watch", action="store_true", help="show it anew each second until Ctrl-C")
-WATCH_EVERY = 1.0  # seconds
+LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside when a pool starts
 
 
-def show_frames(args: Any, frame: Callable[[], list[str]]) -> int:
-    """Show the lines of `frame()` once, or with --watch each second anew: on a terminal in place, without flicker."""
-    if not args.watch:
-        for line in frame():
-            emit(as_called(line))
-        return EXIT_OK
-    clear = "\033[2J"
-    while True:
-        lines = ["%s, every second until Ctrl-C" % show_time(now_millis())[:-5], *map(as_called, frame())]
-        width = terminal_width()
-        if width:
-            lines[:2] = [fit(line, width).rstrip() for line in lines[:2]]
-            rows = os.get_terminal_size(sys.stdout.fileno()).lines
-            emit(clear + "\033[H" + "".join(line + "\033[K\n" for line in lines[:rows - 2]) + "\033[J")
-            clear = ""
-        else:
-            emit("\n".join(lines) + "\n")
-        sys.stdout.flush()
-        time.sleep(WATCH_EVERY)
-
-
-def status_of(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `status` tells, and the workers that live."""
-    workers = [worker for worker in store.workers() if worker["alive"]]
-    counts, queues = store.counts(), store.queues()
-    pools = [pool for pool in store.pools() if pool["alive"]]
-    return {"jobs": counts, "workers": len(workers), "all_paused": store.all_paused(),
-            "paused": [queue["name"] for queue in queues if queue["paused"]],
-            "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due(),
-            "lost": [job["id"] for job in (store.lost_jobs() if counts[PROCESSING] else ())
-                     if store.is_own(job["worker"])],
-            "unserved": [queue["name"] for queue in queues if pools and not queue["paused"]
-                         and queue[PENDING] + queue[FAILED] and not any(serves(pool, queue["name"]) for pool in pools)],
-            "interrupted": list(left_runs(store)),
-            "troubles": ["%s: %s" % (worker["name"], trouble) for worker in workers
-                         for trouble in [trouble_of(store.path, worker["name"])] if trouble]}, workers
-
-
-@subcommand("status", "show jobs by state, workers, and what comes next", JSON,
-            option("--format", choices=("prometheus",), help="for the textfile collector of node_exporter"), WATCH,
-            examples="""
-queuectl status
-queuectl status --watch
-queuectl status --format prometheus > queuectl.prom.new && mv queuectl.prom.new queuectl.prom
-""")
-def cmd_status(args: Any) -> int:
-    if args.json + args.watch + bool(args.format) > 1:
-        raise UsageError("give one of --json, --watch and --format")
-    store = read_store(args)
-    rate = Rate()
-
-    def frame() -> list[str]:
-        store.changed()  # raises if the database is gone
-        status, workers = status_of(store)
-        if args.format:
-            return prometheus_lines(store.queues(), len(workers), status["oldest_waiting"], now_millis())
-        speed = rate(sum(status["jobs"][state] for state in ENDED)) if args.watch else None
-        shown = "" if speed is None else "%.1f jobs/s in the last minute" % speed
-        return status_lines(status, workers, now_millis(), terminal_width(), shown)
-
-    if not args.json:
-        return show_frames(args, frame)
-    status, workers = status_of(store)
-    for entry in (status["oldest_waiting"], status["next"]):
-        if entry:
-            entry.update((field, show_time(entry[field])) for field in ("created_at", "due") if entry.get(field))
-    return out_json(dict(status, running=[worker["job"] for worker in workers if worker["job"]]))
-
-
-def _list(args: Any, states: list[str], head: Sequence[str],
-          row: Callable[[dict[str, Any], int], Sequence[str]]) -> int:
-    """Show jobs: all as a stream of JSON, or the newest as a table."""
-    limit = None if args.limit is None else _whole_option("--limit", args.limit, 10**9)
-    if args.all and limit:
-        raise UsageError("--all and --limit contradict each other")
-    store = read_store(args)
-    jobs: Iterable[dict[str, Any]]
-    if limit is None and (args.json or args.all):
-        jobs = store.jobs(states, args.queue)
-    else:
-        jobs = store.newest(states, args.queue, limit or 50)
-    if args.json:
-        return out_lines(map(job_json, jobs))
-    shown = list(jobs)
-    out_table(head, [row(job, now_millis()) for job in shown])
-    total = store.count(states, args.queue)
-    if total > len(shown):
-        sys.stdout.flush()
-        complain("the newest %d of %d; --all shows all, --limit N more" % (len(shown), total))
-    return EXIT_OK
-
-
-@subcommand(
-    "list", "show jobs, the newest last",
-    option("--state", action="append", default=[], choices=STATES, help="in this state only; repeatable"),
-    option("--queue", metavar="NAME", help="of this queue only"),
-    option("--limit", metavar="N", help="the newest N (50; with --json all)"),
-    option("--all", action="store_true", help="all of them"), JSON,
-    examples="""
-queuectl list
-queuectl list --state failed --state dead
-queuectl list --json --state pending --state failed | queuectl --db /other/queue.db enqueue --file -
-""")
-def cmd_list(args: Any) -> int:
-    return _list(args, args.state, JOB_HEAD, job_row)
-
-
-def read_output(path: str, missing: Any, read: Callable[..., Any], *values: Any) -> Any:
-    """What `read(fd, *values)` makes of an output file, which is opened for that moment alone."""
+def _open_log(path: str) -> int:
     try:
-        fd = open_beside(path, os.O_RDONLY)
-    except (OSError, QueueError):
-        return missing
-    try:
-        return read(fd, *values)
-    finally:
-        os.close(fd)
+        if os.path.exists(path) and os.path.getsize(path) > LONGEST_LOG:
+            os.replace(path, path + ".1")
+        return open_private(path, os.O_WRONLY | os.O_APPEND)
+    except OSError as error:
+        raise QueueError("the log %s can't be written: %s" % (clean(path), error.strerror)) from None
 
 
-def live_run(store: Store, job: dict[str, Any]) -> dict[str, Any]:
-    """The current run of a job, with what it has printed so far."""
-    limit = store.settings()["max_output_bytes"]
-    outputs = [read_output(path, b"", head_and_tail, limit)
-               for path in output_paths(store.path, job["locked_by"], job["slot"])]
-    return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING, "started_at": job["started_at"],
-            "finished_at": None, "duration_seconds": max(0, now_millis() - job["started_at"]) / 1000,
-            "exit_code": None, "error": None, "worker": job["locked_by"], "stdout": outputs[0], "stderr": outputs[1]}
+def own_file() -> str:
+    """The file that this program is in; raises QueueError if it came by a pipe."""
+    script: str = os.path.abspath(globals().get("__file__", ""))
+    if not os.path.isfile(script):
+        raise QueueError("queuectl can't be started again from %s; save it as a file of its own" % (
+            clean(script) or "where it came from"))
+    return script
 
 
-def runs_of(store: Store, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The runs of a job, oldest first, and at the end the one that runs now."""
-    yield from store.runs(job["seq"])
-    if job["state"] == PROCESSING:
-        yield live_run(store, job)
+def own_command() -> list[str]:
+    """How this program is started: by the launcher of `install` (its module is compiled), or as a script."""
+    script = own_file()
+    launcher = os.path.abspath(sys.argv[0])
+    installed = os.path.basename(launcher) == "queuectl" and os.path.isfile(launcher)
+    return [sys.executable, launcher if installed else script]
 
 
-def environment_of(store: Store, job: dict[str, Any]) -> dict[str, str]:
-    """The variables that were kept for a job: with --env-all its caller's, and those that --env named."""
-    environ = store.context(job["context"])[3]
-    return {**json.loads(environ or "{}"), **json.loads(job["env"] or "{}")}
+# `python -c` this, with the descriptor of compiled code, its file and arguments: runs it as the module queuectl.
+RUN_COMPILED = (
+    'import marshal, sys; sys.path[:] = filter(None, sys.path); '  # nothing is imported from the folder it runs in
+    'file = open(int(sys.argv[1]), "rb"); code = marshal.load(file); file.close(); del sys.argv[:2]; '
+    'sys.modules["queuectl"] = module = type(sys)("queuectl"); module.__file__ = sys.argv[0]; '
+    'exec(code, module.__dict__); raise SystemExit(module.main())')
 
 
-@subcommand("show", "show everything about one job", ID, JSON,
-            option("--env", action="store_true", help="the variables that were kept for it, and nothing else"),
-            examples="\nqueuectl show job1\nqueuectl show --json 3fa9\n")
-def cmd_show(args: Any) -> int:
-    store = read_store(args)
-    job = store.find(args.id)
-    if args.env:
-        kept = environment_of(store, job)
-        if args.json:
-            return out_json(kept)
-        for pair in sorted(kept.items()):
-            emit(clean("%s=%s" % pair))
-        return EXIT_OK
-    if args.json:
-        return out_json(dict(job_json(job), runs=[run_json(run) for run in runs_of(store, job)]))
-    for line in job_lines(job):
-        emit(line)
-    for run in runs_of(store, job):
-        emit(run_title(run))
-    advice = "It has not run yet; `queuectl why %s` tells why."
-    if job["runs"]:
-        advice = "`queuectl logs %s` shows what it printed."
-    emit(as_called(advice % clean(job["id"])))
-    return EXIT_OK
+def start_compiled() -> None:
+    """Where this is a script, go on as a new program in this process, which has its code without compiling it.
 
-
-def out_bytes(output: bytes) -> None:
-    """Output of a job: safe on a terminal, unchanged into a pipe or file."""
-    emit_bytes(shown_output(output, sys.stdout is not None and sys.stdout.isatty()))
-
-
-def _out_run(run: dict[str, Any], stream: str | None) -> None:
-    if stream is None:
-        emit(run_title(run))
-    for name in ("stdout", "stderr"):
-        output = run[name] or b""
-        if stream in (None, name) and output:
-            if stream is None:
-                emit("%s:" % name)
-            out_bytes(output if stream or output.endswith(b"\n") else output + b"\n")
-    if stream is None:
-        emit("")
-
-
-def _out_average(store: Store, job: dict[str, Any], stream: str | None) -> int:
-    if stream is None:
-        count, average = store.run_times(job["seq"])
-        emit("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
-    return EXIT_OK
-
-
-def _output_since(fd: int, start: int, limit: int) -> tuple[bytes, int]:
-    """What an output file holds from `start` on, and its size; the middle of very much is left out."""
-    size = os.fstat(fd).st_size
-    if size - start <= limit:
-        return read_between(fd, start, size), size
-    return b"\n[queuectl: %d bytes left out here]\n%s" % (
-        size - limit // 2 - start, read_between(fd, size - limit // 2, size)), size
-
-
-def _follow_live(store: Store, job: dict[str, Any], stream: str | None, offsets: dict[str, int]) -> None:
-    """Show what a running job has printed since the last look.
-
-    The files are used again for other jobs after the run was recorded: so what was read counts
-    only if the job is still in the same run afterwards.
+    Python keeps a script's syntax tree in memory for as long as it runs: more than all the rest of
+    a pool. What the script was compiled to is in the outermost frame.
     """
-    limit = store.settings()["max_output_bytes"]
-    paths = dict(zip(offsets, output_paths(store.path, job["locked_by"], job["slot"])))
-    news = {name: read_output(path, (b"", 0), _output_since, offsets[name], limit) for name, path in paths.items()}
-    again = store.find_by_seq(job["seq"])
-    if again and again["state"] == PROCESSING and again["runs"] == job["runs"]:
-        for name, (output, size) in news.items():
-            if stream in (None, name) and output:
-                out_bytes(output)
-            offsets[name] = max(offsets[name], size)
+    import marshal
+    if __name__ != "__main__" or sys.modules["__main__"].__spec__ or not hasattr(os, "memfd_create"):
+        return
+    frame = sys._getframe()
+    while frame.f_back:
+        frame = frame.f_back
+    fd = os.memfd_create("queuectl", 0)
+    os.write(fd, marshal.dumps(frame.f_code))
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.execv(sys.executable, [sys.executable, "-c", RUN_COMPILED, str(fd), *sys.argv])
 
 
-def _follow_end(run: dict[str, Any], stream: str | None, offsets: dict[str, int], limit: int) -> None:
-    """Show what is left of a run that was followed and has been recorded."""
-    for name, offset in offsets.items():
-        output = run[name] or b""
-        if stream in (None, name):  # of output that was too long to be kept whole, the gap and the tail
-            out_bytes(output[limit // 2:] if len(output) > limit else output[offset:])
-    if stream is None:
-        emit(run_title(run) + "\n")
+START_TIME = 30.0  # seconds a detached pool has to come up
 
 
-FOLLOW_EVERY = 0.1  # seconds
-
-
-def _follow(store: Store, job: dict[str, Any], stream: str | None) -> int:
-    """Show runs as they go, until the job has ended for good."""
-    if stream is None:
-        emit("Logs for job %s:\n" % clean(job["id"]))
-    done, seq = 0, job["seq"]
-    offsets = {"stdout": 0, "stderr": 0}
-    current: dict[str, Any] | None = job
-    while current is not None:
-        store.changed()  # raises if the database is gone
-        for run in store.runs(seq, done):
-            if any(offsets.values()):
-                _follow_end(run, stream, offsets, store.settings()["max_output_bytes"])
-            else:
-                _out_run(run, stream)
-            done, offsets = run["run"], dict.fromkeys(offsets, 0)
-        if current["state"] == PROCESSING and current["runs"] > done:
-            _follow_live(store, current, stream, offsets)
-        elif current["state"] in (COMPLETED, DEAD) and current["runs"] <= done:
+def _start_detached(args: Any, count: int, store: Store, name: str) -> int:
+    """Start the same command in a session of its own, and wait until its workers run."""
+    import subprocess
+    log = os.path.join(os.path.dirname(args.db), "queuectl.log")
+    argv = [*own_command(), "--db", args.db, "worker", "start", "--count", str(count)]
+    for queue in args.queue:
+        argv += ["--queue", queue]
+    argv += ["--drain"] * args.drain + (["--max-jobs", args.max_jobs] if args.max_jobs else [])
+    fd = _open_log(log)
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, cwd=os.path.dirname(args.db),
+        env=dict(os.environ, QUEUECTL_POOL=name), start_new_session=not WINDOWS,
+        creationflags=0x208 if WINDOWS else 0)  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+    os.close(fd)
+    deadline = time.monotonic() + START_TIME
+    while sum(worker["pool"] == name and worker["alive"] for worker in store.workers()) < count:
+        if process.poll() is not None and process.returncode != EXIT_OK:
+            raise QueueError("the workers did not start; the end of %s says why" % log)
+        if process.poll() is not None:  # drained, or stopped, before we looked
             break
-        sys.stdout.flush()
-        time.sleep(FOLLOW_EVERY)
-        current = store.find_by_seq(seq)
-    return _out_average(store, job, stream)
-
-
-@subcommand(
-    "logs", "show what a job has printed", ID,
-    option("--attempt", metavar="N", help="of the newest run of this number only"),
-    option("--stdout", action="store_true", help="stdout's bytes and nothing else"),
-    option("--stderr", action="store_true", help="stderr's bytes and nothing else"),
-    option("--follow", action="store_true", help="go on until the job is completed or dead"), JSON,
-    examples="""
-queuectl logs job1
-queuectl logs --follow job1
-queuectl logs --stdout --attempt 2 job1 > result.txt
-""")
-def cmd_logs(args: Any) -> int:
-    if args.stdout and args.stderr:
-        raise UsageError("give --stdout or --stderr, or neither for both")
-    stream = "stdout" if args.stdout else "stderr" if args.stderr else None
-    store = read_store(args)
-    job = store.find(args.id)
-    attempt = None if args.attempt is None else _whole_option("--attempt", args.attempt, 10**6)
-    if args.follow:
-        if args.json or attempt:
-            raise UsageError("--follow goes neither with --json nor with --attempt")
-        return _follow(store, job, stream)
-    runs: Iterable[dict[str, Any]] = runs_of(store, job)
-    if attempt is not None:
-        matching = [run for run in runs if run["attempt"] == attempt][-1:]
-        if not matching:
-            raise QueueError("%s has no run with attempt %d" % (clean(job["id"]), attempt))
-        runs = matching
-    if args.json:
-        return out_lines(map(run_json, runs))
-    if stream is None:
-        emit("Logs for job %s:\n" % clean(job["id"]))
-    for run in runs:
-        _out_run(run, stream)
-    return _out_average(store, job, stream)
-
-
-# why
-
-def _obstacles(store: Store, job: dict[str, Any], now: int) -> Iterator[str]:
-    """What keeps a waiting job from running, whoever would work on it."""
-    queue = store.queue(job["queue"])
-    name = clean(queue["name"])
-    for other in store.awaited_by(job["seq"]):
-        rest = " (next try in %s)" % show_duration(max(0, other["due"] - now) / 1000) if other["due"] else ""
-        yield "it runs after %s, which is %s%s" % (clean(other["id"]), other["state"], rest)
-    if job["due"] is not None and job["due"] > now:
-        what = "its next try is due" if job["state"] == FAILED else "it is scheduled"
-        yield "%s in %s, at %s; `queuectl edit %s --run-at now` starts it" % (
-            what, show_duration((job["due"] - now) / 1000), show_time(job["due"]), clean(job["id"]))
-    if store.all_paused():
-        yield "all queues are paused; `queuectl queue resume` lets their jobs start"
-    elif queue["paused"]:
-        yield "its queue %s is paused; `queuectl queue resume %s` lets its jobs start" % (name, name)
-    if queue["concurrency"] is not None and queue[PROCESSING] >= queue["concurrency"]:
-        yield ("its queue %s runs as many jobs as it may at once (%d): %s; `queuectl cancel ID` ends one, "
-               "`queuectl queue set %s --concurrency N` lets more run" % (
-                   name, queue["concurrency"], ", ".join(map(clean, store.running_in(queue["name"], 5))), name))
-
-
-def _expected(store: Store, job: dict[str, Any], now: int, serving: Sequence[dict[str, Any]]) -> tuple[int, str]:
-    """When a job can be expected to start that nothing but others keeps from it, and how many those are."""
-    pools = {pool["name"]: pool["queues"] for pool in store.pools()}
-    ahead = store.ahead_of(job, not all(pools.get(worker["pool"]) for worker in serving))
-    busy = sum(worker["job"] is not None for worker in serving)
-    before = ", by priority (up to %d) or arrival" % job["priority"] if ahead else ""
-    wait = store.recent_seconds() * (ahead + (busy == len(serving))) / len(serving)
-    return now + to_millis(wait), "%s before it%s; %d of %s busy" % (
-        count_of(ahead, "job") + " stand" + "s" * (ahead == 1), before, busy, count_of(len(serving), "worker"))
-
-
-def why_waiting(store: Store, job: dict[str, Any], now: int) -> tuple[list[str], int | None]:
-    """Why a waiting job does not run now, and when it is expected to (milliseconds), if that can be told."""
-    reasons = list(_obstacles(store, job, now))
-    serving = store.serving(job["queue"])
-    if not serving:
-        asks = any(pool["alive"] for pool in store.pools())
-        return [*reasons, "no worker serves its queue; `queuectl worker start%s` does" % (
-            " --queue " + clean(job["queue"]) if asks else "")], None
-    troubles = [trouble_of(store.path, worker["name"]) for worker in serving]
-    if all(troubles):
-        reasons.append("its workers are held up: %s" % clean(troubles[0]))
-    if len(reasons) == 1 and (job["due"] or 0) > now:
-        return reasons, job["due"]
-    if reasons:
-        return reasons, None
-    expected, reason = _expected(store, job, now, serving)
-    return [reason], expected
-
-
-def why_not_waiting(store: Store, job: dict[str, Any], now: int) -> str:
-    """What there is to say of a job that runs or has ended, and what to do next."""
-    name = clean(job["id"])
-    if job["state"] == PROCESSING:
-        left = job["timeout_seconds"] and ", at most %s more" % show_duration(
-            max(0, job["timeout_seconds"] - (now - job["started_at"]) / 1000))
-        if not store.is_own(job["locked_by"]):
-            return ("it ran in the queue that this one was copied from; it is given back when no process of that queue "
-                    "is left, and `queuectl cancel %s` gives it up" % name)
-        if not is_alive(store.path, job["locked_by"]):
-            return "its worker %s has died; the next worker ends what is left of the run: `queuectl worker start`" % (
-                job["locked_by"])
-        return "it runs now, for %s%s; `queuectl logs --follow %s` shows its output, `queuectl cancel %s` ends it" % (
-            since(job["started_at"], now), left or ", without a time-out", name, name)
-    if job["state"] == COMPLETED:
-        return "it ended well %s ago; `queuectl retry %s` runs it once more" % (since(job["finished_at"], now), name)
-    died = "it died %s ago: %s; " % (since(job["updated_at"], now), clean(job["last_error"] or "cancelled"))
-    causes = store.dead_causes(job["seq"])
-    living = [clean(other["id"]) for other in store.awaited_by(job["seq"]) if other["state"] != DEAD]
-    if living and not causes:
-        return died + "%s was retried since; `queuectl dlq retry %s` lets it wait for that" % (", ".join(living), name)
-    if store.waits_for_gone(job["seq"]):
-        return died + "it was to run after a job that never was completed and is forgotten; enqueue it anew"
-    if causes:
-        return died + "`queuectl dlq retry %s --with-dependents` tries all again" % clean(" ".join(causes))
-    return died + "`queuectl logs %s` shows what it printed, `queuectl dlq retry %s` tries it again" % (name, name)
-
-
-@subcommand("why", "tell why a job isn't running now, and when it will", ID, JSON,
-            examples="\nqueuectl why job1\n")
-def cmd_why(args: Any) -> int:
-    store = read_store(args)
-    job, now = store.find(args.id), now_millis()
-    if job["state"] in WAITING:
-        reasons, expected = why_waiting(store, job, now)
-    else:
-        reasons, expected = [why_not_waiting(store, job, now)], None
-    reasons = [as_called(reason) for reason in reasons]
-    when = None if expected is None else show_time(expected)
-    if args.json:
-        return out_json({"id": job["id"], "state": job["state"], "reasons": reasons, "expected_at": when})
-    emit("%s is %s:" % (clean(job["id"]), job["state"]))
-    for reason in reasons:
-        emit("  " + reason)
-    if job["state"] == FAILED:
-        emit("  its last run: %s (%d of %d attempts used)" % (
-            clean(job["last_error"]), job["attempts"], max(1, job["max_retries"])))
-    if when and expected:
-        emit("It is expected to start %s." % (
-            "in %s, at %s" % (show_duration((expected - now) / 1000), when) if expected > now else "at once"))
-    return EXIT_OK
-
-
-# doctor
-
-LEAST_SPACE = 100 * 1024 * 1024  # bytes
-LONG_RUN = 86400.0  # seconds
-
-
-def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
-    """Dead or stopped workers, what they hold, and jobs that run for very long."""
-    for lost in store.lost_jobs():
-        what = "%s is held by the worker %s, which is dead" % (clean(lost["id"]), lost["worker"])
-        if not store.is_own(lost["worker"]):
-            yield ("%s ran in the queue that this one was copied from, and may be running there" % clean(lost["id"]),
-                   "it is given back when no process of that queue is left; `queuectl cancel %s` gives it up" % (
-                       clean(lost["id"])))
-            continue
-        if any(system.held(path) for path in output_paths(store.path, lost["worker"], lost["slot"])):
-            what += "; processes of that run still live, " + (
-                "perhaps in another container or of another user" if os.path.isdir("/proc/self") or not system.linux
-                else "but there is no /proc to find them in")
-        yield what, "any live or new worker ends them, if it can, and gives the job back: `queuectl worker start`"
-    for entry in [*store.pools(), *store.workers()]:
-        if not store.is_own(entry["name"]):  # of the queue that this one was copied from
-            continue
-        if not entry["alive"]:
-            yield ("%s (pid %d) has died and left its entry behind" % (entry["name"], entry["pid"]),
-                   "`queuectl worker start` clears it away")
-        elif system.is_stopped(entry["pid"]):
-            yield ("%s (pid %d) is stopped by a signal" % (entry["name"], entry["pid"]), "kill -CONT %d" % entry["pid"])
-    now = now_millis()
-    for worker in [worker for worker in store.workers() if worker["alive"]]:
-        age = (now - (worker["job_started_at"] or now)) / 1000
-        if age > LONG_RUN:
-            name = clean(worker["job"])
-            yield ("%s has been running for %s" % (name, show_duration(age)),
-                   "`queuectl logs %s` shows what it does, `queuectl cancel %s` ends it" % (name, name))
-
-
-def findings_of(store: Store) -> Iterator[tuple[str, str]]:
-    """What is wrong with a queue, each with what mends it."""
-    folder = os.path.dirname(store.path)
-    for damage in store.damage():
-        yield ("the database is damaged: %s" % damage,
-               "`queuectl worker stop`, then `queuectl restore BACKUP`, which keeps what it replaces")
-    reason = os.path.exists(store.path) and distrust_of(store.path)
-    if reason:
-        yield "workers refuse to run: %s" % reason, "nobody else may own or write it, or a folder above it"
-    kind = system.network_file_system(folder)
-    if kind:
-        yield "%s is on a network file system (%s)" % (folder, kind), "move the database to a local disk, use --db"
-    import shutil
-    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else LEAST_SPACE
-    if free < LEAST_SPACE:
-        yield ("only %d MiB are free in %s" % (free >> 20, folder),
-               "free some space outside the queue; workers that wait for it go on by themselves")
-    yield from _findings_of_workers(store)
-
-
-@subcommand("doctor", "check the database and what dead workers left; exit 1 if anything is wrong", JSON,
-            examples="\nqueuectl doctor\n")
-def cmd_doctor(args: Any) -> int:
-    store = read_store(args)
-    findings = [(what, as_called(mend)) for what, mend in findings_of(store)]
-    if args.json:
-        out_json([{"what": what, "mend": mend} for what, mend in findings])
-    elif not findings:
-        emit("Nothing is wrong: %s, %s, %s alive." % (
-            clean(store.path), count_of(sum(store.counts().values()), "job"),
-            count_of(sum(worker["alive"] for worker in store.workers()), "worker")))
-    else:
-        for what, mend in findings:
-            emit("%s\n    %s" % (what, mend))
-    return EXIT_FAILED if findings else EXIT_OK
-
-
-# What changes jobs.
-
-def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advice: str) -> list[dict[str, Any]]:
-    """The jobs with these names, each once, if all of them exist and are in one of `fit_states`."""
-    jobs = {job["seq"]: job for job in [store.find(name) for name in names]}
-    for job in jobs.values():
-        if job["state"] not in fit_states:
-            raise QueueError("%s is %s; %s" % (clean(job["id"]), job["state"], advice))
-    return list(jobs.values())
-
-
-def _retry(args: Any, states: Sequence[str], advice: str) -> int:
-    store = open_store(args)
-    with store.transaction():
-        jobs = {job["seq"]: job for job in find_all(store, args.ids, states, advice)}
-        dependents = {seq for first in jobs for seq in store.dead_dependents(first)} - set(jobs)
-        if args.with_dependents:
-            jobs.update((seq, store.find_by_seq(seq) or {}) for seq in sorted(dependents))
-        for seq, job in jobs.items():
-            if any(other["state"] == DEAD and other["seq"] not in jobs for other in store.awaited_by(seq)):
-                raise QueueError("%s is to run after dead jobs; `queuectl dlq retry %s --with-dependents` does all" % (
-                    clean(job["id"]), clean(" ".join(store.dead_causes(seq)))))
-            if store.waits_for_gone(seq):
-                raise QueueError("%s was to run after a job that never was completed and is forgotten; enqueue it anew"
-                                 % clean(job["id"]))
-            if not store.retry(seq, now_millis()):
-                raise QueueError("%s can't be retried: another job with its key %s waits or runs"
-                                 % (clean(job["id"]), clean(str(job["unique"]))))
-    ring_all(args.db)
-    for job in jobs.values():
-        emit("Queued again: %s" % clean(job["id"]))
-    if dependents and not args.with_dependents:
-        complain("not retried: %s that died with it; --with-dependents takes them too"
-                 % count_of(len(dependents), "job"))
-    return EXIT_OK
-
-
-DEPENDENTS = option("--with-dependents", action="store_true", help="and the jobs that died with them, waiting for them")
-
-
-@subcommand("retry", "let ended jobs run again from the start", IDS, DEPENDENTS,
-            examples="\nqueuectl retry job1 job2\n")
-def cmd_retry(args: Any) -> int:
-    return _retry(args, ENDED, "only a completed or dead job can be retried")
-
-
-@subcommand("delete", "forget jobs and their runs", IDS,
-            examples="\nqueuectl delete job1\n")
-def cmd_delete(args: Any) -> int:
-    store = open_store(args)
-    with store.transaction():
-        jobs = find_all(store, args.ids, WAITING + ENDED, "`queuectl cancel` ends a running job")
-        for job in sorted(jobs, key=lambda job: -job["seq"]):  # what waits goes before what it waits for
-            if not store.delete(job["seq"]):
-                names = [clean(waiting["id"]) for waiting in store.waiters_of(job["seq"])[:5]]
-                raise QueueError("%s can't be deleted, for others are to run after it: %s"
-                                 % (clean(job["id"]), ", ".join(names)))
-    for job in jobs:
-        emit("Deleted: %s" % clean(job["id"]))
-    return EXIT_OK
-
-
-def _await_end(store: Store, job: dict[str, Any], deadline: float) -> str:
-    """Wait until a cancelled job is no longer running; if its worker is dead, do the worker's part."""
-    while True:
-        current = store.find_by_seq(job["seq"])
-        if current is None or current["state"] != PROCESSING or current["runs"] != job["runs"]:
-            return current["state"] if current else DEAD
-        if not is_alive(store.path, current["locked_by"]):
-            recover(store, time.sleep, complain)
-        if time.monotonic() >= deadline:
-            raise QueueError("%s is still being ended; `queuectl show %s` tells when it is done"
-                             % (clean(job["id"]), clean(job["id"])))
-        time.sleep(0.02)
-
-
-@subcommand("cancel", "take waiting jobs out of the queue, end running ones", IDS,
-            examples="\nqueuectl cancel job1\n")
-def cmd_cancel(args: Any) -> int:
-    store = open_store(args)
-    with store.transaction():
-        jobs = find_all(store, args.ids, (*WAITING, PROCESSING), "it has ended already")
-        for job in jobs:
-            change = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
-            change(job["seq"], now_millis())
-    ring_all(args.db)
-    deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
-    for job in jobs:
-        state = _await_end(store, job, deadline)
-        emit("%s: %s" % ("Completed before it could be cancelled" if state == COMPLETED else "Cancelled",
-                         clean(job["id"])))
-        dependents = store.dead_dependents(job["seq"])
-        if dependents:
-            complain("dead with it: %s that waited for it" % count_of(len(dependents), "job"))
+        if time.monotonic() > deadline:
+            raise QueueError("the workers are not running after %d s; see %s" % (START_TIME, log))
+        time.sleep(0.01)
+    emit(str(process.pid))
+    complain("%s in the background, log in %s; `queuectl worker stop` ends them"
+             % (count_of(count, "worker"), clean(log)))
     return EXIT_OK
 
 
 @subcommand(
-    "edit", "change a waiting job", ID,
-    option("--priority", metavar="N", help="lower runs first"),
-    option("--run-at", metavar="TIME", help="not before this time, now for at once; of a failed job: its next try"),
-    option("--delay", metavar="DURATION", help="not before this long from now"),
-    option("--timeout", metavar="DURATION", help="end a run that takes longer, or none"),
-    option("--max-retries", metavar="N", help="runs before it is dead"),
-    option("--queue", metavar="NAME", help="the queue it waits in"),
+    "worker start", "run jobs, in the foreground",
+    option("--count", metavar="N", default="1", help="worker processes (1)"),
+    option("--queue", metavar="NAME", action="append", default=[], help="serve this queue only; repeatable"),
+    option("--drain", action="store_true", help="exit when nothing is left to do; 1 if a job died meanwhile"),
+    option("--detach", action="store_true", help="run in the background; prints the process id"),
+    option("--max-jobs", metavar="N", help="exit after N runs"),
     examples="""
-queuectl edit job1 --priority 1
-queuectl edit job1 --run-at now --timeout none
+queuectl worker start --count 4           until Ctrl-C: finishes running jobs; twice ends them
+queuectl worker start --count 4 --drain   until nothing is left to do
+queuectl worker start --detach            in the background, log beside the database
 """)
-def cmd_edit(args: Any) -> int:
-    given = given_of(args, "priority", "run_at", "delay", "timeout", "max_retries", "queue")
-    if not given:
-        raise UsageError("say what to change; see `queuectl edit --help`")
-    now = now_millis()
-    unlimited = given.pop("timeout", None) if args.timeout == "none" else None
-    draft = draft_of({"command": "true", **given}, now, system.longest_command)
-    changes = {name: draft[name] for name in EDITABLE if draft[name] is not None}
-    if unlimited:
-        changes["timeout_seconds"] = None
-    store = open_store(args)
-    with store.transaction():
-        job, = find_all(store, [args.id], WAITING, "only a job that waits can be changed; `queuectl cancel` ends one")
-        store.edit(job, changes, now)
-    ring_all(args.db)
-    emit("Changed: %s" % clean(job["id"]))
-    return EXIT_OK
+def cmd_worker_start(args: Any) -> int:
+    count = _whole_option("--count", args.count, 1000)
+    max_jobs = None if args.max_jobs is None else _whole_option("--max-jobs", args.max_jobs, 10**9)
+    queues = [check_name("--queue", name) for name in args.queue]
+    system.check_room(count)
+    if not args.detach and not args.drain:  # a drain is short
+        start_compiled()
+    store = open_trusted(args.db, tell=complain)
+    name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name(store)
+    if args.detach:
+        return _start_detached(args, count, store, name)
+    store.close()
+    system.say("Starting %s, pool %s, pid %d, database %s\n" % (
+        count_of(count, "worker"), name, os.getpid(), clean(args.db)))
+    return Pool(args.db, name, count, queues, args.drain, max_jobs).run()
 
 
 @subcommand(
-    "wait", "until jobs are completed or dead; exit 1 if one died",
-    option("ids", nargs="*", metavar="ID", help="without: all that are unfinished now"),
-    option("--timeout", metavar="DURATION", help="exit 124 if it takes longer"),
+    "worker stop", "stop every pool on this database, after the running jobs",
+    option("--now", action="store_true", help="end the running jobs and give them back"),
+    option("--timeout", metavar="DURATION", help="exit 124 if it takes longer; they go on stopping"),
     examples="""
-queuectl wait job1 job2 && echo 'both are completed'
-queuectl wait --timeout 1h
+queuectl worker stop                 running jobs finish first
+queuectl worker stop --now           running jobs go back into the queue
 """)
-def cmd_wait(args: Any) -> int:
+def cmd_worker_stop(args: Any) -> int:
     patience = patience_of(args)
-    store = read_store(args)
-    seqs = {store.find(name)["seq"] for name in args.ids} or store.unfinished(0, NEVER)
-    return await_jobs(store, seqs - {own_run(args.db)[1]}, patience)  # a job doesn't wait for itself
-
-
-def _purge(args: Any, states: Iterable[str]) -> int:
-    if args.older_than is not None and re.fullmatch(_NUMBER, args.older_than):
-        raise UsageError("--older-than %s needs a unit, such as %sd or %sh" % ((args.older_than,) * 3))
-    before = NEVER if args.older_than is None else now_millis() - to_millis(
-        checked("delay", args.older_than, "--older-than"))
-    store = open_store(args)
-    count = sum(store.purge(state, before) for state in sorted(states, key=STATES.index))  # what waits goes first
+    deadline = time.monotonic() + patience
+    if not anyone_alive(args.db):
+        if not os.path.exists(args.db):
+            complain("there is no queue at %s" % clean(args.db))
+        emit("No workers are running.")
+        return EXIT_OK
+    store = open_store(args, as_it_is=True)
+    worker, _ = own_run(args.db)
+    own = (worker, _pool_of(worker))  # which waits for the job that called this
+    alive = {entry["name"]: entry["pid"] for entry in [*store.pools(), *store.workers()]
+             if entry["alive"] and entry["name"] not in own}
     try:
-        store.shrink()
-    except QueueError as error:
-        complain("the disk space is not given back yet: %s" % error)
-    emit("Deleted: %s" % count_of(count, "job"))
+        with store.transaction():
+            store.ask_stop([pool["name"] for pool in store.pools()], 2 if args.now else 1)
+        ring_all(args.db)
+    except Unavailable as error:  # a full disk: supervisors can be told without it
+        told = [system.stop(pool["pid"], life_path(args.db, pool["name"]), args.now) for pool in store.pools()]
+        if not any(told):
+            raise
+        complain("%s; the workers are told by signals" % error)
+    tell_at = time.monotonic() + WAIT_TOLD
+    while any(is_alive(args.db, name) for name in alive):
+        for name, pid in alive.items():
+            system.wake(pid, life_path(args.db, name))
+        if time.monotonic() >= deadline:
+            raise TimedOut("workers still run after %s; they go on stopping, `queuectl worker stop --now` ends their "
+                           "jobs" % show_duration(patience))
+        if time.monotonic() >= tell_at:
+            complain("waiting for running jobs to finish; `queuectl worker stop --now` would end them")
+            tell_at = float("inf")
+        time.sleep(0.02)
+    emit("All workers have stopped." if not worker else
+         "All other workers have stopped; those of this pool do when this job has ended.")
     return EXIT_OK
 
 
-OLDER_THAN = option("--older-than", metavar="DURATION", help="only those unchanged for longer than this")
+@subcommand("worker list", "show the workers that live, and what they run", JSON,
+            examples="\nqueuectl worker list\n")
+def cmd_worker_list(args: Any) -> int:
+    workers = [worker for worker in read_store(args).workers() if worker["alive"]]
+    if args.json:
+        shown = [dict(worker, started_at=show_time(worker["started_at"]),
+                      job_started_at=worker["job_started_at"] and show_time(worker["job_started_at"]))
+                 for worker in workers]
+        out_lines(shown)
+    elif workers:
+        out_table(("WORKER", "PID", "UP", "DOES"), [worker_row(worker, now_millis()) for worker in workers])
+    else:
+        emit("No workers are running.")
+    return EXIT_OK
 
 
-@subcommand("purge", "forget completed jobs, or those in other states, and their runs",
-            option("--state", action="append", choices=(*WAITING, *ENDED), help="instead of completed; repeatable"),
-            OLDER_THAN, examples="\nqueuectl purge --older-than 7d\nqueuectl purge --state dead --state completed\n")
-def cmd_purge(args: Any) -> int:
-    return _purge(args, dict.fromkeys(args.state or [COMPLETED]))
+# ─── setting up: settings, queues, copies, the program itself ─────────────────────────────────
+
+KEY = option("key", metavar="KEY", help="the setting, with - or _")
+
+
+@subcommand("config list", "the same as show", JSON, examples="\nqueuectl config list\n")
+@subcommand("config show", "show every setting", JSON, examples="\nqueuectl config show\n")
+def cmd_config_show(args: Any) -> int:
+    settings = read_store(args).settings()
+    if args.json:
+        return out_json(settings)
+    return out_table(("SETTING", "VALUE", "DEFAULT"), [
+        (name, show_setting(value), show_setting(SETTINGS[name])) for name, value in settings.items()])
+
+
+@subcommand("config get", "show one setting", KEY, JSON, examples="\nqueuectl config get max_retries\n")
+def cmd_config_get(args: Any) -> int:
+    name = setting_name(args.key)
+    value = read_store(args).settings()[name]
+    if args.json:
+        return out_json(value)
+    emit(clean(show_setting(value)))
+    return EXIT_OK
+
+
+@subcommand("config set", "change a setting; running workers follow", KEY,
+            option("value", metavar="VALUE", help="a number, a duration, or a word"),
+            examples="""
+queuectl config set max_retries 5
+queuectl config set backoff-base 3
+queuectl config set timeout_seconds 10m
+""")
+def cmd_config_set(args: Any) -> int:
+    name = setting_name(args.key)
+    value = check_setting(name, args.value)
+    store = open_store(args)
+    with store.transaction():
+        store.set_setting(name, value)
+    ring_all(args.db)
+    emit("Config updated: %s = %s" % (name, show_setting(value)))
+    return EXIT_OK
+
+
+@subcommand("config unset", "put a setting back to its default", KEY,
+            examples="\nqueuectl config unset max_retries\n")
+def cmd_config_unset(args: Any) -> int:
+    name = setting_name(args.key)
+    store = open_store(args)
+    with store.transaction():
+        store.unset_setting(name)
+    ring_all(args.db)
+    emit("Config updated: %s = %s (the default)" % (name, show_setting(SETTINGS[name])))
+    return EXIT_OK
+
+
+QUEUE_HEAD = ("QUEUE", "LIMIT", "STARTS", "PENDING", "PROCESSING", "COMPLETED", "FAILED", "DEAD")
+NAME = option("name", metavar="NAME", help="the queue")
+
+
+@subcommand("queue list", "show the queues, their limits and jobs", JSON, examples="\nqueuectl queue list\n")
+def cmd_queue_list(args: Any) -> int:
+    queues = [dict(queue, paused=bool(queue["paused"])) for queue in read_store(args).queues()]
+    if args.json:
+        return out_lines(queues)
+    return out_table(QUEUE_HEAD, [
+        (queue["name"], show_setting(queue["concurrency"]), "paused" if queue["paused"] else "yes",
+         *(str(queue[state]) for state in STATES)) for queue in queues])
+
+
+@subcommand("queue set", "limit how many jobs of a queue run at once, over all pools", NAME,
+            option("--concurrency", metavar="N", required=True, help="that many, or none for no limit"),
+            examples="\nqueuectl queue set gpu --concurrency 1\nqueuectl queue set gpu --concurrency none\n")
+def cmd_queue_set(args: Any) -> int:
+    name = check_name("the queue's name", args.name)
+    most = None if args.concurrency == "none" else _whole_option("--concurrency", args.concurrency, 10**6)
+    store = open_store(args)
+    with store.transaction():
+        store.set_concurrency(name, most)
+    ring_all(args.db)
+    emit("Queue updated: %s: concurrency = %s" % (clean(name), show_setting(most)))
+    return EXIT_OK
+
+
+def _pause(args: Any, paused: bool) -> int:
+    name = None if args.name is None else check_name("the queue's name", args.name)
+    store = open_store(args)
+    unknown = name is not None and all(queue["name"] != name for queue in store.queues())
+    with store.transaction():
+        store.pause(name, paused)
+        still = not paused and store.all_paused()
+    ring_all(args.db)
+    if unknown:
+        complain("no job has ever been in the queue %s" % clean(name or ""))
+    if still:
+        complain("all queues are paused; `queuectl queue resume` without a name lifts that")
+    emit("%s: %s" % ("Paused" if paused else "Resumed", "all queues" if name is None else clean(name)))
+    return EXIT_OK
+
+
+@subcommand("queue pause", "start no more jobs of a queue; those running go on",
+            option("name", nargs="?", metavar="NAME", help="the queue; without: all, those to come too"),
+            examples="\nqueuectl queue pause gpu\nqueuectl queue pause\n")
+def cmd_queue_pause(args: Any) -> int:
+    return _pause(args, True)
+
+
+@subcommand("queue resume", "start jobs of a paused queue again",
+            option("name", nargs="?", metavar="NAME", help="the queue; without: all"),
+            examples="\nqueuectl queue resume gpu\nqueuectl queue resume\n")
+def cmd_queue_resume(args: Any) -> int:
+    return _pause(args, False)
 
 
 @subcommand("backup", "copy the database while workers run", option("path", metavar="PATH", help="the new file"),
@@ -6682,8 +6840,6 @@ def cmd_restore(args: Any) -> int:
         complain("what stood in its place is kept as %s" % clean(kept))
     return EXIT_OK
 
-
-# installing
 
 # A shell reads the second and third line as a command, Python as a string: so the path of Python
 # may have blanks and any length. Site-packages only slow the start (-S); queuectl uses none.
@@ -6752,8 +6908,6 @@ def cmd_uninstall(args: Any) -> int:
     emit("removed: " + launcher)
     return EXIT_OK
 
-
-# for servers
 
 def unit_word(text: str) -> str:
     """A word of a command line as systemd.syntax(7) and systemd.service(5) read it."""
@@ -6845,17 +6999,16 @@ complete -o default -F _queuectl queuectl"""
 def completion_script() -> str:
     """For bash: a list of words for each command, and who takes ids."""
     flags = {entry.name: [(names[-1], details) for names, details in entry.options if names[0].startswith("-")]
-             for entry in COMMANDS.values()}
+             for entry in commands_of()}
     groups = sorted({name.partition(" ")[0] for name in COMMANDS if " " in name})
-    words = {"": [*dict.fromkeys(name.partition(" ")[0] for name in COMMANDS), "--db", "--help", "--version"]}
-    words.update((group, [name.partition(" ")[2] for name in COMMANDS if name.startswith(group + " ")])
-                 for group in groups)
+    words = {"": [*ORDER, "--db", "--help", "--version"]}
+    words.update((group, [entry.name.partition(" ")[2] for entry in commands_of(group)]) for group in groups)
     words.update((name, [*(flag for flag, _ in given), "--db", "--help"]) for name, given in flags.items())
     for name in ("config get", "config set", "config unset"):
         words[name] += SETTINGS
     values = {'"%s %s"' % (name, flag): details["choices"]
               for name, given in flags.items() for flag, details in given if "choices" in details}
-    with_ids = [entry.name for entry in COMMANDS.values() if any(names[0][:2] == "id" for names, _ in entry.options)]
+    with_ids = [entry.name for entry in commands_of() if any(names[0][:2] == "id" for names, _ in entry.options)]
 
     def case(label: str, text: str) -> str:
         return "        %s) %s ;;" % (label, text)
@@ -6877,163 +7030,6 @@ def cmd_completion(args: Any) -> int:
     for job in read_store(args).newest((), None, 200):
         if re.fullmatch(r"[\w.%+-]+", job["id"], re.ASCII):  # bash would expand or divide others
             emit(job["id"])
-    return EXIT_OK
-
-
-# the dead letter queue
-
-@subcommand("dlq list", "show the dead letter queue: jobs that failed too often",
-            option("--limit", metavar="N", help="the newest N (50; with --json all)"),
-            option("--all", action="store_true", help="all of them"), JSON,
-            examples="\nqueuectl dlq list\n")
-def cmd_dlq_list(args: Any) -> int:
-    args.queue = None
-    code = _list(args, [DEAD], DEAD_HEAD, dead_row)
-    if terminal_width() and not args.json:
-        emit(fit(as_called("Next: `queuectl logs ID`, `queuectl dlq retry ID` or --all"), terminal_width()).rstrip())
-    return code
-
-
-@subcommand("dlq retry", "give dead jobs a new start",
-            option("ids", nargs="*", metavar="ID", help="the job's id, or a unique part of its beginning"),
-            option("--all", action="store_true", help="all dead jobs"), DEPENDENTS,
-            option("--queue", metavar="NAME", help="with --all: of this queue only"),
-            examples="\nqueuectl dlq retry job1\nqueuectl dlq retry --all\nqueuectl dlq retry --all --queue run-1\n")
-def cmd_dlq_retry(args: Any) -> int:
-    if args.all == bool(args.ids) or (args.queue and args.ids):
-        raise UsageError("give either ids or --all, which --queue may limit")
-    if args.ids:
-        return _retry(args, (DEAD,), "it is not in the dead letter queue")
-    store = open_store(args)
-    with store.transaction():
-        count = store.retry_all_dead(now_millis(), args.queue)
-        left = store.count([DEAD], args.queue)
-    ring_all(args.db)
-    emit("Queued again: %s" % count_of(count, "job"))
-    if left:
-        complain("still dead, for another job with their key waits or runs, or because they wait for such a job: %s"
-                 % count_of(left, "job"))
-    return EXIT_OK
-
-
-@subcommand("dlq purge", "forget dead jobs and their runs",
-            OLDER_THAN, examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
-def cmd_dlq_purge(args: Any) -> int:
-    return _purge(args, [DEAD])
-
-
-# queues
-
-QUEUE_HEAD = ("QUEUE", "LIMIT", "STARTS", "PENDING", "PROCESSING", "COMPLETED", "FAILED", "DEAD")
-NAME = option("name", metavar="NAME", help="the queue")
-
-
-@subcommand("queue list", "show the queues, their limits and jobs", JSON, examples="\nqueuectl queue list\n")
-def cmd_queue_list(args: Any) -> int:
-    queues = [dict(queue, paused=bool(queue["paused"])) for queue in read_store(args).queues()]
-    if args.json:
-        return out_lines(queues)
-    return out_table(QUEUE_HEAD, [
-        (queue["name"], show_setting(queue["concurrency"]), "paused" if queue["paused"] else "yes",
-         *(str(queue[state]) for state in STATES)) for queue in queues])
-
-
-@subcommand("queue set", "limit how many jobs of a queue run at once, over all pools", NAME,
-            option("--concurrency", metavar="N", required=True, help="that many, or none for no limit"),
-            examples="\nqueuectl queue set gpu --concurrency 1\nqueuectl queue set gpu --concurrency none\n")
-def cmd_queue_set(args: Any) -> int:
-    name = check_name("the queue's name", args.name)
-    most = None if args.concurrency == "none" else _whole_option("--concurrency", args.concurrency, 10**6)
-    store = open_store(args)
-    with store.transaction():
-        store.set_concurrency(name, most)
-    ring_all(args.db)
-    emit("Queue updated: %s: concurrency = %s" % (clean(name), show_setting(most)))
-    return EXIT_OK
-
-
-def _pause(args: Any, paused: bool) -> int:
-    name = None if args.name is None else check_name("the queue's name", args.name)
-    store = open_store(args)
-    unknown = name is not None and all(queue["name"] != name for queue in store.queues())
-    with store.transaction():
-        store.pause(name, paused)
-        still = not paused and store.all_paused()
-    ring_all(args.db)
-    if unknown:
-        complain("no job has ever been in the queue %s" % clean(name or ""))
-    if still:
-        complain("all queues are paused; `queuectl queue resume` without a name lifts that")
-    emit("%s: %s" % ("Paused" if paused else "Resumed", "all queues" if name is None else clean(name)))
-    return EXIT_OK
-
-
-@subcommand("queue pause", "start no more jobs of a queue; those running go on",
-            option("name", nargs="?", metavar="NAME", help="the queue; without: all, those to come too"),
-            examples="\nqueuectl queue pause gpu\nqueuectl queue pause\n")
-def cmd_queue_pause(args: Any) -> int:
-    return _pause(args, True)
-
-
-@subcommand("queue resume", "start jobs of a paused queue again",
-            option("name", nargs="?", metavar="NAME", help="the queue; without: all"),
-            examples="\nqueuectl queue resume gpu\nqueuectl queue resume\n")
-def cmd_queue_resume(args: Any) -> int:
-    return _pause(args, False)
-
-
-# config
-
-KEY = option("key", metavar="KEY", help="the setting, with - or _")
-
-
-@subcommand("config list", "the same as show", JSON, examples="\nqueuectl config list\n")
-@subcommand("config show", "show every setting", JSON, examples="\nqueuectl config show\n")
-def cmd_config_show(args: Any) -> int:
-    settings = read_store(args).settings()
-    if args.json:
-        return out_json(settings)
-    return out_table(("SETTING", "VALUE", "DEFAULT"), [
-        (name, show_setting(value), show_setting(SETTINGS[name])) for name, value in settings.items()])
-
-
-@subcommand("config get", "show one setting", KEY, JSON, examples="\nqueuectl config get max_retries\n")
-def cmd_config_get(args: Any) -> int:
-    name = setting_name(args.key)
-    value = read_store(args).settings()[name]
-    if args.json:
-        return out_json(value)
-    emit(clean(show_setting(value)))
-    return EXIT_OK
-
-
-@subcommand("config set", "change a setting; running workers follow", KEY,
-            option("value", metavar="VALUE", help="a number, a duration, or a word"),
-            examples="""
-queuectl config set max_retries 5
-queuectl config set backoff-base 3
-queuectl config set timeout_seconds 10m
-""")
-def cmd_config_set(args: Any) -> int:
-    name = setting_name(args.key)
-    value = check_setting(name, args.value)
-    store = open_store(args)
-    with store.transaction():
-        store.set_setting(name, value)
-    ring_all(args.db)
-    emit("Config updated: %s = %s" % (name, show_setting(value)))
-    return EXIT_OK
-
-
-@subcommand("config unset", "put a setting back to its default", KEY,
-            examples="\nqueuectl config unset max_retries\n")
-def cmd_config_unset(args: Any) -> int:
-    name = setting_name(args.key)
-    store = open_store(args)
-    with store.transaction():
-        store.unset_setting(name)
-    ring_all(args.db)
-    emit("Config updated: %s = %s (the default)" % (name, show_setting(SETTINGS[name])))
     return EXIT_OK
 
 
@@ -7071,7 +7067,7 @@ def parser_of(entry: Command) -> Parser:
 
 def overview(group: str = "") -> str:
     """The help of queuectl itself, or of a group of commands."""
-    shown = [entry for entry in COMMANDS.values() if not group or entry.name.startswith(group + " ")]
+    shown = commands_of(group)
     shown.sort(key=lambda entry: entry.name != "run")  # that first
     lines = ["  %-14s %s" % (entry.name, entry.summary) for entry in shown]
     examples = ("queuectl run 'echo hello' 'date -u'", "queuectl enqueue 'echo hello'",
