@@ -62,7 +62,7 @@ import stat
 import sys
 import time
 from collections import namedtuple
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 try:
     import sqlite3
@@ -157,8 +157,11 @@ def clean(text: str) -> str:
     """`text` with control characters, escape sequences and bidirectional marks shown escaped."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in text)
+    shown = list(text)
+    for place, c in enumerate(text):
+        if not c.isprintable():
+            shown[place] = c.encode("unicode_escape", "surrogatepass").decode()
+    return "".join(shown)
 
 
 class QueueError(Exception):
@@ -205,15 +208,6 @@ _TIME = (r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?
          r"\s*(?:Z|z|([+-])(\d\d):?(\d\d))?")
 
 
-def to_whole(value: Any) -> int:
-    """The whole number that `value` (int, integral float or text) stands for, or ValueError."""
-    if isinstance(value, str) and re.fullmatch(_WHOLE, value):
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-        raise ValueError(value)
-    return int(value)
-
-
 def to_number(value: Any) -> float:
     """The number that `value` (int, float or text) stands for, or ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -221,6 +215,16 @@ def to_number(value: Any) -> float:
     if isinstance(value, str) and not re.fullmatch(_NUMBER, value):
         raise ValueError(value)
     return float(value)
+
+
+def to_whole(value: Any) -> int:
+    """The whole number that `value` (int, integral float or text) stands for, or ValueError."""
+    if isinstance(value, str):
+        if not re.fullmatch(_WHOLE, value):
+            raise ValueError(value)
+    elif to_number(value) % 1:
+        raise ValueError(value)
+    return int(value)
 
 
 def to_duration(value: Any) -> float:
@@ -299,7 +303,9 @@ def show_setting(value: Any) -> str:
     """The value of a setting as `config set` takes it."""
     if value is None:
         return "none"
-    return show_number(value) if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return show_number(value)
+    return str(value)
 
 
 def to_millis(seconds: float) -> int:
@@ -313,11 +319,12 @@ def _time_from(text: str) -> int:
         raise ValueError(text)
     *numbers, fraction, sign, hours, minutes = match.groups()
     moment = datetime(*[int(number or 0) for number in numbers])  # type: ignore[arg-type]
-    if sign:
-        offset = timedelta(hours=int(hours), minutes=int(minutes))
-        moment += -offset if sign == "+" else offset
+    offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
+    if sign == "+":
+        offset = -offset
+    millis = (moment + offset - datetime(1970, 1, 1)) // timedelta(milliseconds=1)
     nanos = int((fraction or "").ljust(9, "0"))
-    return (moment - datetime(1970, 1, 1)) // timedelta(milliseconds=1) - -nanos // 1_000_000
+    return millis - -nanos // 1_000_000  # rounded up
 
 
 class Delayed(int):
@@ -370,7 +377,8 @@ def show_duration(seconds: float) -> str:
         big, small = "m", "s"
     elif seconds < 86400:
         big, small = "h", "m"
-    return "%d%s %d%s" % (seconds // UNITS[big], big, seconds % UNITS[big] // UNITS[small], small)
+    count, rest = divmod(seconds, UNITS[big])
+    return "%d%s %d%s" % (count, big, rest // UNITS[small], small)
 
 
 def backoff(base: float, attempts: int, longest: float, jitter: float, chance: float) -> float:
@@ -602,10 +610,10 @@ def check_env(env: Any, hook: bool = False) -> dict[str, str]:
     for name, value in env.items():
         check_text("env name", name)
         check_text("env %s" % quoted(name), value)
-        own = name in JOB_VARIABLES
-        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) or (own and not hook):
-            reason = ": queuectl sets it" if own else ""
-            raise UsageError("env can't set %s%s" % (quoted(name), reason))
+        if name in JOB_VARIABLES and not hook:
+            raise UsageError("env can't set %s: queuectl sets it" % quoted(name))
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UsageError("env can't set %s" % quoted(name))
     return env
 
 
@@ -624,11 +632,12 @@ def check_key(key: Any) -> str:
     """A sound key of `unique`, or UsageError."""
     most = 8 * NAME_LENGTH
     if not check_text("unique", key).isprintable() or not 1 <= len(key) <= most:
-        raise UsageError("unique must be 1 to %d printable characters, not %s" % (most, quoted(key)))
+        raise UsageError("unique must be 1 to %d printable characters, not %s"
+                         % (most, quoted(key)))
     return str(key)
 
 
-def check_list(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[Any]:
+def check_list(name: str, value: Any, check: Callable[..., Any]) -> list[Any]:
     """A list, also where it is text with commas, each of its entries checked; or UsageError."""
     if isinstance(value, str):
         value = value.split(",")
@@ -709,15 +718,16 @@ _BARE = r"(?:^|,)\s*(%s)\s*:" % "|".join(FIELDS + tuple(ALIASES))
 
 
 def _bare_object(text: str) -> Row | None:
-    """`{id:job1,command:echo hi}`: JSON whose quotes a shell took, or None where that is a guess."""
+    """`{id:job1,command:echo hi}`: JSON whose quotes a shell took; None where that is a guess."""
     body = text.strip()[1:-1]
     if not text.strip().endswith("}") or not re.match(_BARE, body):
         return None
     words = re.split(_BARE, body)[1:]
-    names, values = words[::2], [value.strip() for value in words[1::2]]
-    if len(set(names)) < len(names) or any(value[:1] in ('"', "'", "{", "[", "") for value in values):
+    fields = dict(zip(words[::2], map(str.strip, words[1::2])))
+    guessed = any(value[:1] in "\"'{[" for value in fields.values())
+    if guessed or 2 * len(fields) < len(words):
         return None
-    return {name: None if value == "null" else value for name, value in zip(names, values)}
+    return {name: None if value == "null" else value for name, value in fields.items()}
 
 
 CALLED = ["queuectl"]  # how this program was called, for advice that can be pasted
@@ -753,8 +763,8 @@ def read_object(text: str) -> Row:
     bare = _bare_object(text)
     if bare is None:
         raise UsageError(
-            "this JSON can't be read (%s): %s; write it as '{\"command\":\"echo hello\"}' in single "
-            "quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"), or put -- before a "
+            "this JSON can't be read (%s): %s; write it as '{\"command\":\"echo hello\"}' in "
+            "single quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"), or put -- before a "
             "shell command that begins with {" % (problem, shorten(json.dumps(text)[1:-1], 200)))
     return bare
 
@@ -773,8 +783,10 @@ def read_job(text: str, now: int, longest: int, options: Row) -> Row:
         env = check_env(fields.get("env") or {})
         options = {**options, "env": {**env, **options["env"]}}
     given = {ALIASES.get(name, name) for name in options}
-    kept = {name: value for name, value in fields.items() if ALIASES.get(name, name) not in given}
-    return draft_of({**kept, **options}, now, longest)
+    for name in list(fields):
+        if ALIASES.get(name, name) in given:
+            del fields[name]
+    return draft_of({**fields, **options}, now, longest)
 
 
 # ═══ Platform ═══ processes, locks, bells and files; POSIX and Windows ═══════════════════════
@@ -4757,23 +4769,17 @@ def emit_json(value: Any) -> None:
     emit_text(json.dumps(value, indent=2) + "\n")
 
 
-def json_lines(values: Iterable[Any]) -> Iterator[str]:
-    """A JSON array, one value a line between `[` and `]`: lines that can also be read one by one."""
-    yield "["
+def emit_list(values: Iterable[Any]) -> None:
+    """A JSON array as a command's result, one value a line: it can also be read line by line."""
+    emit("[")
     before = None
     for value in values:
         if before is not None:
-            yield before + ","
+            emit(before + ",")
         before = json.dumps(value)
     if before is not None:
-        yield before
-    yield "]"
-
-
-def emit_list(values: Iterable[Any]) -> None:
-    """A JSON array as a command's result, one value a line."""
-    for line in json_lines(values):
-        emit(line)
+        emit(before)
+    emit("]")
 
 
 def is_terminal(stream: Any) -> bool:
@@ -4829,20 +4835,33 @@ COLOURS = {PROCESSING: "36", COMPLETED: "32", FAILED: "33", DEAD: "31"}
 
 def coloured(cell: str, text: str) -> str:
     """A cell of a table in the colour of the state that is its text, if it is one."""
-    return "\033[%sm%s\033[0m" % (COLOURS[text], cell) if text in COLOURS else cell
+    if text not in COLOURS:
+        return cell
+    return "\033[%sm%s\033[0m" % (COLOURS[text], cell)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int, colour: bool) -> list[str]:
+def narrow(widths: list[int], width: int) -> list[int]:
+    """The widths of a table's columns within `width`: the last gives way first, then the widest."""
+    room = width - 2 * (len(widths) - 1)
+    widths = [min(size, width) for size in widths]
+    while sum(widths) > room and max(widths) > 4:
+        if widths[-1] > 20:
+            widths[-1] -= 1
+        else:
+            widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int,
+          colour: bool) -> list[str]:
     """Lines of a table in `width` columns (0: as many as it takes), with the states in colour.
 
     What does not fit is cut at the right; control characters are shown escaped.
     """
-    cells = [[clean(cell) for cell in row] for row in (head, *rows)]
+    cells = [list(map(clean, row)) for row in (head, *rows)]
     widths = [max(map(text_width, column)) for column in zip(*cells)]
-    if width:  # the last column gives way first, then the widest
-        widths = [min(size, width) for size in widths]
-        while sum(widths) + 2 * (len(head) - 1) > width and max(widths) > 4:
-            widths[-1 if widths[-1] > 20 else widths.index(max(widths))] -= 1
+    if width:
+        widths = narrow(widths, width)
     lines = []
     for row in cells:
         shown = list(map(fit, row, widths))
@@ -4852,10 +4871,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int, colour
     return lines
 
 
-def emit_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def emit_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table for where stdout leads: within a terminal's width and coloured, or whole."""
     width = terminal_width()
-    for line in table(head, rows, width, width > 0 and not os.environ.get("NO_COLOR")):
+    colour = width > 0 and not os.environ.get("NO_COLOR")
+    for line in table(head, rows, width, colour):
         emit_text(line + "\n")
 
 
@@ -5048,6 +5068,7 @@ HANDLED = () if WINDOWS else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, sign
 JOB_HEAD = ("ID", "STATE", "TRIES", "QUEUE", "PRIO", "WHEN", "COMMAND")
 DEAD_HEAD = ("ID", "TRIES", "DIED", "WHY", "COMMAND")
 WORKER_HEAD = ("WORKER", "PID", "UP", "DOES")
+QUEUE_HEAD = ("QUEUE", "LIMIT", "STARTS", *map(str.upper, STATES))
 RUN_FIELDS = ("run", "attempt", "state", "started_at", "finished_at", "duration_seconds",
               "exit_code", "error", "worker")
 
@@ -5063,7 +5084,8 @@ def with_times(row: Row) -> Row:
 
 def job_json(job: Row) -> Row:
     """A job as `--json` shows it: its FIELDS."""
-    job = {**job, "retry_after": None, "dead_on": [], **json.loads(job["policy"] or "{}")}
+    policy = json.loads(job["policy"] or "{}")
+    job = {**job, "retry_after": None, "dead_on": [], **policy}
     shown = with_times({name: job[name] for name in FIELDS})
     shown["env"] = json.loads(job["env"] or "{}")
     shown["after"] = job["after"].split(",") if job["after"] else []
@@ -5084,6 +5106,13 @@ def run_json(run: Row) -> Row:
     return shown
 
 
+def queue_row(queue: Row) -> tuple[str, ...]:
+    """A queue's line in `queue list`."""
+    counts = [str(queue[state]) for state in STATES]
+    starts = "paused" if queue["paused"] else "yes"
+    return queue["name"], show_setting(queue["concurrency"]), starts, *counts
+
+
 def span(start: int | None, end: int) -> str:
     """How long it is from one time to another (milliseconds); nothing where there is no start."""
     return "" if start is None else show_duration(max(0, end - start) / 1000)
@@ -5100,13 +5129,15 @@ def job_row(job: Row, now: int) -> tuple[str, ...]:
     else:
         when = span(job["updated_at"], now) + " ago"
     tries = "%d/%d" % (job["attempts"], max(1, job["max_retries"]))
-    return job["id"], job["state"], tries, job["queue"], str(job["priority"]), when, job["command"]
+    return (job["id"], job["state"], tries, job["queue"], str(job["priority"]),
+            when, job["command"])
 
 
 def dead_row(job: Row, now: int) -> tuple[str, ...]:
     """A job's line in `dlq list`."""
     died = span(job["updated_at"], now) + " ago"
-    return job["id"], str(job["attempts"]), died, job["last_error"] or "", job["command"]
+    why = job["last_error"] or ""
+    return job["id"], str(job["attempts"]), died, why, job["command"]
 
 
 def worker_row(worker: Row, now: int) -> tuple[str, ...]:
@@ -5115,7 +5146,8 @@ def worker_row(worker: Row, now: int) -> tuple[str, ...]:
     if worker["job"] is not None:
         doing = "%s for %s: %s" % (
             worker["job"], span(worker["job_started_at"], now), worker["command"])
-    return worker["name"], str(worker["pid"]), span(worker["started_at"], now), doing
+    up = span(worker["started_at"], now)
+    return worker["name"], str(worker["pid"]), up, doing
 
 
 def job_lines(job: Row) -> list[str]:
@@ -5124,15 +5156,18 @@ def job_lines(job: Row) -> list[str]:
     shown["env"] = " ".join("%s=%s" % pair for pair in shown["env"].items())
     for name in ("after", "dead_on"):
         shown[name] = ", ".join(map(str, shown[name]))
-    return ["%-16s %s" % pair for pair in shown.items() if pair[1] not in (None, "")]
+    return ["%-16s %s" % (name, value) for name, value in shown.items()
+            if value not in (None, "")]
 
 
 def run_title(run: Row) -> str:
     """One line about a run: when, which attempt, how it ended and why."""
-    reason = ": %s" % run["error"] if run["error"] else ""
-    return "[%s] run %d, attempt %d, %s after %s%s" % (
+    title = "[%s] run %d, attempt %d, %s after %s" % (
         show_time(run["started_at"]), run["run"], run["attempt"], run["state"],
-        show_duration(run["duration_seconds"]), reason)
+        show_duration(run["duration_seconds"]))
+    if run["error"]:
+        title += ": %s" % run["error"]
+    return title
 
 
 def _hold_up_lines(status: Row) -> Iterator[str]:
@@ -5154,23 +5189,26 @@ def _hold_up_lines(status: Row) -> Iterator[str]:
         yield "Interrupted: `queuectl run --resume %s` goes on." % name
 
 
-def status_lines(status: Row, workers: Sequence[Row], now: int, width: int, rate: str) -> list[str]:
+def status_lines(status: Row, workers: Sequence[Row], now: int, width: int,
+                 rate: str) -> list[str]:
     """What `status` shows: jobs by state, workers and what they run, what waits and comes next.
 
     `now` is in milliseconds, `width` in columns (0: as many as it takes).
     """
     jobs, oldest, upcoming = status["jobs"], status["oldest_waiting"], status["next"]
-    counts = [*((state, jobs[state]) for state in STATES), ("Workers", status["workers"])]
-    lines = ["%-11s %d" % (name + ":", count) for name, count in counts]
+    lines = ["%-11s %d" % (state + ":", jobs[state]) for state in STATES]
+    lines.append("%-11s %d" % ("Workers:", status["workers"]))
     if rate:
         lines.append("%-11s %s" % ("Rate:", rate))
     if workers:
         rows = [worker_row(worker, now) for worker in workers]
-        lines += ["  " + line for line in table(WORKER_HEAD, rows, max(0, width - 2), False)]
+        shown = table(WORKER_HEAD, rows, max(0, width - 2), False)
+        lines += ["  " + line for line in shown]
     if oldest:
-        early = " (not due yet)" if (oldest["due"] or 0) > now else ""
-        lines.append("Oldest waiting: %s, for %s%s: %s" % (
-            oldest["id"], span(oldest["created_at"], now), early, oldest["command"]))
+        age = span(oldest["created_at"], now)
+        if (oldest["due"] or 0) > now:
+            age += " (not due yet)"
+        lines.append("Oldest waiting: %s, for %s: %s" % (oldest["id"], age, oldest["command"]))
     if upcoming:
         lines.append("Next at %s: %s: %s" % (
             show_time(upcoming["due"]), upcoming["id"], upcoming["command"]))
@@ -5183,10 +5221,12 @@ def status_lines(status: Row, workers: Sequence[Row], now: int, width: int, rate
     return [cut(clean(line), width) for line in lines]
 
 
-def progress_text(name: str, part: Any, rate: float | None, time_left: float | None) -> str:
+def progress_text(name: str, part: Any, rate: float | None,
+                  time_left: float | None) -> str:
     """How a `run` goes, in a line: done, dead, running, waiting for a retry, rate and time left."""
     words = ["%s: %d of %d done" % (name, part.completed, part.total)]
-    counts = (part.dead, "dead"), (part.processing, "running"), (part.failed, "to be tried again")
+    counts = [(part.dead, "dead"), (part.processing, "running"),
+              (part.failed, "to be tried again")]
     words += ["%d %s" % pair for pair in counts if pair[0]]
     if rate:
         words.append("%.1f/s" % rate)
@@ -5197,7 +5237,8 @@ def progress_text(name: str, part: Any, rate: float | None, time_left: float | N
     return ", ".join(words)
 
 
-def summary_lines(name: str, part: Any, seconds: float, died: Sequence[Row]) -> list[str]:
+def summary_lines(name: str, part: Any, seconds: float,
+                  died: Sequence[Row]) -> list[str]:
     """What has become of a `run`: counts, the dead with the reason, and what to do next."""
     gone = part.total - part.left - part.completed - part.dead
     counts = (part.dead, "dead"), (part.left, "left"), (gone, "deleted meanwhile")
@@ -5222,23 +5263,23 @@ def summary_lines(name: str, part: Any, seconds: float, died: Sequence[Row]) -> 
     return lines
 
 
-def prometheus_lines(queues: Sequence[Row], workers: int, oldest: Row | None, now: int) -> list[str]:
+def prometheus_lines(queues: Sequence[Row], workers: int, oldest: Row | None,
+                     now: int) -> list[str]:
     """The queue in Prometheus' text format, version 0.0.4: what node_exporter's collector reads."""
-    def label(text: str) -> str:
-        return '"%s"' % text.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
-
-    waits = 0 if oldest is None else max(0, now - oldest["created_at"]) / 1000
-    metrics = {
-        "jobs Jobs kept, by queue and state.": [
-            "{queue=%s,state=%s} %d" % (label(queue["name"]), label(state), queue[state])
-            for queue in queues for state in STATES],
-        "queue_paused Whether a queue is paused.": [
-            "{queue=%s} %d" % (label(queue["name"]), queue["paused"]) for queue in queues],
-        "workers Workers alive.": [" %d" % workers],
-        "oldest_waiting_seconds Age of the oldest pending job.": [" %.3f" % waits],
-    }
+    waits = 0.0
+    if oldest:
+        waits = max(0, now - oldest["created_at"]) / 1000
+    jobs, paused = [], []
+    for queue in queues:
+        name = queue["name"].replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+        jobs += ['{queue="%s",state="%s"} %d' % (name, state, queue[state]) for state in STATES]
+        paused.append('{queue="%s"} %d' % (name, queue["paused"]))
     lines = []
-    for title, values in metrics.items():
+    for title, values in (
+            ("jobs Jobs kept, by queue and state.", jobs),
+            ("queue_paused Whether a queue is paused.", paused),
+            ("workers Workers alive.", [" %d" % workers]),
+            ("oldest_waiting_seconds Age of the oldest pending job.", [" %.3f" % waits])):
         name = "queuectl_" + title.partition(" ")[0]
         lines += ["# HELP queuectl_" + title, "# TYPE %s gauge" % name]
         lines += [name + value for value in values]
@@ -5256,19 +5297,28 @@ ORDER = (  # noqa: SIM905
 GROUPS = ("config", "dlq", "queue", "worker")
 
 
-def option(*names: str, **details: Any) -> tuple[tuple[str, ...], Row]:
-    """An option or argument, as argparse's add_argument takes it."""
-    return names, details
+def option(usage: str, summary: str, **details: Any) -> Any:
+    """An option or argument, as argparse's add_argument takes it.
+
+    `usage` is its names, and behind them what stands for its value. An option that has no value,
+    nor choices, is a flag.
+    """
+    names = usage.split()
+    if not names[-1].startswith("-"):
+        details["metavar"] = names.pop()
+    elif "choices" not in details:
+        details["action"] = "store_true"
+    return names, dict(details, help=summary)
 
 
-def subcommand(name: str, summary: str, *options: tuple[tuple[str, ...], Row], examples: str,
-               writes: bool = False) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Make a function the command `name`: it takes the arguments and returns the exit code, if not 0.
+def subcommand(name: str, summary: str, examples: str, *options: Any,
+               writes: bool = False) -> Callable[..., Any]:
+    """Make a function the command `name`: it takes the arguments, and returns the exit code or None.
 
     `args.store` is the store of its database, opened when it is first asked for, and for reading
     alone unless the command `writes`.
     """
-    def enter(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def enter(run: Callable[..., Any]) -> Callable[..., Any]:
         COMMANDS[name] = Command(name, run, summary, options, examples, writes)
         return run
     return enter
@@ -5276,12 +5326,16 @@ def subcommand(name: str, summary: str, *options: tuple[tuple[str, ...], Row], e
 
 def commands_of(group: str = "") -> list[Command]:
     """The commands of a group, or all of them, as help names them."""
-    shown = [entry for entry in COMMANDS.values() if not group or entry.name.startswith(group + " ")]
-    return sorted(shown, key=lambda entry: ORDER.index(entry.name.partition(" ")[0]))
+    prefix = group and group + " "
+    shown = [entry for entry in COMMANDS.values() if entry.name.startswith(prefix)]
+    return sorted(shown, key=lambda entry: ORDER.index(entry.name.split()[0]))
 
 
 def open_store(db: str, **how: bool) -> Store:
-    """The store of a command that executes nothing; a word on stderr if others could have written it."""
+    """The store of a command that executes nothing.
+
+    Says so on stderr if others could have written it.
+    """
     store = Store(db, tell=complain, **how)
     OPENED.append(store)
     reason = os.path.exists(db) and distrust_of(db)
@@ -5308,22 +5362,13 @@ def whole(name: str, most: int) -> Callable[[str], int]:
     return check
 
 
-def time_limit(text: str) -> float:
-    """Seconds that `--timeout` gives a command to wait."""
-    return checked("delay", text, "--timeout")  # type: ignore[no-any-return]
-
-
-def queue_name(text: str) -> str:
-    return check_name("--queue", text)
-
-
+time_limit = partial(checked, "delay", called="--timeout")
 ENDLESS = float("inf")
-JSON = option("--json", action="store_true", help="print JSON")
-ID = option("id", metavar="ID", help="the job's id, or a unique part of its beginning")
-IDS = option("ids", nargs="+", **ID[1])
-LIMIT = option("--limit", metavar="N", type=whole("--limit", 10**9),
-               help="the newest N (50; with --json all)")
-ALL = option("--all", action="store_true", help="all of them")
+JSON = option("--json", "print JSON")
+BY_ID = "the job's id, or a unique part of its beginning"
+ID, IDS = option("id ID", BY_ID), option("ids ID", BY_ID, nargs="+")
+LIMIT = option("--limit N", "the newest N (50; with --json all)", type=whole("--limit", 10**9))
+ALL = option("--all", "all of them")
 
 
 # ─── reading: what changes nothing ────────────────────────────────────────────────────────────
@@ -5341,8 +5386,9 @@ def unfinished_of(queue: Row) -> int:
 def left_runs(store: Store) -> dict[str, int]:
     """The queues of runs that were interrupted, each with how many jobs are left."""
     busy = store.queues_of_runs()
-    return {queue["name"]: unfinished_of(queue) for queue in store.queues()
-            if is_run_queue(queue["name"]) and queue["name"] not in busy and unfinished_of(queue)}
+    left = {queue["name"]: unfinished_of(queue) for queue in store.queues()}
+    return {name: count for name, count in left.items()
+            if count and is_run_queue(name) and name not in busy}
 
 
 RATE_SPAN = 60.0  # seconds
@@ -5366,7 +5412,7 @@ class Rate:
         return max(0, number - before) / (now - then)
 
 
-WATCH = option("--watch", action="store_true", help="show it anew each second until Ctrl-C")
+WATCH = option("--watch", "show it anew each second until Ctrl-C")
 WATCH_EVERY = 1.0  # seconds
 
 
@@ -5394,7 +5440,8 @@ def status_of(store: Store) -> tuple[Row, list[Row]]:
     workers, pools = alive_of(store.workers()), alive_of(store.pools())
     counts, queues = store.counts(), store.queues()
     lost = store.lost_jobs() if counts[PROCESSING] else []
-    troubles = [(worker["name"], trouble_of(store.path, worker["name"])) for worker in workers]
+    names = [worker["name"] for worker in workers]
+    troubles = [(name, trouble_of(store.path, name)) for name in names]
     waiting = [queue["name"] for queue in queues
                if queue[PENDING] + queue[FAILED] and not queue["paused"]]
     return {
@@ -5412,15 +5459,14 @@ def status_of(store: Store) -> tuple[Row, list[Row]]:
     }, workers
 
 
-@subcommand(
-    "status", "show jobs by state, workers, and what comes next", JSON,
-    option("--format", choices=("prometheus",), help="for the textfile collector of node_exporter"),
-    WATCH,
-    examples="""
+@subcommand("status", "show jobs by state, workers, and what comes next", """
 queuectl status
 queuectl status --watch
 queuectl status --format prometheus > queuectl.prom.new && mv queuectl.prom.new queuectl.prom
-""")
+""",
+    JSON,
+    option("--format", "for the textfile collector of node_exporter", choices=("prometheus",)),
+    WATCH)
 def cmd_status(args: Any) -> None:
     if args.json + args.watch + bool(args.format) > 1:
         raise UsageError("give one of --json, --watch and --format")
@@ -5433,8 +5479,9 @@ def cmd_status(args: Any) -> None:
         if args.format:
             return prometheus_lines(
                 store.queues(), len(workers), status["oldest_waiting"], now)
-        speed = rate(sum(status["jobs"][state] for state in ENDED))
-        shown = "" if speed is None else "%.1f jobs/s in the last minute" % speed
+        speed, shown = rate(sum(status["jobs"][state] for state in ENDED)), ""
+        if speed is not None:
+            shown = "%.1f jobs/s in the last minute" % speed
         return status_lines(status, workers, now, terminal_width(), shown)
 
     if args.watch:
@@ -5446,12 +5493,13 @@ def cmd_status(args: Any) -> None:
     status, workers = status_of(store)
     for name in ("oldest_waiting", "next"):
         status[name] = status[name] and with_times(status[name])
-    emit_json(dict(status, running=[worker["job"] for worker in workers if worker["job"]]))
+    status["running"] = [worker["job"] for worker in workers if worker["job"]]
+    emit_json(status)
 
 
 def _list(args: Any, states: Sequence[str], queue: str | None, head: Sequence[str],
-          row: Callable[[Row, int], Sequence[str]]) -> None:
-    """Show jobs: all as a stream of JSON, or the newest as a table."""
+          row: Callable[..., Any]) -> None:
+    """Show jobs: all as a stream of JSON, or the newest as a table with a `row` for each."""
     if args.all and args.limit:
         raise UsageError("--all and --limit contradict each other")
     jobs: Iterable[Row]
@@ -5471,23 +5519,22 @@ def _list(args: Any, states: Sequence[str], queue: str | None, head: Sequence[st
         complain("the newest %d of %d; --all shows all, --limit N more" % (len(rows), total))
 
 
-@subcommand(
-    "list", "show jobs, the newest last",
-    option("--state", action="append", default=[], choices=STATES,
-           help="in this state only; repeatable"),
-    option("--queue", metavar="NAME", help="of this queue only"),
-    LIMIT, ALL, JSON,
-    examples="""
+@subcommand("list", "show jobs, the newest last", """
 queuectl list
 queuectl list --state failed --state dead
 queuectl list --json --state pending --state failed | queuectl --db /other/queue.db enqueue --file -
-""")
+""",
+    option("--state",
+           "in this state only; repeatable", action="append", default=[], choices=STATES),
+    option("--queue NAME", "of this queue only"), LIMIT, ALL, JSON)
 def cmd_list(args: Any) -> None:
     _list(args, args.state, args.queue, JOB_HEAD, job_row)
 
 
-@subcommand("dlq list", "show the dead letter queue: jobs that failed too often", LIMIT, ALL, JSON,
-            examples="\nqueuectl dlq list\n")
+@subcommand(
+    "dlq list", "show the dead letter queue: jobs that failed too often",
+    "\nqueuectl dlq list\n",
+    LIMIT, ALL, JSON)
 def cmd_dlq_list(args: Any) -> None:
     _list(args, [DEAD], None, DEAD_HEAD, dead_row)
     width = terminal_width()
@@ -5529,8 +5576,9 @@ def runs_of(store: Store, job: Row) -> Iterator[Row]:
 
 def environment_of(store: Store, job: Row) -> dict[str, str]:
     """The variables kept for a job: with --env-all its caller's, and those that --env named."""
-    environ = store.context(job["context"])[3]
-    return {**json.loads(environ or "{}"), **json.loads(job["env"] or "{}")}
+    kept = json.loads(store.context(job["context"])[3] or "{}")
+    kept.update(json.loads(job["env"] or "{}"))
+    return kept  # type: ignore[no-any-return]
 
 
 def _emit_job(store: Store, job: Row) -> None:
@@ -5544,10 +5592,10 @@ def _emit_job(store: Store, job: Row) -> None:
         advise("It has not run yet; `queuectl why %s` tells why." % job["id"])
 
 
-@subcommand("show", "show everything about one job", ID, JSON,
-            option("--env", action="store_true",
-                   help="the variables that were kept for it, and nothing else"),
-            examples="\nqueuectl show job1\nqueuectl show --json 3fa9\n")
+@subcommand(
+    "show", "show everything about one job", "\nqueuectl show job1\nqueuectl show --json 3fa9\n",
+    ID, JSON,
+    option("--env", "the variables that were kept for it, and nothing else"))
 def cmd_show(args: Any) -> None:
     store = args.store
     job = store.find(args.id)
@@ -5557,7 +5605,8 @@ def cmd_show(args: Any) -> None:
         for pair in sorted(environment_of(store, job).items()):
             emit("%s=%s" % pair)
     elif args.json:
-        emit_json(dict(job_json(job), runs=list(map(run_json, runs_of(store, job)))))
+        runs = [run_json(run) for run in runs_of(store, job)]
+        emit_json({**job_json(job), "runs": runs})
     else:
         _emit_job(store, job)
 
@@ -5573,15 +5622,11 @@ def _emit_run(run: Row, stream: str | None) -> None:
             emit_output(output)
         elif output and not stream:
             emit("%s:" % name)
-            emit_output(output if output.endswith(b"\n") else output + b"\n")
+            emit_output(output)
+            if not output.endswith(b"\n"):
+                emit("")
     if not stream:
         emit("")
-
-
-def _emit_average(store: Store, job: Row, stream: str | None) -> None:
-    if not stream:
-        count, average = store.run_times(job["seq"])
-        emit("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
 
 
 def _output_since(fd: int, start: int, limit: int) -> tuple[bytes, int]:
@@ -5594,7 +5639,8 @@ def _output_since(fd: int, start: int, limit: int) -> tuple[bytes, int]:
         resumed - start, read_between(fd, resumed, size)), size
 
 
-def _follow_live(store: Store, job: Row, stream: str | None, offsets: dict[str, int]) -> None:
+def _follow_live(store: Store, job: Row, stream: str | None,
+                 offsets: dict[str, int]) -> None:
     """Show what a running job has printed since the last look.
 
     The files are used again for other jobs after the run was recorded: so what was read counts
@@ -5602,17 +5648,18 @@ def _follow_live(store: Store, job: Row, stream: str | None, offsets: dict[str, 
     """
     limit = store.settings()["max_output_bytes"]
     paths = output_paths(store.path, job["locked_by"], job["slot"])
-    news = [(name, *read_output(path, (b"", 0), _output_since, offsets[name], limit))
-            for name, path in zip(offsets, paths)]
+    news = [read_output(path, (b"", 0), _output_since, offset, limit)
+            for path, offset in zip(paths, offsets.values())]
     again = store.find_by_seq(job["seq"])
     if again and again["state"] == PROCESSING and again["runs"] == job["runs"]:
-        for name, output, size in news:
+        for name, (output, size) in zip(list(offsets), news):
             if output and stream in (None, name):
                 emit_output(output)
             offsets[name] = max(offsets[name], size)
 
 
-def _follow_end(run: Row, stream: str | None, offsets: dict[str, int], limit: int) -> None:
+def _follow_end(run: Row, stream: str | None, offsets: dict[str, int],
+                limit: int) -> None:
     """Show what is left of a run that was followed and has been recorded."""
     for name, offset in offsets.items():
         output = run[name] or b""
@@ -5661,27 +5708,28 @@ def _runs_to_show(store: Store, job: Row, attempt: int | None) -> Iterable[Row]:
     return matching[-1:]
 
 
-@subcommand(
-    "logs", "show what a job has printed", ID,
-    option("--attempt", metavar="N", type=whole("--attempt", 10**6),
-           help="of the newest run of this number only"),
-    option("--stdout", action="store_true", help="stdout's bytes and nothing else"),
-    option("--stderr", action="store_true", help="stderr's bytes and nothing else"),
-    option("--follow", action="store_true", help="go on until the job is completed or dead"), JSON,
-    examples="""
+@subcommand("logs", "show what a job has printed", """
 queuectl logs job1
 queuectl logs --follow job1
 queuectl logs --stdout --attempt 2 job1 > result.txt
-""")
+""",
+    ID,
+    option("--attempt N",
+           "of the newest run of this number only", type=whole("--attempt", 10**6)),
+    option("--stdout", "stdout's bytes and nothing else"),
+    option("--stderr", "stderr's bytes and nothing else"),
+    option("--follow", "go on until the job is completed or dead"), JSON)
 def cmd_logs(args: Any) -> None:
     chosen = [name for name in ("stdout", "stderr") if getattr(args, name)]
     if len(chosen) > 1:
         raise UsageError("give --stdout or --stderr, or neither for both")
-    stream = chosen[0] if chosen else None
+    stream = next(iter(chosen), None)
     job = args.store.find(args.id)
     if args.follow and (args.json or args.attempt):
         raise UsageError("--follow goes neither with --json nor with --attempt")
-    runs = [] if args.follow else _runs_to_show(args.store, job, args.attempt)
+    runs: Iterable[Row] = ()
+    if not args.follow:
+        runs = _runs_to_show(args.store, job, args.attempt)
     if args.json:
         emit_list(map(run_json, runs))
         return
@@ -5692,7 +5740,9 @@ def cmd_logs(args: Any) -> None:
         _emit_run(run, stream)
     if args.follow:
         _follow(args.store, job, stream)
-    _emit_average(args.store, job, stream)
+    if not stream:
+        count, average = args.store.run_times(job["seq"])
+        emit("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
 
 
 def _obstacles(store: Store, job: Row, now: int) -> Iterator[str]:
@@ -5700,8 +5750,10 @@ def _obstacles(store: Store, job: Row, now: int) -> Iterator[str]:
     queue = store.queue(job["queue"])
     name, due = queue["name"], job["due"]
     for other in store.awaited_by(job["seq"]):
-        rest = " (next try in %s)" % span(now, other["due"]) if other["due"] else ""
-        yield "it runs after %s, which is %s%s" % (other["id"], other["state"], rest)
+        reason = "it runs after %s, which is %s" % (other["id"], other["state"])
+        if other["due"]:
+            reason += " (next try in %s)" % span(now, other["due"])
+        yield reason
     if due is not None and due > now:
         what = "its next try is due" if job["state"] == FAILED else "it is scheduled"
         yield "%s in %s, at %s; `queuectl edit %s --run-at now` starts it" % (
@@ -5722,14 +5774,16 @@ def _obstacles(store: Store, job: Row, now: int) -> Iterator[str]:
 def _expected(store: Store, job: Row, now: int, serving: Sequence[Row]) -> tuple[int, str]:
     """When a job that nothing else holds up can be expected to start, and what stands before it."""
     pools = {pool["name"]: pool["queues"] for pool in store.pools()}
-    ahead = store.ahead_of(job, not all(pools.get(worker["pool"]) for worker in serving))
-    busy = sum(worker["job"] is not None for worker in serving)
-    turns = ahead + (busy == len(serving))
-    before = ", by priority (up to %d) or arrival" % job["priority"] if ahead else ""
+    everywhere = not all(pools.get(worker["pool"]) for worker in serving)
+    ahead = store.ahead_of(job, everywhere)
+    busy, count = sum(worker["job"] is not None for worker in serving), len(serving)
+    wait = store.recent_seconds() * (ahead + (busy == count)) / count
     stand = "stands" if ahead == 1 else "stand"
-    return now + to_millis(store.recent_seconds() * turns / len(serving)), (
-        "%s %s before it%s; %d of %s busy" % (
-            count_of(ahead, "job"), stand, before, busy, count_of(len(serving), "worker")))
+    reason = "%s %s before it" % (count_of(ahead, "job"), stand)
+    if ahead:
+        reason += ", by priority (up to %d) or arrival" % job["priority"]
+    workers = count_of(count, "worker")
+    return now + to_millis(wait), "%s; %d of %s busy" % (reason, busy, workers)
 
 
 def why_waiting(store: Store, job: Row, now: int) -> tuple[list[str], int | None]:
@@ -5740,7 +5794,9 @@ def why_waiting(store: Store, job: Row, now: int) -> tuple[list[str], int | None
     reasons = list(_obstacles(store, job, now))
     serving = store.serving(job["queue"])
     if not serving:
-        asks = " --queue " + job["queue"] if alive_of(store.pools()) else ""
+        asks = ""
+        if alive_of(store.pools()):
+            asks = " --queue " + job["queue"]
         reasons.append("no worker serves its queue; `queuectl worker start%s` does" % asks)
         return reasons, None
     troubles = [trouble_of(store.path, worker["name"]) for worker in serving]
@@ -5749,8 +5805,9 @@ def why_waiting(store: Store, job: Row, now: int) -> tuple[list[str], int | None
     if not reasons:
         expected, reason = _expected(store, job, now, serving)
         return [reason], expected
-    scheduled = len(reasons) == 1 and (job["due"] or 0) > now
-    return reasons, job["due"] if scheduled else None
+    if len(reasons) == 1 and (job["due"] or 0) > now:
+        return reasons, job["due"]
+    return reasons, None
 
 
 def why_running(store: Store, job: Row, now: int) -> str:
@@ -5788,12 +5845,13 @@ def why_dead(store: Store, job: Row, now: int) -> str:
         return died + "it " + NEVER_COMPLETED
     if causes:
         return died + "`queuectl dlq retry %s --with-dependents` tries all again" % " ".join(causes)
-    return died + ("`queuectl logs %s` shows what it printed, `queuectl dlq retry %s` tries it again"
-                   % (name, name))
+    return died + ("`queuectl logs %s` shows what it printed, "
+                   "`queuectl dlq retry %s` tries it again" % (name, name))
 
 
-@subcommand("why", "tell why a job isn't running now, and when it will", ID, JSON,
-            examples="\nqueuectl why job1\n")
+@subcommand(
+    "why", "tell why a job isn't running now, and when it will", "\nqueuectl why job1\n",
+    ID, JSON)
 def cmd_why(args: Any) -> None:
     store, now, expected = args.store, now_millis(), None
     job = store.find(args.id)
@@ -5818,9 +5876,10 @@ def cmd_why(args: Any) -> None:
     if state == FAILED:
         emit("  its last run: %s (%d of %d attempts used)" % (
             job["last_error"], job["attempts"], max(1, job["max_retries"])))
-    if expected:
-        later = "in %s, at %s" % (span(now, expected), when)
-        emit("It is expected to start %s." % (later if expected > now else "at once"))
+    if expected and expected > now:
+        emit("It is expected to start in %s, at %s." % (span(now, expected), when))
+    elif expected:
+        emit("It is expected to start at once.")
 
 
 def tell_if_idle(db: str) -> bool:
@@ -5870,22 +5929,22 @@ def await_jobs(store: Store, seqs: Iterable[int], patience: float) -> int:
 
 def own_run(db: str) -> tuple[str, int]:
     """The worker and the seq of the job that called this command, if it is one of this queue."""
-    worker, _, rest = os.environ.get("QUEUECTL_RUN", "--").rpartition("-")[0].rpartition("-")
-    return (worker, int(rest)) if rest.isdigit() and is_alive(db, worker) else ("", 0)
+    run = os.environ.get("QUEUECTL_RUN", "")
+    worker, _, rest = run.rpartition("-")[0].rpartition("-")
+    if rest.isdigit() and is_alive(db, worker):
+        return worker, int(rest)
+    return "", 0
 
 
-@subcommand(
-    "wait", "until jobs are completed or dead; exit 1 if one died",
-    option("ids", nargs="*", metavar="ID", help="without: all that are unfinished now"),
-    option("--timeout", metavar="DURATION", type=time_limit, default=ENDLESS,
-           help="exit 124 if it takes longer"),
-    examples="""
+@subcommand("wait", "until jobs are completed or dead; exit 1 if one died", """
 queuectl wait job1 job2 && echo 'both are completed'
 queuectl wait --timeout 1h
-""")
+""",
+    option("ids ID", "without: all that are unfinished now", nargs="*"),
+    option("--timeout DURATION", "exit 124 if it takes longer", type=time_limit, default=ENDLESS))
 def cmd_wait(args: Any) -> int:
     store = args.store
-    seqs = {store.find(name)["seq"] for name in args.ids} or store.unfinished(0, NEVER)
+    seqs = {job["seq"] for job in map(store.find, args.ids)} or store.unfinished(0, NEVER)
     seqs.discard(own_run(args.db)[1])  # a job doesn't wait for itself
     return await_jobs(store, seqs, args.timeout)
 
@@ -5905,7 +5964,8 @@ def _findings_of_lost(store: Store) -> Iterator[tuple[str, str]]:
                    "`queuectl cancel %s` gives it up" % name)
             continue
         what = "%s is held by the worker %s, which is dead" % (name, worker)
-        if any(map(system.held, output_paths(store.path, worker, lost["slot"]))):
+        paths = output_paths(store.path, worker, lost["slot"])
+        if any(map(system.held, paths)):
             what += "; processes of that run still live, "
             if system.linux and not os.path.isdir("/proc/self"):
                 what += "but there is no /proc to find them in"
@@ -5924,7 +5984,8 @@ def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
         if not store.is_own(entry["name"]):  # of the queue that this one was copied from
             continue
         if not entry["alive"]:
-            yield who + " has died and left its entry behind", "`queuectl worker start` clears it away"
+            yield (who + " has died and left its entry behind",
+                   "`queuectl worker start` clears it away")
         elif system.is_stopped(entry["pid"]):
             yield who + " is stopped by a signal", "kill -CONT %d" % entry["pid"]
     for worker in alive_of(workers):
@@ -5939,8 +6000,8 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
     """What is wrong with a queue, each with what mends it."""
     folder = os.path.dirname(store.path)
     for damage in store.damage():
-        yield ("the database is damaged: %s" % damage,
-               "`queuectl worker stop`, then `queuectl restore BACKUP`, which keeps what it replaces")
+        yield "the database is damaged: %s" % damage, (
+            "`queuectl worker stop`, then `queuectl restore BACKUP`, which keeps what it replaces")
     reason = os.path.exists(store.path) and distrust_of(store.path)
     if reason:
         yield ("workers refuse to run: %s" % reason,
@@ -5950,7 +6011,9 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
         yield ("%s is on a network file system (%s)" % (folder, kind),
                "move the database to a local disk, use --db")
     import shutil
-    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else LEAST_SPACE
+    free = LEAST_SPACE
+    if os.path.isdir(folder):
+        free = shutil.disk_usage(folder).free
     if free < LEAST_SPACE:
         yield ("only %d MiB are free in %s" % (free >> 20, folder),
                "free some space outside the queue; workers that wait for it go on by themselves")
@@ -5958,8 +6021,10 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
     yield from _findings_of_workers(store)
 
 
-@subcommand("doctor", "check the database and what dead workers left; exit 1 if anything is wrong",
-            JSON, examples="\nqueuectl doctor\n")
+@subcommand(
+    "doctor", "check the database and what dead workers left; exit 1 if anything is wrong",
+    "\nqueuectl doctor\n",
+    JSON)
 def cmd_doctor(args: Any) -> int:
     store = args.store
     findings = list(findings_of(store))
@@ -5983,15 +6048,21 @@ def one_change(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Workers look again after its commit. What it returns is what a command tells.
     """
-    def change(store: Store, *values: Any) -> Any:
+    def change(store: Store, *values: Any, **details: Any) -> Any:
         with store.transaction():
-            result = function(store, *values)
+            result = function(store, *values, **details)
         ring_all(store.path)
         return result
     return change
 
 
-def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advice: str) -> list[Row]:
+set_setting, unset_setting = one_change(Store.set_setting), one_change(Store.unset_setting)
+set_concurrency = one_change(Store.set_concurrency)
+add_jobs = one_change(Store.add)
+
+
+def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str],
+             advice: str) -> list[Row]:
     """The jobs with these names, each once, if all of them exist and are in one of `fit_states`."""
     jobs = {job["seq"]: job for job in map(store.find, names)}
     for job in jobs.values():
@@ -6009,7 +6080,8 @@ def emit_jobs(what: str, jobs: Iterable[Row]) -> None:
 def _retry_job(store: Store, job: Row, others: Iterable[int]) -> None:
     """Let a job start afresh; `others` are the seqs of those that do so with it."""
     name, seq = job["id"], job["seq"]
-    if any(other["state"] == DEAD and other["seq"] not in others for other in store.awaited_by(seq)):
+    dead = {other["seq"] for other in store.awaited_by(seq) if other["state"] == DEAD}
+    if dead.difference(others):
         raise QueueError(
             "%s is to run after dead jobs; `queuectl dlq retry %s --with-dependents` does all"
             % (name, " ".join(store.dead_causes(seq))))
@@ -6027,7 +6099,8 @@ def retry_jobs(store: Store, names: Iterable[str], states: Sequence[str], advice
     jobs = {job["seq"]: job for job in find_all(store, names, states, advice)}
     dependents = {seq for first in jobs for seq in store.dead_dependents(first)} - set(jobs)
     if with_dependents:
-        jobs.update((seq, store.find_by_seq(seq) or {}) for seq in sorted(dependents))
+        for seq in sorted(dependents):
+            jobs[seq] = store.find_by_seq(seq) or {}
     for job in jobs.values():
         _retry_job(store, job, jobs)
     return list(jobs.values()), len(dependents - set(jobs))
@@ -6041,12 +6114,12 @@ def _retry(args: Any, states: Sequence[str], advice: str) -> None:
                  % count_of(left, "job"))
 
 
-DEPENDENTS = option("--with-dependents", action="store_true",
-                    help="and the jobs that died with them, waiting for them")
+DEPENDENTS = option("--with-dependents", "and the jobs that died with them, waiting for them")
 
 
-@subcommand("retry", "let ended jobs run again from the start", IDS, DEPENDENTS, writes=True,
-            examples="\nqueuectl retry job1 job2\n")
+@subcommand(
+    "retry", "let ended jobs run again from the start", "\nqueuectl retry job1 job2\n",
+    IDS, DEPENDENTS, writes=True)
 def cmd_retry(args: Any) -> None:
     _retry(args, ENDED, "only a completed or dead job can be retried")
 
@@ -6057,15 +6130,14 @@ def retry_dead_jobs(store: Store, queue: str | None) -> tuple[int, int]:
     return store.retry_all_dead(now_millis(), queue), store.count([DEAD], queue)
 
 
-@subcommand("dlq retry", "give dead jobs a new start",
-            option("ids", **dict(ID[1], nargs="*")),
-            option("--all", action="store_true", help="all dead jobs"), DEPENDENTS,
-            option("--queue", metavar="NAME", help="with --all: of this queue only"), writes=True,
-            examples="""
+@subcommand("dlq retry", "give dead jobs a new start", """
 queuectl dlq retry job1
 queuectl dlq retry --all
 queuectl dlq retry --all --queue run-1
-""")
+""",
+    option("ids ID", BY_ID, nargs="*"),
+    option("--all", "all dead jobs"), DEPENDENTS,
+    option("--queue NAME", "with --all: of this queue only"), writes=True)
 def cmd_dlq_retry(args: Any) -> None:
     if args.all == bool(args.ids) or (args.queue and args.ids):
         raise UsageError("give either ids or --all, which --queue may limit")
@@ -6084,8 +6156,10 @@ def cancel_jobs(store: Store, names: Iterable[str]) -> list[Row]:
     """Take waiting jobs out of the queue, and have the workers end running ones: those jobs."""
     jobs = find_all(store, names, UNFINISHED, "it has ended already")
     for job in jobs:
-        change = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
-        change(job["seq"], now_millis())
+        if job["state"] == PROCESSING:
+            store.ask_cancel(job["seq"], now_millis())
+        else:
+            store.cancel_waiting(job["seq"], now_millis())
     return jobs
 
 
@@ -6105,16 +6179,18 @@ def _await_end(store: Store, job: Row, deadline: float) -> str:
         time.sleep(0.02)
 
 
-@subcommand("cancel", "take waiting jobs out of the queue, end running ones", IDS, writes=True,
-            examples="\nqueuectl cancel job1\n")
+@subcommand(
+    "cancel", "take waiting jobs out of the queue, end running ones", "\nqueuectl cancel job1\n",
+    IDS, writes=True)
 def cmd_cancel(args: Any) -> None:
     store = args.store
     jobs = cancel_jobs(store, args.ids)
     deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
     for job in jobs:
-        state = _await_end(store, job, deadline)
-        done = "Cancelled" if state != COMPLETED else "Completed before it could be cancelled"
-        emit_jobs(done, [job])
+        if _await_end(store, job, deadline) == COMPLETED:
+            emit("Completed before it could be cancelled: %s" % job["id"])
+        else:
+            emit("Cancelled: %s" % job["id"])
         dependents = store.dead_dependents(job["seq"])
         if dependents:
             complain("dead with it: %s that waited for it" % count_of(len(dependents), "job"))
@@ -6135,19 +6211,18 @@ def edit_job(store: Store, name: str, fields: Row, now: int) -> Row:
     return job
 
 
-@subcommand(
-    "edit", "change a waiting job", ID,
-    option("--priority", metavar="N", help="lower runs first"),
-    option("--run-at", metavar="TIME",
-           help="not before this time, now for at once; of a failed job: its next try"),
-    option("--delay", metavar="DURATION", help="not before this long from now"),
-    option("--timeout", metavar="DURATION", help="end a run that takes longer, or none"),
-    option("--max-retries", metavar="N", help="runs before it is dead"),
-    option("--queue", metavar="NAME", help="the queue it waits in"), writes=True,
-    examples="""
+@subcommand("edit", "change a waiting job", """
 queuectl edit job1 --priority 1
 queuectl edit job1 --run-at now --timeout none
-""")
+""",
+    ID,
+    option("--priority N", "lower runs first"),
+    option("--run-at TIME",
+           "not before this time, now for at once; of a failed job: its next try"),
+    option("--delay DURATION", "not before this long from now"),
+    option("--timeout DURATION", "end a run that takes longer, or none"),
+    option("--max-retries N", "runs before it is dead"),
+    option("--queue NAME", "the queue it waits in"), writes=True)
 def cmd_edit(args: Any) -> None:
     given = given_of(args)
     del given["id"]
@@ -6168,7 +6243,8 @@ def cmd_edit(args: Any) -> None:
 def delete_jobs(store: Store, names: Iterable[str]) -> list[Row]:
     """Forget jobs and their runs: those jobs."""
     jobs = find_all(store, names, WAITING + ENDED, "`queuectl cancel` ends a running job")
-    for job in sorted(jobs, key=lambda job: -job["seq"]):  # what waits goes before what it waits for
+    # What waits goes before what it waits for.
+    for job in sorted(jobs, key=lambda job: -job["seq"]):
         if not store.delete(job["seq"]):
             waiting = [other["id"] for other in store.waiters_of(job["seq"])[:5]]
             raise QueueError("%s can't be deleted, for others are to run after it: %s"
@@ -6176,8 +6252,7 @@ def delete_jobs(store: Store, names: Iterable[str]) -> list[Row]:
     return jobs
 
 
-@subcommand("delete", "forget jobs and their runs", IDS, writes=True,
-            examples="\nqueuectl delete job1\n")
+@subcommand("delete", "forget jobs and their runs", "\nqueuectl delete job1\n", IDS, writes=True)
 def cmd_delete(args: Any) -> None:
     emit_jobs("Deleted", delete_jobs(args.store, args.ids))
 
@@ -6202,24 +6277,25 @@ def _purge(args: Any, states: Iterable[str]) -> None:
     emit("Deleted: %s" % count_of(count, "job"))
 
 
-OLDER_THAN = option("--older-than", metavar="DURATION", type=older_than,
-                    help="only those unchanged for longer than this")
+OLDER_THAN = option("--older-than DURATION",
+                    "only those unchanged for longer than this", type=older_than)
 
 
-@subcommand("purge", "forget completed jobs, or those in other states, and their runs",
-            option("--state", action="append", choices=(*WAITING, *ENDED),
-                   help="instead of completed; repeatable"),
-            OLDER_THAN, writes=True,
-            examples="""
+@subcommand("purge", "forget completed jobs, or those in other states, and their runs", """
 queuectl purge --older-than 7d
 queuectl purge --state dead --state completed
-""")
+""",
+    option("--state",
+           "instead of completed; repeatable", action="append", choices=(*WAITING, *ENDED)),
+    OLDER_THAN, writes=True)
 def cmd_purge(args: Any) -> None:
     _purge(args, set(args.state or [COMPLETED]))
 
 
-@subcommand("dlq purge", "forget dead jobs and their runs", OLDER_THAN, writes=True,
-            examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
+@subcommand(
+    "dlq purge", "forget dead jobs and their runs",
+    "\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n",
+    OLDER_THAN, writes=True)
 def cmd_dlq_purge(args: Any) -> None:
     _purge(args, [DEAD])
 
@@ -6229,10 +6305,12 @@ def cmd_dlq_purge(args: Any) -> None:
 def _variable(entry: str) -> tuple[str, str]:
     """The name and value that `--env NAME[=VALUE]` stands for."""
     name, equals, value = entry.partition("=")
-    if not equals and name not in os.environ:
+    if equals:
+        return name, value
+    if name not in os.environ:
         raise UsageError("--env %s: there is no such variable here; use --env NAME=VALUE"
                          % quoted(name))
-    return name, value if equals else os.environ[name]
+    return name, os.environ[name]
 
 
 def given_options(args: Any) -> Row:
@@ -6266,13 +6344,15 @@ def draft_of_words(words: list[str], literal: bool, now: int, options: Row) -> R
     torn = words[0].startswith("{") and words[-1].endswith("}")
     if not literal and (torn or len(words) == 1):
         return read_job(" ".join(words), now, longest, options)
-    command = words[0] if len(words) == 1 else join_words(words)
+    command = words[0]
+    if len(words) > 1:
+        command = join_words(words)
     return draft_of({"command": command, **options}, now, longest)
 
 
 def as_utf8(text: str) -> str:
     """Text from the system as it is meant, also where the locale does not know UTF-8 (LC_ALL=C)."""
-    return text if text.isascii() else os.fsencode(text).decode("utf-8", "surrogateescape")
+    return os.fsencode(text).decode("utf-8", "surrogateescape")
 
 
 def _folder(given: str | None) -> str:
@@ -6281,7 +6361,9 @@ def _folder(given: str | None) -> str:
         here = check_text("the name of the folder you are in", as_utf8(os.getcwd()))
     except OSError:
         raise UsageError("the folder you are in is gone; cd to another") from None
-    folder = here if given is None else os.path.join(here, given)
+    folder = here
+    if given is not None:
+        folder = os.path.join(here, given)
     if given == "" or not os.path.isdir(system.native(folder)):
         raise UsageError("cwd %s is not a folder" % quoted(given, 200))
     return folder
@@ -6348,13 +6430,15 @@ def job_lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
             raise UsageError("line %d is not a job as `list --json` prints it: %s"
                              % (number, quoted(line)))
         elif line:
-            yield number, line[:-1] if array and line.endswith(",") else line
+            if array and line.endswith(","):
+                line = line[:-1]
+            yield number, line
     if array == "open":
         raise UsageError("line %d: the array that begins on line 1 has no end; "
                          "nothing was enqueued" % number)
 
 
-def drafts_of(lines: Iterable[tuple[int, Any]], read: Callable[[Any], Row]) -> Iterator[Row]:
+def drafts_of(lines: Iterable[Any], read: Callable[..., Row]) -> Iterator[Row]:
     """The drafts that `read` makes of numbered lines; an error names the line."""
     folders: dict[str | None, str] = {}
     for number, line in lines:
@@ -6381,13 +6465,14 @@ def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]
 
 def fill_in(template: str, given: bytes | str) -> str:
     """The command for one input of --each: {} stands for it, safely quoted."""
-    try:
-        text = given if isinstance(given, str) else given.decode()
-    except UnicodeDecodeError:
-        raise UsageError("%r is not valid UTF-8" % given) from None
+    if isinstance(given, bytes):
+        try:
+            given = given.decode()
+        except UnicodeDecodeError:
+            raise UsageError("%r is not valid UTF-8" % given) from None
     if WINDOWS:
-        return with_place(template).replace("{}", join_words([text]))
-    return fill(template, text)
+        return with_place(template).replace("{}", join_words([given]))
+    return fill(template, given)
 
 
 def each_source(args: Any, options: Row, now: int) -> Iterator[Row]:
@@ -6429,7 +6514,9 @@ def begun(drafts: Iterator[Row], whole: bool) -> Iterable[Row]:
     the transaction: nobody else could write meanwhile.
     """
     from itertools import chain, islice
-    return list(drafts) if whole else chain(list(islice(drafts, 1)), drafts)
+    if whole:
+        return list(drafts)
+    return chain(list(islice(drafts, 1)), drafts)
 
 
 def manner_of(args: Any, now: int) -> Row:
@@ -6465,7 +6552,7 @@ def tell_enqueued(args: Any, store: Store, first: int, last: int, existing: Sequ
     """Tell of the jobs after seq `first` up to `last`, and of those that existed."""
     jobs = store.jobs_between(first, last)
     if args.json and not many:
-        job = store.find_by_seq(existing[0] if existing else last)
+        job = store.find_by_seq([*existing, last][0])
         emit_json(job and job_json(job))
     elif args.json:
         emit_list(map(job_json, jobs))
@@ -6484,48 +6571,47 @@ def tell_enqueued(args: Any, store: Store, first: int, last: int, existing: Sequ
         tell_if_idle(args.db)
 
 
-FILE = option("--file", metavar="PATH",
-              help="one job a line, command or JSON; - is stdin; all or none")
+FILE = option("--file PATH", "one job a line, command or JSON; - is stdin; all or none")
 EACH = (
-    option("--each", metavar="COMMAND",
-           help="this for each input, a line on stdin: {} stands for it, quoted"),
-    option("-0", "--null", action="store_true", help="inputs end with NUL, not with a newline"),
+    option("--each COMMAND", "this for each input, a line on stdin: {} stands for it, quoted"),
+    option("-0 --null", "inputs end with NUL, not with a newline"),
 )
 JOB_OPTIONS = (
-    option("--id", metavar="ID", help="choose the id yourself"),
-    option("--priority", metavar="N", help="lower runs first (%d)" % SETTINGS["priority"]),
-    option("--run-at", metavar="TIME",
-           help="not before this time: 2026-01-31T10:00:00Z, now+5m"),
-    option("--delay", metavar="DURATION", help="not before this long from now: 90, 500ms, 1h30m"),
-    option("--timeout", metavar="DURATION", help="end a run that takes longer"),
-    option("--max-retries", metavar="N",
-           help="runs before it is dead (%d)" % SETTINGS["max_retries"]),
-    option("--backoff-base", metavar="N",
-           help="seconds between tries: N ** attempts (%d)" % SETTINGS["backoff_base"]),
-    option("--cwd", metavar="DIR", help="the folder it runs in (this one)"),
-    option("--env", metavar="NAME[=VALUE]", action="append",
-           help="a variable for the job; without value yours"),
-    option("--env-all", action="store_true", help="all your variables, as they are now"),
-    option("--after", metavar="ID[,ID]", action="append",
-           help="not before these jobs are completed; repeatable"),
-    option("--unique", metavar="KEY", help="refused while a job with this key waits or runs"),
-    option("--if-exists", choices=("fail", "skip"), default="fail",
-           help="what to do if the id or key exists"),
-    option("--retry-after", metavar="DURATION", help="when to try again after exit code 75 (1m)"),
-    option("--dead-on", metavar="CODE[,CODE]", action="append",
-           help="exit codes not to be retried; repeatable"),
+    option("--id ID", "choose the id yourself"),
+    option("--priority N", "lower runs first (%d)" % SETTINGS["priority"]),
+    option("--run-at TIME", "not before this time: 2026-01-31T10:00:00Z, now+5m"),
+    option("--delay DURATION", "not before this long from now: 90, 500ms, 1h30m"),
+    option("--timeout DURATION", "end a run that takes longer"),
+    option("--max-retries N", "runs before it is dead (%d)" % SETTINGS["max_retries"]),
+    option("--backoff-base N",
+           "seconds between tries: N ** attempts (%d)" % SETTINGS["backoff_base"]),
+    option("--cwd DIR", "the folder it runs in (this one)"),
+    option("--env NAME[=VALUE]", "a variable for the job; without value yours", action="append"),
+    option("--env-all", "all your variables, as they are now"),
+    option("--after ID[,ID]", "not before these jobs are completed; repeatable", action="append"),
+    option("--unique KEY", "refused while a job with this key waits or runs"),
+    option("--if-exists",
+           "what to do if the id or key exists", choices=("fail", "skip"), default="fail"),
+    option("--retry-after DURATION", "when to try again after exit code 75 (1m)"),
+    option("--dead-on CODE[,CODE]", "exit codes not to be retried; repeatable", action="append"),
 )
 
 
-@subcommand(
-    "enqueue", "add a job, or a file of jobs",
-    option("words", nargs="*", metavar="COMMAND",
-           help="a shell command, JSON, or a program and its arguments"),
-    FILE, *EACH,
-    option("--queue", metavar="NAME", help="the queue it waits in (default)"), *JOB_OPTIONS,
-    option("--wait", action="store_true", help="until it is completed or dead; exit 1 if it died"),
-    option("--quiet", action="store_true", help="print the ids alone"), JSON, writes=True,
-    examples="""
+def check_enqueue(args: Any) -> bool:
+    """Whether there may be many jobs; raises UsageError if it is not clear what to enqueue."""
+    in_file, by_each, why = args.file is not None, args.each is not None, ""
+    many = in_file or by_each
+    doubled = (in_file and args.words) or (many and args.id)
+    lacking = not (many or args.words) or (args.null and not by_each)
+    if args.id and args.file:
+        why = " (the lines of a file carry their own ids)"
+    if doubled or lacking:
+        raise UsageError("give either a command or --file PATH%s; "
+                         "see `queuectl enqueue --help`" % why)
+    return many
+
+
+@subcommand("enqueue", "add a job, or a file of jobs", """
 queuectl enqueue 'tar czf backup.tgz photos && mv backup.tgz /mnt'
 queuectl enqueue '{"id":"report","command":"./report.sh","max_retries":5}'
 queuectl enqueue --priority 1 --timeout 1h convert in.png out.jpg
@@ -6534,23 +6620,21 @@ queuectl enqueue --after fetch,unpack --id build make
 queuectl enqueue --unique sync --if-exists skip 'rsync -a /data backup:'
 queuectl enqueue -- '{ echo a; echo b; }'
 find . -name '*.log' -print0 | queuectl enqueue -0 --each 'gzip -9 {}'
-""")
+""",
+    option("words COMMAND", "a shell command, JSON, or a program and its arguments", nargs="*"),
+    FILE, *EACH,
+    option("--queue NAME", "the queue it waits in (default)"), *JOB_OPTIONS,
+    option("--wait", "until it is completed or dead; exit 1 if it died"),
+    option("--quiet", "print the ids alone"), JSON, writes=True)
 def cmd_enqueue(args: Any) -> int:
-    many = args.file is not None or args.each is not None
-    both = args.file is not None and args.words
-    neither = not (many or args.words)
-    if both or neither or (many and args.id) or (args.null and args.each is None):
-        why = " (the lines of a file carry their own ids)" if args.id and args.file else ""
-        raise UsageError("give either a command or --file PATH%s; see `queuectl enqueue --help`" % why)
+    many = check_enqueue(args)
     now = now_millis()
-    drafts, manner = begun(job_source(args, now), bool(args.words)), manner_of(args, now)
-    store = args.store
+    drafts = begun(job_source(args, now), bool(args.words))
+    manner, store = manner_of(args, now), args.store
     settings = store.settings()
     if many:
         store.expect_bulk()
-    with store.transaction():
-        first, last, existing = store.add(drafts, settings, **manner)
-    ring_all(args.db)
+    first, last, existing = add_jobs(store, drafts, settings, **manner)
     try:
         tell_enqueued(args, store, first, last, existing, many)
         sys.stdout.flush()
@@ -6578,14 +6662,18 @@ class Batch:
     line that is redrawn, else in a line every ten seconds.
     """
 
-    def __init__(self, store: Store, name: str, first: int, last: int, start: int, quiet: bool) -> None:
+    def __init__(self, store: Store, name: str, first: int, last: int, start: int,
+                 quiet: bool) -> None:
         """Jobs that had ended before `start` (milliseconds) don't count."""
-        self.db, self.name, self.first, self.last = store.path, name, first, last
-        self.start, self.quiet = start, quiet
-        self.before = store.states_between(name, first, last) if start else {}
-        self.queue = store.queue(name)
-        self.total = unfinished_of(self.before) if start else last - first + 1
-        self.began, self.rate, self.last_end = time.monotonic(), Rate(), (0, 0.0)
+        self.db, self.name, self.quiet = store.path, name, quiet
+        self.first, self.last, self.start = first, last, start
+        self.queue, self.total = store.queue(name), last - first + 1
+        self.before: dict[str, int] = {}  # how many had ended, by their states
+        if start:
+            self.before = store.states_between(name, first, last)
+            self.total = unfinished_of(self.before)
+        self.began, self.rate = time.monotonic(), Rate()
+        self.last_end = 0, 0.0
         escapes = os.environ.get("TERM") != "dumb"
         self.terminal = not quiet and is_terminal(sys.stderr) and escapes
         self.next = self.began + self.pause()
@@ -6611,7 +6699,8 @@ class Batch:
             now = store.queue(self.name)
         finally:
             store.close()
-        left, dead = unfinished_of(now), max(0, now[DEAD] - self.queue[DEAD])
+        left = unfinished_of(now)
+        dead = max(0, now[DEAD] - self.queue[DEAD])
         completed = max(0, self.total - left - dead)
         return Part(max(self.total, left), left, completed, dead, now[FAILED],
                     now[PROCESSING], now["paused"])
@@ -6665,8 +6754,8 @@ def new_run_queue(store: Store) -> str:
 
     Names are used again so that queues stay few: every claim looks into each.
     """
-    taken = store.queues_of_runs()
-    taken.update(queue["name"] for queue in store.queues() if queue["paused"] or unfinished_of(queue))
+    taken = store.queues_of_runs().union(
+        queue["name"] for queue in store.queues() if queue["paused"] or unfinished_of(queue))
     number = 1
     while RUN_QUEUE % number in taken:
         number += 1
@@ -6677,11 +6766,13 @@ def _resumed(store: Store, words: Sequence[str]) -> str:
     """The queue that `run --resume` is to go on with; "" if no run was interrupted."""
     left = left_runs(store)
     if len(words) > 1 or set(words) - set(left):
-        known = "; interrupted: " + ", ".join(left) if left else ""
+        known = ""
+        if left:
+            known = "; interrupted: " + ", ".join(left)
         raise QueueError("no interrupted run is called %s%s" % (quoted(" ".join(words)), known))
     if len(left) > 1 and not words:
-        known = ", ".join("%s (%s left)" % (name, count_of(left[name], "job")) for name in left)
-        raise QueueError("several runs were interrupted: %s; name one" % known)
+        runs = ["%s (%s left)" % (name, count_of(count, "job")) for name, count in left.items()]
+        raise QueueError("several runs were interrupted: %s; name one" % ", ".join(runs))
     return next(iter(words or left), "")
 
 
@@ -6705,7 +6796,8 @@ def _new_batch(args: Any, store: Store) -> Batch:
     if not args.words and args.file is None:
         args.file = "-"
     now, settings = now_millis(), store.settings()
-    drafts, manner = begun(run_source(args, now), bool(args.words)), manner_of(args, now)
+    drafts = begun(run_source(args, now), bool(args.words))
+    manner = manner_of(args, now)
     for name, left in left_runs(store).items():
         complain("%s was interrupted with %s left; `queuectl run --resume %s` goes on with it"
                  % (name, count_of(left, "job"), name))
@@ -6722,16 +6814,16 @@ def _old_batch(args: Any, store: Store) -> Batch:
     """What is left of an interrupted run."""
     name = _resumed(store, args.words)
     if name:
-        with store.transaction():
-            store.set_concurrency(name, args.workers)
-    return Batch(store, name, store.first_in(name), store.last_seq(), now_millis(), args.quiet)
+        set_concurrency(store, name, args.workers)
+    first, last = store.first_in(name), store.last_seq()
+    return Batch(store, name, first, last, now_millis(), args.quiet)
 
 
+@one_change
 def _lift_limit(store: Store, name: str) -> None:
     """After a run: if nothing of it is left, its queue is free for the next."""
-    with store.transaction():
-        if name and not store.count(UNFINISHED, name):
-            store.set_concurrency(name, None)
+    if name and not store.count(UNFINISHED, name):
+        store.set_concurrency(name, None)
 
 
 def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
@@ -6757,25 +6849,22 @@ def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
     return EXIT_FAILED if unsuccessful else EXIT_OK
 
 
-@subcommand(
-    "run", "run commands in parallel, show progress, and sum up",
-    option("words", nargs="*", metavar="COMMAND",
-           help="as for enqueue, or several shell commands, or inputs"),
-    FILE, *EACH,
-    option("-j", "--workers", metavar="N", type=whole("--workers", 1000),
-           default=os.cpu_count() or 1, help="how many at once (the number of cores)"),
-    option("--resume", action="store_true",
-           help="go on with a run that was interrupted: run --resume [run-1]"),
-    option("--quiet", action="store_true", help="no progress; a summary only if not all completed"),
-    JSON, *JOB_OPTIONS, writes=True,
-    examples="""
+@subcommand("run", "run commands in parallel, show progress, and sum up", """
 queuectl run 'make docs' 'make test' 'make dist'
 queuectl run --each 'gzip -9 {}' a.log b.log
 find . -name '*.log' | queuectl run --each 'gzip -9 {}'
 find . -name '*.wav' -print0 | queuectl run -0 --workers 4 --each 'lame --quiet {}'
 queuectl run --file commands.txt --timeout 10m --max-retries 5
 queuectl run --resume
-""")
+""",
+    option("words COMMAND", "as for enqueue, or several shell commands, or inputs", nargs="*"),
+    FILE, *EACH,
+    option("-j --workers N",
+           "how many at once (the number of cores)",
+           type=whole("--workers", 1000), default=os.cpu_count() or 1),
+    option("--resume", "go on with a run that was interrupted: run --resume [run-1]"),
+    option("--quiet", "no progress; a summary only if not all completed"), JSON, *JOB_OPTIONS,
+    writes=True)
 def cmd_run(args: Any) -> int:
     both = args.file is not None and args.words
     changed = args.resume and (args.file or args.each or given_options(args))
@@ -6794,7 +6883,8 @@ def cmd_run(args: Any) -> int:
     ring_all(args.db)
     name = new_pool_name(store)
     store.close()
-    pool = Pool(args.db, name, min(args.workers, batch.total), [batch.name], look=batch)
+    count = min(args.workers, batch.total)
+    pool = Pool(args.db, name, count, [batch.name], look=batch)
     code = pool.run()
     batch.clear()
     _lift_limit(args.store, batch.name)
@@ -6824,11 +6914,12 @@ def own_file() -> str:
 
 
 def own_command() -> list[str]:
-    """How this program is started: by the launcher of `install`, which has it compiled, or as it is."""
+    """How this program is started: by the launcher of `install`, or as a script."""
     script = own_file()
     launcher = os.path.abspath(sys.argv[0])
-    installed = os.path.basename(launcher) == "queuectl" and os.path.isfile(launcher)
-    return [sys.executable, launcher if installed else script]
+    if os.path.basename(launcher) == "queuectl" and os.path.isfile(launcher):
+        script = launcher  # it has the program compiled
+    return [sys.executable, script]
 
 
 # What `python -c` is given, with the descriptor of compiled code, its file and arguments: it runs
@@ -6856,12 +6947,14 @@ def start_compiled() -> None:
     fd = os.memfd_create("queuectl", 0)
     os.write(fd, marshal.dumps(frame.f_code))
     os.lseek(fd, 0, os.SEEK_SET)
-    os.execv(sys.executable, [sys.executable, "-c", RUN_COMPILED, str(fd), *sys.argv])
+    words = [sys.executable, "-c", RUN_COMPILED, str(fd), *sys.argv]
+    os.execv(sys.executable, words)
 
 
 def start_words(args: Any) -> list[str]:
     """The command line that starts the workers a command was asked for, in the foreground."""
-    words = [*own_command(), "--db", args.db, "worker", "start", "--count", str(args.count)]
+    words = [*own_command(), "--db", args.db, "worker", "start"]
+    words += ["--count", str(args.count)]
     for name in args.queue:
         words += ["--queue", name]
     return words
@@ -6870,7 +6963,8 @@ def start_words(args: Any) -> list[str]:
 START_TIME = 30.0  # seconds a detached pool has to come up
 
 
-def _await_pool(process: Any, store: Store, name: str, count: int, log: str) -> None:
+def _await_pool(process: Any, store: Store, name: str, count: int,
+                log: str) -> None:
     """Wait until the workers of a detached pool run, or it is drained or stopped already."""
     deadline = time.monotonic() + START_TIME
     while sum(worker["pool"] == name for worker in alive_of(store.workers())) < count:
@@ -6905,23 +6999,21 @@ def _start_detached(args: Any, store: Store, name: str) -> None:
              % (count_of(args.count, "worker"), log))
 
 
-COUNT = option("--count", metavar="N", type=whole("--count", 1000), default=1,
-               help="worker processes (1)")
-SERVED = option("--queue", metavar="NAME", type=queue_name, action="append", default=[],
-                help="serve this queue only; repeatable")
+COUNT = option("--count N", "worker processes (1)", type=whole("--count", 1000), default=1)
+SERVED = option("--queue NAME",
+                "serve this queue only; repeatable",
+                type=partial(check_name, "--queue"), action="append", default=[])
 
 
-@subcommand(
-    "worker start", "run jobs, in the foreground", COUNT, SERVED,
-    option("--drain", action="store_true",
-           help="exit when nothing is left to do; 1 if a job died meanwhile"),
-    option("--detach", action="store_true", help="run in the background; prints the process id"),
-    option("--max-jobs", metavar="N", type=whole("--max-jobs", 10**9), help="exit after N runs"),
-    examples="""
+@subcommand("worker start", "run jobs, in the foreground", """
 queuectl worker start --count 4           until Ctrl-C: finishes running jobs; twice ends them
 queuectl worker start --count 4 --drain   until nothing is left to do
 queuectl worker start --detach            in the background, log beside the database
-""")
+""",
+    COUNT, SERVED,
+    option("--drain", "exit when nothing is left to do; 1 if a job died meanwhile"),
+    option("--detach", "run in the background; prints the process id"),
+    option("--max-jobs N", "exit after N runs", type=whole("--max-jobs", 10**9)))
 def cmd_worker_start(args: Any) -> int:
     system.check_room(args.count)
     if not args.detach and not args.drain:  # a drain is short
@@ -6932,15 +7024,18 @@ def cmd_worker_start(args: Any) -> int:
         _start_detached(args, store, name)
         return EXIT_OK
     store.close()
-    system.say("Starting %s, pool %s, pid %d, database %s\n" % (
-        count_of(args.count, "worker"), name, os.getpid(), clean(args.db)))
-    return Pool(args.db, name, args.count, args.queue, args.drain, args.max_jobs).run()
+    workers = count_of(args.count, "worker")
+    system.say("Starting %s, pool %s, pid %d, database %s\n"
+               % (workers, name, os.getpid(), clean(args.db)))
+    pool = Pool(args.db, name, args.count, args.queue, args.drain, args.max_jobs)
+    return pool.run()
 
 
 @one_change
 def stop_pools(store: Store, now: bool) -> None:
     """Have every pool end after its running jobs, or end these now."""
-    store.ask_stop([pool["name"] for pool in store.pools()], 2 if now else 1)
+    level = 2 if now else 1
+    store.ask_stop([pool["name"] for pool in store.pools()], level)
 
 
 def _ask_stop(store: Store, now: bool) -> None:
@@ -6948,8 +7043,8 @@ def _ask_stop(store: Store, now: bool) -> None:
     try:
         stop_pools(store, now)
     except Unavailable as error:
-        told = [system.stop(pool["pid"], life_path(store.path, pool["name"]), now)
-                for pool in store.pools()]
+        pools = {pool["pid"]: life_path(store.path, pool["name"]) for pool in store.pools()}
+        told = [system.stop(pid, life, now) for pid, life in pools.items()]
         if not any(told):
             raise
         complain("%s; the workers are told by signals" % error)
@@ -6966,20 +7061,19 @@ def _await_stop(db: str, pids: dict[str, int], patience: float) -> None:
             raise TimedOut("workers still run after %s; they go on stopping, "
                            "`queuectl worker stop --now` ends their jobs" % show_duration(patience))
         if time.monotonic() >= tell_at:
-            complain("waiting for running jobs to finish; `queuectl worker stop --now` would end them")
+            complain("waiting for running jobs to finish; "
+                     "`queuectl worker stop --now` would end them")
             tell_at = ENDLESS
         time.sleep(0.02)
 
 
-@subcommand(
-    "worker stop", "stop every pool on this database, after the running jobs",
-    option("--now", action="store_true", help="end the running jobs and give them back"),
-    option("--timeout", metavar="DURATION", type=time_limit, default=ENDLESS,
-           help="exit 124 if it takes longer; they go on stopping"),
-    examples="""
+@subcommand("worker stop", "stop every pool on this database, after the running jobs", """
 queuectl worker stop                 running jobs finish first
 queuectl worker stop --now           running jobs go back into the queue
-""")
+""",
+    option("--now", "end the running jobs and give them back"),
+    option("--timeout DURATION",
+           "exit 124 if it takes longer; they go on stopping", type=time_limit, default=ENDLESS))
 def cmd_worker_stop(args: Any) -> None:
     if not anyone_alive(args.db):
         if not os.path.exists(args.db):
@@ -6989,8 +7083,8 @@ def cmd_worker_stop(args: Any) -> None:
     store = open_store(args.db, as_it_is=True)
     worker, _ = own_run(args.db)
     own = (worker, _pool_of(worker))  # which waits for the job that called this
-    others = {entry["name"]: entry["pid"] for entry in alive_of([*store.pools(), *store.workers()])
-              if entry["name"] not in own}
+    entries = alive_of([*store.pools(), *store.workers()])
+    others = {entry["name"]: entry["pid"] for entry in entries if entry["name"] not in own}
     _ask_stop(store, args.now)
     _await_stop(args.db, others, args.timeout)
     if worker:
@@ -6999,8 +7093,9 @@ def cmd_worker_stop(args: Any) -> None:
         emit("All workers have stopped.")
 
 
-@subcommand("worker list", "show the workers that live, and what they run", JSON,
-            examples="\nqueuectl worker list\n")
+@subcommand(
+    "worker list", "show the workers that live, and what they run", "\nqueuectl worker list\n",
+    JSON)
 def cmd_worker_list(args: Any) -> None:
     workers, now = alive_of(args.store.workers()), now_millis()
     if args.json:
@@ -7013,13 +7108,11 @@ def cmd_worker_list(args: Any) -> None:
 
 # ─── setting up: settings, queues, copies, the program itself ─────────────────────────────────
 
-set_setting, unset_setting = one_change(Store.set_setting), one_change(Store.unset_setting)
-set_concurrency = one_change(Store.set_concurrency)
-KEY = option("key", metavar="KEY", type=setting_name, help="the setting, with - or _")
+KEY = option("key KEY", "the setting, with - or _", type=setting_name)
 
 
-@subcommand("config list", "the same as show", JSON, examples="\nqueuectl config list\n")
-@subcommand("config show", "show every setting", JSON, examples="\nqueuectl config show\n")
+@subcommand("config list", "the same as show", "\nqueuectl config list\n", JSON)
+@subcommand("config show", "show every setting", "\nqueuectl config show\n", JSON)
 def cmd_config_show(args: Any) -> None:
     settings = args.store.settings()
     if args.json:
@@ -7030,8 +7123,7 @@ def cmd_config_show(args: Any) -> None:
             for name, value in settings.items()])
 
 
-@subcommand("config get", "show one setting", KEY, JSON,
-            examples="\nqueuectl config get max_retries\n")
+@subcommand("config get", "show one setting", "\nqueuectl config get max_retries\n", KEY, JSON)
 def cmd_config_get(args: Any) -> None:
     value = args.store.settings()[args.key]
     if args.json:
@@ -7040,59 +7132,60 @@ def cmd_config_get(args: Any) -> None:
         emit(show_setting(value))
 
 
-@subcommand("config set", "change a setting; running workers follow", KEY,
-            option("value", metavar="VALUE", help="a number, a duration, or a word"), writes=True,
-            examples="""
+@subcommand("config set", "change a setting; running workers follow", """
 queuectl config set max_retries 5
 queuectl config set backoff-base 3
 queuectl config set timeout_seconds 10m
-""")
+""",
+    KEY,
+    option("value VALUE", "a number, a duration, or a word"), writes=True)
 def cmd_config_set(args: Any) -> None:
     value = check_setting(args.key, args.value)
     set_setting(args.store, args.key, value)
     emit("Config updated: %s = %s" % (args.key, show_setting(value)))
 
 
-@subcommand("config unset", "put a setting back to its default", KEY, writes=True,
-            examples="\nqueuectl config unset max_retries\n")
+@subcommand(
+    "config unset", "put a setting back to its default", "\nqueuectl config unset max_retries\n",
+    KEY, writes=True)
 def cmd_config_unset(args: Any) -> None:
     unset_setting(args.store, args.key)
     emit("Config updated: %s = %s (the default)" % (args.key, show_setting(SETTINGS[args.key])))
 
 
-QUEUE_HEAD = ("QUEUE", "LIMIT", "STARTS", "PENDING", "PROCESSING", "COMPLETED", "FAILED", "DEAD")
 
 
-def named(text: str) -> str:
-    """The name of a queue, as an argument."""
-    return check_name("the queue's name", text)
+queue_name = partial(check_name, "the queue's name")
 
 
 def jobs_at_once(text: str) -> int | None:
     """What `--concurrency` may be: a number, or none."""
-    return None if text == "none" else whole("--concurrency", 10**6)(text)
+    if text == "none":
+        return None
+    return whole("--concurrency", 10**6)(text)
 
 
-@subcommand("queue list", "show the queues, their limits and jobs", JSON,
-            examples="\nqueuectl queue list\n")
+@subcommand(
+    "queue list", "show the queues, their limits and jobs", "\nqueuectl queue list\n",
+    JSON)
 def cmd_queue_list(args: Any) -> None:
-    queues = [dict(queue, paused=bool(queue["paused"])) for queue in args.store.queues()]
+    queues = args.store.queues()
+    for queue in queues:
+        queue["paused"] = bool(queue["paused"])
     if args.json:
         emit_list(queues)
-        return
-    emit_table(QUEUE_HEAD, [
-        (queue["name"], show_setting(queue["concurrency"]), "paused" if queue["paused"] else "yes",
-         *(str(queue[state]) for state in STATES)) for queue in queues])
+    else:
+        emit_table(QUEUE_HEAD, map(queue_row, queues))
 
 
-@subcommand("queue set", "limit how many jobs of a queue run at once, over all pools",
-            option("name", metavar="NAME", type=named, help="the queue"),
-            option("--concurrency", metavar="N", type=jobs_at_once, required=True,
-                   help="that many, or none for no limit"), writes=True,
-            examples="""
+@subcommand("queue set", "limit how many jobs of a queue run at once, over all pools", """
 queuectl queue set gpu --concurrency 1
 queuectl queue set gpu --concurrency none
-""")
+""",
+    option("name NAME", "the queue", type=queue_name),
+    option("--concurrency N",
+           "that many, or none for no limit", type=jobs_at_once, required=True),
+    writes=True)
 def cmd_queue_set(args: Any) -> None:
     set_concurrency(args.store, args.name, args.concurrency)
     emit("Queue updated: %s: concurrency = %s" % (args.name, show_setting(args.concurrency)))
@@ -7116,18 +7209,19 @@ def _pause(args: Any, paused: bool) -> None:
     emit("%s: %s" % ("Paused" if paused else "Resumed", name or "all queues"))
 
 
-@subcommand("queue pause", "start no more jobs of a queue; those running go on",
-            option("name", nargs="?", metavar="NAME", type=named,
-                   help="the queue; without: all, those to come too"), writes=True,
-            examples="\nqueuectl queue pause gpu\nqueuectl queue pause\n")
+@subcommand(
+    "queue pause", "start no more jobs of a queue; those running go on",
+    "\nqueuectl queue pause gpu\nqueuectl queue pause\n",
+    option("name NAME", "the queue; without: all, those to come too", nargs="?", type=queue_name),
+    writes=True)
 def cmd_queue_pause(args: Any) -> None:
     _pause(args, True)
 
 
-@subcommand("queue resume", "start jobs of a paused queue again",
-            option("name", nargs="?", metavar="NAME", type=named,
-                   help="the queue; without: all"), writes=True,
-            examples="\nqueuectl queue resume gpu\nqueuectl queue resume\n")
+@subcommand(
+    "queue resume", "start jobs of a paused queue again",
+    "\nqueuectl queue resume gpu\nqueuectl queue resume\n",
+    option("name NAME", "the queue; without: all", nargs="?", type=queue_name), writes=True)
 def cmd_queue_resume(args: Any) -> None:
     _pause(args, False)
 
@@ -7137,14 +7231,15 @@ def jobs_in(store: Store) -> str:
     return count_of(sum(store.counts().values()), "job")
 
 
-@subcommand("backup", "copy the database while workers run",
-            option("path", metavar="PATH", help="the new file"),
-            examples="\nqueuectl backup /mnt/queue-backup.db\n")
+@subcommand(
+    "backup", "copy the database while workers run", "\nqueuectl backup /mnt/queue-backup.db\n",
+    option("path PATH", "the new file"))
 def cmd_backup(args: Any) -> None:
     path = os.path.abspath(args.path)
     exists = os.path.exists(path)
-    own = (args.db, args.db + "-wal", args.db + "-shm", mutex_path(args.db))
-    if os.path.realpath(path) in own or (exists and not os.path.isfile(path)):
+    own = [args.db, mutex_path(args.db), args.db + "-wal", args.db + "-shm"]
+    odd = exists and not os.path.isfile(path)
+    if odd or os.path.realpath(path) in own:
         raise QueueError("%s can't be a backup; name another file" % path)
     if not os.path.exists(args.db):
         raise QueueError("there is no queue at %s" % args.db)
@@ -7156,9 +7251,10 @@ def cmd_backup(args: Any) -> None:
     emit("Backed up: %s in %s" % (jobs_in(store), path))
 
 
-@subcommand("restore", "put a backup in the database's place",
-            option("file", metavar="FILE", help="the backup"),
-            examples="\nqueuectl worker stop\nqueuectl restore /mnt/queue-backup.db\n")
+@subcommand(
+    "restore", "put a backup in the database's place",
+    "\nqueuectl worker stop\nqueuectl restore /mnt/queue-backup.db\n",
+    option("file FILE", "the backup"))
 def cmd_restore(args: Any) -> None:
     if anyone_alive(args.db):
         raise QueueError("workers still use %s; `queuectl worker stop` first" % args.db)
@@ -7189,9 +7285,9 @@ from queuectl import main
 if __name__ == "__main__":
     sys.exit(main())
 """
-PREFIX = option(
-    "--prefix", metavar="DIR", default="~/.local", type=os.path.expanduser,
-    help="the command is DIR/bin/queuectl, what it needs is in DIR/lib/queuectl (~/.local)")
+PREFIX = option("--prefix DIR",
+                "the command is DIR/bin/queuectl, what it needs is in DIR/lib/queuectl (~/.local)",
+                default="~/.local", type=os.path.expanduser)
 
 
 def put_program(bin_folder: str, lib_folder: str) -> None:
@@ -7221,8 +7317,10 @@ Completion, for ~/.bashrc: eval "$(queuectl completion)"
 """
 
 
-@subcommand("install", "put the command `queuectl` on the path, compiled", PREFIX,
-            examples="\nqueuectl install\nqueuectl install --prefix /usr/local\n")
+@subcommand(
+    "install", "put the command `queuectl` on the path, compiled",
+    "\nqueuectl install\nqueuectl install --prefix /usr/local\n",
+    PREFIX)
 def cmd_install(args: Any) -> None:
     folder = args.prefix + "/bin"
     os.umask(0o022)
@@ -7234,8 +7332,10 @@ def cmd_install(args: Any) -> None:
     emit_text(INSTALLED % (folder, join_words([os.path.abspath(folder)])))
 
 
-@subcommand("uninstall", "remove what `install` made", PREFIX,
-            examples="\nqueuectl uninstall\nqueuectl uninstall --prefix /usr/local\n")
+@subcommand(
+    "uninstall", "remove what `install` made",
+    "\nqueuectl uninstall\nqueuectl uninstall --prefix /usr/local\n",
+    PREFIX)
 def cmd_uninstall(args: Any) -> None:
     import shutil
     launcher = args.prefix + "/bin/queuectl"
@@ -7248,12 +7348,14 @@ def cmd_uninstall(args: Any) -> None:
 
 def unit_word(text: str) -> str:
     """A word of a command line as systemd.syntax(7) and systemd.service(5) read it."""
-    for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
-        text = text.replace(plain, escaped)
-    shown = [c if c.isprintable() else "".join("\\x%02x" % byte for byte in c.encode())
-             for c in text]
-    word = "".join(shown)
-    return word if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII) else '"%s"' % word
+    text = re.sub(r'([\\"])', r"\\\1", text)
+    text = re.sub("([%$])", r"\1\1", text)
+    for c in set(text):
+        if not c.isprintable():
+            text = text.replace(c, "".join("\\x%02x" % byte for byte in c.encode()))
+    if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
+        return text
+    return '"%s"' % text
 
 
 UNIT = """\
@@ -7279,14 +7381,13 @@ WantedBy={target}
 """
 
 
-@subcommand("service", "print a systemd unit that runs workers", COUNT, SERVED,
-            option("--system", action="store_true",
-                   help="for the whole system, to be installed by root"),
-            examples="""
+@subcommand("service", "print a systemd unit that runs workers", """
 mkdir -p ~/.config/systemd/user
 queuectl service --count 4 > ~/.config/systemd/user/queuectl.service
 queuectl service --count 4 --system > queuectl.service
-""")
+""",
+    COUNT, SERVED,
+    option("--system", "for the whole system, to be installed by root"))
 def cmd_service(args: Any) -> None:
     install = "systemctl --user enable --now queuectl && loginctl enable-linger"
     user, target = "", "default.target"
@@ -7297,7 +7398,8 @@ def cmd_service(args: Any) -> None:
         if hasattr(os, "geteuid"):
             user = "User=%d\n" % os.geteuid()
     emit_text(UNIT.format(
-        install=install, user=user, target=target, db=clean(args.db).replace("%", "%%"),
+        install=install, user=user, target=target,
+        db=clean(args.db).replace("%", "%%"),
         folder=unit_word(os.path.dirname(args.db)),
         start=" ".join(map(unit_word, start_words(args)))))
 
@@ -7341,9 +7443,10 @@ def _words_of() -> dict[str, list[str]]:
     """What may stand behind each command, each group, and in the first place."""
     words = {"": [*ORDER, "--db", "--help", "--version"]}
     for group in GROUPS:
-        words[group] = [entry.name.partition(" ")[2] for entry in commands_of(group)]
+        words[group] = [entry.name.split()[1] for entry in commands_of(group)]
     for entry in commands_of():
-        flags = [names[-1] for names, _ in entry.options if names[0].startswith("-")]
+        names = [names[-1] for names, _ in entry.options]
+        flags = [name for name in names if name.startswith("-")]
         words[entry.name] = [*flags, "--db", "--help"]
         if entry.name in ("config get", "config set", "config unset"):
             words[entry.name] += SETTINGS
@@ -7357,8 +7460,9 @@ def completion_script() -> str:
     for entry in commands_of():
         for names, details in entry.options:
             if "choices" in details:
-                reply = 'COMPREPLY=($(compgen -W "%s" -- "$cur")); return' % " ".join(details["choices"])
-                values.append(_case('"%s %s"' % (entry.name, names[-1]), reply))
+                reply = 'COMPREPLY=($(compgen -W "%s" -- "$cur")); return'
+                values.append(_case('"%s %s"' % (entry.name, names[-1]),
+                                    reply % " ".join(details["choices"])))
             if names[0] in ("id", "ids"):
                 with_ids.append('"%s"' % entry.name)
     return COMPLETION % {
@@ -7370,10 +7474,8 @@ def completion_script() -> str:
     }
 
 
-@subcommand("completion", "print a completion script for bash",
-            option("--ids", action="store_true",
-                   help="print the ids of the newest jobs, as that script asks for"),
-            examples="""\neval "$(queuectl completion)"\n""")
+@subcommand("completion", "print a completion script for bash", """\neval "$(queuectl completion)"\n""",
+    option("--ids", "print the ids of the newest jobs, as that script asks for"))
 def cmd_completion(args: Any) -> None:
     if not args.ids:
         emit_text(completion_script())
@@ -7423,21 +7525,13 @@ class Parser(argparse.ArgumentParser):
         emit_text(message)
 
 
-help_width = lru_cache(1)(terminal_width)
-
-
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """argparse makes one for every option, and each would import shutil to ask for the width."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=(help_width() or 80) - 2)
-
-
 def parser_of(entry: Command) -> Parser:
     """The parser of one command; those of the others are never built."""
-    parser = Parser(prog="queuectl " + entry.name, description=entry.summary + ".",
-                    allow_abbrev=False, formatter_class=Formatter,
-                    epilog="examples:" + entry.examples.rstrip().replace("\n", "\n  "))
+    width = (terminal_width() or 80) - 2  # argparse would import shutil for each option to ask for it
+    parser = Parser(
+        prog="queuectl " + entry.name, description=entry.summary + ".", allow_abbrev=False,
+        epilog="examples:" + entry.examples.rstrip().replace("\n", "\n  "),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width))
     for names, details in entry.options:
         parser.add_argument(*names, **details)
     parser.add_argument("--db", metavar="PATH", default=argparse.SUPPRESS, help="the database")
@@ -7465,7 +7559,9 @@ def _command_name(words: list[str]) -> tuple[str, list[str]]:
             return "", []
         name = " ".join(words[:2])
     if name not in COMMANDS:
-        known = [entry for entry in COMMANDS if words[0] not in GROUPS or entry.startswith(words[0])]
+        known = list(COMMANDS)
+        if words[0] in GROUPS:
+            known = [entry for entry in COMMANDS if entry.startswith(words[0])]
         raise UsageError("there is no command %s%s; `queuectl --help` lists them"
                          % (quoted(name), nearest(name, known)))
     return name, words[name.count(" ") + 1:]
@@ -7494,59 +7590,61 @@ def split_arguments(words: list[str]) -> tuple[str | None, str, list[str]]:
     return (db, *_command_name(words))
 
 
-class Flags:
-    """The options that a command knows: each with how many words it takes, itself included."""
-
-    def __init__(self, entry: Command) -> None:
-        self.lengths = {"--db": 2, "-h": 1, "--help": 1}
-        for names, details in entry.options:
-            length = 1 if details.get("action") == "store_true" else 2
-            self.lengths.update((name, length) for name in names if name.startswith("-"))
-
-    def __call__(self, word: str) -> int:
-        """How many words belong to an option, if `word` is one; else 0."""
-        if word.partition("=")[0] in self.lengths and "=" in word:
-            return 1
-        return self.lengths.get(word, 0)
+def option_lengths(entry: Command) -> dict[str, int]:
+    """The options that a command knows, each with how many words it takes, itself included."""
+    lengths = {"--db": 2, "-h": 1, "--help": 1}
+    for names, details in entry.options:
+        length = 1 if details.get("action") == "store_true" else 2
+        lengths.update((name, length) for name in names if name.startswith("-"))
+    return lengths
 
 
-def refuse_late_option(name: str, options: list[str], rest: list[str], length: Flags) -> None:
+def length_of(word: str, lengths: dict[str, int]) -> int:
+    """How many words belong to an option, if `word` is one; else 0."""
+    if "=" in word and word.partition("=")[0] in lengths:
+        return 1
+    return lengths.get(word, 0)
+
+
+def refuse_late_option(name: str, options: list[str], rest: list[str],
+                       lengths: dict[str, int]) -> None:
     """Raise UsageError if an option of queuectl stands among the words of a command.
 
     It shows both forms: the option where it is queuectl's, and where it is the command's.
     """
     for place, word in enumerate(rest):
-        if place and length(word):
-            end = place + length(word)
-            ours = join_words(options + rest[place:end] + rest[:place] + rest[end:])
-            theirs = " ".join(filter(None, (join_words(options), "--", join_words(rest))))
+        length = length_of(word, lengths)
+        if place and length:
+            end = place + length
+            others = rest[:place] + rest[end:]
+            ours = join_words([name, *options, *rest[place:end], *others])
+            theirs = join_words([name, *options, "--", *rest])
             raise UsageError(
-                "%s stands behind the command: if it is meant for queuectl, write `queuectl %s %s`, "
-                "if for the command, `queuectl %s %s`" % (word, name, ours, name, theirs))
-    if " " in rest[0] and rest[1].startswith("-") and not rest[0].startswith("{"):
+                "%s stands behind the command: if it is meant for queuectl, write `queuectl %s`, "
+                "if for the command, `queuectl %s`" % (word, ours, theirs))
+    if " " in rest[0] and rest[0][0] != "{" and rest[1][:1] == "-":
         raise UsageError("%s is no option of queuectl %s%s; put -- before what is not for queuectl"
-                         % (rest[1], name, nearest(rest[1], length.lengths)))
+                         % (rest[1], name, nearest(rest[1], lengths)))
 
 
 def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str], bool]:
-    """The options of `enqueue` or `run`, the words of the command, and whether -- stood before them.
+    """The options of `enqueue` or `run`, the words of the command, and whether they followed --.
 
     Options stand before the first word, or on either side of a single one: what stands behind
     the first of several belongs to the command, and argparse would take it.
     """
-    length = Flags(entry)
-    at = 0
-    while at < len(words) and words[at].startswith("-") and words[at] != "--":
-        at += length(words[at]) or 1
+    lengths = option_lengths(entry)
+    at, behind = 0, 1
+    while words[at:] and words[at].startswith("-") and words[at] != "--":
+        at += length_of(words[at], lengths) or 1
     options, rest = words[:at], words[at:]
     if rest[:1] == ["--"]:
         return options, rest[1:], True
-    behind = 1
-    while behind < len(rest) and length(rest[behind]):
-        behind += length(rest[behind])
+    while rest[behind:] and length_of(rest[behind], lengths):
+        behind += length_of(rest[behind], lengths)
     if behind >= len(rest):
         return options + rest[1:], rest[:1], False
-    refuse_late_option(entry.name, options, rest, length)
+    refuse_late_option(entry.name, options, rest, lengths)
     return options, rest, False
 
 
@@ -7566,7 +7664,7 @@ def own_python() -> str:
 
 
 def own_name() -> str:
-    """How this program was called, as it can be pasted: as a module, by its launcher or a script."""
+    """How this program was called, as it can be pasted: as a module, launcher or script."""
     spec, path = sys.modules["__main__"].__spec__, sys.argv[0]
     if spec is not None and spec.name == "queuectl":
         return own_python() + " -m queuectl"
@@ -7581,9 +7679,9 @@ def home_folder() -> str:
 
     Raises QueueError where none is known, or it isn't there (yet).
     """
-    home = os.path.expanduser("~")
-    given = os.environ.get("HOME")
-    if given == "" or not os.path.isabs(home) or not os.path.isdir(home):
+    home, given = os.path.expanduser("~"), os.environ.get("HOME")
+    known = os.path.isabs(home) and os.path.isdir(home)
+    if given == "" or not known:
         raise QueueError("there is no home folder (HOME is %s); name a database with --db or "
                          "QUEUECTL_DB" % json.dumps(given))
     return home
@@ -7694,7 +7792,7 @@ def run_command(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one command line, by default sys.argv, without the program's name; its exit code."""
     import gc
-    if hasattr(gc, "freeze"):  # code lives to the end; not searching it for garbage makes the exit faster
+    if hasattr(gc, "freeze"):  # code lives to the end: not searching it makes the exit faster
         gc.freeze()
     code = run_command(sys.argv[1:] if argv is None else argv)
     if not close_stores():
