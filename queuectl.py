@@ -381,7 +381,8 @@ def show_duration(seconds: float) -> str:
     return "%d%s %d%s" % (count, big, rest // UNITS[small], small)
 
 
-def backoff(base: float, attempts: int, longest: float, jitter: float, chance: float) -> float:
+def backoff(base: float, attempts: int, longest: float, jitter: float,
+            chance: float) -> float:
     """Seconds until the next try: `base ** attempts`, at most `longest`, plus jitter.
 
     `jitter` is the share of the delay that may come on top, `chance` (0 to 1) how much of it does.
@@ -393,7 +394,8 @@ def backoff(base: float, attempts: int, longest: float, jitter: float, chance: f
     return delay * (1 + jitter * chance)
 
 
-def settle(ending: str, attempts: int, max_retries: int, final: bool = False) -> tuple[str, int]:
+def settle(ending: str, attempts: int, max_retries: int,
+           final: bool = False) -> tuple[str, int]:
     """The job's next state and its attempts, after the run `attempts` ended as `ending`.
 
     A run that queuectl ended to shut down gives its attempt back, and so do one that asked to be
@@ -565,8 +567,9 @@ def check_name(kind: str, name: Any) -> str:
     """A sound id or queue name, or UsageError: it is shown everywhere and typed by hand."""
     if not isinstance(name, str):
         raise UsageError("%s must be text, not %s" % (kind, quoted(name)))
-    if (not 1 <= len(name) <= NAME_LENGTH or not name.isprintable() or name[0] == "-"
-            or not set(name).isdisjoint(" ,/\\") or name in (".", "..")):
+    typed = name.isprintable() and set(name).isdisjoint(" ,/\\")
+    if (not typed or not 1 <= len(name) <= NAME_LENGTH
+            or name[0] == "-" or name in (".", "..")):
         raise UsageError(
             "%s must be 1 to %d printable characters, without space, comma or slash, "
             "not starting with -; not %s" % (kind, NAME_LENGTH, quoted(name)))
@@ -723,8 +726,9 @@ def _bare_object(text: str) -> Row | None:
     if not text.strip().endswith("}") or not re.match(_BARE, body):
         return None
     words = re.split(_BARE, body)[1:]
-    fields = dict(zip(words[::2], map(str.strip, words[1::2])))
-    guessed = any(value[:1] in "\"'{[" for value in fields.values())
+    values = [value.strip() for value in words[1::2]]
+    fields = dict(zip(words[::2], values))
+    guessed = any(value[:1] in "\"'{[" for value in values)
     if guessed or 2 * len(fields) < len(words):
         return None
     return {name: None if value == "null" else value for name, value in fields.items()}
@@ -762,10 +766,11 @@ def read_object(text: str) -> Row:
             pass
     bare = _bare_object(text)
     if bare is None:
+        shown = shorten(json.dumps(text)[1:-1], 200)
         raise UsageError(
             "this JSON can't be read (%s): %s; write it as '{\"command\":\"echo hello\"}' in "
-            "single quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"), or put -- before a "
-            "shell command that begins with {" % (problem, shorten(json.dumps(text)[1:-1], 200)))
+            "single quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"), "
+            "or put -- before a shell command that begins with {" % (problem, shown))
     return bare
 
 
@@ -5129,8 +5134,8 @@ def job_row(job: Row, now: int) -> tuple[str, ...]:
     else:
         when = span(job["updated_at"], now) + " ago"
     tries = "%d/%d" % (job["attempts"], max(1, job["max_retries"]))
-    return (job["id"], job["state"], tries, job["queue"], str(job["priority"]),
-            when, job["command"])
+    return (job["id"], job["state"], tries, job["queue"],
+            str(job["priority"]), when, job["command"])
 
 
 def dead_row(job: Row, now: int) -> tuple[str, ...]:
@@ -5271,7 +5276,7 @@ def prometheus_lines(queues: Sequence[Row], workers: int, oldest: Row | None,
         waits = max(0, now - oldest["created_at"]) / 1000
     jobs, paused = [], []
     for queue in queues:
-        name = queue["name"].replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+        name = re.sub(r'([\\"])', r"\\\1", queue["name"])
         jobs += ['{queue="%s",state="%s"} %d' % (name, state, queue[state]) for state in STATES]
         paused.append('{queue="%s"} %d' % (name, queue["paused"]))
     lines = []
@@ -5313,8 +5318,9 @@ def option(usage: str, summary: str, **details: Any) -> Any:
 
 def subcommand(name: str, summary: str, examples: str, *options: Any,
                writes: bool = False) -> Callable[..., Any]:
-    """Make a function the command `name`: it takes the arguments, and returns the exit code or None.
+    """Make a function the command `name`.
 
+    It takes the arguments, and returns the exit code, or None where that is always 0.
     `args.store` is the store of its database, opened when it is first asked for, and for reading
     alone unless the command `writes`.
     """
@@ -5328,7 +5334,8 @@ def commands_of(group: str = "") -> list[Command]:
     """The commands of a group, or all of them, as help names them."""
     prefix = group and group + " "
     shown = [entry for entry in COMMANDS.values() if entry.name.startswith(prefix)]
-    return sorted(shown, key=lambda entry: ORDER.index(entry.name.split()[0]))
+    shown.sort(key=lambda entry: ORDER.index(entry.name.split()[0]))
+    return shown
 
 
 def open_store(db: str, **how: bool) -> Store:
@@ -5497,8 +5504,8 @@ def cmd_status(args: Any) -> None:
     emit_json(status)
 
 
-def _list(args: Any, states: Sequence[str], queue: str | None, head: Sequence[str],
-          row: Callable[..., Any]) -> None:
+def _list(args: Any, states: Sequence[str], queue: str | None,
+          head: Sequence[str], row: Callable[..., Any]) -> None:
     """Show jobs: all as a stream of JSON, or the newest as a table with a `row` for each."""
     if args.all and args.limit:
         raise UsageError("--all and --limit contradict each other")
@@ -5543,7 +5550,8 @@ def cmd_dlq_list(args: Any) -> None:
         emit_text(cut(advice, width) + "\n")
 
 
-def read_output(path: str, missing: Any, read: Callable[..., Any], *values: Any) -> Any:
+def read_output(path: str, missing: Any, read: Callable[..., Any],
+                *values: Any) -> Any:
     """What `read(fd, *values)` makes of an output file, which is opened for that moment alone."""
     try:
         fd = open_beside(path, os.O_RDONLY)
@@ -5771,7 +5779,8 @@ def _obstacles(store: Store, job: Row, now: int) -> Iterator[str]:
                % (name, most, running, name))
 
 
-def _expected(store: Store, job: Row, now: int, serving: Sequence[Row]) -> tuple[int, str]:
+def _expected(store: Store, job: Row, now: int,
+              serving: Sequence[Row]) -> tuple[int, str]:
     """When a job that nothing else holds up can be expected to start, and what stands before it."""
     pools = {pool["name"]: pool["queues"] for pool in store.pools()}
     everywhere = not all(pools.get(worker["pool"]) for worker in serving)
@@ -5786,7 +5795,8 @@ def _expected(store: Store, job: Row, now: int, serving: Sequence[Row]) -> tuple
     return now + to_millis(wait), "%s; %d of %s busy" % (reason, busy, workers)
 
 
-def why_waiting(store: Store, job: Row, now: int) -> tuple[list[str], int | None]:
+def why_waiting(store: Store, job: Row,
+                now: int) -> tuple[list[str], int | None]:
     """Why a waiting job does not run now, and when it is expected to, in milliseconds.
 
     None stands for a time that can't be told.
@@ -5908,11 +5918,15 @@ def await_jobs(store: Store, seqs: Iterable[int], patience: float) -> int:
     be forgotten soon after.
     """
     deadline = time.monotonic() + patience
-    left, ends, told = set(seqs), [], False
+    ends: list[Any] = []
+    left, told = set(seqs), False
     while True:
         seen, began = store.changed(), time.monotonic()
         ended = left and left - store.unfinished(min(left), max(left))
-        ends += [end for end in map(store.end_of, sorted(ended)) if end is None or end[1] == DEAD]
+        for seq in sorted(ended):
+            end = store.end_of(seq)
+            if end is None or end[1] == DEAD:
+                ends.append(end)
         left -= ended
         if not left:
             break
@@ -5944,7 +5958,9 @@ queuectl wait --timeout 1h
     option("--timeout DURATION", "exit 124 if it takes longer", type=time_limit, default=ENDLESS))
 def cmd_wait(args: Any) -> int:
     store = args.store
-    seqs = {job["seq"] for job in map(store.find, args.ids)} or store.unfinished(0, NEVER)
+    seqs = {store.find(name)["seq"] for name in args.ids}
+    if not seqs:
+        seqs = store.unfinished(0, NEVER)
     seqs.discard(own_run(args.db)[1])  # a job doesn't wait for itself
     return await_jobs(store, seqs, args.timeout)
 
@@ -6093,8 +6109,8 @@ def _retry_job(store: Store, job: Row, others: Iterable[int]) -> None:
 
 
 @one_change
-def retry_jobs(store: Store, names: Iterable[str], states: Sequence[str], advice: str,
-               with_dependents: bool) -> tuple[list[Row], int]:
+def retry_jobs(store: Store, names: Iterable[str], states: Sequence[str],
+               advice: str, with_dependents: bool) -> tuple[list[Row], int]:
     """Let ended jobs start afresh: those, and how many that died with them were left dead."""
     jobs = {job["seq"]: job for job in find_all(store, names, states, advice)}
     dependents = {seq for first in jobs for seq in store.dead_dependents(first)} - set(jobs)
@@ -6333,7 +6349,8 @@ def join_words(words: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def draft_of_words(words: list[str], literal: bool, now: int, options: Row) -> Row:
+def draft_of_words(words: list[str], literal: bool, now: int,
+                   options: Row) -> Row:
     """The draft of one word, a shell command or JSON, or of several: a command and its arguments.
 
     Several words may also be JSON that was torn. Behind `--` they are `literal`, never JSON.
@@ -6438,7 +6455,8 @@ def job_lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
                          "nothing was enqueued" % number)
 
 
-def drafts_of(lines: Iterable[Any], read: Callable[..., Row]) -> Iterator[Row]:
+def drafts_of(lines: Iterable[Any],
+              read: Callable[..., Row]) -> Iterator[Row]:
     """The drafts that `read` makes of numbered lines; an error names the line."""
     folders: dict[str | None, str] = {}
     for number, line in lines:
@@ -6547,8 +6565,8 @@ def tell_due(job: Row) -> None:
         complain("%s is dead already: %s" % (job["id"], job["last_error"]))
 
 
-def tell_enqueued(args: Any, store: Store, first: int, last: int, existing: Sequence[int],
-                  many: bool) -> None:
+def tell_enqueued(args: Any, store: Store, first: int, last: int,
+                  existing: Sequence[int], many: bool) -> None:
     """Tell of the jobs after seq `first` up to `last`, and of those that existed."""
     jobs = store.jobs_between(first, last)
     if args.json and not many:
@@ -6662,8 +6680,8 @@ class Batch:
     line that is redrawn, else in a line every ten seconds.
     """
 
-    def __init__(self, store: Store, name: str, first: int, last: int, start: int,
-                 quiet: bool) -> None:
+    def __init__(self, store: Store, name: str, first: int, last: int,
+                 start: int, quiet: bool) -> None:
         """Jobs that had ended before `start` (milliseconds) don't count."""
         self.db, self.name, self.quiet = store.path, name, quiet
         self.first, self.last, self.start = first, last, start
@@ -6771,7 +6789,8 @@ def _resumed(store: Store, words: Sequence[str]) -> str:
             known = "; interrupted: " + ", ".join(left)
         raise QueueError("no interrupted run is called %s%s" % (quoted(" ".join(words)), known))
     if len(left) > 1 and not words:
-        runs = ["%s (%s left)" % (name, count_of(count, "job")) for name, count in left.items()]
+        runs = ["%s (%s left)" % (name, count_of(count, "job"))
+                for name, count in left.items()]
         raise QueueError("several runs were interrupted: %s; name one" % ", ".join(runs))
     return next(iter(words or left), "")
 
@@ -7027,7 +7046,8 @@ def cmd_worker_start(args: Any) -> int:
     workers = count_of(args.count, "worker")
     system.say("Starting %s, pool %s, pid %d, database %s\n"
                % (workers, name, os.getpid(), clean(args.db)))
-    pool = Pool(args.db, name, args.count, args.queue, args.drain, args.max_jobs)
+    pool = Pool(args.db, name, args.count, args.queue,
+                drain=args.drain, max_jobs=args.max_jobs)
     return pool.run()
 
 
@@ -7043,7 +7063,8 @@ def _ask_stop(store: Store, now: bool) -> None:
     try:
         stop_pools(store, now)
     except Unavailable as error:
-        pools = {pool["pid"]: life_path(store.path, pool["name"]) for pool in store.pools()}
+        pools = {pool["pid"]: life_path(store.path, pool["name"])
+                 for pool in store.pools()}
         told = [system.stop(pid, life, now) for pid, life in pools.items()]
         if not any(told):
             raise
@@ -7084,7 +7105,8 @@ def cmd_worker_stop(args: Any) -> None:
     worker, _ = own_run(args.db)
     own = (worker, _pool_of(worker))  # which waits for the job that called this
     entries = alive_of([*store.pools(), *store.workers()])
-    others = {entry["name"]: entry["pid"] for entry in entries if entry["name"] not in own}
+    others = {entry["name"]: entry["pid"] for entry in entries
+              if entry["name"] not in own}
     _ask_stop(store, args.now)
     _await_stop(args.db, others, args.timeout)
     if worker:
@@ -7237,7 +7259,8 @@ def jobs_in(store: Store) -> str:
 def cmd_backup(args: Any) -> None:
     path = os.path.abspath(args.path)
     exists = os.path.exists(path)
-    own = [args.db, mutex_path(args.db), args.db + "-wal", args.db + "-shm"]
+    beside = [args.db + ending for ending in ("", "-wal", "-shm")]
+    own = [*beside, mutex_path(args.db)]
     odd = exists and not os.path.isfile(path)
     if odd or os.path.realpath(path) in own:
         raise QueueError("%s can't be a backup; name another file" % path)
@@ -7352,7 +7375,8 @@ def unit_word(text: str) -> str:
     text = re.sub("([%$])", r"\1\1", text)
     for c in set(text):
         if not c.isprintable():
-            text = text.replace(c, "".join("\\x%02x" % byte for byte in c.encode()))
+            escaped = ["\\x%02x" % byte for byte in c.encode()]
+            text = text.replace(c, "".join(escaped))
     if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
         return text
     return '"%s"' % text
@@ -7426,7 +7450,8 @@ _queuectl() {
     esac
     case "$name $prev" in
         *" --after") ;;
-        *) case $name in %(with_ids)s) ;; *) COMPREPLY=($(compgen -W "$words" -- "$cur")); return ;; esac ;;
+        *) case $name in %(with_ids)s) ;; \
+*) COMPREPLY=($(compgen -W "$words" -- "$cur")); return ;; esac ;;
     esac
     [[ $cur == -* ]] || words="$words $(queuectl "${db[@]}" completion --ids 2>/dev/null)"
     COMPREPLY=($(compgen -W "$words" -- "$cur"))
@@ -7474,7 +7499,9 @@ def completion_script() -> str:
     }
 
 
-@subcommand("completion", "print a completion script for bash", """\neval "$(queuectl completion)"\n""",
+@subcommand("completion", "print a completion script for bash", """
+eval "$(queuectl completion)"
+""",
     option("--ids", "print the ids of the newest jobs, as that script asks for"))
 def cmd_completion(args: Any) -> None:
     if not args.ids:
@@ -7527,7 +7554,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser_of(entry: Command) -> Parser:
     """The parser of one command; those of the others are never built."""
-    width = (terminal_width() or 80) - 2  # argparse would import shutil for each option to ask for it
+    width = (terminal_width() or 80) - 2  # argparse would import shutil to ask for it
     parser = Parser(
         prog="queuectl " + entry.name, description=entry.summary + ".", allow_abbrev=False,
         epilog="examples:" + entry.examples.rstrip().replace("\n", "\n  "),
@@ -7622,12 +7649,14 @@ def refuse_late_option(name: str, options: list[str], rest: list[str],
             raise UsageError(
                 "%s stands behind the command: if it is meant for queuectl, write `queuectl %s`, "
                 "if for the command, `queuectl %s`" % (word, ours, theirs))
-    if " " in rest[0] and rest[0][0] != "{" and rest[1][:1] == "-":
+    first, second = rest[:2]
+    if second.startswith("-") and " " in first and first[0] != "{":
         raise UsageError("%s is no option of queuectl %s%s; put -- before what is not for queuectl"
-                         % (rest[1], name, nearest(rest[1], lengths)))
+                         % (second, name, nearest(second, lengths)))
 
 
-def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str], bool]:
+def split_enqueue(entry: Command,
+                  words: list[str]) -> tuple[list[str], list[str], bool]:
     """The options of `enqueue` or `run`, the words of the command, and whether they followed --.
 
     Options stand before the first word, or on either side of a single one: what stands behind
