@@ -62,7 +62,7 @@ import stat
 import sys
 import time
 from collections import namedtuple
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 
 try:
     import sqlite3
@@ -5115,7 +5115,7 @@ def queue_row(queue: Row) -> tuple[str, ...]:
     """A queue's line in `queue list`."""
     counts = [str(queue[state]) for state in STATES]
     starts = "paused" if queue["paused"] else "yes"
-    return queue["name"], show_setting(queue["concurrency"]), starts, *counts
+    return (queue["name"], show_setting(queue["concurrency"]), starts, *counts)
 
 
 def span(start: int | None, end: int) -> str:
@@ -7539,9 +7539,13 @@ queuectl status
 class Arguments(argparse.Namespace):
     """What a command was given, and the store of its database: opened when first asked for."""
 
-    @cached_property
+    opened: Store | None = None
+
+    @property
     def store(self) -> Store:
-        return open_store(self.db, reading=not self.writes)
+        if self.opened is None:
+            self.opened = open_store(self.db, reading=not self.writes)
+        return self.opened
 
 
 class Parser(argparse.ArgumentParser):
