@@ -5599,7 +5599,7 @@ RUN_COMPILED = (
     'import marshal, sys; sys.path[:] = filter(None, sys.path); '  # nothing is imported from the folder it runs in
     'file = open(int(sys.argv[1]), "rb"); code = marshal.load(file); file.close(); del sys.argv[:2]; '
     'sys.modules["queuectl"] = module = type(sys)("queuectl"); module.__file__ = sys.argv[0]; '
-    'exec(code, module.__dict__); sys.exit(module.main())')
+    'exec(code, module.__dict__); raise SystemExit(module.main())')
 
 
 def start_compiled() -> None:
@@ -6699,7 +6699,7 @@ sys.path.insert(0, os.path.join(prefix, "lib", "queuectl"))
 from queuectl import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
 """
 PREFIX = option("--prefix", metavar="DIR", default="~/.local", type=os.path.expanduser,
                 help="the command is DIR/bin/queuectl, what it needs is in DIR/lib/queuectl (~/.local)")
