@@ -1,12 +1,16 @@
-"""Tests of queuectl, nearly all through the real program: `python queuectl.py …` in processes of its own.
+"""Tests of queuectl, nearly all by its command line, and whatever runs or waits as the real program.
 
 Every test has a queue of its own (fixture `q`): a folder for the database, one to work in, an empty HOME.
+Pools, runs and what waits are processes: `python queuectl …`. A short command, such as `enqueue`, runs in pytest's
+own process (`Queue.here`), with streams, folder and environment of its own: that takes a tenth of the time.
 Nothing is mocked: workers are killed with -9, disks are full, locks are held. When a test fails, pytest shows
 under "Captured stdout" each command it ran, with its exit code and what it printed.
 
 Waiting is always `wait_for` a condition with a deadline. Jobs tell what they did by files in `q.work`, the
 folder they run in. After a test nothing of it may still run: `Queue.close` looks in /proc and fails it.
 
+`make test` is `python test_queuectl.py`: it finds or installs pytest, and runs the tests in several forks
+(`pytest_runtestloop`). `python -m pytest test_queuectl.py` runs them one by one.
 QUEUECTL_TEST_FULL=1 runs the tests of scale in full size, and those that take minutes.
 
 Rooms: harness · values and store · saboteur jobs · seeds · enqueue · worker and pool · time · stop and signals ·
@@ -495,6 +499,13 @@ class Queue:
         pool = self.start("worker", "start", *args, **options)
         self.wait_ready(pool, before + (int(str(args[args.index("--count") + 1])) if "--count" in args else 1))
         return pool
+
+    @contextmanager
+    def working(self, *args: Word, **options: Any) -> Iterator[Background]:
+        """A pool that works meanwhile, is then asked to finish, and does so without an error."""
+        pool = self.pool(*args, **options)
+        yield pool
+        assert pool.stop() == 0, pool
 
     def wait_ready(self, pool: Background, workers: int) -> None:
         def ready() -> bool:
@@ -2125,16 +2136,15 @@ def test_what_a_completed_job_tells(q: Queue) -> None:
 
 def test_what_a_running_job_tells(q: Queue) -> None:
     job = q.add("echo live; " + GATE)
-    pool = q.pool()
-    q.wait_file("started")
-    shown = q.show(job)
-    assert (shown["state"], shown["attempts"], shown["finished_at"]) == ("processing", 1, None)
-    assert shown["locked_by"] and TIME.fullmatch(shown["locked_at"]) and TIME.fullmatch(shown["started_at"])
-    assert "live" in q("logs", job).out
-    assert job in q("status").out
-    q.touch("go")
-    q.wait_state(job, "completed")
-    assert pool.stop() == 0
+    with q.working():
+        q.wait_file("started")
+        shown = q.show(job)
+        assert (shown["state"], shown["attempts"], shown["finished_at"]) == ("processing", 1, None)
+        assert shown["locked_by"] and TIME.fullmatch(shown["locked_at"]) and TIME.fullmatch(shown["started_at"])
+        assert "live" in q("logs", job).out
+        assert job in q("status").out
+        q.touch("go")
+        q.wait_state(job, "completed")
 
 
 def test_two_workers_work_at_once(q: Queue) -> None:
@@ -2266,14 +2276,13 @@ def test_the_log_of_detached_pools_is_rotated(q: Queue) -> None:
 
 def test_an_idle_worker_is_woken(q: Queue) -> None:
     q.set("poll_interval_ms", "60000")
-    pool = q.pool("--count", "2")
-    for _ in range(3):
-        q.wait_state(q.add("true"), "completed")
-    failing = q.add("false", "--max-retries", "2", "--backoff-base", "0.1")
-    q.wait_state(failing, "dead")
-    q("dlq", "retry", failing)
-    wait_for(lambda: len(q.show(failing)["runs"]) == 4, what="two more runs")
-    assert pool.stop() == 0
+    with q.working("--count", "2"):
+        for _ in range(3):
+            q.wait_state(q.add("true"), "completed")
+        failing = q.add("false", "--max-retries", "2", "--backoff-base", "0.1")
+        q.wait_state(failing, "dead")
+        q("dlq", "retry", failing)
+        wait_for(lambda: len(q.show(failing)["runs"]) == 4, what="two more runs")
 
 
 def test_a_job_runs_as_its_enqueuer_would(q: Queue) -> None:
@@ -2368,12 +2377,11 @@ def test_a_job_that_kills_its_worker_every_time(q: Queue) -> None:
 
 
 def test_killed_workers_are_replaced(q: Queue) -> None:
-    pool = q.pool("--count", "2")
-    for _ in range(2):
-        q.add(KILL_WORKER, "--max-retries", "1")
-    wait_for(lambda: q.counts() == {"dead": 2}, what="both jobs to die")
-    wait_for(lambda: q.workers() == 2, what="new workers")
-    assert pool.stop() == 0
+    with q.working("--count", "2"):
+        for _ in range(2):
+            q.add(KILL_WORKER, "--max-retries", "1")
+        wait_for(lambda: q.counts() == {"dead": 2}, what="both jobs to die")
+        wait_for(lambda: q.workers() == 2, what="new workers")
 
 
 @linux
@@ -2458,13 +2466,12 @@ def test_a_completed_run_may_leave_a_daemon_that_holds_its_output(q: Queue) -> N
 def test_a_daemon_that_ends_later_is_no_zombie(q: Queue) -> None:
     """Workers inherit what completed jobs leave, and idle ones too ask how it ended."""
     q.may_leave = True
-    pool = q.pool()
-    q.wait_state(q.add("setsid sh -c 'until [ -e go ]; do sleep 0.03; done' & true"), "completed")
-    (worker,) = children(pool.process.pid)
-    assert children(worker)
-    q.touch("go")
-    wait_for(lambda: not children(worker), what="the daemon to end and to be reaped")
-    assert pool.stop() == 0
+    with q.working() as pool:
+        q.wait_state(q.add("setsid sh -c 'until [ -e go ]; do sleep 0.03; done' & true"), "completed")
+        (worker,) = children(pool.process.pid)
+        assert children(worker)
+        q.touch("go")
+        wait_for(lambda: not children(worker), what="the daemon to end and to be reaped")
 
 
 def test_what_a_daemon_prints_later_is_no_other_jobs_output(q: Queue) -> None:
@@ -2609,22 +2616,21 @@ def test_a_pool_in_a_container_of_its_own(q: Queue) -> None:
 @linux
 def test_an_idle_pool_rests(q: Queue) -> None:
     """In a second of idleness four workers use next to no processor time, and write nothing."""
-    pool = q.pool("--count", "4")
-    q.wait_state(q.add("true"), "completed")
+    with q.working("--count", "4"):
+        q.wait_state(q.add("true"), "completed")
 
-    def used() -> float:
-        return sum(
-            sum(map(int, read_proc(str(p.pid), "stat").rpartition(b")")[2].split()[11:13])) for p in q.processes()
-        )
+        def used() -> float:
+            return sum(
+                sum(map(int, read_proc(str(p.pid), "stat").rpartition(b")")[2].split()[11:13])) for p in q.processes()
+            )
 
-    def written() -> list[tuple[str, int, int]]:
-        return sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in q.db.parent.iterdir())
+        def written() -> list[tuple[str, int, int]]:
+            return sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in q.db.parent.iterdir())
 
-    before, files = used(), written()
-    time.sleep(1)  # what is measured, not a wait
-    assert used() - before <= 5  # ticks of 10 ms
-    assert written() == files
-    assert pool.stop() == 0
+        before, files = used(), written()
+        time.sleep(1)  # what is measured, not a wait
+        assert used() - before <= 5  # ticks of 10 ms
+        assert written() == files
 
 
 # =====================================================================================================
@@ -2634,13 +2640,12 @@ def test_an_idle_pool_rests(q: Queue) -> None:
 
 def test_an_idle_worker_starts_a_job_at_its_time(q: Queue) -> None:
     q.set("poll_interval_ms", "60000")
-    pool = q.pool()
-    jobs = [q.add("true", "--delay", delay) for delay in ("0.9", "0.6")]
-    for job in jobs:
-        q.wait_state(job, "completed")
-        shown = q.show(job)
-        assert 0 <= moment(shown["started_at"]) - moment(shown["run_at"]) < 0.5
-    assert pool.stop() == 0
+    with q.working():
+        jobs = [q.add("true", "--delay", delay) for delay in ("0.9", "0.6")]
+        for job in jobs:
+            q.wait_state(job, "completed")
+            shown = q.show(job)
+            assert 0 <= moment(shown["started_at"]) - moment(shown["run_at"]) < 0.5
 
 
 def test_a_time_that_has_passed_means_at_once(q: Queue) -> None:
@@ -2651,17 +2656,16 @@ def test_a_time_that_has_passed_means_at_once(q: Queue) -> None:
 
 def test_a_scheduled_job_waits_and_then_keeps_its_priority(q: Queue) -> None:
     q.add(GATE)
-    pool = q.pool()
-    q.wait_file("started")
-    later = {"command": "echo later >>order", "delay": "0.3", "priority": 1}
-    ids = q.load(["echo first >>order", later, {"command": "echo last >>order", "priority": 11}])
-    due = moment(q.show(ids[1])["run_at"])
-    assert due > time.time() - 5
-    wait_for(lambda: time.time() > due, what="the time of the second job")
-    q.touch("go")
-    q.wait_state(ids[2], "completed")
-    assert q.lines("order") == ["later", "first", "last"]
-    assert pool.stop() == 0
+    with q.working():
+        q.wait_file("started")
+        later = {"command": "echo later >>order", "delay": "0.3", "priority": 1}
+        ids = q.load(["echo first >>order", later, {"command": "echo last >>order", "priority": 11}])
+        due = moment(q.show(ids[1])["run_at"])
+        assert due > time.time() - 5
+        wait_for(lambda: time.time() > due, what="the time of the second job")
+        q.touch("go")
+        q.wait_state(ids[2], "completed")
+        assert q.lines("order") == ["later", "first", "last"]
 
 
 def failed_once(q: Queue, *options: str, count: int = 1) -> list[Job]:
@@ -3038,15 +3042,14 @@ def test_logs_of_a_job_that_has_not_run(q: Queue) -> None:
 
 def test_logs_follow_a_running_job(q: Queue) -> None:
     job = q.add("echo one; until [ -e go ]; do sleep 0.03; done; echo two")
-    pool = q.pool()
-    follow = q.start("logs", job, "--follow")
-    wait_for(lambda: "one" in follow.out, what="the first line")
-    assert "two" not in follow.out
-    q.touch("go")
-    assert follow.wait() == 0
-    assert "two" in follow.out
-    assert follow.out.count("one") == 1
-    assert pool.stop() == 0
+    with q.working():
+        follow = q.start("logs", job, "--follow")
+        wait_for(lambda: "one" in follow.out, what="the first line")
+        assert "two" not in follow.out
+        q.touch("go")
+        assert follow.wait() == 0
+        assert "two" in follow.out
+        assert follow.out.count("one") == 1
 
 
 def test_logs_follow_a_job_from_before_its_start_through_its_retries(q: Queue) -> None:
@@ -3160,13 +3163,12 @@ def test_delete_forgets_jobs(dead: Queue) -> None:
 
 def test_a_running_job_is_not_deleted(q: Queue) -> None:
     running, waiting = q.load([GATE, "true"])
-    pool = q.pool()
-    q.wait_file("started")
-    q.fails("delete", running, waiting)
-    assert len(q.jobs()) == 2
-    q.touch("go")
-    q.wait_state(running, "completed")
-    assert pool.stop() == 0
+    with q.working():
+        q.wait_file("started")
+        q.fails("delete", running, waiting)
+        assert len(q.jobs()) == 2
+        q.touch("go")
+        q.wait_state(running, "completed")
 
 
 def test_cancel_of_a_waiting_job(q: Queue) -> None:
@@ -3183,14 +3185,13 @@ def test_cancel_of_a_waiting_job(q: Queue) -> None:
 def test_cancel_of_a_running_job_ends_all_its_processes(q: Queue) -> None:
     q.set("poll_interval_ms", "60000")
     q.set("kill_grace_seconds", "0.3")
-    pool = q.pool()
-    job = q.add(STUBBORN_TREE if LINUX else IGNORE_TERM)
-    q.wait_file("started")
-    q("cancel", job)
-    q.wait_state(job, "dead")
-    assert not [process for process in q.processes() if "sleep" in process.command]
-    q.wait_state(q.add("true"), "completed")  # the worker lives
-    assert pool.stop() == 0
+    with q.working():
+        job = q.add(STUBBORN_TREE if LINUX else IGNORE_TERM)
+        q.wait_file("started")
+        q("cancel", job)
+        q.wait_state(job, "dead")
+        assert not [process for process in q.processes() if "sleep" in process.command]
+        q.wait_state(q.add("true"), "completed")  # the worker lives
 
 
 def test_cancel_takes_all_or_none(dead: Queue) -> None:
@@ -3268,14 +3269,13 @@ def test_config_get_prints_the_value_alone(q: Queue) -> None:
 def test_running_workers_follow_a_setting(q: Queue) -> None:
     q("config", "set", "backoff_base", "1000")
     q("config", "set", "poll_interval_ms", "60000")
-    pool = q.pool()
-    q.wait_state(q.add("true"), "completed")
-    q("config", "set", "backoff_base", "0.1")
-    q("config", "set", "max_output_bytes", "2000")
-    job = q.add("seq 1 5000; exit 1", "--max-retries", "2")
-    q.wait_state(job, "dead")
-    assert len(q.show(job)["runs"][0]["stdout"]) < 3000
-    assert pool.stop() == 0
+    with q.working():
+        q.wait_state(q.add("true"), "completed")
+        q("config", "set", "backoff_base", "0.1")
+        q("config", "set", "max_output_bytes", "2000")
+        job = q.add("seq 1 5000; exit 1", "--max-retries", "2")
+        q.wait_state(job, "dead")
+        assert len(q.show(job)["runs"][0]["stdout"]) < 3000
 
 
 @pytest.mark.parametrize("args", [["get", "max_retry"], ["set", "max_retry", "3"], ["unset", "max_retry"]])
@@ -3658,9 +3658,8 @@ def test_the_doctor_has_nothing_to_say_of_a_healthy_queue(q: Queue) -> None:
     q.load(["true", {"command": "exit 1", "max_retries": 1}])
     q.drain(code=1)
     q("doctor")
-    pool = q.pool()
-    q("doctor")
-    assert pool.stop() == 0
+    with q.working():
+        q("doctor")
 
 
 def test_the_doctor_finds_what_is_wrong(q: Queue) -> None:
@@ -3761,18 +3760,17 @@ def test_a_signal_is_heard_while_the_database_is_locked(q: Queue) -> None:
 
 def test_an_outcome_is_kept_while_the_database_is_locked(q: Queue) -> None:
     job = q.add(GATE)
-    pool = q.pool()
-    q.wait_file("started")
-    foreign = sqlite3.connect(str(q.db), isolation_level=None)
-    foreign.execute("BEGIN IMMEDIATE")
-    q.touch("go")
-    q.wait_file("ended")
-    assert q.state(job) == "processing"
-    foreign.execute("ROLLBACK")
-    foreign.close()
-    q.wait_state(job, "completed")
-    assert q.show(job)["attempts"] == 1
-    assert pool.stop() == 0
+    with q.working():
+        q.wait_file("started")
+        foreign = sqlite3.connect(str(q.db), isolation_level=None)
+        foreign.execute("BEGIN IMMEDIATE")
+        q.touch("go")
+        q.wait_file("ended")
+        assert q.state(job) == "processing"
+        foreign.execute("ROLLBACK")
+        foreign.close()
+        q.wait_state(job, "completed")
+        assert q.show(job)["attempts"] == 1
 
 
 def test_a_full_disk_changes_nothing(q: Queue) -> None:
@@ -4446,29 +4444,28 @@ def test_nothing_of_a_run_lives_beside_the_next(q: Queue, way: str) -> None:
     hang = "until [ -e go ]; do sleep 0.1; done; exit 1;" if way == "failed" else "sleep 300;"
     options = ["--backoff-base", "0.1"] + (["--timeout", "2"] if way == "timeout" else [])
     job = q.add(ESCAPE_ARTIST.replace("{then}", hang), *options)
-    pool = q.pool()
-    pids = wait_escapees(q)
-    assert set(living(pids)) == ESCAPEES
-    (worker,) = beasts_below(pool.process.pid)
-    if way == "failed":
-        q.touch("go")
-    if way.startswith("worker"):
-        if "supervisor" in way:
-            pool.signal(signal.SIGKILL)
-        worker.signal(signal.SIGKILL)
-    if way in ("cancel", "stop --now"):
-        q(*(["cancel", job] if way == "cancel" else ["worker", "stop", "--now"]))
+    with q.working() as pool:
+        pids = wait_escapees(q)
+        assert set(living(pids)) == ESCAPEES
+        (worker,) = beasts_below(pool.process.pid)
+        if way == "failed":
+            q.touch("go")
+        if way.startswith("worker"):
+            if "supervisor" in way:
+                pool.signal(signal.SIGKILL)
+            worker.signal(signal.SIGKILL)
+        if way in ("cancel", "stop --now"):
+            q(*(["cancel", job] if way == "cancel" else ["worker", "stop", "--now"]))
+            assert living(pids) == []
+            assert q.state(job) == ("dead" if way == "cancel" else "pending")
+        if way == "cancel":
+            q("retry", job)
+        if way in ("stop --now", "worker and supervisor"):
+            pool.wait()
+            pool = q.pool()
+        q.wait_state(job, "completed")
         assert living(pids) == []
-        assert q.state(job) == ("dead" if way == "cancel" else "pending")
-    if way == "cancel":
-        q("retry", job)
-    if way in ("stop --now", "worker and supervisor"):
-        pool.wait()
-        pool = q.pool()
-    q.wait_state(job, "completed")
-    assert living(pids) == []
-    assert q("logs", job, "--stdout", "--attempt", str(q.show(job)["attempts"])).out == "looked\n"
-    assert pool.stop() == 0
+        assert q("logs", job, "--stdout", "--attempt", str(q.show(job)["attempts"])).out == "looked\n"
 
 
 @linux
