@@ -39,7 +39,8 @@ Contents, in reading order; a section calls only those above it:
 
     Vocabulary   states, exit codes, errors, settings and their limits
     Values       durations, times, backoff, job input: pure functions
-    Platform     processes, locks, bells and files; POSIX and Windows
+    Platform     processes, locks, bells and the disk; POSIX and Windows
+    Files        what stands beside the database: paths, bells, life files, output
     SQL          the schema, its migrations, every statement
     Store        the database: one method for each change of state
     Runner       one run of one job
@@ -758,7 +759,7 @@ def read_job(text: str, now: int, longest: int, options: dict[str, Any]) -> dict
     return draft_of(fields, now, longest)
 
 
-# ═══ Platform ═══ processes, locks, bells and files; POSIX and Windows ═══════════════════════
+# ═══ Platform ═══ processes, locks, bells and the disk; POSIX and Windows ════════════════════
 #
 # The only section that knows the operating system. `Posix` and `Windows` are twins with one
 # signature; `system`, at its end, is the one in use.
@@ -784,73 +785,6 @@ for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
     OPEN_BESIDE |= getattr(os, _name, 0)
 
 
-def _refuse_planted(info: os.stat_result, path: str) -> None:
-    if info.st_uid not in (0, system.user) and system.user != 0:
-        raise QueueError("%s belongs to another user (uid %d), whose queue this is" % (path, info.st_uid))
-    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
-        raise QueueError("%s is not a plain file with one name; remove it" % path)
-
-
-def open_beside(path: str, flags: int) -> int:
-    """A descriptor of a file that stands beside a database.
-
-    Raises QueueError if it is anything but a plain file of this user with one name: others may
-    have put there a link to a file that they can't write themselves, and wait for us to do it.
-    """
-    try:
-        fd = os.open(path, flags | OPEN_BESIDE, 0o600)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise QueueError("%s is a symbolic link, which is not followed; remove it" % path) from None
-    try:
-        _refuse_planted(os.fstat(fd), path)
-        return fd
-    except BaseException:  # who kept it open would be taken for a process of the run that it belongs to
-        os.close(fd)
-        raise
-
-
-def open_private(path: str, flags: int) -> int:
-    """The same; it is made for this user alone if it is new."""
-    return open_beside(path, flags | os.O_CREAT)
-
-
-def is_link(path: str) -> bool:
-    """Whether a symbolic link stands there, or a file that has other names too."""
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return stat.S_ISLNK(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink > 1)
-
-
-def sync_folder(folder: str) -> None:
-    """Have the disk keep the names in a folder, where the system can do that."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
-
-
-def read_between(fd: int, start: int, end: int) -> bytes:
-    """The bytes of a file from `start` to `end`, fewer if it is shorter."""
-    parts = []
-    while start < end:
-        part = system.read_at(fd, end - start, start)
-        if not part:
-            break
-        parts.append(part)
-        start += len(part)
-    return b"".join(parts)
-
-
 class Leader(namedtuple("Leader", "pid first last")):
     """The first process of a run, which started between two clock ticks; its number is that of its session.
 
@@ -865,13 +799,6 @@ class Leader(namedtuple("Leader", "pid first last")):
 
 
 NOBODY = Leader(0, 0, 0)
-
-
-def write_at(fd: int, start: int, data: bytes) -> None:
-    """Write all of `data` into a file at the offset `start`."""
-    while data:
-        written = system.write_at(fd, data, start)
-        data, start = data[written:], start + written
 
 
 _Process = namedtuple("_Process", "parent session started marked")
@@ -899,8 +826,6 @@ def _proc_stat(pid: str) -> _Process | None:
     if fields[0] in (b"Z", b"X"):
         return None
     return _Process(int(fields[1]), int(fields[3]), fields[19].decode(), False)
-
-
 
 
 def _writes_to(pid: str, files: Sequence[str]) -> bool:
@@ -1419,21 +1344,6 @@ class Bell:
             return False
 
 
-def ring(path: str) -> None:
-    """Wake the process that sleeps on the bell `path`; nothing happens if nobody does."""
-    try:
-        fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
-    except OSError:
-        return
-    try:
-        if stat.S_ISFIFO(os.fstat(fd).st_mode):
-            os.write(fd, b"!")
-    except OSError:  # full: it was rung often enough
-        pass
-    finally:
-        os.close(fd)
-
-
 class Windows:
     """Windows, where a run is a Job Object that ends with its worker, and sleeping is polling.
 
@@ -1601,7 +1511,82 @@ class PollingBell(Bell):
 WINDOWS = os.name == "nt"
 system: Any = Windows() if WINDOWS else Posix()
 make_bell: type[Bell] = PollingBell if WINDOWS else Bell
-NATIVE_JOB_VARIABLES = tuple(system.native(name) for name in JOB_VARIABLES)
+
+
+# ═══ Files ═══ what stands beside the database: paths, bells, life files, output ═════════════
+
+def _refuse_planted(info: os.stat_result, path: str) -> None:
+    if info.st_uid not in (0, system.user) and system.user != 0:
+        raise QueueError("%s belongs to another user (uid %d), whose queue this is" % (path, info.st_uid))
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+        raise QueueError("%s is not a plain file with one name; remove it" % path)
+
+
+def open_beside(path: str, flags: int) -> int:
+    """A descriptor of a file that stands beside a database.
+
+    Raises QueueError if it is anything but a plain file of this user with one name: others may
+    have put there a link to a file that they can't write themselves, and wait for us to do it.
+    """
+    try:
+        fd = os.open(path, flags | OPEN_BESIDE, 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise QueueError("%s is a symbolic link, which is not followed; remove it" % path) from None
+    try:
+        _refuse_planted(os.fstat(fd), path)
+        return fd
+    except BaseException:  # who kept it open would be taken for a process of the run that it belongs to
+        os.close(fd)
+        raise
+
+
+def open_private(path: str, flags: int) -> int:
+    """The same; it is made for this user alone if it is new."""
+    return open_beside(path, flags | os.O_CREAT)
+
+
+def is_link(path: str) -> bool:
+    """Whether a symbolic link stands there, or a file that has other names too."""
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISLNK(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink > 1)
+
+
+def sync_folder(folder: str) -> None:
+    """Have the disk keep the names in a folder, where the system can do that."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def read_between(fd: int, start: int, end: int) -> bytes:
+    """The bytes of a file from `start` to `end`, fewer if it is shorter."""
+    parts = []
+    while start < end:
+        part = system.read_at(fd, end - start, start)
+        if not part:
+            break
+        parts.append(part)
+        start += len(part)
+    return b"".join(parts)
+
+
+def write_at(fd: int, start: int, data: bytes) -> None:
+    """Write all of `data` into a file at the offset `start`."""
+    while data:
+        written = system.write_at(fd, data, start)
+        data, start = data[written:], start + written
 
 
 # What stands beside the database: the write mutex, and a folder with the files of its workers.
@@ -1648,6 +1633,21 @@ def is_alive(db: str, name: str) -> bool:
 def anyone_alive(db: str) -> bool:
     """Whether any worker or pool of this database lives."""
     return any(is_alive(db, name) for name in names_beside(db, ".life"))
+
+
+def ring(path: str) -> None:
+    """Wake the process that sleeps on the bell `path`; nothing happens if nobody does."""
+    try:
+        fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
+    except OSError:
+        return
+    try:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.write(fd, b"!")
+    except OSError:  # full: it was rung often enough
+        pass
+    finally:
+        os.close(fd)
 
 
 def ring_all(db: str) -> None:
@@ -1809,6 +1809,7 @@ class Slot:
         if printed:
             self.empty()
         self.close()
+
 
 # ═══ SQL ═══ the schema, its migrations, every statement ═════════════════════════════════════
 #
@@ -3820,6 +3821,7 @@ def end_processes(members: Callable[[], dict[int, str]], grace: float,
         nap = min(nap * 2, LONGEST_PAUSE)
 
 
+NATIVE_JOB_VARIABLES = tuple(system.native(name) for name in JOB_VARIABLES)
 # Where the jobs of a context run: their folder, umask, and environment in native form.
 Surroundings = namedtuple("Surroundings", "cwd umask env")
 
