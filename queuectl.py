@@ -762,14 +762,20 @@ def read_job(text: str, now: int, longest: int, options: dict[str, Any]) -> dict
 # ═══ Platform ═══ processes, locks, bells and the disk; POSIX and Windows ════════════════════
 #
 # The only section that knows the operating system. `Posix` and `Windows` are twins with one
-# signature; `system`, at its end, is the one in use.
+# signature; `system`, at its end, is the one in use. `Bell` and `PollingBell` are twins too.
 
-SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # of processes, memory, descriptors
+WINDOWS = os.name == "nt"
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # processes, memory, files
 TICK = 0.25  # seconds a write waits in the kernel before it looks at flags and deadlines again
 TOKEN_FD = 239  # where a job's processes inherit the token: above what scripts use with flock(1)
 NETWORK_FILE_SYSTEMS = (
-    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "afs", "beegfs", "davfs", "virtiofs",
-    "vboxsf", "fuse.davfs", "fuse.glusterfs", "fuse.grpcfuse", "fuse.rclone", "fuse.s3fs", "fuse.sshfs")
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "afs", "beegfs",
+    "davfs", "virtiofs", "vboxsf", "fuse.davfs", "fuse.glusterfs", "fuse.grpcfuse", "fuse.rclone",
+    "fuse.s3fs", "fuse.sshfs")
+
+OPEN_BESIDE = 0  # how files beside the database are opened: no link, no waiting, closed at exec
+for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
+    OPEN_BESIDE |= getattr(os, _name, 0)
 
 
 class _Tick(Exception):
@@ -780,28 +786,27 @@ def _raise_tick(signum: int, frame: FrameType | None) -> NoReturn:
     raise _Tick
 
 
-OPEN_BESIDE = 0  # never a link, never blocked by a FIFO, closed at exec
-for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
-    OPEN_BESIDE |= getattr(os, _name, 0)
+# What a process is, as far as a run is concerned: the ids of its parent and its session, when it
+# started (a text that is only compared, "" if unknown), and whether it was seen to carry the mark
+# of the run or to write to its files.
+_Process = namedtuple("_Process", "parent session started marked")
 
 
 class Leader(namedtuple("Leader", "pid first last")):
-    """The first process of a run, which started between two clock ticks; its number is that of its session.
+    """The first process of a run, whose id is that of its session too.
 
-    When it is gone its number can be given to a stranger, but only once the session is empty.
+    It started between the clock ticks `first` and `last`. When it is gone its id can be given to
+    a stranger, but only once the session is empty.
     """
 
     def is_a_stranger(self, entry: _Process | None) -> bool:
-        """Whether the process that has its number now is another."""
+        """Whether the process that has its id now is another."""
         if entry is None or not entry.started:
             return False
         return not self.first <= int(entry.started) <= self.last
 
 
 NOBODY = Leader(0, 0, 0)
-
-
-_Process = namedtuple("_Process", "parent session started marked")
 
 
 def _proc_file(pid: str, name: str) -> bytes:
@@ -818,12 +823,15 @@ def _proc_file(pid: str, name: str) -> bytes:
         return b""
 
 
-def _proc_stat(pid: str) -> _Process | None:
-    """Parent, session and start time of a living process, from /proc/PID/stat (proc(5))."""
-    fields = _proc_file(pid, "stat").rpartition(b")")[2].split()
-    if not fields:
-        return None
-    if fields[0] in (b"Z", b"X"):
+def _proc_stat(pid: str) -> list[bytes]:
+    """State, parent, group, session, … from /proc/PID/stat (proc(5)); nothing if it is gone."""
+    return _proc_file(pid, "stat").rpartition(b")")[2].split()
+
+
+def _living(pid: str) -> _Process | None:
+    """A process that has not ended."""
+    fields = _proc_stat(pid)
+    if not fields or fields[0] in (b"Z", b"X"):
         return None
     return _Process(int(fields[1]), int(fields[3]), fields[19].decode(), False)
 
@@ -842,44 +850,33 @@ def _writes_to(pid: str, files: Sequence[str]) -> bool:
     return False
 
 
-class Posix:
-    """Linux, macOS and other Unixes."""
+class PosixFiles:
+    """Locks, descriptors, the disk, and whom a file can be trusted with, on POSIX systems.
 
-    shell = ("/bin/sh", "-c")
-    longest_command = 131071 if sys.platform.startswith("linux") else 200_000  # bytes, E2BIG beyond
+    A lock (flock) belongs to the open file: whoever inherits the descriptor holds it too, and it
+    is free when the last copy is closed, however its holders ended. LOCK_UN would free it under
+    all of them, so nothing but the write mutex, which nobody inherits, is ever unlocked.
+    """
+
     linux = sys.platform.startswith("linux")
-    # Forking takes 2 ms; elsewhere than on Linux system libraries don't survive a fork.
-    start_method = "fork" if linux else "spawn"
 
     def __init__(self) -> None:
-        self.fcntl: Any = __import__("fcntl")
+        import fcntl
+        self.fcntl = fcntl
         self.user = os.geteuid()
-        self.ticks_per_second = os.sysconf("SC_CLK_TCK")
-        self.childless = False  # nobody but the run just reaped was left below this process
-        self.subreaper = False
-        self.token_fd = TOKEN_FD
-        self.to_default: list[int] = []  # signals that jobs start with in their default state: all
-        self.null = -1  # the stdin of jobs
-        self.polls: dict[int, Any] = {}  # poll objects of standard streams
-
-    # Locks: flock belongs to the open file, is inherited with it, and dies with its last copy.
-    # Never unlocked by LOCK_UN, which would free every copy: closing is what frees one.
+        self.read_at, self.write_at = os.pread, os.pwrite
 
     def try_lock(self, fd: int, shared: bool = False) -> bool:
+        """Take the lock on an open file; False if another process holds it. Raises OSError."""
+        kind = self.fcntl.LOCK_SH if shared else self.fcntl.LOCK_EX
         try:
-            self.fcntl.flock(fd, (self.fcntl.LOCK_SH if shared else self.fcntl.LOCK_EX) | self.fcntl.LOCK_NB)
+            self.fcntl.flock(fd, kind | self.fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             return False
 
-    def read_at(self, fd: int, size: int, start: int) -> bytes:
-        return os.pread(fd, size, start)
-
-    def write_at(self, fd: int, data: bytes, start: int) -> int:
-        return os.pwrite(fd, data, start)
-
     def unlock(self, fd: int) -> None:
-        """Free the write mutex, which is never inherited: the one lock that is not freed by closing."""
+        """Free the write mutex: the one lock that is never inherited."""
         self.fcntl.flock(fd, self.fcntl.LOCK_UN)
 
     def wait_lock(self, fd: int) -> None:
@@ -902,7 +899,7 @@ class Posix:
             pass
 
     def held(self, path: str) -> bool:
-        """Whether a living process holds the lock on the file `path`; also if that can't be found out."""
+        """Whether a living process holds the lock on a file; also if that can't be found out."""
         try:
             fd = os.open(path, os.O_RDONLY | OPEN_BESIDE)
         except OSError as error:
@@ -914,30 +911,10 @@ class Posix:
         finally:
             os.close(fd)
 
-    # Starting and ending processes.
-
-    def check_room(self, workers: int) -> None:
-        """Raise UsageError if a supervisor can't have the descriptors that it needs for so many workers."""
-        if self.linux and not os.path.exists("/proc/%d" % os.getpid()):
-            raise QueueError("/proc does not show the processes here, so what jobs leave behind could not be ended; "
-                             "mount it")
-        if not os.path.exists(os.devnull):
-            raise QueueError("there is no %s here, which jobs need as their stdin" % os.devnull)
-        resource: Any = __import__("resource")
-        need, have = 2 * workers + 32, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if 0 <= have < need:
-            raise UsageError("%d workers need %d open files, and this shell allows %d; `ulimit -n %d` first"
-                             % (workers, need, have, need))
-
-    def prepare_parent(self) -> None:
-        """Before workers are forked: what all of them need, loaded once; nothing of the caller's for jobs."""
-        if self.linux:
-            self._libc()
-        for fd in self.descriptors():
-            os.set_inheritable(fd, False)
+    # Descriptors.
 
     def descriptors(self) -> set[int]:
-        """The open descriptors of this process but the standard streams; none if they can't be listed."""
+        """This process's open descriptors but the standard streams; none if they can't be listed."""
         try:
             found = {int(name) for name in os.listdir("/dev/fd")}
         except OSError:
@@ -947,27 +924,197 @@ class Posix:
     def _is_open(self, fd: int) -> bool:
         try:
             os.fstat(fd)
-        except OSError:  # that of the listing itself
+        except OSError:  # that of the listing itself, for one
             return False
         return True
 
     def keep_standard_streams(self) -> None:
         """Before anything is opened: no file must become a standard stream that was closed."""
         for number in (0, 1, 2):
-            try:
-                os.fstat(number)
-            except OSError:
+            if not self._is_open(number):
                 os.open(os.devnull, os.O_RDWR)
+
+    # The disk.
+
+    def sync(self, fd: int) -> None:
+        """Have the disk keep what was written to a file; macOS has a call of its own for that."""
+        if hasattr(self.fcntl, "F_FULLFSYNC"):
+            self.fcntl.fcntl(fd, self.fcntl.F_FULLFSYNC)
+        else:
+            getattr(os, "fdatasync", os.fsync)(fd)
+
+    def read_elsewhere(self, path: str, size: int) -> bytes:
+        """The first `size` bytes of a file, read by another process.
+
+        If this process read it, it would lose its locks on the file by closing it again.
+        """
+        import subprocess
+        return subprocess.run(["head", "-c", str(size), path], stdout=subprocess.PIPE).stdout
+
+    def punch(self, fd: int, start: int, end: int) -> bool:
+        """Give back the disk space between two offsets while others go on writing at the end.
+
+        Returns whether the file system can do that.
+        """
+        libc = self._libc()
+        if not libc:
+            return False
+        import ctypes
+        offset, length = ctypes.c_int64(start), ctypes.c_int64(end - start)
+        return bool(libc.fallocate(fd, 3, offset, length) == 0)  # PUNCH_HOLE | KEEP_SIZE
+
+    def _libc(self) -> Any:
+        """Linux's C library; None elsewhere, and for a Python that was built without libffi."""
+        if not self.linux:
+            return None
+        try:
+            import ctypes
+        except ImportError:
+            return None
+        return ctypes.CDLL(None, use_errno=True)
+
+    def refuse_full(self, folder: str) -> None:
+        """Raise Unavailable where writing to SQLite's mapped index would end the process.
+
+        Where blocks are smaller than pages of memory, SQLite does not make sure that a page of
+        its index has all its blocks before it writes to it: on a full disk that is a SIGBUS.
+        """
+        disk = os.statvfs(folder)
+        if disk.f_bsize < 4096 and disk.f_bavail * disk.f_frsize < 1 << 20:
+            raise Unavailable("no space left in %s; free some and try again" % folder)
+
+    def _mounts(self) -> Iterator[tuple[str, str]]:
+        """Each mount point with the type of its file system (known on Linux alone)."""
+        try:
+            with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+                entries = [line.split(" ")[1:3] for line in mounts]
+        except OSError:
+            return
+        for point, kind in entries:  # blanks and the like are written as \040
+            yield re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), point), kind
+
+    def is_mount_point(self, path: str) -> bool:
+        """Whether something is mounted at `path` itself."""
+        return any(point == path for point, _ in self._mounts())
+
+    def network_file_system(self, folder: str) -> str:
+        """The type of the network file system that a folder is on, or nothing."""
+        real = os.path.realpath(folder) + "/"
+        longest, its_kind = "", ""
+        for point, kind in self._mounts():  # of equal mount points the last one covers the others
+            if real.startswith(point.rstrip("/") + "/") and len(point) >= len(longest):
+                longest, its_kind = point, kind
+        return its_kind if its_kind in NETWORK_FILE_SYSTEMS else ""
+
+    # Whose a file is, and who else may write it.
+
+    def give_to_owner(self, fd: int, path: str) -> None:
+        """Give a file that root has made to the owner of the file `path` beside it, as SQLite does."""
+        owner = os.stat(path)
+        if self.user == 0 and os.fstat(fd).st_uid != owner.st_uid:
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+
+    def distrust(self, path: str, above: bool = False) -> str:
+        """Why others could change the file or folder `path`, or nothing.
+
+        A group that is known to have no member but this user and root may write it. In a folder
+        `above` that of the database others may make names of their own where it is sticky; and
+        there a group without a name, as containers are given for a volume, is no threat.
+        Raises FileNotFoundError.
+        """
+        info = os.lstat(path)
+        if stat.S_ISLNK(info.st_mode):
+            return "%s is a symbolic link" % path
+        if info.st_uid not in (0, self.user):
+            return "%s belongs to another user (uid %d)" % (path, info.st_uid)
+        sticky = info.st_mode & stat.S_ISVTX
+        shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if not shared or (above and sticky):
+            return ""
+        private = shared == stat.S_IWGRP and self._is_private_group(info.st_gid, above)
+        if private and not self._has_acl(path):
+            return ""
+        mend = "use a database in a folder of your own"
+        if info.st_uid == self.user and not sticky:
+            mend = "`chmod go-w %s` mends that" % shell_word(path)
+        return "%s can be written by others; %s" % (path, mend)
+
+    def _has_acl(self, path: str) -> bool:
+        """Whether a list says who may write: then the bits of the group are those of its mask."""
+        try:
+            return self.linux and bool(os.getxattr(  # type: ignore[attr-defined,unused-ignore]
+                path, "system.posix_acl_access"))
+        except OSError:
+            return False
+
+    def _is_private_group(self, group: int, nameless: bool) -> bool:
+        """Whether a group has no member but this user and root; `nameless` if it has no name."""
+        import grp
+        import pwd
+        accounts = pwd.getpwall()
+        own = {"root"}.union(account.pw_name for account in accounts if account.pw_uid == self.user)
+        members = {account.pw_name for account in accounts if account.pw_gid == group}
+        try:
+            members.update(grp.getgrgid(group).gr_mem)
+        except KeyError:
+            return nameless
+        return members <= own
+
+
+class Posix(PosixFiles):
+    """Linux, macOS and other Unixes: how processes are started, found and ended."""
+
+    shell = ("/bin/sh", "-c")
+    longest_command = 131071 if PosixFiles.linux else 200_000  # bytes, E2BIG beyond
+    # Forking takes 2 ms; elsewhere than on Linux system libraries don't survive a fork.
+    start_method = "fork" if PosixFiles.linux else "spawn"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ticks_per_second = os.sysconf("SC_CLK_TCK")
+        self.childless = False  # nobody but the run just reaped was left below this process
+        self.subreaper = False
+        self.token_fd = TOKEN_FD
+        self.to_default: list[int] = []  # signals that jobs start with in their default state: all
+        self.null = -1  # the stdin of jobs
+        self.polls: dict[int, Any] = {}  # poll objects of standard streams
+
+    # Before the first job.
+
+    def check_room(self, workers: int) -> None:
+        """Raise QueueError if a supervisor can't do its work here, with so many workers."""
+        if self.linux and not os.path.exists("/proc/%d" % os.getpid()):
+            raise QueueError("/proc does not show the processes here, "
+                             "so what jobs leave behind could not be ended; mount it")
+        if not os.path.exists(os.devnull):
+            raise QueueError("there is no %s here, which jobs need as their stdin" % os.devnull)
+        need, have = 2 * workers + 32, self._most_descriptors()
+        if 0 <= have < need:
+            raise UsageError(
+                "%d workers need %d open files, and this shell allows %d; `ulimit -n %d` first"
+                % (workers, need, have, need))
+
+    def _most_descriptors(self) -> int:
+        """How many descriptors this process may have; -1 if there is no limit."""
+        import resource
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    def prepare_parent(self) -> None:
+        """Before workers are forked: load what all need, and keep the caller's files from jobs."""
+        self._libc()
+        for fd in self.descriptors():
+            os.set_inheritable(fd, False)
 
     def prepare_worker(self, supervisor: int) -> None:
         """A worker's first steps: out of the terminal's reach, told of its supervisor's death."""
         os.setsid()
         os.umask(0o077)
-        limit = __import__("resource").getrlimit(__import__("resource").RLIMIT_NOFILE)[0]
-        self.token_fd = TOKEN_FD if limit < 0 or limit > TOKEN_FD else limit - 1
+        limit = self._most_descriptors()
+        if 0 <= limit <= TOKEN_FD:
+            self.token_fd = limit - 1
         self.to_default = list(signal.valid_signals())
         self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        libc = self._libc() if self.linux else None
+        libc = self._libc()
         if libc:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
             libc.prctl(1, int(signal.SIGHUP), 0, 0, 0)
             self.subreaper = libc.prctl(36, 1, 0, 0, 0) == 0
@@ -979,7 +1126,10 @@ class Posix:
         return os.getppid() != supervisor
 
     def place(self) -> str:
-        """What a process id and a start time are counted in: the start of the machine, and the pid namespace."""
+        """What process ids and start times are counted in; "" if that is not known.
+
+        It is this start of the machine, and the namespace of process ids.
+        """
         try:
             with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
                 return "%s/%s" % (boot.read().strip(), os.readlink("/proc/self/ns/pid"))
@@ -992,13 +1142,7 @@ class Posix:
             return 0
         return int(time.clock_gettime(time.CLOCK_BOOTTIME) * self.ticks_per_second)
 
-    def _libc(self) -> Any:
-        """The C library; None for a Python that was built without libffi, which can do without."""
-        try:
-            import ctypes
-        except ImportError:
-            return None
-        return ctypes.CDLL(None, use_errno=True)
+    # A run begins.
 
     def native(self, text: str) -> Any:
         """Text as the system takes it: UTF-8, whatever the locale says."""
@@ -1008,19 +1152,8 @@ class Posix:
         """This process's environment in native form."""
         return dict(os.environb)
 
-    def sync(self, fd: int) -> None:
-        """Have the disk keep what was written to a file. macOS has a call of its own for that."""
-        if hasattr(self.fcntl, "F_FULLFSYNC"):
-            self.fcntl.fcntl(fd, self.fcntl.F_FULLFSYNC)
-        else:
-            getattr(os, "fdatasync", os.fsync)(fd)
-
-    def read_elsewhere(self, path: str, size: int) -> bytes:
-        """The beginning of a file, read by another process: this one loses its locks on it when it closes it."""
-        import subprocess
-        return subprocess.run(["head", "-c", str(size), path], stdout=subprocess.PIPE).stdout
-
-    def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
+    def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int,
+              out: int, err: int) -> int:
         """Start `command` in a session of its own; return its process id, or raise OSError.
 
         posix_spawn is twice as fast as subprocess. It can't set folder or umask, so the worker
@@ -1029,34 +1162,40 @@ class Posix:
         os.umask(umask)
         try:
             os.chdir(self.native(cwd))
-            # A shell would take a command that begins like an option for one.
-            command = " " + command if command[0] in "-+" else command
-            return self._spawn([*self.shell, self.native(command)], env,
-                               ((self.null, 0), (out, 1), (err, 2), (err, self.token_fd)))
+            if command[0] in "-+":  # a shell would take it for an option
+                command = " " + command
+            streams = ((self.null, 0), (out, 1), (err, 2), (err, self.token_fd))
+            return self._spawn([*self.shell, self.native(command)], env, streams)
         finally:
             os.chdir("/")
             os.umask(0o077)
 
-    def _spawn(self, argv: list[Any], env: dict[Any, Any], streams: tuple[tuple[int, int], ...]) -> int:
+    def _spawn(self, argv: list[Any], env: dict[Any, Any],
+               streams: tuple[tuple[int, int], ...]) -> int:
         try:
-            return os.posix_spawn(argv[0], argv, env, setsid=True, setsigdef=self.to_default, setsigmask=(),
-                                  file_actions=[(os.POSIX_SPAWN_DUP2, have, want) for have, want in streams])
-        except (NotImplementedError, AttributeError):  # no POSIX_SPAWN_SETSID: glibc before 2.26; PyPy
+            actions = [(os.POSIX_SPAWN_DUP2, have, want) for have, want in streams]
+            return os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True,
+                                  setsigdef=self.to_default, setsigmask=())
+        except (NotImplementedError, AttributeError):  # an old glibc (before 2.26), or PyPy
             return self._fork_exec(argv, env, streams)
 
-    def _fork_exec(self, argv: list[Any], env: dict[Any, Any], streams: tuple[tuple[int, int], ...]) -> int:
+    def _fork_exec(self, argv: list[Any], env: dict[Any, Any],
+                   streams: tuple[tuple[int, int], ...]) -> int:
         import subprocess
 
-        def dup() -> None:
+        def prepare() -> None:
             for have, want in streams:
                 os.dup2(have, want)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             for number in set(self.to_default) - {signal.SIGKILL, signal.SIGSTOP}:
                 signal.signal(number, signal.SIG_DFL)
 
-        child = subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False, preexec_fn=dup)
-        child.returncode = 0  # else Popen would reap it when it is forgotten here, and its exit code with it
+        child = subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False,
+                                 preexec_fn=prepare)
+        child.returncode = 0  # else Popen, when it is forgotten here, would reap the exit code
         return child.pid
+
+    # A run's processes.
 
     def reap(self, pid: int) -> int | None:
         """Collect dead children; the exit code of `pid` (negative: its signal) if it was among them.
@@ -1080,7 +1219,9 @@ class Posix:
             if dead == pid:
                 if status == 0:  # then nobody will ask for `childless`, and strangers can wait
                     return 0
-                code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                code = os.WEXITSTATUS(status)
+                if os.WIFSIGNALED(status):
+                    code = -os.WTERMSIG(status)
 
     def reap_strangers(self, own: set[int]) -> None:
         """As process 1 of a container: collect dead processes that are not multiprocessing's."""
@@ -1094,26 +1235,30 @@ class Posix:
                 return
             os.waitpid(info.si_pid, os.WNOHANG)
 
-    def members(self, mark: str, files: Sequence[str], leader: Leader, known: dict[int, str]) -> dict[int, str]:
-        """The living processes of a run, each with the time it started.
+    def members(self, mark: str, files: Sequence[str], leader: Leader,
+                known: dict[int, str]) -> dict[int, str]:
+        """The living processes of a run, each with the time it started, ancestors first.
 
         `mark` is how its QUEUECTL_RUN begins (a NUL ends it), `files` its output files, `leader`
         its first process, `known` those found before. A member carries QUEUECTL_RUN, can write to
         the files, is in the leader's session, shares a session with a member or descends from one;
         so also children that closed all descriptors and left the session are found. Processes of
-        other users and namespaces are not.
+        other users and namespaces are not. Raises OSError if the processes can't be seen now.
         """
         processes = self._from_proc(mark, files) if self.linux else self._from_ps(mark)
-        session = 0 if leader.is_a_stranger(processes.get(leader.pid)) else leader.pid
+        session = leader.pid
+        if leader.is_a_stranger(processes.get(session)):
+            session = 0
         found = {pid for pid, entry in processes.items()
-                 if entry.marked or known.get(pid) == entry.started or (session and session == entry.session)}
+                 if entry.marked or known.get(pid) == entry.started
+                 or (session and session == entry.session)}
         while True:
             sessions = {processes[pid].session for pid in found}
-            more = {pid for pid, entry in processes.items()
-                    if pid not in found and (entry.session in sessions or entry.parent in found)}
-            if not more:
+            more = found.union(pid for pid, entry in processes.items()
+                               if entry.session in sessions or entry.parent in found)
+            if more == found:
                 return {pid: processes[pid].started for pid in self._from_the_top(found, processes)}
-            found |= more
+            found = more
 
     def _from_the_top(self, found: set[int], processes: dict[int, _Process]) -> list[int]:
         """Processes in the order in which they are to be signalled: ancestors before descendants.
@@ -1121,13 +1266,13 @@ class Posix:
         A shell whose child dies first would go on with its next command. A parent starts before
         its child; of those that started in the same tick the one with fewer ancestors is first.
         """
-        def place(pid: int) -> tuple[int, int]:
+        def rank(pid: int) -> tuple[int, int]:
             depth, at = 0, pid
             while processes[at].parent in found and depth < len(found):
                 depth, at = depth + 1, processes[at].parent
             return int(processes[pid].started or 0), depth
 
-        return sorted(found, key=place)
+        return sorted(found, key=rank)
 
     def _from_proc(self, mark: str, files: Sequence[str]) -> dict[int, _Process]:
         """Every process but this one, its session and process 1, from /proc."""
@@ -1137,7 +1282,9 @@ class Posix:
         if str(os.getpid()) not in names:
             raise OSError(errno.ENOENT, "/proc does not show the processes here")
         for name in names:
-            entry = _proc_stat(name) if name.isdigit() and int(name) not in (1, os.getpid()) else None
+            if not name.isdigit() or int(name) in (1, os.getpid()):
+                continue
+            entry = _living(name)
             if entry and entry.session != os.getsid(0):
                 marked = needle in _proc_file(name, "environ") or _writes_to(name, files)
                 processes[int(name)] = entry._replace(marked=marked)
@@ -1146,46 +1293,63 @@ class Posix:
     def _from_ps(self, mark: str) -> dict[int, _Process]:
         """The same by ps(1), where there is no /proc; process groups stand in for sessions."""
         import subprocess
-        listing = subprocess.run(["ps", "-A", "-E", "-ww", "-o", "pid=,ppid=,pgid=,stat=,command="],
-                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+        command = ["ps", "-A", "-E", "-ww", "-o", "pid=,ppid=,pgid=,stat=,command="]
+        listing = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
         processes = {}
         for line in listing.decode("utf-8", "replace").splitlines():
-            pid, parent, group, state, command = (line.split(None, 4) + [""] * 5)[:5]
-            if pid.isdigit() and int(pid) not in (1, os.getpid()) and state[0] != "Z" and int(group) != os.getpgid(0):
-                marked = any((word + "\0").startswith("QUEUECTL_RUN=" + mark) for word in command.split())
+            pid, parent, group, state, words = (line.split(None, 4) + [""] * 5)[:5]
+            if not pid.isdigit() or int(pid) in (1, os.getpid()) or state[0] == "Z":
+                continue
+            if int(group) != os.getpgid(0):
+                marked = any((word + "\0").startswith("QUEUECTL_RUN=" + mark)
+                             for word in words.split())
                 processes[int(pid)] = _Process(int(parent), int(group), "", marked)
         return processes
 
     def end_process(self, pid: int, started: str, kill: bool) -> None:
         """SIGTERM or SIGKILL to a member, if it still is the process that `members` saw."""
-        entry = _proc_stat(str(pid)) if self.linux else None
-        if self.linux and (entry is None or entry.started != started):
-            return  # gone, and its number perhaps given to a stranger
+        if self.linux:
+            entry = _living(str(pid))
+            if entry is None or entry.started != started:
+                return  # gone, and its number perhaps given to a stranger
         try:
             os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
             os.kill(pid, signal.SIGCONT)  # a stopped process would not hear SIGTERM
         except (ProcessLookupError, PermissionError):
             pass
 
+    # Workers and supervisors.
+
     def dismiss(self, pid: int, now: bool) -> None:
         """Tell a worker of ours to go: after its job, or now."""
         os.kill(pid, signal.SIGUSR1 if now else signal.SIGHUP)
 
-    # Files and messages.
+    def stop(self, pid: int, life: str, now: bool) -> bool:
+        """Tell a supervisor to stop, by one signal or by two, if it holds the life file `life`.
 
-    def punch(self, fd: int, start: int, end: int) -> bool:
-        """Give back the disk space between two offsets while others go on writing at the end."""
-        libc = self._libc() if self.linux else None
-        if not libc:
+        Returns whether it was told.
+        """
+        if not _writes_to(str(pid), (life,)):
             return False
-        import ctypes
-        offset, length = ctypes.c_int64(start), ctypes.c_int64(end - start)
-        return bool(libc.fallocate(fd, 3, offset, length) == 0)  # PUNCH_HOLE | KEEP_SIZE
+        for _ in range(1 + now):
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.1)  # two at once would count as one
+        return True
+
+    def is_stopped(self, pid: int) -> bool:
+        """Whether a process is stopped, by SIGSTOP or a debugger, as far as this can be seen."""
+        return _proc_stat(str(pid))[:1] in ([b"T"], [b"t"])
+
+    def wake(self, pid: int, life: str) -> None:
+        """Let a process go on that was stopped, by Ctrl-Z for one, if it holds the file `life`."""
+        if self.is_stopped(pid) and _writes_to(str(pid), (life,)):
+            os.kill(pid, signal.SIGCONT)
 
     def say(self, text: str, stream: int = 1) -> None:
-        """What a worker or supervisor has to say; never waits: a full pipe or a stopped terminal holds up no job.
+        """Write what a worker or supervisor has to say to a standard stream, without ever waiting.
 
-        What the stream does not take now is not said. A stream that can be written takes 4096 bytes at least.
+        A full pipe or a stopped terminal holds up no job: what the stream does not take now is
+        not said. A stream that can be written to takes 4096 bytes at least.
         """
         if stream not in self.polls:
             import select
@@ -1197,106 +1361,6 @@ class Posix:
                 data = data[os.write(stream, data[:4096]):]
         except OSError:
             pass  # the terminal is gone; the record in the database is what counts
-
-    def is_stopped(self, pid: int) -> bool:
-        """Whether a process is stopped, by SIGSTOP or a debugger; only as far as this can be seen."""
-        return _proc_file(str(pid), "stat").rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])
-
-    def stop(self, pid: int, life: str, now: bool) -> bool:
-        """Tell a supervisor to stop by signals, if it holds the life file `life`; whether it was told."""
-        if not _writes_to(str(pid), (life,)):
-            return False
-        for _ in range(1 + now):
-            os.kill(pid, signal.SIGTERM)
-            time.sleep(0.1)  # two at once would count as one
-        return True
-
-    def wake(self, pid: int, life: str) -> None:
-        """Let a worker or supervisor go on that was stopped, by Ctrl-Z for one: it holds the life file `life`."""
-        if self.is_stopped(pid) and _writes_to(str(pid), (life,)):
-            os.kill(pid, signal.SIGCONT)
-
-    def refuse_full(self, folder: str) -> None:
-        """Raise Unavailable where writing to SQLite's mapped index would end the process.
-
-        Where blocks are smaller than pages of memory, SQLite does not make sure that a page of
-        its index has all its blocks before it writes to it: on a full disk that is a SIGBUS.
-        """
-        disk = os.statvfs(folder)
-        if disk.f_bsize < 4096 and disk.f_bavail * disk.f_frsize < 1 << 20:
-            raise Unavailable("no space left in %s; free some and try again" % folder)
-
-    def give_to_owner(self, fd: int, path: str) -> None:
-        """What root has made beside another user's file is given to that user, as SQLite does with its own."""
-        owner = os.stat(path)
-        if self.user == 0 and os.fstat(fd).st_uid != owner.st_uid:
-            os.fchown(fd, owner.st_uid, owner.st_gid)
-
-    def distrust(self, path: str, above: bool = False) -> str:
-        """Why others could change the file or folder `path`, or nothing; raises FileNotFoundError.
-
-        A group that is known to have no member but this user and root may write it. In a folder
-        `above` that of the database others may make names of their own where it is sticky; and
-        there a group without a name, as containers are given for a volume, is no threat.
-        """
-        info = os.lstat(path)
-        if stat.S_ISLNK(info.st_mode):
-            return "%s is a symbolic link" % path
-        if info.st_uid not in (0, self.user):
-            return "%s belongs to another user (uid %d)" % (path, info.st_uid)
-        if above and info.st_mode & stat.S_ISVTX:
-            return ""
-        shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        private = shared == stat.S_IWGRP and self._is_private_group(info.st_gid, above) and not self._has_acl(path)
-        if private or not shared:
-            return ""
-        mend = "use a database in a folder of your own"
-        if info.st_uid == self.user and not info.st_mode & stat.S_ISVTX:
-            mend = "`chmod go-w %s` mends that" % shell_word(path)
-        return "%s can be written by others; %s" % (path, mend)
-
-    def _has_acl(self, path: str) -> bool:
-        """Whether a list says who may write: then the bits of the group are those of its mask."""
-        try:
-            return self.linux and bool(os.getxattr(path, "system.posix_acl_access"))  # type: ignore[attr-defined,unused-ignore]
-        except OSError:
-            return False
-
-    def _is_private_group(self, group: int, nameless: bool) -> bool:
-        """Whether no account but this user's and root's belongs to a group; if it has no name: `nameless`."""
-        grp: Any = __import__("grp")
-        pwd: Any = __import__("pwd")
-        accounts = pwd.getpwall()
-        own = {"root"}.union(account.pw_name for account in accounts if account.pw_uid == self.user)
-        members = {account.pw_name for account in accounts if account.pw_gid == group}
-        try:
-            members.update(grp.getgrgid(group).gr_mem)
-        except KeyError:
-            return nameless
-        return members <= own
-
-    def _mounts(self) -> Iterator[tuple[str, str]]:
-        """Each mount point with the type of its file system (known on Linux alone)."""
-        try:
-            with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
-                entries = [line.split(" ")[1:3] for line in mounts]
-        except OSError:
-            return
-        for point, kind in entries:
-            yield re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), point), kind
-
-    def is_mount_point(self, path: str) -> bool:
-        """Whether something is mounted at `path` itself."""
-        return any(point == path for point, _ in self._mounts())
-
-    def network_file_system(self, folder: str) -> str:
-        """The type of the network file system `folder` is on, or nothing."""
-        real = os.path.realpath(folder)
-        best = ("", "")
-        for point, kind in self._mounts():  # of equal mount points the last one covers the others
-            if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
-                best = (point, kind)
-        return best[1] if best[1] in NETWORK_FILE_SYSTEMS else ""
 
 
 class Bell:
@@ -1326,6 +1390,7 @@ class Bell:
         signal.set_wakeup_fd(max(self.fd, self.write_end), warn_on_full_buffer=False)
 
     def watch(self, fd: int) -> None:
+        """From now on `wait` ends when this descriptor can be read, too."""
         self._poll.register(fd, 1)  # POLLIN
 
     def forget(self, fd: int) -> None:
@@ -1336,7 +1401,9 @@ class Bell:
 
         All rings so far are taken together: look at everything afterwards, and none is lost.
         """
-        if not self._poll.poll(None if seconds is None else max(0, int(seconds * 1000 + 0.999))):
+        if seconds is not None:
+            seconds = max(0, int(seconds * 1000 + 0.999))
+        if not self._poll.poll(seconds):
             return False
         try:
             return bool(os.read(self.fd, 65536))
@@ -1363,6 +1430,8 @@ class Windows:
         self.childless = False
         self.runs: dict[int, tuple[Any, int]] = {}  # pid: (Popen, handle of the Job Object)
 
+    # Files.
+
     def try_lock(self, fd: int, shared: bool = False) -> bool:
         os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
         try:
@@ -1370,14 +1439,6 @@ class Windows:
             return True
         except OSError:
             return False
-
-    def read_at(self, fd: int, size: int, start: int) -> bytes:
-        os.lseek(fd, start, os.SEEK_SET)
-        return os.read(fd, size)
-
-    def write_at(self, fd: int, data: bytes, start: int) -> int:
-        os.lseek(fd, start, os.SEEK_SET)
-        return os.write(fd, data)
 
     def unlock(self, fd: int) -> None:
         os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
@@ -1396,88 +1457,20 @@ class Windows:
         finally:
             os.close(fd)  # which frees the lock
 
-    def prepare_worker(self, supervisor: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console tells every process
+    def read_at(self, fd: int, size: int, start: int) -> bytes:
+        os.lseek(fd, start, os.SEEK_SET)
+        return os.read(fd, size)
 
-    def orphaned(self, supervisor: int, life: str) -> bool:
-        return not self.held(life)
-
-    def _kernel(self) -> Any:
-        ctypes: Any = __import__("ctypes")
-        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
-        kernel.CreateJobObjectW.restype = ctypes.c_void_p
-        return kernel
-
-    def native(self, text: str) -> Any:
-        return text
-
-    def environment(self) -> dict[Any, Any]:
-        return dict(os.environ)
-
-    def sync(self, fd: int) -> None:
-        os.fsync(fd)
-
-    def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
-        """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
-        import subprocess
-        ctypes: Any = __import__("ctypes")
-        line = "%s \"%s\"" % (" ".join(self.shell), command)
-        process = subprocess.Popen(line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                   creationflags=0x4 | 0x200)  # SUSPENDED, NEW_PROCESS_GROUP
-        for _, old in self.runs.values():  # of runs that did not complete: nothing of them may live on
-            self._kernel().CloseHandle(ctypes.c_void_p(old))
-        self.runs.clear()
-        handle = self._kernel().CreateJobObjectW(None, None)
-        self._kill_on_close(handle, True)
-        owned = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined]
-        self._kernel().AssignProcessToJobObject(ctypes.c_void_p(handle), owned)
-        ctypes.WinDLL("ntdll").NtResumeProcess(owned)
-        self.runs[process.pid] = process, handle
-        return process.pid
-
-    def _kill_on_close(self, handle: int, kill: bool) -> None:
-        """Set JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE in JOBOBJECT_EXTENDED_LIMIT_INFORMATION (9)."""
-        ctypes: Any = __import__("ctypes")
-        info = ctypes.create_string_buffer(144)
-        info[16:20] = (0x2000 if kill else 0).to_bytes(4, "little")  # LimitFlags
-        self._kernel().SetInformationJobObject(ctypes.c_void_p(handle), 9, info, 144)
-
-    def reap(self, pid: int) -> int | None:
-        code = self.runs[pid][0].poll() if pid in self.runs else None
-        if code == 0:  # whatever a completed run left behind may live on
-            _, handle = self.runs.pop(pid)
-            self._kill_on_close(handle, False)
-            self._kernel().CloseHandle(__import__("ctypes").c_void_p(handle))
-        return None if code is None else int(code)
-
-    def members(self, mark: str, files: Sequence[str], leader: Leader, known: dict[int, str]) -> dict[int, str]:
-        """The run's Job Object while any process lives in it; nothing for other workers' runs."""
-        if leader.pid not in self.runs:
-            return {}
-        ctypes: Any = __import__("ctypes")
-        info = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION (1)
-        self._kernel().QueryInformationJobObject(ctypes.c_void_p(self.runs[leader.pid][1]), 1, info, 48, None)
-        return {leader.pid: ""} if int.from_bytes(info[40:44], "little") else {}  # ActiveProcesses
-
-    def end_process(self, pid: int, started: str, kill: bool) -> None:
-        self._kernel().TerminateJobObject(__import__("ctypes").c_void_p(self.runs[pid][1]), 1)
-
-    def _nothing(self, *values: Any) -> None:
-        """What needs no doing here: workers poll the stop flag of their pool, for one."""
+    def write_at(self, fd: int, data: bytes, start: int) -> int:
+        os.lseek(fd, start, os.SEEK_SET)
+        return os.write(fd, data)
 
     def read_elsewhere(self, path: str, size: int) -> bytes:
         with open(path, "rb") as file:  # locks are lost here with their own handle alone
             return file.read(size)
 
-    def place(self) -> str:
-        return ""
-
-    def descriptors(self) -> set[int]:
-        return set()
-
-    ticks = os.getpid
-    prepare_parent = refuse_full = give_to_owner = check_room = keep_standard_streams = reap_strangers = _nothing
-    dismiss = stop = wake = punch = is_mount_point = is_stopped = distrust = _nothing
+    def network_file_system(self, folder: str) -> str:
+        return "a network share" if os.path.realpath(folder).startswith("\\\\") else ""
 
     def say(self, text: str, stream: int = 1) -> None:
         try:
@@ -1485,8 +1478,94 @@ class Windows:
         except OSError:
             pass
 
-    def network_file_system(self, folder: str) -> str:
-        return "a network share" if os.path.realpath(folder).startswith("\\\\") else ""
+    # Processes.
+
+    def prepare_worker(self, supervisor: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console tells every process
+
+    def orphaned(self, supervisor: int, life: str) -> bool:
+        return not self.held(life)
+
+    def native(self, text: str) -> Any:
+        return text
+
+    def environment(self) -> dict[Any, Any]:
+        return dict(os.environ)
+
+    def _kernel(self, name: str, handle: int | None, *arguments: Any) -> Any:
+        """Call the function `name` of kernel32 whose first argument is a handle, or NULL."""
+        ctypes: Any = __import__("ctypes")
+        function = getattr(ctypes.WinDLL("kernel32", use_last_error=True), name)
+        function.restype = ctypes.c_void_p
+        return function(ctypes.c_void_p(handle), *arguments)
+
+    def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int,
+              out: int, err: int) -> int:
+        """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
+        import subprocess
+        ctypes: Any = __import__("ctypes")
+        line = "%s \"%s\"" % (" ".join(self.shell), command)
+        process = subprocess.Popen(
+            line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            creationflags=0x4 | 0x200)  # SUSPENDED, NEW_PROCESS_GROUP
+        for _, old in self.runs.values():  # of runs that failed: nothing of them may live on
+            self._kernel("CloseHandle", old)
+        self.runs.clear()
+        handle = self._kernel("CreateJobObjectW", None, None)
+        self._kill_on_close(handle, True)
+        owned = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined]
+        self._kernel("AssignProcessToJobObject", handle, owned)
+        ctypes.WinDLL("ntdll").NtResumeProcess(owned)
+        self.runs[process.pid] = process, handle
+        return process.pid
+
+    def _kill_on_close(self, handle: int, kill: bool) -> None:
+        """Set JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE in JOBOBJECT_EXTENDED_LIMIT_INFORMATION (9)."""
+        info: Any = __import__("ctypes").create_string_buffer(144)
+        info[16:20] = (kill * 0x2000).to_bytes(4, "little")  # LimitFlags
+        self._kernel("SetInformationJobObject", handle, 9, info, 144)
+
+    def reap(self, pid: int) -> int | None:
+        if pid not in self.runs:
+            return None
+        process, handle = self.runs[pid]
+        code: int | None = process.poll()
+        if code == 0:  # whatever a completed run left behind may live on
+            del self.runs[pid]
+            self._kill_on_close(handle, False)
+            self._kernel("CloseHandle", handle)
+        return code
+
+    def members(self, mark: str, files: Sequence[str], leader: Leader,
+                known: dict[int, str]) -> dict[int, str]:
+        """The run's Job Object while any process lives in it; nothing for other workers' runs."""
+        if leader.pid not in self.runs:
+            return {}
+        # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION (1), in which ActiveProcesses is the number at 40
+        info: Any = __import__("ctypes").create_string_buffer(48)
+        handle = self.runs[leader.pid][1]
+        self._kernel("QueryInformationJobObject", handle, 1, info, 48, None)
+        return {leader.pid: ""} if any(info[40:44]) else {}
+
+    def end_process(self, pid: int, started: str, kill: bool) -> None:
+        self._kernel("TerminateJobObject", self.runs[pid][1], 1)
+
+    # What needs nothing doing here, or nothing to be looked at.
+
+    def _nothing(self, *values: Any) -> None:
+        """Workers poll the stop flag of their pool, for one."""
+
+    prepare_parent = refuse_full = give_to_owner = check_room = keep_standard_streams = _nothing
+    reap_strangers = dismiss = stop = wake = punch = is_mount_point = is_stopped = _nothing
+    distrust = _nothing
+    sync = staticmethod(os.fsync)
+    ticks = os.getpid  # any number will do
+
+    def place(self) -> str:
+        return ""
+
+    def descriptors(self) -> set[int]:
+        return set()
 
 
 class PollingBell(Bell):
@@ -1504,20 +1583,28 @@ class PollingBell(Bell):
     forget = watch
 
     def wait(self, seconds: float | None) -> bool:
-        time.sleep(0.02 if seconds is None else max(0.0, min(seconds, 0.02)))
+        if seconds is None:
+            seconds = 0.02
+        time.sleep(max(0.0, min(seconds, 0.02)))
         return True
 
 
-WINDOWS = os.name == "nt"
 system: Any = Windows() if WINDOWS else Posix()
 make_bell: type[Bell] = PollingBell if WINDOWS else Bell
 
 
 # ═══ Files ═══ what stands beside the database: paths, bells, life files, output ═════════════
+#
+# The write mutex `queue.db.lock`, and the folder `queue.db.d`. In the folder each worker and pool
+# has a life file, whose lock says that it lives and in which workers leave notes; a worker has a
+# bell, and pairs of output files, whose locks are the token of the run that writes to them.
+# The names begin with that of the worker or pool, which is never used twice.
+
 
 def _refuse_planted(info: os.stat_result, path: str) -> None:
     if info.st_uid not in (0, system.user) and system.user != 0:
-        raise QueueError("%s belongs to another user (uid %d), whose queue this is" % (path, info.st_uid))
+        raise QueueError("%s belongs to another user (uid %d), whose queue this is"
+                         % (path, info.st_uid))
     if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
         raise QueueError("%s is not a plain file with one name; remove it" % path)
 
@@ -1527,6 +1614,7 @@ def open_beside(path: str, flags: int) -> int:
 
     Raises QueueError if it is anything but a plain file of this user with one name: others may
     have put there a link to a file that they can't write themselves, and wait for us to do it.
+    Raises OSError if it can't be opened.
     """
     try:
         fd = os.open(path, flags | OPEN_BESIDE, 0o600)
@@ -1537,7 +1625,7 @@ def open_beside(path: str, flags: int) -> int:
     try:
         _refuse_planted(os.fstat(fd), path)
         return fd
-    except BaseException:  # who kept it open would be taken for a process of the run that it belongs to
+    except BaseException:  # who kept it open would be taken for a process of the file's run
         os.close(fd)
         raise
 
@@ -1589,8 +1677,7 @@ def write_at(fd: int, start: int, data: bytes) -> None:
         data, start = data[written:], start + written
 
 
-# What stands beside the database: the write mutex, and a folder with the files of its workers.
-# Their names begin with the name of their worker or pool, which is never used twice.
+# Paths.
 
 
 def mutex_path(db: str) -> str:
@@ -1601,7 +1688,7 @@ def folder_path(db: str) -> str:
     return db + ".d"
 
 
-# Workers are called POOL-NUMBER, so that no name is the beginning of another with a dot behind it.
+# Workers are called POOL-NUMBER: no name is the beginning of another with a dot behind it.
 
 
 def life_path(db: str, name: str) -> str:
@@ -1620,9 +1707,23 @@ def output_paths(db: str, worker: str, slot: int) -> tuple[str, str]:
 def names_beside(db: str, ending: str) -> list[str]:
     """The workers and pools that have a file with this ending in the folder."""
     try:
-        return [name[:len(name) - len(ending)] for name in os.listdir(folder_path(db)) if name.endswith(ending)]
+        files = os.listdir(folder_path(db))
     except OSError:  # there is none, or it can't be read: then nobody can be rung or asked
         return []
+    return [file[:len(file) - len(ending)] for file in files if file.endswith(ending)]
+
+
+def remove_files(db: str, name: str) -> None:
+    """Remove what a worker or pool that has ended left in the folder."""
+    files = [file for file in names_beside(db, "") if file.startswith(name + ".")]
+    for file in sorted(files, key=lambda file: file.endswith(".life")):  # last: it tells of the rest
+        try:
+            os.unlink(os.path.join(folder_path(db), file))
+        except OSError:  # open on Windows, or the folder is read-only: the next sweep gets it
+            pass
+
+
+# Who lives, and is to wake up.
 
 
 def is_alive(db: str, name: str) -> bool:
@@ -1662,17 +1763,19 @@ def ring_all(db: str) -> None:
 
 RUN_NOTE, TROUBLE_NOTE = 200, 300  # bytes
 RunNote = namedtuple("RunNote", "place seq run leader first last")
-RunNote.__doc__ = """`place` is what process ids are counted in; the rest but `seq` and `run` is a Leader."""
+RunNote.__doc__ = """`place` is what process ids are counted in, `seq` and `run` which run of which
+job it is, and the rest is a Leader."""
 
 
 def _note(life: int, start: int, size: int, text: str) -> None:
     try:
         write_at(life, start, text.encode("utf-8", "replace")[:size].ljust(size))
-    except OSError:  # the disk is full, or the file not yet there: what the note helps with is rare
+    except OSError:  # the disk is full, or the file not yet there: notes help in rare cases only
         pass
 
 
 def note_run(life: int, note: RunNote) -> None:
+    """Note as which process a run began, in the life file that is open as `life`."""
     _note(life, 0, RUN_NOTE, " ".join(map(str, note)))
 
 
@@ -1693,14 +1796,14 @@ def _read_life(db: str, name: str, start: int, size: int) -> str:
 
 
 def leader_of(db: str, worker: str, seq: int, run: int) -> Leader:
-    """The process that a run of a dead worker began as; NOBODY if that isn't known for sure any more."""
+    """The process that a run of a dead worker began as; NOBODY if that isn't known for sure."""
     fields = _read_life(db, worker, 0, RUN_NOTE).split()
     if len(fields) != len(RunNote._fields):
         return NOBODY
     note = RunNote(fields[0], *map(int, fields[1:]))
-    if (note.place, note.seq, note.run) != (system.place(), seq, run):
+    if note[:3] != (system.place(), seq, run):
         return NOBODY
-    return Leader(note.leader, note.first, note.last)
+    return Leader(*note[3:])
 
 
 def trouble_of(db: str, worker: str) -> str:
@@ -1708,24 +1811,20 @@ def trouble_of(db: str, worker: str) -> str:
     return _read_life(db, worker, RUN_NOTE, TROUBLE_NOTE)
 
 
-def remove_files(db: str, name: str) -> None:
-    """Remove what a worker or pool that has ended left in the folder."""
-    endings = [entry for entry in names_beside(db, "") if entry.startswith(name + ".")]
-    for entry in sorted(endings, key=lambda entry: entry.endswith(".life")):  # that last: it tells of the rest
-        try:
-            os.unlink(os.path.join(folder_path(db), entry))
-        except OSError:  # open on Windows, or the folder can't be written: the next sweep gets it
-            pass
+# The output of runs.
 
 
 def head_and_tail(fd: int, limit: int) -> bytes:
-    """The contents of an output file, at most `limit` bytes: its head and its tail, the gap marked."""
+    """The contents of an output file: if it has more than `limit` bytes its head and its tail.
+
+    Between the two stands how much was left out. Raises OSError.
+    """
     size = os.lseek(fd, 0, os.SEEK_END)
     if size <= limit:
-        return read_between(fd, 0, size) if size else b""
+        return read_between(fd, 0, size)
     half = limit // 2
-    return b"%s\n[queuectl: %d bytes left out here]\n%s" % (
-        read_between(fd, 0, half), size - 2 * half, read_between(fd, size - half, size))
+    gap = b"\n[queuectl: %d bytes left out here]\n" % (size - 2 * half)
+    return read_between(fd, 0, half) + gap + read_between(fd, size - half, size)
 
 
 class Slot:
@@ -1744,7 +1843,7 @@ class Slot:
         self.punched = [0, 0]  # up to which offset the middle was given back, for each stream
 
     def open(self) -> bool:
-        """Open the files and take the token; False if somebody still holds it."""
+        """Open the files and take the token; False if somebody still holds it. Raises OSError."""
         try:
             for path in self.paths:
                 self.fds.append(open_private(path, os.O_RDWR | os.O_APPEND))
@@ -1757,6 +1856,7 @@ class Slot:
         return False
 
     def close(self) -> None:
+        """Let go of the token, as far as it is this process's."""
         for fd in self.fds:
             os.close(fd)
         self.fds, self.punched = [], [0, 0]
@@ -1785,27 +1885,33 @@ class Slot:
         """Keep a run that prints without end from filling the disk; the bytes it has printed.
 
         Head and tail stay; what lies between them is given back to the file system once it is
-        more than `limit`. Where holes are not supported, the file is cut behind its head.
+        more than `limit` bytes. Where holes are not supported, the file is cut behind its head.
+        Raises OSError.
         """
-        total = 0
+        total, half = 0, limit // 2
         for index, fd in enumerate(self.fds):
             size = os.fstat(fd).st_size
             total += size
-            start, end = max(self.punched[index], limit // 2), (size - limit) // 4096 * 4096
-            if end - start > limit:
-                if system.punch(fd, start, end):
-                    self.punched[index] = end
-                elif not WINDOWS:
-                    os.ftruncate(fd, limit // 2)
+            start, end = max(self.punched[index], half), (size - limit) // 4096 * 4096
+            if end - start <= limit:
+                continue
+            if system.punch(fd, start, end):
+                self.punched[index] = end
+            elif not WINDOWS:
+                os.ftruncate(fd, half)
         return total
 
     def empty(self) -> None:
+        """Throw the contents away. Raises OSError."""
         for fd in self.fds:
             if os.lseek(fd, 0, os.SEEK_END):
                 os.ftruncate(fd, 0)
 
     def clear(self, printed: bool) -> None:
-        """After the commit that recorded the run: empty the files, then let go of the token."""
+        """After the commit that recorded the run: empty the files, then let go of the token.
+
+        `printed` is whether there is anything in them. Raises OSError.
+        """
         if printed:
             self.empty()
         self.close()
