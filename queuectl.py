@@ -772,9 +772,8 @@ if TYPE_CHECKING:
 TICK = 0.25  # seconds a write waits in the kernel before it looks at flags and deadlines again
 TOKEN_FD = 239  # where a job's processes inherit the token: above what scripts use with flock(1)
 NETWORK_FILE_SYSTEMS = (
-    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "afs", "beegfs",
-    "davfs", "virtiofs", "vboxsf", "fuse.davfs", "fuse.glusterfs", "fuse.grpcfuse", "fuse.rclone",
-    "fuse.s3fs", "fuse.sshfs")
+    "nfs nfs4 cifs smb3 smbfs 9p ceph lustre gpfs afs beegfs davfs virtiofs vboxsf fuse.davfs "
+    "fuse.glusterfs fuse.grpcfuse fuse.rclone fuse.s3fs fuse.sshfs")
 
 OPEN_BESIDE = 0  # how files beside the database are opened: no link, no waiting, closed at exec
 for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
@@ -840,8 +839,8 @@ def _living(pid: int) -> _Process | None:
     fields = _proc_stat(pid)
     if not fields or fields[0] in (b"Z", b"X"):
         return None
-    parent, session, started = fields[1], fields[3], fields[19]
-    return _Process(int(parent), int(session), started.decode(), False)
+    return _Process(int(fields[1]), int(fields[3]),
+                    fields[19].decode(), False)
 
 
 def _writes_to(pid: int, files: Sequence[str]) -> bool:
@@ -910,8 +909,10 @@ class PosixFiles:
         """Whether a living process holds the lock on a file; also if that can't be found out."""
         try:
             fd = os.open(path, os.O_RDONLY | OPEN_BESIDE)
-        except OSError as error:
-            return not isinstance(error, FileNotFoundError)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
         try:
             return not self.try_lock(fd, shared=True)
         except OSError:
@@ -1000,7 +1001,8 @@ class PosixFiles:
         except OSError:
             return
         for point, kind in entries:  # blanks and the like are written as \040
-            yield re.sub(r"\\[0-7]{3}", lambda match: chr(int(match[0][1:], 8)), point), kind
+            point = re.sub(r"\\[0-7]{3}", lambda code: chr(int(code[0][1:], 8)), point)
+            yield point, kind
 
     def is_mount_point(self, path: str) -> bool:
         """Whether something is mounted at `path` itself."""
@@ -1011,9 +1013,10 @@ class PosixFiles:
         real = os.path.realpath(folder) + "/"
         longest, its_kind = "", ""
         for point, kind in self._mounts():  # of equal mount points the last one covers the others
-            if real.startswith(point.rstrip("/") + "/") and len(point) >= len(longest):
+            above = real.startswith(point.rstrip("/") + "/")
+            if above and len(point) >= len(longest):
                 longest, its_kind = point, kind
-        return its_kind if its_kind in NETWORK_FILE_SYSTEMS else ""
+        return its_kind if its_kind in NETWORK_FILE_SYSTEMS.split() else ""
 
     # Whose a file is, and who else may write it.
 
@@ -1571,13 +1574,7 @@ class Windows:
     reap_strangers = dismiss = stop = wake = punch = is_mount_point = is_stopped = _nothing
     distrust = hold_signals = let_through = _nothing
     sync = staticmethod(os.fsync)
-    ticks = os.getpid  # any number will do
-
-    def place(self) -> str:
-        return ""
-
-    def descriptors(self) -> set[int]:
-        return set()
+    descriptors, place, ticks = set, str, os.getpid  # when called: an empty set, "", any number
 
 
 class PollingBell(Bell):
@@ -1650,7 +1647,9 @@ def is_link(path: str) -> bool:
         info = os.lstat(path)
     except FileNotFoundError:
         return False
-    return stat.S_ISLNK(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink > 1)
+    if stat.S_ISREG(info.st_mode):
+        return info.st_nlink > 1
+    return stat.S_ISLNK(info.st_mode)
 
 
 def sync_folder(folder: str) -> None:
@@ -3974,8 +3973,8 @@ class Run:
         env = {**env, **self._variables(db)}
         try:
             first = system.ticks()
-            command, outputs = self.job.command, self.slot.fds
-            self.pid = system.spawn(command, env, cwd, umask, *outputs)
+            self.pid = system.spawn(self.job.command, env, cwd, umask,
+                                    *self.slot.fds)
             self.leader = Leader(self.pid, first, system.ticks())
             return ""
         except OSError as error:
@@ -4003,9 +4002,6 @@ class Run:
         except ChildProcessError:
             self.lost = True
         return self.exit_code is not None or self.lost
-
-    def overdue(self) -> bool:
-        return time.monotonic() >= self.deadline
 
     def patience(self) -> float:
         """Seconds for which the worker may sleep without harm to this run."""
@@ -4054,8 +4050,8 @@ class Run:
 
 # ═══ Worker ═══ claim, run, record; recovery of what dead workers held ═══════════════════════
 #
-# What a worker does for a job, and what it holds meanwhile. It holds its life lock from before it
-# is registered until it has ended; everybody else asks that lock whether it lives.
+# What a worker does for a job, and in which order. All the time it holds its life lock, from the
+# transaction that registers it until its process has ended: the others ask that lock if it lives.
 #
 #     take the next run's token     flock of the slot's two output files
 #     ┌ mutex, BEGIN IMMEDIATE
@@ -4068,10 +4064,13 @@ class Run:
 #     tell how the last run ended, empty its output files, let go of its token
 #     wait: for the end of the shell, the deadline, a cancellation, an order to stop
 #
-# * The token is taken before the commit. From the commit on the job is claimed: were this worker
-#   killed between the two, others would see a claimed job without a token, as if its run had ended.
-# * The last run is recorded and the next job claimed in one commit. So the last token and the
-#   next are held at once, which takes two slots; while records are not on disk yet, some more.
+# * The token is taken before the commit, which notes the number of its slot. From the commit on,
+#   whoever finds this worker dead asks that slot whether the run still lives. A claim whose token
+#   could not be taken (no descriptor is left, a daemon keeps the files) would look like a run that
+#   has ended.
+# * The last run is recorded and the next job claimed in one commit, under one mutex. So the last
+#   token and the next are held at once, which takes two slots; while records are not on disk yet,
+#   some more.
 # * The sync comes before telling, and before the output files are emptied. A power cut may undo a
 #   commit until then: nobody has heard of it, and the job runs again.
 # * A job that another was to run after may have been recorded by another worker, whose commit is
@@ -4128,9 +4127,10 @@ def original_of(worker: str) -> str:
 #     ring every worker
 #
 # * Ending processes takes seconds. The write mutex must not be held so long, hence the lock.
-# * A worker that was killed while it recovers leaves everything as it was, or recorded.
-# * Between the look and the record the job may be cancelled, or recorded by another machine's
-#   recoverer of the same folder: the record says for which run it is, and changes no other.
+# * A recoverer may be killed at any moment. The job is then as it was, or recorded; what it left
+#   of files goes with the other files of the dead worker.
+# * Between the look and the record somebody may cancel the job. The record looks again, in its
+#   transaction, and changes nothing if the job is no longer in that very run.
 # * The dead are forgotten in a transaction, for workers are born in one: a life file whose lock
 #   is not taken yet is never seen.
 
@@ -4156,9 +4156,9 @@ class LostRun:
         self.orphans = members_of(mark, self.slot.paths, leader)
 
     def give_back(self, tell: Callable[[str], None], pool: str) -> bool:
-        """Record it, now that its orphans were ended; whether it was: some could perhaps not be.
+        """Record it, now that its orphans were ended; False if some could not be.
 
-        If that uses up the job's tries, it has died in the hands of `pool` too.
+        `tell` and `pool` are as for `recover`.
         """
         job, settings = self.job, self.store.settings()
         checkpoint("recovering")
@@ -4226,9 +4226,9 @@ def recover(store: Store, pause: Pause, tell: Callable[[str], None],
             pool: str = "") -> int:
     """Give back what dead workers held, after ending what is left of it; how many jobs.
 
-    `tell` gets a line for each. If that uses up a job's tries, it
-    has died in the hands of `pool` too. Raises QueueError if the database can't be trusted: by
-    what it says, processes are ended. Raises Unavailable or OSError if it can't be done now.
+    `tell` gets a line for each. A job whose tries are used up by that has died in the hands of
+    `pool` too. Raises QueueError if the database can't be trusted: by what it says, processes are
+    ended. Raises Unavailable or OSError if it can't be done now.
     """
     folder = folder_path(store.path)
     if not os.path.isdir(folder) and not store.lost_jobs():
@@ -4371,8 +4371,8 @@ def signal_name(number: int) -> str:
 class Records:
     """What a worker knows; how it tells, commits, and has the disk keep what it has recorded.
 
-    The first of four layers. On it rest Turns (between two runs), Runs (one run), and Worker (its
-    life).
+    A worker has four layers: on this one rest Turns (between two runs), on them Runs (one run),
+    on them Worker (its life).
     """
 
     def __init__(self, order: Order):
@@ -4442,8 +4442,8 @@ class Records:
         """Take on settings that have changed since the epoch before, and the order to stop."""
         if epoch == self.epoch:
             return
-        control = self.store.control(self.pool, epoch)
-        self.epoch, self.settings, stop, self.limited = control
+        self.epoch, self.settings, stop, self.limited = self.store.control(
+            self.pool, epoch)
         if stop > self.leave:
             self.leave = stop
             self.say("told to stop" + " now" * (stop == 2))
@@ -4632,8 +4632,8 @@ class Runs(Turns):
         if self.sync_failed:
             return self._put_off(run, "can't start: the disk can't be synced")
         problem = run.start(self.surroundings[job.context], self.db)
-        note = RunNote(self.place, job.seq, job.runs, *run.leader)
-        note_run(self.life, note)
+        note_run(self.life, RunNote(self.place, job.seq, job.runs,
+                                    *run.leader))
         if run.short:
             return self._put_off(run, problem)
         self.shortages = 0
@@ -4683,7 +4683,7 @@ class Runs(Turns):
 
     def _interruption(self, run: Run) -> tuple[str, str]:
         """Why a run must end now, as its ending and the reason, or two empty strings."""
-        if run.overdue():
+        if time.monotonic() >= run.deadline:
             return FAILED, "timed out after %ss" % show_number(run.job.timeout_seconds)
         try:
             if self._was_cancelled(run.job):
