@@ -39,7 +39,8 @@ Contents, in reading order; a section calls only those above it:
 
     Vocabulary   states, exit codes, errors, settings and their limits
     Values       durations, times, backoff, job input: pure functions
-    Platform     processes, locks, bells and files; POSIX and Windows
+    Platform     processes, locks, bells and the disk; POSIX and Windows
+    Files        what stands beside the database: paths, bells, life files, output
     SQL          the schema, its migrations, every statement
     Store        the database: one method for each change of state
     Runner       one run of one job
@@ -758,17 +759,29 @@ def read_job(text: str, now: int, longest: int, options: dict[str, Any]) -> dict
     return draft_of(fields, now, longest)
 
 
-# ═══ Platform ═══ processes, locks, bells and files; POSIX and Windows ═══════════════════════
+# ═══ Platform ═══ processes, locks, bells and the disk; POSIX and Windows ════════════════════
 #
 # The only section that knows the operating system. `Posix` and `Windows` are twins with one
-# signature; `system`, at its end, is the one in use.
+# signature; `system`, at its end, is the one in use. `Bell` and `PollingBell` are twins too.
 
-SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # of processes, memory, descriptors
+WINDOWS = os.name == "nt"
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # processes, memory, files
+if TYPE_CHECKING:
+    Env = dict[Any, Any]  # environment variables in native form
+    Living = dict[int, str]  # living processes by their ids, each with the time it started
 TICK = 0.25  # seconds a write waits in the kernel before it looks at flags and deadlines again
 TOKEN_FD = 239  # where a job's processes inherit the token: above what scripts use with flock(1)
 NETWORK_FILE_SYSTEMS = (
-    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "afs", "beegfs", "davfs", "virtiofs",
-    "vboxsf", "fuse.davfs", "fuse.glusterfs", "fuse.grpcfuse", "fuse.rclone", "fuse.s3fs", "fuse.sshfs")
+    "nfs nfs4 cifs smb3 smbfs 9p ceph lustre gpfs afs beegfs davfs virtiofs vboxsf fuse.davfs "
+    "fuse.glusterfs fuse.grpcfuse fuse.rclone fuse.s3fs fuse.sshfs")
+
+OPEN_BESIDE = 0  # how files beside the database are opened: no link, no waiting, closed at exec
+for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
+    OPEN_BESIDE |= getattr(os, _name, 0)
+
+
+def now_millis() -> int:
+    return to_millis(time.time())
 
 
 class _Tick(Exception):
@@ -779,14 +792,825 @@ def _raise_tick(signum: int, frame: FrameType | None) -> NoReturn:
     raise _Tick
 
 
-OPEN_BESIDE = 0  # never a link, never blocked by a FIFO, closed at exec
-for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
-    OPEN_BESIDE |= getattr(os, _name, 0)
+# What a process is, as far as a run is concerned: the ids of its parent and its session, when it
+# started (a text that is only compared, "" if unknown), and whether it was seen to carry the mark
+# of the run or to write to its files.
+_Process = namedtuple("_Process", "parent session started marked")
+
+
+class Leader(namedtuple("Leader", "pid first last")):
+    """The first process of a run, whose id is that of its session too.
+
+    It started between the clock ticks `first` and `last`. When it is gone its id can be given to
+    a stranger, but only once the session is empty.
+    """
+
+    def is_a_stranger(self, entry: _Process | None) -> bool:
+        """Whether the process that has its id now is another."""
+        if entry is None or not entry.started:
+            return False
+        return not self.first <= int(entry.started) <= self.last
+
+
+NOBODY = Leader(0, 0, 0)
+
+
+def _proc_file(pid: int, name: str) -> bytes:
+    """A file in /proc/PID; nothing if the process is gone or another user's.
+
+    Raises OSError where there is no room to look: a process that can't be seen now is not gone.
+    """
+    try:
+        with open("/proc/%d/%s" % (pid, name), "rb") as file:
+            return file.read()
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
+        return b""
+
+
+def _proc_stat(pid: int) -> list[bytes]:
+    """State, parent, group, session, … from /proc/PID/stat (proc(5)); nothing if it is gone."""
+    return _proc_file(pid, "stat").rpartition(b")")[2].split()
+
+
+def _living(pid: int) -> _Process | None:
+    """A process that has not ended."""
+    fields = _proc_stat(pid)
+    if not fields or fields[0] in (b"Z", b"X"):
+        return None
+    return _Process(int(fields[1]), int(fields[3]),
+                    fields[19].decode(), False)
+
+
+def _writes_to(pid: int, files: Sequence[str]) -> bool:
+    """Whether a process has one of `files` open for writing; who only reads them is no member."""
+    folder = "/proc/%d/fd" % pid
+    try:
+        for name in os.listdir(folder):
+            link = os.path.join(folder, name)
+            if os.readlink(link) in files and os.lstat(link).st_mode & 0o200:
+                return True
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
+    return False
+
+
+class PosixFiles:
+    """Locks, descriptors, the disk, and whom a file can be trusted with, on POSIX systems.
+
+    A lock (flock) belongs to the open file: whoever inherits the descriptor holds it too, and it
+    is free when the last copy is closed, however its holders ended. LOCK_UN would free it under
+    all of them, so nothing but the write mutex, which nobody inherits, is ever unlocked.
+    """
+
+    linux = sys.platform.startswith("linux")
+
+    def __init__(self) -> None:
+        import fcntl
+        self.fcntl = fcntl
+        self.user = os.geteuid()
+        self.read_at, self.write_at = os.pread, os.pwrite
+
+    def try_lock(self, fd: int, shared: bool = False) -> bool:
+        """Take the lock on an open file; False if another process holds it. Raises OSError."""
+        kind = self.fcntl.LOCK_SH if shared else self.fcntl.LOCK_EX
+        try:
+            self.fcntl.flock(fd, kind | self.fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+
+    def unlock(self, fd: int) -> None:
+        """Free the write mutex: the one lock that is never inherited."""
+        self.fcntl.flock(fd, self.fcntl.LOCK_UN)
+
+    def wait_lock(self, fd: int) -> None:
+        """Wait for a lock for at most a TICK; the caller's next `try_lock` tells if it came.
+
+        The kernel queues who waits, so writers take turns. An alarm whose handler raises ends the
+        wait, because handlers that only set flags don't: flock would be resumed after them. The
+        alarm may also strike between flock's return and the disarming: nothing is lost then,
+        for a lock that is held already can be tried again.
+        """
+        try:
+            signal.signal(signal.SIGALRM, _raise_tick)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+            try:
+                signal.setitimer(signal.ITIMER_REAL, TICK)
+                self.fcntl.flock(fd, self.fcntl.LOCK_EX)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except _Tick:
+            pass
+
+    def held(self, path: str) -> bool:
+        """Whether a living process holds the lock on a file; also if that can't be found out."""
+        try:
+            fd = os.open(path, os.O_RDONLY | OPEN_BESIDE)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        try:
+            return not self.try_lock(fd, shared=True)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+
+    # Descriptors.
+
+    def descriptors(self) -> set[int]:
+        """The open descriptors but the standard streams; none if they can't be listed."""
+        try:
+            found = {int(name) for name in os.listdir("/dev/fd")}
+        except OSError:
+            return set()
+        return {fd for fd in found if fd > 2 and self._is_open(fd)}
+
+    def _is_open(self, fd: int) -> bool:
+        try:
+            os.fstat(fd)
+        except OSError:  # that of the listing itself, for one
+            return False
+        return True
+
+    def keep_standard_streams(self) -> None:
+        """Before anything is opened: no file must become a standard stream that was closed."""
+        for number in (0, 1, 2):
+            if not self._is_open(number):
+                os.open(os.devnull, os.O_RDWR)
+
+    # The disk.
+
+    def sync(self, fd: int) -> None:
+        """Have the disk keep what was written to a file; macOS has a call of its own for that."""
+        if hasattr(self.fcntl, "F_FULLFSYNC"):
+            self.fcntl.fcntl(fd, self.fcntl.F_FULLFSYNC)
+        else:
+            getattr(os, "fdatasync", os.fsync)(fd)
+
+    def read_elsewhere(self, path: str, size: int) -> bytes:
+        """The first `size` bytes of a file, read by another process.
+
+        If this process read it, it would lose its locks on the file by closing it again.
+        """
+        import subprocess
+        command = ["head", "-c", str(size), path]
+        return subprocess.run(command, stdout=subprocess.PIPE).stdout
+
+    def punch(self, fd: int, start: int, end: int) -> bool:
+        """Give back the disk space between two offsets while others go on writing at the end.
+
+        Returns whether the file system can do that.
+        """
+        libc = self._libc()
+        if not libc:
+            return False
+        import ctypes
+        offset, length = ctypes.c_int64(start), ctypes.c_int64(end - start)
+        return bool(libc.fallocate(fd, 3, offset, length) == 0)  # PUNCH_HOLE | KEEP_SIZE
+
+    def _libc(self) -> Any:
+        """Linux's C library; None elsewhere, and for a Python that was built without libffi."""
+        if not self.linux:
+            return None
+        try:
+            import ctypes
+        except ImportError:
+            return None
+        return ctypes.CDLL(None, use_errno=True)
+
+    def refuse_full(self, folder: str) -> None:
+        """Raise Unavailable where writing to SQLite's mapped index would end the process.
+
+        Where blocks are smaller than pages of memory, SQLite does not make sure that a page of
+        its index has all its blocks before it writes to it: on a full disk that is a SIGBUS.
+        """
+        disk = os.statvfs(folder)
+        if disk.f_bsize < 4096 and disk.f_bavail * disk.f_frsize < 1 << 20:
+            raise Unavailable("no space left in %s; free some and try again" % folder)
+
+    def _mounts(self) -> Iterator[tuple[str, str]]:
+        """Each mount point with the type of its file system (known on Linux alone)."""
+        try:
+            with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+                entries = [line.split(" ")[1:3] for line in mounts]
+        except OSError:
+            return
+        for point, kind in entries:  # blanks and the like are written as \040
+            point = re.sub(r"\\[0-7]{3}", lambda code: chr(int(code[0][1:], 8)), point)
+            yield point, kind
+
+    def is_mount_point(self, path: str) -> bool:
+        """Whether something is mounted at `path` itself."""
+        return any(point == path for point, _ in self._mounts())
+
+    def network_file_system(self, folder: str) -> str:
+        """The type of the network file system that a folder is on, or nothing."""
+        real = os.path.realpath(folder) + "/"
+        longest, its_kind = "", ""
+        for point, kind in self._mounts():  # of equal mount points the last one covers the others
+            above = real.startswith(point.rstrip("/") + "/")
+            if above and len(point) >= len(longest):
+                longest, its_kind = point, kind
+        return its_kind if its_kind in NETWORK_FILE_SYSTEMS.split() else ""
+
+    # Whose a file is, and who else may write it.
+
+    def give_to_owner(self, fd: int, path: str) -> None:
+        """A file that root has made is given to the owner of `path`, as SQLite does it."""
+        owner = os.stat(path)
+        if self.user == 0 and os.fstat(fd).st_uid != owner.st_uid:
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+
+    def distrust(self, path: str, above: bool = False) -> str:
+        """Why others could change the file or folder `path`, or nothing.
+
+        A group that is known to have no member but this user and root may write it. In a folder
+        `above` that of the database others may make names of their own where it is sticky; and
+        there a group without a name, as containers are given for a volume, is no threat.
+        Raises FileNotFoundError.
+        """
+        info = os.lstat(path)
+        if stat.S_ISLNK(info.st_mode):
+            return "%s is a symbolic link" % path
+        if info.st_uid not in (0, self.user):
+            return "%s belongs to another user (uid %d)" % (path, info.st_uid)
+        sticky = info.st_mode & stat.S_ISVTX
+        shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if not shared or (above and sticky):
+            return ""
+        private = shared == stat.S_IWGRP and self._is_private_group(info.st_gid, above)
+        if private and not self._has_acl(path):
+            return ""
+        mend = "use a database in a folder of your own"
+        if info.st_uid == self.user and not sticky:
+            mend = "`chmod go-w %s` mends that" % shell_word(path)
+        return "%s can be written by others; %s" % (path, mend)
+
+    def _has_acl(self, path: str) -> bool:
+        """Whether a list says who may write: then the bits of the group are those of its mask."""
+        try:
+            return self.linux and bool(os.getxattr(  # type: ignore[attr-defined,unused-ignore]
+                path, "system.posix_acl_access"))
+        except OSError:
+            return False
+
+    def _is_private_group(self, group: int, nameless: bool) -> bool:
+        """Whether a group has no member but this user and root; `nameless` if it has no name."""
+        import grp
+        import pwd
+        accounts = pwd.getpwall()
+        own = {"root"}.union(account.pw_name for account in accounts if account.pw_uid == self.user)
+        members = {account.pw_name for account in accounts if account.pw_gid == group}
+        try:
+            members.update(grp.getgrgid(group).gr_mem)
+        except KeyError:
+            return nameless
+        return members <= own
+
+
+class Posix(PosixFiles):
+    """Linux, macOS and other Unixes: how processes are started, found and ended."""
+
+    shell = ("/bin/sh", "-c")
+    longest_command = 131071 if PosixFiles.linux else 200_000  # bytes, E2BIG beyond
+    # Forking takes 2 ms; elsewhere than on Linux system libraries don't survive a fork.
+    start_method = "fork" if PosixFiles.linux else "spawn"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.environment = os.environb.copy  # this process's, in native form
+        self.ticks_per_second = os.sysconf("SC_CLK_TCK")
+        self.childless = False  # nobody but the run just reaped was left below this process
+        self.subreaper = False
+        self.token_fd = TOKEN_FD
+        self.polls: dict[int, Any] = {}  # poll objects of standard streams
+
+    # Before the first job.
+
+    def check_room(self, workers: int) -> None:
+        """Raise QueueError if a supervisor can't do its work here, with so many workers."""
+        if self.linux and not os.path.exists("/proc/%d" % os.getpid()):
+            raise QueueError("/proc does not show the processes here, "
+                             "so what jobs leave behind could not be ended; mount it")
+        if not os.path.exists(os.devnull):
+            raise QueueError("there is no %s here, which jobs need as their stdin" % os.devnull)
+        need, have = 2 * workers + 32, self._most_descriptors()
+        if 0 <= have < need:
+            raise UsageError(
+                "%d workers need %d open files, and this shell allows %d; `ulimit -n %d` first"
+                % (workers, need, have, need))
+
+    def _most_descriptors(self) -> int:
+        """How many descriptors this process may have; -1 if there is no limit."""
+        import resource
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    def prepare_parent(self) -> None:
+        """Before workers are forked: load what all need, and keep the caller's files from jobs."""
+        self._libc()
+        for fd in self.descriptors():
+            os.set_inheritable(fd, False)
+
+    def prepare_worker(self, supervisor: int) -> None:
+        """A worker's first steps: out of the terminal's reach, told of its supervisor's death."""
+        os.setsid()
+        os.umask(0o077)
+        limit = self._most_descriptors()
+        if 0 <= limit <= TOKEN_FD:
+            self.token_fd = limit - 1
+        self.to_default = list(signal.valid_signals())  # jobs ignore and block none
+        self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # the stdin of jobs
+        libc = self._libc()
+        if libc:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
+            libc.prctl(1, int(signal.SIGHUP), 0, 0, 0)
+            self.subreaper = libc.prctl(36, 1, 0, 0, 0) == 0
+        if os.getppid() != supervisor:  # it died before the line above: no signal will come
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    def orphaned(self, supervisor: int, life: str) -> bool:
+        """Whether a worker's supervisor has died."""
+        return os.getppid() != supervisor
+
+    def place(self) -> str:
+        """What process ids and start times are counted in; "" if that is not known.
+
+        It is this start of the machine, and the namespace of process ids.
+        """
+        try:
+            with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
+                return "%s/%s" % (boot.read().strip(), os.readlink("/proc/self/ns/pid"))
+        except OSError:
+            return ""
+
+    def ticks(self) -> int:
+        """Now, in the unit of start times in /proc/PID/stat."""
+        if sys.platform != "linux":
+            return 0
+        return int(time.clock_gettime(time.CLOCK_BOOTTIME) * self.ticks_per_second)
+
+    # A run begins.
+
+    def native(self, text: str) -> Any:
+        """Text as the system takes it: UTF-8, whatever the locale says."""
+        return text.encode("utf-8", "surrogateescape")
+
+    def spawn(self, command: str, env: Env, cwd: str, umask: int,
+              out: int, err: int) -> int:
+        """Start `command` in a session of its own; return its process id, or raise OSError.
+
+        posix_spawn is twice as fast as subprocess. It can't set folder or umask, so the worker
+        takes them on for a moment; nothing is imported or opened by relative path meanwhile.
+        """
+        os.umask(umask)
+        try:
+            os.chdir(self.native(cwd))
+            if command[0] in "-+":  # a shell would take it for an option
+                command = " " + command
+            argv = [*self.shell, self.native(command)]
+            streams = {0: self.null, 1: out, 2: err, self.token_fd: err}
+            return self._spawn(argv, env, streams)
+        finally:
+            os.chdir("/")
+            os.umask(0o077)
+
+    def _spawn(self, argv: list[Any], env: Env, streams: dict[int, int]) -> int:
+        """`streams` gives the job's descriptors, each with the one here that it is a copy of."""
+        try:
+            actions = [(os.POSIX_SPAWN_DUP2, have, want) for want, have in streams.items()]
+            return os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True,
+                                  setsigdef=self.to_default, setsigmask=())
+        except (NotImplementedError, AttributeError):  # an old glibc (before 2.26), or PyPy
+            return self._fork_exec(argv, env, streams)
+
+    def _fork_exec(self, argv: list[Any], env: Env, streams: dict[int, int]) -> int:
+        import subprocess
+
+        def prepare() -> None:
+            for want, have in streams.items():
+                os.dup2(have, want)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            for number in set(self.to_default) - {signal.SIGKILL, signal.SIGSTOP}:
+                signal.signal(number, signal.SIG_DFL)
+
+        child = subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False,
+                                 preexec_fn=prepare)
+        child.returncode = 0  # else Popen, when it is forgotten here, would reap the exit code
+        return child.pid
+
+    # A run's processes.
+
+    def reap(self, pid: int) -> int | None:
+        """Collect dead children; the exit code of `pid` (negative: its signal) if that was one.
+
+        Orphans of earlier runs come to a subreaper too. Sets `childless` if no child is left:
+        then a run that failed has left nothing behind, and nobody has to search for it. Raises
+        ChildProcessError if `pid` (0: none) is no child any more: somebody else has its exit code.
+        """
+        code = None
+        while True:
+            try:
+                dead, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                self.childless = self.subreaper
+                if code is None and pid:
+                    raise
+                return code
+            if dead == 0:
+                self.childless = False
+                return code
+            if dead == pid:
+                if status == 0:  # then nobody will ask for `childless`, and strangers can wait
+                    return 0
+                code = os.WEXITSTATUS(status)
+                if os.WIFSIGNALED(status):
+                    code = -os.WTERMSIG(status)
+
+    def reap_strangers(self, own: set[int]) -> None:
+        """As process 1 of a container: collect dead processes that are not multiprocessing's."""
+        while self.linux and os.getpid() == 1:
+            try:
+                info = os.waitid(  # type: ignore[attr-defined,unused-ignore]
+                    os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if info is None or info.si_pid in own:
+                return
+            os.waitpid(info.si_pid, os.WNOHANG)
+
+    def members(self, mark: str, files: Sequence[str],
+                leader: Leader, known: Living) -> Living:
+        """The living processes of a run, ancestors first.
+
+        `mark` is how its QUEUECTL_RUN begins (a NUL ends it), `files` its output files, `leader`
+        its first process, `known` those found before. A member carries QUEUECTL_RUN, can write to
+        the files, is in the leader's session, shares a session with a member or descends from one;
+        so also children that closed all descriptors and left the session are found. Processes of
+        other users and namespaces are not. Raises OSError if the processes can't be seen now.
+        """
+        processes = self._from_proc(mark, files) if self.linux else self._from_ps(mark)
+        session = leader.pid
+        if leader.is_a_stranger(processes.get(session)):
+            session = 0
+        found = {pid for pid, entry in processes.items()
+                 if entry.marked or known.get(pid) == entry.started
+                 or (session and session == entry.session)}
+        while True:
+            sessions = {processes[pid].session for pid in found}
+            more = found.union(pid for pid, entry in processes.items()
+                               if entry.session in sessions or entry.parent in found)
+            if more == found:
+                return {pid: processes[pid].started for pid in self._from_the_top(found, processes)}
+            found = more
+
+    def _from_the_top(self, found: set[int],
+                      processes: dict[int, _Process]) -> list[int]:
+        """Processes in the order in which they are to be signalled: ancestors before descendants.
+
+        A shell whose child dies first would go on with its next command. A parent starts before
+        its child; of those that started in the same tick the one with fewer ancestors is first.
+        """
+        def rank(pid: int) -> tuple[int, int]:
+            depth, at = 0, pid
+            while processes[at].parent in found and depth < len(found):
+                depth, at = depth + 1, processes[at].parent
+            return int(processes[pid].started or 0), depth
+
+        return sorted(found, key=rank)
+
+    def _from_proc(self, mark: str, files: Sequence[str]) -> dict[int, _Process]:
+        """Every process but this one, its session and process 1, from /proc."""
+        needle = b"QUEUECTL_RUN=%s" % mark.encode()
+        processes = {}
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        if os.getpid() not in pids:
+            raise OSError(errno.ENOENT, "/proc does not show the processes here")
+        for pid in pids:
+            if pid in (1, os.getpid()):
+                continue
+            entry = _living(pid)
+            if entry and entry.session != os.getsid(0):
+                marked = needle in _proc_file(pid, "environ") or _writes_to(pid, files)
+                processes[pid] = entry._replace(marked=marked)
+        return processes
+
+    def _from_ps(self, mark: str) -> dict[int, _Process]:
+        """The same by ps(1), where there is no /proc; process groups stand in for sessions."""
+        import subprocess
+        command = ["ps", "-A", "-E", "-ww", "-o", "pid=,ppid=,pgid=,stat=,command="]
+        listing = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+        processes = {}
+        for line in listing.decode("utf-8", "replace").splitlines():
+            fields = [*line.split(None, 4), *[""] * 5]
+            pid, parent, group, state, words = fields[:5]
+            ours = not pid.isdigit() or int(pid) in (1, os.getpid())
+            if ours or state[0] == "Z" or int(group) == os.getpgid(0):
+                continue
+            marked = any((word + "\0").startswith("QUEUECTL_RUN=" + mark)
+                         for word in words.split())
+            processes[int(pid)] = _Process(int(parent), int(group), "", marked)
+        return processes
+
+    def end_process(self, pid: int, started: str, kill: bool) -> None:
+        """SIGTERM or SIGKILL to a member, if it still is the process that `members` saw."""
+        if self.linux:
+            entry = _living(pid)
+            if entry is None or entry.started != started:
+                return  # gone, and its number perhaps given to a stranger
+        try:
+            os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
+            os.kill(pid, signal.SIGCONT)  # a stopped process would not hear SIGTERM
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    # Workers and supervisors.
+
+    def hold_signals(self) -> Any:
+        """Let the signals wait that workers have handlers for; what `let_through` takes then."""
+        return signal.pthread_sigmask(signal.SIG_BLOCK, (
+            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD))
+
+    def let_through(self, mask: Any = ()) -> None:
+        """Hold back the signals in `mask` alone."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def dismiss(self, pid: int, now: bool) -> None:
+        """Tell a worker of ours to go: after its job, or now."""
+        os.kill(pid, signal.SIGUSR1 if now else signal.SIGHUP)
+
+    def stop(self, pid: int, life: str, now: bool) -> bool:
+        """Tell a supervisor to stop, by one signal or by two, if it holds the life file `life`.
+
+        Returns whether it was told.
+        """
+        if not _writes_to(pid, (life,)):
+            return False
+        for _ in range(1 + now):
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.1)  # two at once would count as one
+        return True
+
+    def is_stopped(self, pid: int) -> bool:
+        """Whether a process is stopped, by SIGSTOP or a debugger, as far as this can be seen."""
+        return _proc_stat(pid)[:1] in ([b"T"], [b"t"])
+
+    def wake(self, pid: int, life: str) -> None:
+        """Let a process go on that was stopped, by Ctrl-Z for one, if it holds the file `life`."""
+        if self.is_stopped(pid) and _writes_to(pid, (life,)):
+            os.kill(pid, signal.SIGCONT)
+
+    def say(self, text: str, stream: int = 1) -> None:
+        """Write what a worker or supervisor has to say to a standard stream, without ever waiting.
+
+        A full pipe or a stopped terminal holds up no job: what the stream does not take now is
+        not said. A stream that can be written to takes 4096 bytes at least.
+        """
+        if stream not in self.polls:
+            import select
+            self.polls[stream] = select.poll()
+            self.polls[stream].register(stream, select.POLLOUT)
+        data = text.encode("utf-8", "replace")
+        try:
+            while data and self.polls[stream].poll(0):
+                data = data[os.write(stream, data[:4096]):]
+        except OSError:
+            pass  # the terminal is gone; the record in the database is what counts
+
+
+class Bell:
+    """What a process sleeps on: anyone who knows the path can ring it, and so do its own signals.
+
+    A FIFO, held open for reading and writing, so that it neither ends nor blocks. A bell without
+    a path, or where the file system has no FIFOs, hears signals alone.
+    """
+
+    def __init__(self, path: str = ""):
+        import select
+        self.write_end = -1
+        try:
+            if not path:
+                raise OSError
+            os.mkfifo(path, 0o600)
+            self.fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
+        except OSError:
+            self.fd, self.write_end = os.pipe()
+            os.set_blocking(self.fd, False)
+            os.set_blocking(self.write_end, False)
+        self._poll = select.poll()
+        self._poll.register(self.fd, select.POLLIN)
+
+    def hear_signals(self) -> None:
+        """From now on a signal that has a handler rings this bell too."""
+        signal.set_wakeup_fd(max(self.fd, self.write_end), warn_on_full_buffer=False)
+
+    def watch(self, fd: int) -> None:
+        """From now on `wait` ends when this descriptor can be read, too."""
+        self._poll.register(fd, 1)  # POLLIN
+
+    def forget(self, fd: int) -> None:
+        self._poll.unregister(fd)
+
+    def wait(self, seconds: float | None) -> bool:
+        """Sleep until the bell rings, a watched descriptor ends, or for `seconds`; True if rung.
+
+        All rings so far are taken together: look at everything afterwards, and none is lost.
+        """
+        if seconds is not None:
+            seconds = max(0, int(seconds * 1000 + 0.999))
+        if not self._poll.poll(seconds):
+            return False
+        try:
+            return bool(os.read(self.fd, 65536))
+        except BlockingIOError:
+            return False
+
+
+class Windows:
+    """Windows, where a run is a Job Object that ends with its worker, and sleeping is polling.
+
+    Locks are byte-range locks far behind the end of the file; they block nobody's reading.
+    Tokens are not needed: the kernel ends the job's processes when the worker's handle closes.
+    """
+
+    shell = ("cmd.exe", "/d", "/s", "/c")
+    longest_command = 8000
+    linux = False
+    start_method = "spawn"
+    user = 0  # the system's own rights are not looked at
+    LOCK_AT = 1 << 30
+
+    def __init__(self) -> None:
+        self.msvcrt: Any = __import__("msvcrt")
+        self.childless = False
+        self.runs: dict[int, tuple[Any, int]] = {}  # pid: (Popen, handle of the Job Object)
+
+    # Files.
+
+    def try_lock(self, fd: int, shared: bool = False) -> bool:
+        os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
+        try:
+            self.msvcrt.locking(fd, self.msvcrt.LK_NBLCK, 1)
+            return True
+        except OSError:
+            return False
+
+    def unlock(self, fd: int) -> None:
+        os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
+        self.msvcrt.locking(fd, self.msvcrt.LK_UNLCK, 1)
+
+    def wait_lock(self, fd: int) -> None:
+        time.sleep(0.001 + os.urandom(1)[0] / 25600)  # jitter: nobody is queued
+
+    def held(self, path: str) -> bool:
+        try:
+            fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
+        except FileNotFoundError:
+            return False
+        try:
+            return not self.try_lock(fd)
+        finally:
+            os.close(fd)  # which frees the lock
+
+    def read_at(self, fd: int, size: int, start: int) -> bytes:
+        os.lseek(fd, start, os.SEEK_SET)
+        return os.read(fd, size)
+
+    def write_at(self, fd: int, data: bytes, start: int) -> int:
+        os.lseek(fd, start, os.SEEK_SET)
+        return os.write(fd, data)
+
+    def read_elsewhere(self, path: str, size: int) -> bytes:
+        with open(path, "rb") as file:  # locks are lost here with their own handle alone
+            return file.read(size)
+
+    def network_file_system(self, folder: str) -> str:
+        return "a network share" if os.path.realpath(folder).startswith("\\\\") else ""
+
+    def say(self, text: str, stream: int = 1) -> None:
+        try:
+            os.write(stream, text.encode("utf-8", "replace"))
+        except OSError:
+            pass
+
+    # Processes.
+
+    def prepare_worker(self, supervisor: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console tells every process
+
+    def orphaned(self, supervisor: int, life: str) -> bool:
+        return not self.held(life)
+
+    native = staticmethod(str)
+    environment = os.environ.copy
+
+    def _kernel(self, name: str, handle: int | None, *arguments: Any) -> Any:
+        """Call the function `name` of kernel32 whose first argument is a handle, or NULL."""
+        ctypes: Any = __import__("ctypes")
+        function = getattr(ctypes.WinDLL("kernel32", use_last_error=True), name)
+        function.restype = ctypes.c_void_p
+        return function(ctypes.c_void_p(handle), *arguments)
+
+    def spawn(self, command: str, env: Env, cwd: str, umask: int,
+              out: int, err: int) -> int:
+        """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
+        import subprocess
+        ctypes: Any = __import__("ctypes")
+        line = "%s \"%s\"" % (" ".join(self.shell), command)
+        process = subprocess.Popen(
+            line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            creationflags=0x4 | 0x200)  # SUSPENDED, NEW_PROCESS_GROUP
+        for _, old in self.runs.values():  # of runs that failed: nothing of them may live on
+            self._kernel("CloseHandle", old)
+        self.runs.clear()
+        handle = self._kernel("CreateJobObjectW", None, None)
+        self._kill_on_close(handle, True)
+        owned = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined]
+        self._kernel("AssignProcessToJobObject", handle, owned)
+        ctypes.WinDLL("ntdll").NtResumeProcess(owned)
+        self.runs[process.pid] = process, handle
+        return process.pid
+
+    def _kill_on_close(self, handle: int, kill: bool) -> None:
+        """Set JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE in JOBOBJECT_EXTENDED_LIMIT_INFORMATION (9)."""
+        info: Any = __import__("ctypes").create_string_buffer(144)
+        info[16:20] = (kill * 0x2000).to_bytes(4, "little")  # LimitFlags
+        self._kernel("SetInformationJobObject", handle, 9, info, 144)
+
+    def reap(self, pid: int) -> int | None:
+        if pid not in self.runs:
+            return None
+        process, handle = self.runs[pid]
+        code: int | None = process.poll()
+        if code == 0:  # whatever a completed run left behind may live on
+            del self.runs[pid]
+            self._kill_on_close(handle, False)
+            self._kernel("CloseHandle", handle)
+        return code
+
+    def members(self, mark: str, files: Sequence[str],
+                leader: Leader, known: Living) -> Living:
+        """The run's Job Object while any process lives in it; nothing for other workers' runs."""
+        if leader.pid not in self.runs:
+            return {}
+        # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION (1), in which ActiveProcesses is the number at 40
+        info: Any = __import__("ctypes").create_string_buffer(48)
+        handle = self.runs[leader.pid][1]
+        self._kernel("QueryInformationJobObject", handle, 1, info, 48, None)
+        return {leader.pid: ""} if any(info[40:44]) else {}
+
+    def end_process(self, pid: int, started: str, kill: bool) -> None:
+        self._kernel("TerminateJobObject", self.runs[pid][1], 1)
+
+    # What needs nothing doing here, or nothing to be looked at.
+
+    def _nothing(self, *values: Any) -> None:
+        """Workers poll the stop flag of their pool, for one."""
+
+    prepare_parent = refuse_full = give_to_owner = check_room = keep_standard_streams = _nothing
+    reap_strangers = dismiss = stop = wake = punch = is_mount_point = is_stopped = _nothing
+    distrust = hold_signals = let_through = _nothing
+    sync = staticmethod(os.fsync)
+    descriptors, place, ticks = set, str, os.getpid  # when called: an empty set, "", any number
+
+
+class PollingBell(Bell):
+    """The bell where there are no FIFOs to wait on: it rings every 20 ms."""
+
+    def __init__(self, path: str = ""):
+        self.fd = self.write_end = -1
+
+    def watch(self, fd: int = -1) -> None:
+        """Nothing is heard."""
+
+    hear_signals = forget = watch
+
+    def wait(self, seconds: float | None) -> bool:
+        if seconds is None:
+            seconds = 0.02
+        time.sleep(max(0.0, min(seconds, 0.02)))
+        return True
+
+
+system: Posix = Windows() if WINDOWS else Posix()  # type: ignore[assignment]
+make_bell = PollingBell if WINDOWS else Bell
+
+
+# ═══ Files ═══ what stands beside the database: paths, bells, life files, output ═════════════
+#
+# The write mutex `queue.db.lock`, and the folder `queue.db.d`. In the folder each worker and pool
+# has a life file, whose lock says that it lives and in which workers leave notes; a worker has a
+# bell, and pairs of output files, whose locks are the token of the run that writes to them.
+# The names begin with that of the worker or pool, which is never used twice.
 
 
 def _refuse_planted(info: os.stat_result, path: str) -> None:
     if info.st_uid not in (0, system.user) and system.user != 0:
-        raise QueueError("%s belongs to another user (uid %d), whose queue this is" % (path, info.st_uid))
+        raise QueueError("%s belongs to another user (uid %d), whose queue this is"
+                         % (path, info.st_uid))
     if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
         raise QueueError("%s is not a plain file with one name; remove it" % path)
 
@@ -796,6 +1620,7 @@ def open_beside(path: str, flags: int) -> int:
 
     Raises QueueError if it is anything but a plain file of this user with one name: others may
     have put there a link to a file that they can't write themselves, and wait for us to do it.
+    Raises OSError if it can't be opened.
     """
     try:
         fd = os.open(path, flags | OPEN_BESIDE, 0o600)
@@ -806,7 +1631,7 @@ def open_beside(path: str, flags: int) -> int:
     try:
         _refuse_planted(os.fstat(fd), path)
         return fd
-    except BaseException:  # who kept it open would be taken for a process of the run that it belongs to
+    except BaseException:  # who kept it open would be taken for a process of the file's run
         os.close(fd)
         raise
 
@@ -822,7 +1647,9 @@ def is_link(path: str) -> bool:
         info = os.lstat(path)
     except FileNotFoundError:
         return False
-    return stat.S_ISLNK(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink > 1)
+    if stat.S_ISREG(info.st_mode):
+        return info.st_nlink > 1
+    return stat.S_ISLNK(info.st_mode)
 
 
 def sync_folder(folder: str) -> None:
@@ -851,22 +1678,6 @@ def read_between(fd: int, start: int, end: int) -> bytes:
     return b"".join(parts)
 
 
-class Leader(namedtuple("Leader", "pid first last")):
-    """The first process of a run, which started between two clock ticks; its number is that of its session.
-
-    When it is gone its number can be given to a stranger, but only once the session is empty.
-    """
-
-    def is_a_stranger(self, entry: _Process | None) -> bool:
-        """Whether the process that has its number now is another."""
-        if entry is None or not entry.started:
-            return False
-        return not self.first <= int(entry.started) <= self.last
-
-
-NOBODY = Leader(0, 0, 0)
-
-
 def write_at(fd: int, start: int, data: bytes) -> None:
     """Write all of `data` into a file at the offset `start`."""
     while data:
@@ -874,738 +1685,7 @@ def write_at(fd: int, start: int, data: bytes) -> None:
         data, start = data[written:], start + written
 
 
-_Process = namedtuple("_Process", "parent session started marked")
-
-
-def _proc_file(pid: str, name: str) -> bytes:
-    """A file in /proc/PID; nothing if the process is gone or another user's.
-
-    Raises OSError where there is no room to look: a process that can't be seen now is not gone.
-    """
-    try:
-        with open("/proc/%s/%s" % (pid, name), "rb") as file:
-            return file.read()
-    except OSError as error:
-        if error.errno in SHORTAGES:
-            raise
-        return b""
-
-
-def _proc_stat(pid: str) -> _Process | None:
-    """Parent, session and start time of a living process, from /proc/PID/stat (proc(5))."""
-    fields = _proc_file(pid, "stat").rpartition(b")")[2].split()
-    if not fields:
-        return None
-    if fields[0] in (b"Z", b"X"):
-        return None
-    return _Process(int(fields[1]), int(fields[3]), fields[19].decode(), False)
-
-
-
-
-def _writes_to(pid: str, files: Sequence[str]) -> bool:
-    """Whether a process has one of `files` open for writing; who only reads them is no member."""
-    folder = "/proc/%s/fd" % pid
-    try:
-        for name in os.listdir(folder):
-            link = os.path.join(folder, name)
-            if os.readlink(link) in files and os.lstat(link).st_mode & 0o200:
-                return True
-    except OSError as error:
-        if error.errno in SHORTAGES:
-            raise
-    return False
-
-
-class Posix:
-    """Linux, macOS and other Unixes."""
-
-    shell = ("/bin/sh", "-c")
-    longest_command = 131071 if sys.platform.startswith("linux") else 200_000  # bytes, E2BIG beyond
-    linux = sys.platform.startswith("linux")
-    # Forking takes 2 ms; elsewhere than on Linux system libraries don't survive a fork.
-    start_method = "fork" if linux else "spawn"
-
-    def __init__(self) -> None:
-        self.fcntl: Any = __import__("fcntl")
-        self.user = os.geteuid()
-        self.ticks_per_second = os.sysconf("SC_CLK_TCK")
-        self.childless = False  # nobody but the run just reaped was left below this process
-        self.subreaper = False
-        self.token_fd = TOKEN_FD
-        self.to_default: list[int] = []  # signals that jobs start with in their default state: all
-        self.null = -1  # the stdin of jobs
-        self.polls: dict[int, Any] = {}  # poll objects of standard streams
-
-    # Locks: flock belongs to the open file, is inherited with it, and dies with its last copy.
-    # Never unlocked by LOCK_UN, which would free every copy: closing is what frees one.
-
-    def try_lock(self, fd: int, shared: bool = False) -> bool:
-        try:
-            self.fcntl.flock(fd, (self.fcntl.LOCK_SH if shared else self.fcntl.LOCK_EX) | self.fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-
-    def read_at(self, fd: int, size: int, start: int) -> bytes:
-        return os.pread(fd, size, start)
-
-    def write_at(self, fd: int, data: bytes, start: int) -> int:
-        return os.pwrite(fd, data, start)
-
-    def unlock(self, fd: int) -> None:
-        """Free the write mutex, which is never inherited: the one lock that is not freed by closing."""
-        self.fcntl.flock(fd, self.fcntl.LOCK_UN)
-
-    def wait_lock(self, fd: int) -> None:
-        """Wait for a lock for at most a TICK; the caller's next `try_lock` tells if it came.
-
-        The kernel queues who waits, so writers take turns. An alarm whose handler raises ends the
-        wait, because handlers that only set flags don't: flock would be resumed after them. The
-        alarm may also strike between flock's return and the disarming: nothing is lost then,
-        for a lock that is held already can be tried again.
-        """
-        try:
-            signal.signal(signal.SIGALRM, _raise_tick)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-            try:
-                signal.setitimer(signal.ITIMER_REAL, TICK)
-                self.fcntl.flock(fd, self.fcntl.LOCK_EX)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        except _Tick:
-            pass
-
-    def held(self, path: str) -> bool:
-        """Whether a living process holds the lock on the file `path`; also if that can't be found out."""
-        try:
-            fd = os.open(path, os.O_RDONLY | OPEN_BESIDE)
-        except OSError as error:
-            return not isinstance(error, FileNotFoundError)
-        try:
-            return not self.try_lock(fd, shared=True)
-        except OSError:
-            return True
-        finally:
-            os.close(fd)
-
-    # Starting and ending processes.
-
-    def check_room(self, workers: int) -> None:
-        """Raise UsageError if a supervisor can't have the descriptors that it needs for so many workers."""
-        if self.linux and not os.path.exists("/proc/%d" % os.getpid()):
-            raise QueueError("/proc does not show the processes here, so what jobs leave behind could not be ended; "
-                             "mount it")
-        if not os.path.exists(os.devnull):
-            raise QueueError("there is no %s here, which jobs need as their stdin" % os.devnull)
-        resource: Any = __import__("resource")
-        need, have = 2 * workers + 32, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if 0 <= have < need:
-            raise UsageError("%d workers need %d open files, and this shell allows %d; `ulimit -n %d` first"
-                             % (workers, need, have, need))
-
-    def prepare_parent(self) -> None:
-        """Before workers are forked: what all of them need, loaded once; nothing of the caller's for jobs."""
-        if self.linux:
-            self._libc()
-        for fd in self.descriptors():
-            os.set_inheritable(fd, False)
-
-    def descriptors(self) -> set[int]:
-        """The open descriptors of this process but the standard streams; none if they can't be listed."""
-        try:
-            found = {int(name) for name in os.listdir("/dev/fd")}
-        except OSError:
-            return set()
-        return {fd for fd in found if fd > 2 and self._is_open(fd)}
-
-    def _is_open(self, fd: int) -> bool:
-        try:
-            os.fstat(fd)
-        except OSError:  # that of the listing itself
-            return False
-        return True
-
-    def keep_standard_streams(self) -> None:
-        """Before anything is opened: no file must become a standard stream that was closed."""
-        for number in (0, 1, 2):
-            try:
-                os.fstat(number)
-            except OSError:
-                os.open(os.devnull, os.O_RDWR)
-
-    def prepare_worker(self, supervisor: int) -> None:
-        """A worker's first steps: out of the terminal's reach, told of its supervisor's death."""
-        os.setsid()
-        os.umask(0o077)
-        limit = __import__("resource").getrlimit(__import__("resource").RLIMIT_NOFILE)[0]
-        self.token_fd = TOKEN_FD if limit < 0 or limit > TOKEN_FD else limit - 1
-        self.to_default = list(signal.valid_signals())
-        self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        libc = self._libc() if self.linux else None
-        if libc:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
-            libc.prctl(1, int(signal.SIGHUP), 0, 0, 0)
-            self.subreaper = libc.prctl(36, 1, 0, 0, 0) == 0
-        if os.getppid() != supervisor:  # it died before the line above: no signal will come
-            os.kill(os.getpid(), signal.SIGHUP)
-
-    def orphaned(self, supervisor: int, life: str) -> bool:
-        """Whether a worker's supervisor has died."""
-        return os.getppid() != supervisor
-
-    def place(self) -> str:
-        """What a process id and a start time are counted in: the start of the machine, and the pid namespace."""
-        try:
-            with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
-                return "%s/%s" % (boot.read().strip(), os.readlink("/proc/self/ns/pid"))
-        except OSError:
-            return ""
-
-    def ticks(self) -> int:
-        """Now, in the unit of start times in /proc/PID/stat."""
-        if sys.platform != "linux":
-            return 0
-        return int(time.clock_gettime(time.CLOCK_BOOTTIME) * self.ticks_per_second)
-
-    def _libc(self) -> Any:
-        """The C library; None for a Python that was built without libffi, which can do without."""
-        try:
-            import ctypes
-        except ImportError:
-            return None
-        return ctypes.CDLL(None, use_errno=True)
-
-    def native(self, text: str) -> Any:
-        """Text as the system takes it: UTF-8, whatever the locale says."""
-        return text.encode("utf-8", "surrogateescape")
-
-    def environment(self) -> dict[Any, Any]:
-        """This process's environment in native form."""
-        return dict(os.environb)
-
-    def sync(self, fd: int) -> None:
-        """Have the disk keep what was written to a file. macOS has a call of its own for that."""
-        if hasattr(self.fcntl, "F_FULLFSYNC"):
-            self.fcntl.fcntl(fd, self.fcntl.F_FULLFSYNC)
-        else:
-            getattr(os, "fdatasync", os.fsync)(fd)
-
-    def read_elsewhere(self, path: str, size: int) -> bytes:
-        """The beginning of a file, read by another process: this one loses its locks on it when it closes it."""
-        import subprocess
-        return subprocess.run(["head", "-c", str(size), path], stdout=subprocess.PIPE).stdout
-
-    def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
-        """Start `command` in a session of its own; return its process id, or raise OSError.
-
-        posix_spawn is twice as fast as subprocess. It can't set folder or umask, so the worker
-        takes them on for a moment; nothing is imported or opened by relative path meanwhile.
-        """
-        os.umask(umask)
-        try:
-            os.chdir(self.native(cwd))
-            # A shell would take a command that begins like an option for one.
-            command = " " + command if command[0] in "-+" else command
-            return self._spawn([*self.shell, self.native(command)], env,
-                               ((self.null, 0), (out, 1), (err, 2), (err, self.token_fd)))
-        finally:
-            os.chdir("/")
-            os.umask(0o077)
-
-    def _spawn(self, argv: list[Any], env: dict[Any, Any], streams: tuple[tuple[int, int], ...]) -> int:
-        try:
-            return os.posix_spawn(argv[0], argv, env, setsid=True, setsigdef=self.to_default, setsigmask=(),
-                                  file_actions=[(os.POSIX_SPAWN_DUP2, have, want) for have, want in streams])
-        except (NotImplementedError, AttributeError):  # no POSIX_SPAWN_SETSID: glibc before 2.26; PyPy
-            return self._fork_exec(argv, env, streams)
-
-    def _fork_exec(self, argv: list[Any], env: dict[Any, Any], streams: tuple[tuple[int, int], ...]) -> int:
-        import subprocess
-
-        def dup() -> None:
-            for have, want in streams:
-                os.dup2(have, want)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            for number in set(self.to_default) - {signal.SIGKILL, signal.SIGSTOP}:
-                signal.signal(number, signal.SIG_DFL)
-
-        child = subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False, preexec_fn=dup)
-        child.returncode = 0  # else Popen would reap it when it is forgotten here, and its exit code with it
-        return child.pid
-
-    def reap(self, pid: int) -> int | None:
-        """Collect dead children; the exit code of `pid` (negative: its signal) if it was among them.
-
-        Orphans of earlier runs come to a subreaper too. Sets `childless` if no child is left:
-        then a run that failed has left nothing behind, and nobody has to search for it. Raises
-        ChildProcessError if `pid` (0: none) is no child any more: somebody else has its exit code.
-        """
-        code = None
-        while True:
-            try:
-                dead, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                self.childless = self.subreaper
-                if code is None and pid:
-                    raise
-                return code
-            if dead == 0:
-                self.childless = False
-                return code
-            if dead == pid:
-                if status == 0:  # then nobody will ask for `childless`, and strangers can wait
-                    return 0
-                code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-    def reap_strangers(self, own: set[int]) -> None:
-        """As process 1 of a container: collect dead processes that are not multiprocessing's."""
-        while self.linux and os.getpid() == 1:
-            try:
-                info = os.waitid(  # type: ignore[attr-defined,unused-ignore]
-                    os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if info is None or info.si_pid in own:
-                return
-            os.waitpid(info.si_pid, os.WNOHANG)
-
-    def members(self, mark: str, files: Sequence[str], leader: Leader, known: dict[int, str]) -> dict[int, str]:
-        """The living processes of a run, each with the time it started.
-
-        `mark` is how its QUEUECTL_RUN begins (a NUL ends it), `files` its output files, `leader`
-        its first process, `known` those found before. A member carries QUEUECTL_RUN, can write to
-        the files, is in the leader's session, shares a session with a member or descends from one;
-        so also children that closed all descriptors and left the session are found. Processes of
-        other users and namespaces are not.
-        """
-        processes = self._from_proc(mark, files) if self.linux else self._from_ps(mark)
-        session = 0 if leader.is_a_stranger(processes.get(leader.pid)) else leader.pid
-        found = {pid for pid, entry in processes.items()
-                 if entry.marked or known.get(pid) == entry.started or (session and session == entry.session)}
-        while True:
-            sessions = {processes[pid].session for pid in found}
-            more = {pid for pid, entry in processes.items()
-                    if pid not in found and (entry.session in sessions or entry.parent in found)}
-            if not more:
-                return {pid: processes[pid].started for pid in self._from_the_top(found, processes)}
-            found |= more
-
-    def _from_the_top(self, found: set[int], processes: dict[int, _Process]) -> list[int]:
-        """Processes in the order in which they are to be signalled: ancestors before descendants.
-
-        A shell whose child dies first would go on with its next command. A parent starts before
-        its child; of those that started in the same tick the one with fewer ancestors is first.
-        """
-        def place(pid: int) -> tuple[int, int]:
-            depth, at = 0, pid
-            while processes[at].parent in found and depth < len(found):
-                depth, at = depth + 1, processes[at].parent
-            return int(processes[pid].started or 0), depth
-
-        return sorted(found, key=place)
-
-    def _from_proc(self, mark: str, files: Sequence[str]) -> dict[int, _Process]:
-        """Every process but this one, its session and process 1, from /proc."""
-        needle = b"QUEUECTL_RUN=%s" % mark.encode()
-        processes = {}
-        names = os.listdir("/proc")
-        if str(os.getpid()) not in names:
-            raise OSError(errno.ENOENT, "/proc does not show the processes here")
-        for name in names:
-            entry = _proc_stat(name) if name.isdigit() and int(name) not in (1, os.getpid()) else None
-            if entry and entry.session != os.getsid(0):
-                marked = needle in _proc_file(name, "environ") or _writes_to(name, files)
-                processes[int(name)] = entry._replace(marked=marked)
-        return processes
-
-    def _from_ps(self, mark: str) -> dict[int, _Process]:
-        """The same by ps(1), where there is no /proc; process groups stand in for sessions."""
-        import subprocess
-        listing = subprocess.run(["ps", "-A", "-E", "-ww", "-o", "pid=,ppid=,pgid=,stat=,command="],
-                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
-        processes = {}
-        for line in listing.decode("utf-8", "replace").splitlines():
-            pid, parent, group, state, command = (line.split(None, 4) + [""] * 5)[:5]
-            if pid.isdigit() and int(pid) not in (1, os.getpid()) and state[0] != "Z" and int(group) != os.getpgid(0):
-                marked = any((word + "\0").startswith("QUEUECTL_RUN=" + mark) for word in command.split())
-                processes[int(pid)] = _Process(int(parent), int(group), "", marked)
-        return processes
-
-    def end_process(self, pid: int, started: str, kill: bool) -> None:
-        """SIGTERM or SIGKILL to a member, if it still is the process that `members` saw."""
-        entry = _proc_stat(str(pid)) if self.linux else None
-        if self.linux and (entry is None or entry.started != started):
-            return  # gone, and its number perhaps given to a stranger
-        try:
-            os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
-            os.kill(pid, signal.SIGCONT)  # a stopped process would not hear SIGTERM
-        except (ProcessLookupError, PermissionError):
-            pass
-
-    def dismiss(self, pid: int, now: bool) -> None:
-        """Tell a worker of ours to go: after its job, or now."""
-        os.kill(pid, signal.SIGUSR1 if now else signal.SIGHUP)
-
-    # Files and messages.
-
-    def punch(self, fd: int, start: int, end: int) -> bool:
-        """Give back the disk space between two offsets while others go on writing at the end."""
-        libc = self._libc() if self.linux else None
-        if not libc:
-            return False
-        import ctypes
-        offset, length = ctypes.c_int64(start), ctypes.c_int64(end - start)
-        return bool(libc.fallocate(fd, 3, offset, length) == 0)  # PUNCH_HOLE | KEEP_SIZE
-
-    def say(self, text: str, stream: int = 1) -> None:
-        """What a worker or supervisor has to say; never waits: a full pipe or a stopped terminal holds up no job.
-
-        What the stream does not take now is not said. A stream that can be written takes 4096 bytes at least.
-        """
-        if stream not in self.polls:
-            import select
-            self.polls[stream] = select.poll()
-            self.polls[stream].register(stream, select.POLLOUT)
-        data = text.encode("utf-8", "replace")
-        try:
-            while data and self.polls[stream].poll(0):
-                data = data[os.write(stream, data[:4096]):]
-        except OSError:
-            pass  # the terminal is gone; the record in the database is what counts
-
-    def is_stopped(self, pid: int) -> bool:
-        """Whether a process is stopped, by SIGSTOP or a debugger; only as far as this can be seen."""
-        return _proc_file(str(pid), "stat").rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])
-
-    def stop(self, pid: int, life: str, now: bool) -> bool:
-        """Tell a supervisor to stop by signals, if it holds the life file `life`; whether it was told."""
-        if not _writes_to(str(pid), (life,)):
-            return False
-        for _ in range(1 + now):
-            os.kill(pid, signal.SIGTERM)
-            time.sleep(0.1)  # two at once would count as one
-        return True
-
-    def wake(self, pid: int, life: str) -> None:
-        """Let a worker or supervisor go on that was stopped, by Ctrl-Z for one: it holds the life file `life`."""
-        if self.is_stopped(pid) and _writes_to(str(pid), (life,)):
-            os.kill(pid, signal.SIGCONT)
-
-    def refuse_full(self, folder: str) -> None:
-        """Raise Unavailable where writing to SQLite's mapped index would end the process.
-
-        Where blocks are smaller than pages of memory, SQLite does not make sure that a page of
-        its index has all its blocks before it writes to it: on a full disk that is a SIGBUS.
-        """
-        disk = os.statvfs(folder)
-        if disk.f_bsize < 4096 and disk.f_bavail * disk.f_frsize < 1 << 20:
-            raise Unavailable("no space left in %s; free some and try again" % folder)
-
-    def give_to_owner(self, fd: int, path: str) -> None:
-        """What root has made beside another user's file is given to that user, as SQLite does with its own."""
-        owner = os.stat(path)
-        if self.user == 0 and os.fstat(fd).st_uid != owner.st_uid:
-            os.fchown(fd, owner.st_uid, owner.st_gid)
-
-    def distrust(self, path: str, above: bool = False) -> str:
-        """Why others could change the file or folder `path`, or nothing; raises FileNotFoundError.
-
-        A group that is known to have no member but this user and root may write it. In a folder
-        `above` that of the database others may make names of their own where it is sticky; and
-        there a group without a name, as containers are given for a volume, is no threat.
-        """
-        info = os.lstat(path)
-        if stat.S_ISLNK(info.st_mode):
-            return "%s is a symbolic link" % path
-        if info.st_uid not in (0, self.user):
-            return "%s belongs to another user (uid %d)" % (path, info.st_uid)
-        if above and info.st_mode & stat.S_ISVTX:
-            return ""
-        shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        private = shared == stat.S_IWGRP and self._is_private_group(info.st_gid, above) and not self._has_acl(path)
-        if private or not shared:
-            return ""
-        mend = "use a database in a folder of your own"
-        if info.st_uid == self.user and not info.st_mode & stat.S_ISVTX:
-            mend = "`chmod go-w %s` mends that" % shell_word(path)
-        return "%s can be written by others; %s" % (path, mend)
-
-    def _has_acl(self, path: str) -> bool:
-        """Whether a list says who may write: then the bits of the group are those of its mask."""
-        try:
-            return self.linux and bool(os.getxattr(path, "system.posix_acl_access"))  # type: ignore[attr-defined,unused-ignore]
-        except OSError:
-            return False
-
-    def _is_private_group(self, group: int, nameless: bool) -> bool:
-        """Whether no account but this user's and root's belongs to a group; if it has no name: `nameless`."""
-        grp: Any = __import__("grp")
-        pwd: Any = __import__("pwd")
-        accounts = pwd.getpwall()
-        own = {"root"}.union(account.pw_name for account in accounts if account.pw_uid == self.user)
-        members = {account.pw_name for account in accounts if account.pw_gid == group}
-        try:
-            members.update(grp.getgrgid(group).gr_mem)
-        except KeyError:
-            return nameless
-        return members <= own
-
-    def _mounts(self) -> Iterator[tuple[str, str]]:
-        """Each mount point with the type of its file system (known on Linux alone)."""
-        try:
-            with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
-                entries = [line.split(" ")[1:3] for line in mounts]
-        except OSError:
-            return
-        for point, kind in entries:
-            yield re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), point), kind
-
-    def is_mount_point(self, path: str) -> bool:
-        """Whether something is mounted at `path` itself."""
-        return any(point == path for point, _ in self._mounts())
-
-    def network_file_system(self, folder: str) -> str:
-        """The type of the network file system `folder` is on, or nothing."""
-        real = os.path.realpath(folder)
-        best = ("", "")
-        for point, kind in self._mounts():  # of equal mount points the last one covers the others
-            if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
-                best = (point, kind)
-        return best[1] if best[1] in NETWORK_FILE_SYSTEMS else ""
-
-
-class Bell:
-    """What a process sleeps on: anyone who knows the path can ring it, and so do its own signals.
-
-    A FIFO, held open for reading and writing, so that it neither ends nor blocks. A bell without
-    a path, or where the file system has no FIFOs, hears signals alone.
-    """
-
-    def __init__(self, path: str = "") -> None:
-        import select
-        self.write_end = -1
-        try:
-            if not path:
-                raise OSError
-            os.mkfifo(path, 0o600)
-            self.fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
-        except OSError:
-            self.fd, self.write_end = os.pipe()
-            os.set_blocking(self.fd, False)
-            os.set_blocking(self.write_end, False)
-        self._poll = select.poll()
-        self._poll.register(self.fd, select.POLLIN)
-
-    def hear_signals(self) -> None:
-        """From now on a signal that has a handler rings this bell too."""
-        signal.set_wakeup_fd(max(self.fd, self.write_end), warn_on_full_buffer=False)
-
-    def watch(self, fd: int) -> None:
-        self._poll.register(fd, 1)  # POLLIN
-
-    def forget(self, fd: int) -> None:
-        self._poll.unregister(fd)
-
-    def wait(self, seconds: float | None) -> bool:
-        """Sleep until the bell rings, a watched descriptor ends, or for `seconds`; True if rung.
-
-        All rings so far are taken together: look at everything afterwards, and none is lost.
-        """
-        if not self._poll.poll(None if seconds is None else max(0, int(seconds * 1000 + 0.999))):
-            return False
-        try:
-            return bool(os.read(self.fd, 65536))
-        except BlockingIOError:
-            return False
-
-
-def ring(path: str) -> None:
-    """Wake the process that sleeps on the bell `path`; nothing happens if nobody does."""
-    try:
-        fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
-    except OSError:
-        return
-    try:
-        if stat.S_ISFIFO(os.fstat(fd).st_mode):
-            os.write(fd, b"!")
-    except OSError:  # full: it was rung often enough
-        pass
-    finally:
-        os.close(fd)
-
-
-class Windows:
-    """Windows, where a run is a Job Object that ends with its worker, and sleeping is polling.
-
-    Locks are byte-range locks far behind the end of the file; they block nobody's reading.
-    Tokens are not needed: the kernel ends the job's processes when the worker's handle closes.
-    """
-
-    shell = ("cmd.exe", "/d", "/s", "/c")
-    longest_command = 8000
-    linux = False
-    start_method = "spawn"
-    user = 0  # the system's own rights are not looked at
-    LOCK_AT = 1 << 30
-
-    def __init__(self) -> None:
-        self.msvcrt: Any = __import__("msvcrt")
-        self.childless = False
-        self.runs: dict[int, tuple[Any, int]] = {}  # pid: (Popen, handle of the Job Object)
-
-    def try_lock(self, fd: int, shared: bool = False) -> bool:
-        os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
-        try:
-            self.msvcrt.locking(fd, self.msvcrt.LK_NBLCK, 1)
-            return True
-        except OSError:
-            return False
-
-    def read_at(self, fd: int, size: int, start: int) -> bytes:
-        os.lseek(fd, start, os.SEEK_SET)
-        return os.read(fd, size)
-
-    def write_at(self, fd: int, data: bytes, start: int) -> int:
-        os.lseek(fd, start, os.SEEK_SET)
-        return os.write(fd, data)
-
-    def unlock(self, fd: int) -> None:
-        os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
-        self.msvcrt.locking(fd, self.msvcrt.LK_UNLCK, 1)
-
-    def wait_lock(self, fd: int) -> None:
-        time.sleep(0.001 + os.urandom(1)[0] / 25600)  # jitter: nobody is queued
-
-    def held(self, path: str) -> bool:
-        try:
-            fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
-        except FileNotFoundError:
-            return False
-        try:
-            return not self.try_lock(fd)
-        finally:
-            os.close(fd)  # which frees the lock
-
-    def prepare_worker(self, supervisor: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console tells every process
-
-    def orphaned(self, supervisor: int, life: str) -> bool:
-        return not self.held(life)
-
-    def _kernel(self) -> Any:
-        ctypes: Any = __import__("ctypes")
-        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
-        kernel.CreateJobObjectW.restype = ctypes.c_void_p
-        return kernel
-
-    def native(self, text: str) -> Any:
-        return text
-
-    def environment(self) -> dict[Any, Any]:
-        return dict(os.environ)
-
-    def sync(self, fd: int) -> None:
-        os.fsync(fd)
-
-    def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
-        """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
-        import subprocess
-        ctypes: Any = __import__("ctypes")
-        line = "%s \"%s\"" % (" ".join(self.shell), command)
-        process = subprocess.Popen(line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                   creationflags=0x4 | 0x200)  # SUSPENDED, NEW_PROCESS_GROUP
-        for _, old in self.runs.values():  # of runs that did not complete: nothing of them may live on
-            self._kernel().CloseHandle(ctypes.c_void_p(old))
-        self.runs.clear()
-        handle = self._kernel().CreateJobObjectW(None, None)
-        self._kill_on_close(handle, True)
-        owned = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined]
-        self._kernel().AssignProcessToJobObject(ctypes.c_void_p(handle), owned)
-        ctypes.WinDLL("ntdll").NtResumeProcess(owned)
-        self.runs[process.pid] = process, handle
-        return process.pid
-
-    def _kill_on_close(self, handle: int, kill: bool) -> None:
-        """Set JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE in JOBOBJECT_EXTENDED_LIMIT_INFORMATION (9)."""
-        ctypes: Any = __import__("ctypes")
-        info = ctypes.create_string_buffer(144)
-        info[16:20] = (0x2000 if kill else 0).to_bytes(4, "little")  # LimitFlags
-        self._kernel().SetInformationJobObject(ctypes.c_void_p(handle), 9, info, 144)
-
-    def reap(self, pid: int) -> int | None:
-        code = self.runs[pid][0].poll() if pid in self.runs else None
-        if code == 0:  # whatever a completed run left behind may live on
-            _, handle = self.runs.pop(pid)
-            self._kill_on_close(handle, False)
-            self._kernel().CloseHandle(__import__("ctypes").c_void_p(handle))
-        return None if code is None else int(code)
-
-    def members(self, mark: str, files: Sequence[str], leader: Leader, known: dict[int, str]) -> dict[int, str]:
-        """The run's Job Object while any process lives in it; nothing for other workers' runs."""
-        if leader.pid not in self.runs:
-            return {}
-        ctypes: Any = __import__("ctypes")
-        info = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION (1)
-        self._kernel().QueryInformationJobObject(ctypes.c_void_p(self.runs[leader.pid][1]), 1, info, 48, None)
-        return {leader.pid: ""} if int.from_bytes(info[40:44], "little") else {}  # ActiveProcesses
-
-    def end_process(self, pid: int, started: str, kill: bool) -> None:
-        self._kernel().TerminateJobObject(__import__("ctypes").c_void_p(self.runs[pid][1]), 1)
-
-    def _nothing(self, *values: Any) -> None:
-        """What needs no doing here: workers poll the stop flag of their pool, for one."""
-
-    def read_elsewhere(self, path: str, size: int) -> bytes:
-        with open(path, "rb") as file:  # locks are lost here with their own handle alone
-            return file.read(size)
-
-    def place(self) -> str:
-        return ""
-
-    def descriptors(self) -> set[int]:
-        return set()
-
-    ticks = os.getpid
-    prepare_parent = refuse_full = give_to_owner = check_room = keep_standard_streams = reap_strangers = _nothing
-    dismiss = stop = wake = punch = is_mount_point = is_stopped = distrust = _nothing
-
-    def say(self, text: str, stream: int = 1) -> None:
-        try:
-            os.write(stream, text.encode("utf-8", "replace"))
-        except OSError:
-            pass
-
-    def network_file_system(self, folder: str) -> str:
-        return "a network share" if os.path.realpath(folder).startswith("\\\\") else ""
-
-
-class PollingBell(Bell):
-    """The bell where there are no FIFOs to wait on: it rings every 20 ms."""
-
-    def __init__(self, path: str = "") -> None:
-        self.fd = self.write_end = -1
-
-    def hear_signals(self) -> None:
-        pass
-
-    def watch(self, fd: int) -> None:
-        pass
-
-    forget = watch
-
-    def wait(self, seconds: float | None) -> bool:
-        time.sleep(0.02 if seconds is None else max(0.0, min(seconds, 0.02)))
-        return True
-
-
-WINDOWS = os.name == "nt"
-system: Any = Windows() if WINDOWS else Posix()
-make_bell: type[Bell] = PollingBell if WINDOWS else Bell
-NATIVE_JOB_VARIABLES = tuple(system.native(name) for name in JOB_VARIABLES)
-
-
-# What stands beside the database: the write mutex, and a folder with the files of its workers.
-# Their names begin with the name of their worker or pool, which is never used twice.
+# Paths.
 
 
 def mutex_path(db: str) -> str:
@@ -1616,7 +1696,7 @@ def folder_path(db: str) -> str:
     return db + ".d"
 
 
-# Workers are called POOL-NUMBER, so that no name is the beginning of another with a dot behind it.
+# Workers are called POOL-NUMBER: no name is the beginning of another with a dot behind it.
 
 
 def life_path(db: str, name: str) -> str:
@@ -1635,19 +1715,50 @@ def output_paths(db: str, worker: str, slot: int) -> tuple[str, str]:
 def names_beside(db: str, ending: str) -> list[str]:
     """The workers and pools that have a file with this ending in the folder."""
     try:
-        return [name[:len(name) - len(ending)] for name in os.listdir(folder_path(db)) if name.endswith(ending)]
+        files = os.listdir(folder_path(db))
     except OSError:  # there is none, or it can't be read: then nobody can be rung or asked
         return []
+    end = -len(ending) or None
+    return [file[:end] for file in files if file.endswith(ending)]
+
+
+def remove_files(db: str, name: str) -> None:
+    """Remove what a worker or pool that has ended left in the folder."""
+    files = [file for file in names_beside(db, "") if file.startswith(name + ".")]
+    files.sort(key=lambda file: file.endswith(".life"))  # that last: it tells of the rest
+    for file in files:
+        try:
+            os.unlink(os.path.join(folder_path(db), file))
+        except OSError:  # open on Windows, or the folder is read-only: the next sweep gets it
+            pass
+
+
+# Who lives, and is to wake up.
 
 
 def is_alive(db: str, name: str) -> bool:
     """Whether the worker or pool `name` lives: the kernel's word, by its life lock."""
-    return bool(system.held(life_path(db, name)))
+    return system.held(life_path(db, name))
 
 
 def anyone_alive(db: str) -> bool:
     """Whether any worker or pool of this database lives."""
     return any(is_alive(db, name) for name in names_beside(db, ".life"))
+
+
+def ring(path: str) -> None:
+    """Wake the process that sleeps on the bell `path`; nothing happens if nobody does."""
+    try:
+        fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
+    except OSError:
+        return
+    try:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.write(fd, b"!")
+    except OSError:  # full: it was rung often enough
+        pass
+    finally:
+        os.close(fd)
 
 
 def ring_all(db: str) -> None:
@@ -1662,17 +1773,19 @@ def ring_all(db: str) -> None:
 
 RUN_NOTE, TROUBLE_NOTE = 200, 300  # bytes
 RunNote = namedtuple("RunNote", "place seq run leader first last")
-RunNote.__doc__ = """`place` is what process ids are counted in; the rest but `seq` and `run` is a Leader."""
+RunNote.__doc__ = """`place` is what process ids are counted in, `seq` and `run` which run of which
+job it is, and the rest is a Leader."""
 
 
 def _note(life: int, start: int, size: int, text: str) -> None:
     try:
         write_at(life, start, text.encode("utf-8", "replace")[:size].ljust(size))
-    except OSError:  # the disk is full, or the file not yet there: what the note helps with is rare
+    except OSError:  # the disk is full, or the file not yet there: notes help in rare cases only
         pass
 
 
 def note_run(life: int, note: RunNote) -> None:
+    """Note as which process a run began, in the life file that is open as `life`."""
     _note(life, 0, RUN_NOTE, " ".join(map(str, note)))
 
 
@@ -1693,14 +1806,14 @@ def _read_life(db: str, name: str, start: int, size: int) -> str:
 
 
 def leader_of(db: str, worker: str, seq: int, run: int) -> Leader:
-    """The process that a run of a dead worker began as; NOBODY if that isn't known for sure any more."""
+    """The process that a run of a dead worker began as; NOBODY if that isn't known for sure."""
     fields = _read_life(db, worker, 0, RUN_NOTE).split()
     if len(fields) != len(RunNote._fields):
         return NOBODY
     note = RunNote(fields[0], *map(int, fields[1:]))
-    if (note.place, note.seq, note.run) != (system.place(), seq, run):
+    if note[:3] != (system.place(), seq, run):
         return NOBODY
-    return Leader(note.leader, note.first, note.last)
+    return Leader(*note[3:])
 
 
 def trouble_of(db: str, worker: str) -> str:
@@ -1708,24 +1821,20 @@ def trouble_of(db: str, worker: str) -> str:
     return _read_life(db, worker, RUN_NOTE, TROUBLE_NOTE)
 
 
-def remove_files(db: str, name: str) -> None:
-    """Remove what a worker or pool that has ended left in the folder."""
-    endings = [entry for entry in names_beside(db, "") if entry.startswith(name + ".")]
-    for entry in sorted(endings, key=lambda entry: entry.endswith(".life")):  # that last: it tells of the rest
-        try:
-            os.unlink(os.path.join(folder_path(db), entry))
-        except OSError:  # open on Windows, or the folder can't be written: the next sweep gets it
-            pass
+# The output of runs.
 
 
 def head_and_tail(fd: int, limit: int) -> bytes:
-    """The contents of an output file, at most `limit` bytes: its head and its tail, the gap marked."""
+    """The contents of an output file: if it has more than `limit` bytes its head and its tail.
+
+    Between the two stands how much was left out. Raises OSError.
+    """
     size = os.lseek(fd, 0, os.SEEK_END)
     if size <= limit:
-        return read_between(fd, 0, size) if size else b""
+        return read_between(fd, 0, size)
     half = limit // 2
-    return b"%s\n[queuectl: %d bytes left out here]\n%s" % (
-        read_between(fd, 0, half), size - 2 * half, read_between(fd, size - half, size))
+    gap = b"\n[queuectl: %d bytes left out here]\n" % (size - 2 * half)
+    return read_between(fd, 0, half) + gap + read_between(fd, size - half, size)
 
 
 class Slot:
@@ -1737,14 +1846,14 @@ class Slot:
     slot with a new number takes its place, so nobody's late output lands in another job's record.
     """
 
-    def __init__(self, db: str, worker: str, number: int) -> None:
+    def __init__(self, db: str, worker: str, number: int):
         self.number = number
         self.paths = output_paths(db, worker, number)
         self.fds: list[int] = []
         self.punched = [0, 0]  # up to which offset the middle was given back, for each stream
 
     def open(self) -> bool:
-        """Open the files and take the token; False if somebody still holds it."""
+        """Open the files and take the token; False if somebody still holds it. Raises OSError."""
         try:
             for path in self.paths:
                 self.fds.append(open_private(path, os.O_RDWR | os.O_APPEND))
@@ -1757,6 +1866,7 @@ class Slot:
         return False
 
     def close(self) -> None:
+        """Let go of the token, as far as it is this process's."""
         for fd in self.fds:
             os.close(fd)
         self.fds, self.punched = [], [0, 0]
@@ -1785,30 +1895,38 @@ class Slot:
         """Keep a run that prints without end from filling the disk; the bytes it has printed.
 
         Head and tail stay; what lies between them is given back to the file system once it is
-        more than `limit`. Where holes are not supported, the file is cut behind its head.
+        more than `limit` bytes. Where holes are not supported, the file is cut behind its head.
+        Raises OSError.
         """
-        total = 0
+        total, half = 0, limit // 2
         for index, fd in enumerate(self.fds):
             size = os.fstat(fd).st_size
             total += size
-            start, end = max(self.punched[index], limit // 2), (size - limit) // 4096 * 4096
-            if end - start > limit:
-                if system.punch(fd, start, end):
-                    self.punched[index] = end
-                elif not WINDOWS:
-                    os.ftruncate(fd, limit // 2)
+            start = max(self.punched[index], half)
+            end = (size - limit) // 4096 * 4096
+            if end - start <= limit:
+                continue
+            if system.punch(fd, start, end):
+                self.punched[index] = end
+            elif not WINDOWS:
+                os.ftruncate(fd, half)
         return total
 
     def empty(self) -> None:
+        """Throw the contents away. Raises OSError."""
         for fd in self.fds:
             if os.lseek(fd, 0, os.SEEK_END):
                 os.ftruncate(fd, 0)
 
     def clear(self, printed: bool) -> None:
-        """After the commit that recorded the run: empty the files, then let go of the token."""
+        """After the commit that recorded the run: empty the files, then let go of the token.
+
+        `printed` is whether there is anything in them. Raises OSError.
+        """
         if printed:
             self.empty()
         self.close()
+
 
 # ═══ SQL ═══ the schema, its migrations, every statement ═════════════════════════════════════
 #
@@ -3761,6 +3879,9 @@ def put_in_place(backup: str, db: str) -> str:
 
 # ═══ Runner ═══ one run of one job ═══════════════════════════════════════════════════════════
 
+if TYPE_CHECKING:
+    Pause = Callable[[float], object]  # sleeps up to so many seconds
+FOREVER = float("inf")  # seconds
 SHORTEST_LOOK, LONGEST_LOOK = 0.02, 0.5  # seconds between looks at a run's output
 LONGEST_PAUSE = 0.25  # seconds between looks at processes that were told to end
 
@@ -3770,53 +3891,53 @@ def run_name(worker: str, seq: int, run: int) -> str:
     return "%s-%d-%d" % (worker, seq, run)
 
 
-class Members:
-    """The processes of one run; called, it finds those that live, from the top, each with the time it started.
+def members_of(mark: str, files: Sequence[str],
+               leader: Leader = NOBODY) -> Callable[[], Living]:
+    """A function that finds the living processes of one run; arguments as for `system.members`.
 
     It remembers whom it has found: a child whose only tie to the run was its parent stays a
     member when that parent is gone.
     """
+    known: Living = {}
 
-    def __init__(self, mark: str, files: Sequence[str], leader: Leader = NOBODY) -> None:
-        """As for `system.members`."""
-        self.mark, self.files, self.leader = mark, files, leader
-        self.known: dict[int, str] = {}
-
-    def __call__(self) -> dict[int, str]:
-        found: dict[int, str] = system.members(self.mark, self.files, self.leader, self.known)
-        self.known.update(found)
+    def find() -> Living:
+        found = system.members(mark, files, leader, known)
+        known.update(found)
         return found
 
+    return find
 
-def end_processes(members: Callable[[], dict[int, str]], grace: float,
-                  pause: Callable[[float], object], patience: float | None = None) -> bool:
-    """End the processes that `members` finds: SIGTERM, after `grace` seconds SIGKILL, until none is left.
 
-    `members` is asked again each time, for they may start others meanwhile. `pause` sleeps up to
-    the given seconds. Gives up, and returns False, `patience` seconds after the first SIGKILL;
-    without it never.
+def end_processes(members: Callable[[], Living], grace: float, pause: Pause,
+                  patience: float = FOREVER) -> bool:
+    """End the processes that `members` finds: SIGTERM, after `grace` seconds SIGKILL.
+
+    `members` is asked again until it finds none, for they may start others meanwhile. Gives up,
+    and returns False, `patience` seconds after the first SIGKILL.
     """
     start = time.monotonic()
     nap = 0.005
-    told: set[tuple[int, str]] = set()
+    asked: set[tuple[int, str]] = set()
     while True:
+        found = None  # they can't be looked for now: they may all live
         try:
-            left = members()
-        except OSError:  # they can't be looked for now: they may all live
-            if patience is not None and time.monotonic() - start >= grace + patience:
-                return False
+            found = members()
+        except OSError:
+            pass
+        age = time.monotonic() - start
+        if found == {}:
+            return True
+        if age >= grace + patience:
+            return False
+        if found is None:
             pause(LONGEST_PAUSE)
             continue
-        age = time.monotonic() - start
-        if not left:
-            return True
-        if patience is not None and age >= grace + patience:
-            return False
-        for pid, started in left.items():
-            if age >= grace or (pid, started) not in told:
-                system.end_process(pid, started, age >= grace)
-                told.add((pid, started))
-        pause(min(nap, max(grace - age, 0.001)) if age < grace else nap)
+        for member in found.items():
+            if age >= grace or member not in asked:
+                system.end_process(*member, age >= grace)
+                asked.add(member)
+        left = max(grace - age, 0.001) if age < grace else nap
+        pause(min(nap, left))
         nap = min(nap * 2, LONGEST_PAUSE)
 
 
@@ -3824,13 +3945,16 @@ def end_processes(members: Callable[[], dict[int, str]], grace: float,
 Surroundings = namedtuple("Surroundings", "cwd umask env")
 
 
+def native_items(texts: dict[str, str]) -> Env:
+    return {system.native(name): system.native(value) for name, value in texts.items()}
+
+
 class Run:
     """One run of a claimed job: its shell, its deadline, its output, its end."""
 
-    def __init__(self, job: Job, worker: str, slot: Slot) -> None:
-        self.job = job
-        self.slot = slot
-        self.worker = worker
+    def __init__(self, job: Job, worker: str, slot: Slot, limit: int):
+        """`slot` is open and takes its output, of which up to `limit` bytes a stream are kept."""
+        self.job, self.worker, self.slot, self.limit = job, worker, slot, limit
         self.name = run_name(worker, job.seq, job.runs)
         self.pid = 0
         self.leader = NOBODY
@@ -3838,33 +3962,35 @@ class Run:
         self.short = False  # whether it could not start because the machine has no room for it
         self.exit_code: int | None = None
         self.began = time.monotonic()
-        self.deadline = self.began + job.timeout_seconds if job.timeout_seconds else None
+        self.deadline = self.began + (job.timeout_seconds or FOREVER)
         self.printed = 0
         self.look_every = SHORTEST_LOOK
         self.next_look = self.began + SHORTEST_LOOK
 
     def start(self, surroundings: Surroundings, db: str) -> str:
         """Start the command in its surroundings; why it could not, or ""."""
-        job = self.job
         cwd, umask, env = surroundings
-        env = dict(env)
-        env.update(zip(NATIVE_JOB_VARIABLES, map(system.native, (
-            job.id, str(job.attempts), str(job.max_retries), job.queue, db, self.name))))
-        if job.env:  # that of a hook has the variables of the job which has ended
-            own = json.loads(job.env)
-            own.pop("QUEUECTL_RUN", None)
-            env.update([(system.native(name), system.native(value)) for name, value in own.items()])
+        env = {**env, **self._variables(db)}
         try:
             first = system.ticks()
-            self.pid = system.spawn(job.command, env, cwd, umask, *self.slot.fds)
+            self.pid = system.spawn(self.job.command, env, cwd, umask,
+                                    *self.slot.fds)
             self.leader = Leader(self.pid, first, system.ticks())
+            return ""
         except OSError as error:
-            self.short = error.errno in (*SHORTAGES, errno.EIO)
-            where = ""
             if error.filename == system.native(cwd):
-                self.short, where = False, " in the folder %s" % cwd
-            return "can't start%s: %s" % (where, error.strerror)
-        return ""
+                return "can't start in the folder %s: %s" % (cwd, error.strerror)
+            self.short = error.errno in (*SHORTAGES, errno.EIO)
+            return "can't start: %s" % error.strerror
+
+    def _variables(self, db: str) -> Env:
+        """The job's own part of its environment."""
+        job = self.job
+        values = job.id, job.attempts, job.max_retries, job.queue, db
+        given = dict(zip(JOB_VARIABLES, map(str, values)))
+        given.update(json.loads(job.env or "{}"))  # a hook's tells of the job that has ended
+        given["QUEUECTL_RUN"] = self.name
+        return native_items(given)
 
     def has_ended(self) -> bool:
         """Whether the shell has ended; `exit_code` (negative: its signal) is known from then on."""
@@ -3877,54 +4003,84 @@ class Run:
             self.lost = True
         return self.exit_code is not None or self.lost
 
-    def overdue(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
-
     def patience(self) -> float:
         """Seconds for which the worker may sleep without harm to this run."""
-        until = self.next_look if self.deadline is None else min(self.next_look, self.deadline)
-        return max(0.0, until - time.monotonic())
+        return max(0.0, min(self.next_look, self.deadline) - time.monotonic())
 
-    def bound_output(self, limit: int) -> None:
-        """Look at the output if it is time to: often while it grows fast, seldom while it does not."""
+    def bound_output(self) -> None:
+        """Look at the output if it is time to: often while it grows fast, seldom while not."""
         now = time.monotonic()
         if now < self.next_look:
             return
+        before = self.printed
         try:
-            printed = self.slot.bound(limit)
-        except OSError:  # looked at again soon
-            printed = self.printed
-        grown, self.printed = printed - self.printed, printed
-        self.look_every = SHORTEST_LOOK if grown > limit // 4 else min(self.look_every * 2, LONGEST_LOOK)
+            self.printed = self.slot.bound(self.limit)
+        except OSError:
+            pass  # looked at again soon
+        self.look_every = min(self.look_every * 2, LONGEST_LOOK)
+        if self.printed - before > self.limit // 4:
+            self.look_every = SHORTEST_LOOK
         self.next_look = now + self.look_every
 
-    def end(self, grace: float, pause: Callable[[float], object]) -> None:
-        """End the shell and everything it started, wherever that went."""
-        members = Members(self.name + "\0", self.slot.paths, self.leader)
+    def end(self, grace: float, pause: Pause) -> None:
+        """End the shell and everything it started, wherever that went; see `end_processes`."""
+        members = members_of(self.name + "\0", self.slot.paths, self.leader)
 
-        def living() -> dict[int, str]:
+        def living() -> Living:
             self.has_ended()  # the dead are collected, and the exit code of the shell is not lost
             return members()
 
         end_processes(living, grace, pause)
 
-    def end_leftovers(self, grace: float, pause: Callable[[float], object]) -> None:
+    def end_leftovers(self, grace: float, pause: Pause) -> None:
         """After a run that did not complete: nothing of it may live beside the next one."""
         if not system.childless:
             self.end(grace, pause)
 
-    def ended(self, ending: str, error: str | None, limit: int) -> Ended:
+    def result(self, ending: str, error: str | None = None) -> Ended:
         """What there is to record; the reason of a failure ends with the last line of stderr."""
-        stdout, stderr = self.slot.read(limit)
+        stdout, stderr = self.slot.read(self.limit)
         why = last_line(stderr) if error else ""
+        if why:
+            error = "%s: %s" % (error, why)
         code = None if ending == STOPPED else self.exit_code
-        return Ended(self.job, ending, code, "%s: %s" % (error, why) if why else error,
-                     to_millis(time.time()), time.monotonic() - self.began, stdout, stderr, self.worker)
+        return Ended(self.job, ending, code, error, now_millis(),
+                     time.monotonic() - self.began, stdout, stderr, self.worker)
 
 
 # ═══ Worker ═══ claim, run, record; recovery of what dead workers held ═══════════════════════
+#
+# What a worker does for a job, and in which order. All the time it holds its life lock, from the
+# transaction that registers it until its process has ended: the others ask that lock if it lives.
+#
+#     take the next run's token     flock of the slot's two output files
+#     ┌ mutex, BEGIN IMMEDIATE
+#     │ record the last run         only if the job is still in that very run
+#     │ claim the next job          in this worker's name, with the slot's number
+#     └ COMMIT, mutex
+#     start the command             its processes inherit the token
+#     note its first process        in the life file
+#     sync the log                  some milliseconds later, while the command runs
+#     tell how the last run ended, empty its output files, let go of its token
+#     wait: for the end of the shell, the deadline, a cancellation, an order to stop
+#
+# * The token is taken before the commit, which notes the number of its slot. From the commit on,
+#   whoever finds this worker dead asks that slot whether the run still lives. A claim whose token
+#   could not be taken (no descriptor is left, a daemon keeps the files) would look like a run that
+#   has ended.
+# * The last run is recorded and the next job claimed in one commit, under one mutex. So the last
+#   token and the next are held at once, which takes two slots; while records are not on disk yet,
+#   some more.
+# * The sync comes before telling, and before the output files are emptied. A power cut may undo a
+#   commit until then: nobody has heard of it, and the job runs again.
+# * A job that another was to run after may have been recorded by another worker, whose commit is
+#   not on disk yet. So before it starts, the log is synced.
+# * The first process is noted when it has just begun: while it is young it can't have left its
+#   session, by which alone a job is found that has given up its descriptors and environment.
+# * Handlers of signals set `leave` and ring the bell. Whoever waits drains the bell first and
+#   looks at everything then, so nothing is lost that happens between the look and the sleep.
 
-SHUTDOWN_CODES = (-15, -9, 143, 137)  # SIGTERM and SIGKILL, or what a shell or program makes of them
+SHUTDOWN_CODES = (-15, -9, 143, 137)  # SIGTERM and SIGKILL, or what programs make of them
 SHARED_SYNC = 4  # records that may share a sync of the disk, where jobs are short
 SYNC_WAIT = 0.005  # seconds a record waits for others to share its sync
 LONGEST_REST = 30.0  # seconds for which a worker rests while the machine has no room for a job
@@ -3933,13 +4089,18 @@ LAST_PATIENCE = 0.4  # seconds that who leaves waits to write that it is gone
 CLOCK_STEP = 1.0  # seconds the wall clock must be set back by before retries are looked at again
 
 
-def retry_time(job: Any, ending: str, settings: dict[str, Any], now: int) -> int:
-    """When a job runs again whose run failed, or asked to be tried later, at `now` (milliseconds)."""
+def retry_time(job: Any, ending: str,
+               settings: dict[str, Any], now: int) -> int:
+    """When a job runs again that failed, or asked to be tried later, at `now`; in milliseconds."""
     if ending == DEFERRED:
         return now + to_millis(policy_of(job).get("retry_after", settings["retry_after"]))
-    base = settings["backoff_base"] if job.backoff_base is None else job.backoff_base
-    chance = int.from_bytes(os.urandom(4), "big") / 2**32 if settings["backoff_jitter"] else 0.0
-    return now + to_millis(backoff(base, job.attempts, settings["backoff_max"], settings["backoff_jitter"], chance))
+    base = job.backoff_base
+    if base is None:
+        base = settings["backoff_base"]
+    jitter, chance = settings["backoff_jitter"], 0.0
+    if jitter:
+        chance = int.from_bytes(os.urandom(4), "big") / 2**32
+    return now + to_millis(backoff(base, job.attempts, settings["backoff_max"], jitter, chance))
 
 
 def _pool_of(worker: str) -> str:
@@ -3947,81 +4108,113 @@ def _pool_of(worker: str) -> str:
 
 
 def original_of(worker: str) -> str:
-    """How the name of a worker begins: with the id of its queue, or where it is older with its pool's."""
+    """How a worker's name begins: with the id of its queue, or that of its pool where it is old."""
     return worker.rsplit("-", 2)[0]
 
 
-def _lost_run(job: Job, lost: dict[str, Any], stdout: bytes, stderr: bytes) -> Ended:
-    """What there is to record of a run whose worker died."""
-    now = to_millis(time.time())
-    ending, error = LOST, "the worker %s was lost while it ran this job" % lost["worker"]
-    if not lost["own"]:
-        ending, error = STOPPED, "it ran in the queue that this one was copied from"
-    elif lost["stopping"]:
-        ending, error = STOPPED, "ended with its worker while the pool was stopping, to be run again"
-    if lost["cancel"]:
-        ending, error = CANCELLED, "cancelled"
-    seconds = max(0, now - lost["started_at"]) / 1000
-    return Ended(job, ending, None, error, now, seconds, stdout, stderr, lost["worker"])
+# Recovery gives back what dead workers held. What is held, and in which order:
+#
+#     recovery lock                 one process at a time; the others leave it the work
+#       look for lost jobs          processing, and the life lock of their worker is free
+#       end what is left of them    SIGTERM, grace, SIGKILL; all of them together, without the mutex
+#       for each lost job
+#         look again                if anything still lives, the job stays as it is
+#         take the token            if it is held by whom we can't see, likewise
+#         mutex: record the run     only if the job is still in that very run
+#         let go of the token
+#         sync, remove its output, tell
+#       mutex: forget dead workers and pools, and their files
+#     ring every worker
+#
+# * Ending processes takes seconds. The write mutex must not be held so long, hence the lock.
+# * A recoverer may be killed at any moment. The job is then as it was, or recorded; what it left
+#   of files goes with the other files of the dead worker.
+# * Between the look and the record somebody may cancel the job. The record looks again, in its
+#   transaction, and changes nothing if the job is no longer in that very run.
+# * The dead are forgotten in a transaction, for workers are born in one: a life file whose lock
+#   is not taken yet is never seen.
 
 
-def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Callable[[str], None],
-                 pool: str) -> bool:
-    """Record one lost run whose orphans were ended; whether it was: some could perhaps not be."""
-    job = Job._make(lost[field] for field in Job._fields)
-    slot = Slot(store.path, lost["worker"], lost["slot"])
-    settings = store.settings()
-    checkpoint("recovering")
-    given_up = lost["cancel"] and not lost["own"]  # whoever cancels a job of the original doesn't wait for that
-    if not given_up and orphans():
-        return False
-    if not slot.open() and not given_up:  # the token is held: in another container, or by another user
-        return False
-    try:
-        outputs = slot.read(settings["max_output_bytes"]) if slot.fds else (b"", b"")
-        ended = _lost_run(job, lost, *outputs)
-        with store.transaction():
-            state, _ = store.record(ended, retry_time(job, LOST, settings, ended.finished_at),
-                                    {pool, _pool_of(lost["worker"])}, settings)
-    finally:
-        slot.close()  # a token kept here by mistake would keep the job from ever being given back
-    checkpoint("recovered")
-    store.sync()  # before the output is thrown away
-    if not given_up:
-        slot.remove()
-    if state:
-        tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
-            job.id, lost["worker"], job.attempts, max(1, job.max_retries), state))
-    return bool(state)
+class LostRun:
+    """A job whose worker is dead, and what is left of its run."""
 
+    def __init__(self, store: Store, row: dict[str, Any]):
+        """`row` is one of `store.lost_jobs()`."""
+        self.store, self.row, self.worker = store, row, row["worker"]
+        self.job = job = Job._make(row[field] for field in Job._fields)
+        self.slot = Slot(store.path, self.worker, row["slot"])
+        self.stopping = False
+        self.own = store.is_own(self.worker)
+        if not self.own:
+            # This is a copy of the queue whose worker it was. As long as there are any processes
+            # of that queue, the job may be running there.
+            self.orphans = members_of(original_of(self.worker) + "-", ())
+            return
+        self.stopping = store.is_stopping(_pool_of(self.worker))
+        leader = leader_of(store.path, self.worker, job.seq, job.runs)
+        mark = run_name(self.worker, job.seq, job.runs) + "\0"
+        self.orphans = members_of(mark, self.slot.paths, leader)
 
-def _with_orphans(store: Store, job: dict[str, Any]) -> tuple[dict[str, Any], Members]:
-    """A job whose worker is dead, with `own` and whether its pool was `stopping`, and what is left of its run.
+    def give_back(self, tell: Callable[[str], None], pool: str) -> bool:
+        """Record it, now that its orphans were ended; False if some could not be.
 
-    If this is a copy of the queue whose worker it was, these are all processes of that queue:
-    as long as there are any, the job may be running there.
-    """
-    files = output_paths(store.path, job["worker"], job["slot"])
-    if not store.is_own(job["worker"]):
-        return dict(job, own=False), Members(original_of(job["worker"]) + "-", ())
-    stopping = store.is_stopping(_pool_of(job["worker"]))
-    mark = run_name(job["worker"], job["seq"], job["runs"]) + "\0"
-    leader = leader_of(store.path, job["worker"], job["seq"], job["runs"])
-    return dict(job, own=True, stopping=stopping), Members(mark, files, leader)
+        `tell` and `pool` are as for `recover`.
+        """
+        job, settings = self.job, self.store.settings()
+        checkpoint("recovering")
+        # Whoever cancels a job of the original doesn't wait for its run there to end.
+        given_up = self.row["cancel"] and not self.own
+        if not given_up and self.orphans():
+            return False
+        if not self.slot.open() and not given_up:  # held in another container, or by another user
+            return False
+        try:
+            result = self._result(settings["max_output_bytes"])
+            retry_at = retry_time(job, LOST, settings, result.finished_at)
+            pools = {pool, _pool_of(self.worker)}
+            with self.store.transaction():
+                state, _ = self.store.record(result, retry_at, pools, settings)
+        finally:
+            self.slot.close()  # kept by mistake it would keep the job from ever being given back
+        checkpoint("recovered")
+        self.store.sync()  # before the output is thrown away
+        if not given_up:
+            self.slot.remove()
+        if state:
+            tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
+                job.id, self.worker, job.attempts, max(1, job.max_retries), state))
+        return bool(state)
+
+    def _result(self, limit: int) -> Ended:
+        """What there is to record."""
+        stdout, stderr = b"", b""
+        if self.slot.fds:
+            stdout, stderr = self.slot.read(limit)
+        now = now_millis()
+        ending, error = LOST, "the worker %s was lost while it ran this job" % self.worker
+        if self.row["cancel"]:
+            ending, error = CANCELLED, "cancelled"
+        elif not self.own:
+            ending, error = STOPPED, "it ran in the queue that this one was copied from"
+        elif self.stopping:
+            ending = STOPPED
+            error = "ended with its worker while the pool was stopping, to be run again"
+        seconds = max(0, now - self.job.started_at) / 1000
+        return Ended(self.job, ending, None, error, now, seconds,
+                     stdout, stderr, self.worker)
 
 
 def _forget_dead(store: Store) -> None:
-    """Remove dead workers and pools, and their files, unless a job is still held in their name.
-
-    In a transaction: names are born in one, so a life lock that is not yet locked is not seen.
-    """
-    names = set(names_beside(store.path, ".life")).union(
-        entry["name"] for entry in [*store.pools(), *store.workers()])
+    """Remove dead workers and pools, and their files, unless a job is still held in their name."""
+    names = set(names_beside(store.path, ".life"))
+    for entry in store.pools() + store.workers():
+        names.add(entry["name"])
     if all(is_alive(store.path, name) for name in names):
         return
     with store.transaction():
         keep = {job["worker"] for job in store.lost_jobs()}
-        keep |= {_pool_of(name) for name in names if is_alive(store.path, name)}  # `stop` reaches them through it
+        # A dead pool is kept while any of its workers lives: `stop` reaches them through it.
+        keep |= {_pool_of(name) for name in names if is_alive(store.path, name)}
         for name in names - keep:
             if not is_alive(store.path, name):
                 store.remove_worker(name)
@@ -4029,15 +4222,13 @@ def _forget_dead(store: Store) -> None:
                 remove_files(store.path, name)
 
 
-def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str], None], pool: str = "") -> int:
+def recover(store: Store, pause: Pause, tell: Callable[[str], None],
+            pool: str = "") -> int:
     """Give back what dead workers held, after ending what is left of it; how many jobs.
 
-    `pause` sleeps up to the given seconds, `tell` gets a line. If that uses up a job's tries, it
-    has died in the hands of `pool` too. Raises QueueError if the database can't be trusted: by
-    what it says, processes are ended.
-
-    One process at a time does this, under a lock of its own: ending processes takes seconds, and
-    the write mutex must not be held so long. Who finds it taken leaves the work to the other.
+    `tell` gets a line for each. A job whose tries are used up by that has died in the hands of
+    `pool` too. Raises QueueError if the database can't be trusted: by what it says, processes are
+    ended. Raises Unavailable or OSError if it can't be done now.
     """
     folder = folder_path(store.path)
     if not os.path.isdir(folder) and not store.lost_jobs():
@@ -4052,38 +4243,40 @@ def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str]
         if not system.try_lock(lock):
             return 0
         store.queue_id()
-        lost = [_with_orphans(store, job) for job in store.lost_jobs()]
-        own = [orphans for job, orphans in lost if job["own"]]
-        # All of them together: that takes one grace, not one each.
-        end_processes(lambda: {pid: started for orphans in own for pid, started in orphans().items()},
-                      store.settings()["kill_grace_seconds"], pause, 1.0)
-        done = [_recover_job(store, job, orphans, tell, pool) for job, orphans in lost]
+        lost = [LostRun(store, row) for row in store.lost_jobs()]
+        own = [run.orphans for run in lost if run.own]  # those of the original are left alone
+        end_processes(
+            lambda: {pid: started for orphans in own for pid, started in orphans().items()},
+            store.settings()["kill_grace_seconds"], pause, 1.0)
+        count = sum([run.give_back(tell, pool) for run in lost])
         _forget_dead(store)
     finally:
         os.close(lock)
-    count = sum(done)
     if count:
         ring_all(store.path)
     return count
 
 
-SWEEP_TIME, SWEEP_REST = 0.1, 60.0  # seconds of work in one second; seconds between rounds, at least
-YOUNGEST_SWEPT = 5.0  # seconds for which ended jobs are kept at least, for somebody may be waiting for them
-STEADY_TIME = 60.0  # seconds for which the clock must have gone as the machine's own before it is believed
+# Sweeping forgets jobs that have ended long ago.
+
+SWEEP_TIME, SWEEP_REST = 0.1, 60.0  # seconds of work in one second; between rounds, at least
+YOUNGEST_SWEPT = 5.0  # seconds for which ended jobs are kept at least: somebody may wait for them
+STEADY_TIME = 60.0  # seconds for which the clock must have gone as the machine's own does
 
 
-def _sweep_on(store: Store, keep: dict[str, float], place: dict[str, int]) -> dict[str, int]:
-    """Go on with a round; for each state that is not done, the seq of the last job that was looked at."""
+def _sweep_on(store: Store, keep: dict[str, float],
+              place: dict[str, int]) -> dict[str, int]:
+    """Go on with a round from a place; the place that was reached."""
     spared = store.queues_of_runs()
     end = time.monotonic() + SWEEP_TIME
     while place:
         state = next(iter(place))
-        if state not in keep:  # unset meanwhile
-            place[state] = 0
-        else:
+        last = place.pop(state)
+        if state in keep:  # else it was unset meanwhile
             before = to_millis(time.time() - keep[state])
-            place[state], _ = store.forget_some(state, before, place[state], spared)
-        place = {state: seq for state, seq in place.items() if seq}
+            last, _ = store.forget_some(state, before, last, spared)
+            if last:
+                place = {state: last, **place}
         if time.monotonic() >= end:
             break
     return place
@@ -4103,38 +4296,53 @@ def _steady_clock(noted: Any) -> tuple[bool, list[float]]:
     return STEADY_TIME == 0, now  # it was set, or the machine started anew
 
 
-def sweep(store: Store, settings: dict[str, Any]) -> None:
-    """Forget jobs that ended longer ago than `keep_completed` and `keep_dead` say: for SWEEP_TIME, then go on later.
+def _sweep_from_note(store: Store, keep: dict[str, float], file: int) -> None:
+    """Go on where the note in the file says that the last worker stopped, and note where this does.
 
-    One worker at a time does that, under a lock; its file keeps the place, since when the clock was
-    steady, and by its date the end of the last round. The longer jobs are kept, the longer is the
-    rest: a hundredth of that.
+    The note has the `place` in the round: for each state that is not done, the seq of the last
+    job that was looked at. There is none before the first round, and it is empty when a round is
+    done, since the date of the file. `clock` is since when the clock was steady.
+    """
+    note = json.loads(read_between(file, 0, 200) or b"{}")
+    place = note.get("place")
+    steady, clock = _steady_clock(note.get("clock"))
+    age = time.time() - os.fstat(file).st_mtime
+    rest = max(SWEEP_REST, min(keep.values()) / 100)
+    if place == {} and 0 <= age < rest:
+        return
+    if steady:
+        note["place"] = _sweep_on(store, keep, place or dict.fromkeys(keep, NEVER))
+    elif clock == note.get("clock"):
+        return
+    note["clock"] = clock
+    os.ftruncate(file, 0)
+    write_at(file, 0, json.dumps(note).encode())
+
+
+def sweep(store: Store, settings: dict[str, Any]) -> None:
+    """Forget jobs that ended longer ago than `keep_completed` and `keep_dead` say.
+
+    Works for SWEEP_TIME, then leaves off until it is called again. One worker at a time does that,
+    under a lock. The longer jobs are kept, the longer it rests between two rounds: a hundredth of
+    that. Raises QueueError, OSError or ValueError if it can't be done now.
     """
     keep = {state: max(YOUNGEST_SWEPT, settings["keep_" + state]) for state in ENDED
             if settings["keep_" + state] is not None}
     if not keep:
         return
-    lock = open_private(os.path.join(folder_path(store.path), "sweep.lock"), os.O_RDWR)
+    file = open_private(os.path.join(folder_path(store.path), "sweep.lock"), os.O_RDWR)
     try:
-        if not system.try_lock(lock):
-            return
-        noted = json.loads(read_between(lock, 0, 200) or b"{}")
-        place = noted.get("place")
-        steady, clock = _steady_clock(noted.get("clock"))
-        if place == {} and 0 <= time.time() - os.fstat(lock).st_mtime < max(SWEEP_REST, min(keep.values()) / 100):
-            return
-        if steady:
-            place = _sweep_on(store, keep, place or dict.fromkeys(keep, NEVER))
-        elif clock == noted.get("clock"):
-            return
-        os.ftruncate(lock, 0)
-        write_at(lock, 0, json.dumps({"place": place, "clock": clock}).encode())
+        if system.try_lock(file):
+            _sweep_from_note(store, keep, file)
     finally:
-        os.close(lock)
+        os.close(file)
+
+
+# Workers.
 
 
 def take_life(db: str, name: str) -> int:
-    """Take the life lock of a worker or pool, in the transaction that registers it."""
+    """Take the life lock of a worker or pool, in the transaction that registers it; its file."""
     os.makedirs(folder_path(db), 0o700, exist_ok=True)
     fd = open_private(life_path(db, name), os.O_RDWR)
     try:
@@ -4147,9 +4355,10 @@ def take_life(db: str, name: str) -> int:
 
 
 Order = namedtuple("Order", "db file pool number queues drain limited run supervisor fds")
-Order.__doc__ = """What the supervisor tells a worker: the database, which file that was, its pool, its
-number there, the queues it serves (none: all), whether to drain, whether --max-jobs was given, whether it serves a
-`run`, the supervisor's process id, and the descriptors it inherits but must not keep."""
+Order.__doc__ = """What the supervisor tells a worker: the database, which file that was, its pool,
+its number there, the queues it serves (none: all), whether to drain, whether --max-jobs was given,
+whether it serves a `run`, the supervisor's process id, and the descriptors it inherits but must
+not keep."""
 
 
 def signal_name(number: int) -> str:
@@ -4159,248 +4368,96 @@ def signal_name(number: int) -> str:
         return str(number)
 
 
-class Worker:
-    """Claims jobs and runs them, one at a time, until it is told to stop.
+class Records:
+    """What a worker knows; how it tells, commits, and has the disk keep what it has recorded.
 
-    Signal handlers only set flags and ring the bell; the loops look at the flags.
+    A worker has four layers: on this one rest Turns (between two runs), on them Runs (one run),
+    on them Worker (its life).
     """
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __init__(self, order: Order):
+        self.order, self.db, self.pool = order, order.db, order.pool
         self.name = "%s-%d" % (order.pool, order.number)
         self.queues = (*order.queues, HOOK_QUEUE) if order.queues else ()
-        self.supervisor_life = life_path(order.db, order.pool)
+        self.store: Store
+        self.bell = make_bell()
+        self.epoch, self.settings = -1, SETTINGS
+        self.limited: set[str] = set()  # the queues that have a limit of jobs running at once
+        # Its life.
         self.leave = 0  # 1: after the running job, 2: now
         self.dismissed = False  # by a signal of its own, while the pool goes on
-        self.life = -1
-        self.bell = make_bell()
-        self.place = system.place()
-        self.lines = ""
-        self.trouble = ""  # what was told last of what keeps it from working
-        self.shortages, self.rest_until = 0, 0.0
-        self.sync_failed = False
-        self.retry_at: int | None = None  # of the run that was recorded last
-        self.slots = 0
-        self.spare: list[Slot] = []
-        self.next_slot: Slot | None = None
-        self.running: Slot
-        self.control = Control(-1, SETTINGS, 0, set())
-        self.surroundings: dict[int, Surroundings] = {}
-        self.unsynced = False  # whether a record may not be on disk yet
-        self.used: list[tuple[Slot, bool]] = []  # slots of recorded runs, and whether they printed anything
-        self.seen = -1  # the last data version that was looked at
-        self.next_due: int | None = None
+        self.life = -1  # the descriptor that holds its life lock
+        self.seen = -1  # the last data version that was looked at; -1: look at everything again
+        self.next_due: int | None = None  # milliseconds
         self.next_patrol = self.next_sweep = 0.0
         self.unpatrolled = True
         self.clock = time.time() - time.monotonic()
+        self.place = system.place()
+        # What it tells.
+        self.lines = ""  # once what they tell of is on disk
+        self.trouble = ""  # what was told last of what keeps it from working
+        self.rest_until, self.shortages = 0.0, 0
+        # What it has recorded.
+        self.unsynced = False  # whether a record may not be on disk yet
+        self.sync_failed = False  # whether the last try to change that has failed
+        self.retry_at: int | None = None  # of the run that was recorded last
+        # Where output goes.
+        self.slots = 0  # how many there were
+        self.spare: list[Slot] = []
+        self.next_slot: Slot | None = None  # whose token is held for the next run
+        self.running: Slot
+        self.used: list[tuple[Slot, bool]] = []  # of unsynced records, and whether they printed
+        self.surroundings: dict[int, Surroundings] = {}  # by the key of their context
 
-    def handle_signals(self) -> None:
-        """From here on: SIGHUP lets the running job finish, SIGUSR1 does not, SIGTERM is private."""
-        for name, handler in (("SIGTERM", self._dismiss), ("SIGINT", self._dismiss), ("SIGHUP", self._leave),
-                              ("SIGUSR1", self._leave_now), ("SIGCHLD", lambda signum, frame: None)):
-            if hasattr(signal, name) and not (WINDOWS and name == "SIGINT"):
-                signal.signal(getattr(signal, name), handler)
-        self.bell.hear_signals()
-        if not WINDOWS:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # What it says.
 
-    def _dismiss(self, signum: int, frame: FrameType | None) -> None:
-        self.dismissed = True
-        self.leave = max(self.leave, 1)
+    def say(self, text: str) -> None:
+        """Say a line as soon as what was recorded is on disk."""
+        self.lines += self._line(text)
 
-    def _leave(self, signum: int, frame: FrameType | None) -> None:
-        self.leave = max(self.leave, 1)
+    def announce(self, text: str) -> None:
+        """Say something at once, whatever waits to be said."""
+        self._write(self._line(as_called(text)))
 
-    def _leave_now(self, signum: int, frame: FrameType | None) -> None:
-        self.leave = 2
+    def _line(self, text: str) -> str:
+        now = show_time(now_millis())
+        return "%s worker %d: %s\n" % (now, self.order.number, text)
 
-    # Its life.
+    def _write(self, lines: str) -> None:
+        if self.order.run and os.isatty(1):  # in place of the line that shows the progress
+            lines = "\r\033[K" + lines
+        system.say(lines)
 
-    def work(self) -> int:
-        """Work until told to stop; the exit code tells the supervisor why it ended."""
-        self.store = self._open()
-        self.commit(self._register)
-        self.follow(self.store.pulse()[0])
-        self._recover()  # first: what is left of a lost run must not go on while others lock the database
-        self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
-        self._loop()
-        self._sync_at_last()
-        self._deregister()
-        return EXIT_INTERRUPTED if self.leave == 2 else EXIT_DISMISSED if self.dismissed else EXIT_OK
+    def tell_trouble(self, text: str) -> None:
+        """Say at once what keeps this worker from working, and note it; nothing: it works again."""
+        if text != self.trouble:
+            self.trouble = text
+            note_trouble(self.life, text)
+            if text:
+                self.announce(text)
 
-    def _open(self) -> Store:
-        """The database, as soon as it can be opened."""
-        while True:
-            try:
-                store = open_trusted(self.order.db, self.order.file, patience=TICK)
-                store.defer_sync()
-                return store
-            except (Unavailable, OSError) as error:
-                if self.leave:
-                    raise
-                self._tell_trouble(str(error))
-                self.bell.wait(TICK)
-
-    def _sync_at_last(self) -> None:
-        """What was recorded is to be on disk before it leaves, unless it has to leave now."""
-        self._make_sure()
-        while self.unsynced and self.leave < 2:
-            self.bell.wait(SYNC_AGAIN)
-            self._make_sure()
-
-    def _register(self) -> None:
-        """Life lock, bell and row come into being in one transaction: nobody sees a half-born worker."""
-        if self.life < 0:
-            self.life = take_life(self.order.db, self.name)
-            self.store.identity.watch(self.life)
-            note_trouble(self.life, "")  # which takes the space for all notes
-            self.bell = make_bell(bell_path(self.order.db, self.name))
-            self.bell.hear_signals()
-        checkpoint("being born")
-        self.store.add_worker(self.name, self.order.pool, to_millis(time.time()))
-
-    def _deregister(self) -> None:
-        """Leave nothing behind; where that fails, whoever looks after dead workers does it."""
-        self.store.patience = LAST_PATIENCE
-        try:
-            with self.store.transaction():
-                self.store.remove_worker(self.name)
-            remove_files(self.order.db, self.name)
-        except (QueueError, OSError):
-            pass
-
-    def _loop(self) -> None:
-        while not self.leave:
-            if self.sync_failed:
-                self._make_sure()
-            news = self._has_news()
-            if self.unpatrolled and time.monotonic() >= self.next_patrol:
-                self._patrol()
-            self._sweep()
-            if news and self._may_claim():
-                job = self.turn(None)
-                while job is not None:
-                    job = self.turn(self.execute(job))
-                self._rest()
-            elif self._is_done():
-                self.leave = max(self.leave, 1)
-            elif not self.leave:
-                self._idle()
-
-    def _has_news(self) -> bool:
-        """After the bell: whether anybody has committed anything, or a time has come."""
-        if self._orphaned():
-            self.leave = max(self.leave, 1)
-        try:
-            seen = self.store.changed()
-        except Unavailable:
-            return False
-        if seen == self.seen and (self.next_due is None or time.time() * 1000 < self.next_due):
-            return False
-        self.seen = seen
-        self.unpatrolled = True
-        return True
-
-    def _may_claim(self) -> bool:
-        """Whether there is a job to claim: found out by reading, for writers have to wait for each other."""
-        if self.sync_failed or time.monotonic() < self.rest_until:
-            self.seen = -1  # look again
-            return False
-        try:
-            epoch, self.next_due = self.store.pulse()
-            self.follow(epoch)
-            ready = self.store.ready(self.queues, self.next_due, to_millis(time.time()))
-            return ready and not self.leave and not self._used_up()
-        except Unavailable:
-            self.seen = -1  # look again
-            return False
-
-    def _orphaned(self) -> bool:
-        return bool(system.orphaned(self.order.supervisor, self.supervisor_life))
-
-    def _used_up(self) -> bool:
-        return self.order.limited and not self.store.turns_left(self.order.pool)
-
-    def _is_done(self) -> bool:
-        try:
-            now = to_millis(time.time())
-            if self.order.run:
-                queue = self.order.queues[0]
-                return not self.store.count(UNFINISHED, queue) and not self.store.hooks_left(queue)
-            return self._used_up() or bool(self.order.drain and self.store.drained(self.queues, now))
-        except Unavailable:
-            return False
-
-    def _rest(self) -> None:
-        """After work: look again before sleeping, for own commits are no news, and tell who drains."""
-        self.seen = -1
-        self._make_sure()
-        if self.order.drain or self.order.limited or self.order.run:
-            ring_all(self.order.db)
-
-    def _idle(self) -> None:
-        """Sleep until the bell, a signal, or the exact time of the next retry or schedule."""
-        pause = self.control.settings["poll_interval_ms"] / 1000
-        if self.next_due is not None:
-            pause = min(pause, max(0.0, self.next_due / 1000 - time.time()))
-        if self.rest_until:
-            pause = min(pause, max(0.01, self.rest_until - time.monotonic()))
-        if self.bell.wait(pause):
-            system.reap(0)  # daemons that earlier jobs left behind end as children of this worker
-        if self._clock_was_set_back():
-            self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
-            self.seen = -1
-
-    def _clock_was_set_back(self) -> bool:
-        """Whether the wall clock was set back since this was asked last."""
-        before, self.clock = self.clock, time.time() - time.monotonic()
-        return self.clock < before - CLOCK_STEP
-
-    def _patrol(self) -> None:
-        """Now and then, while anybody else runs jobs: has a worker died whose supervisor died too?"""
-        began = time.monotonic()
-        try:
-            others = self.store.holders() - {self.name}
-            self.unpatrolled = bool(others)
-            if not all(is_alive(self.order.db, name) for name in others):
-                self._recover()
-        except Unavailable:
-            pass  # what can't be done now is still there at the next patrol
-        now = time.monotonic()  # an orphan that can't be ended takes seconds: as many for work
-        self.next_patrol = now + max(1.0, self.control.settings["poll_interval_ms"] / 1000, now - began)
-
-    def _sweep(self) -> None:
-        if time.monotonic() >= self.next_sweep:
-            self.next_sweep = time.monotonic() + 1.0
-            try:
-                sweep(self.store, self.control.settings)
-            except (QueueError, OSError, ValueError):
-                pass  # it is not urgent, and who needs the database next says what is wrong with it
-
-    def _recover(self) -> None:
-        try:
-            if recover(self.store, self.bell.wait, self.say, self.order.pool):
-                self.seen = -1
-                self.flush()
-        except (Unavailable, OSError):
-            self.unpatrolled = True
+    # What it follows, and what it commits.
 
     def follow(self, epoch: int) -> None:
         """Take on settings that have changed since the epoch before, and the order to stop."""
-        if epoch == self.control.epoch:
+        if epoch == self.epoch:
             return
-        self.control = self.store.control(self.order.pool, epoch)
-        if self.control.stop > self.leave:
-            self.leave = self.control.stop
-            self.say("told to stop%s" % (" now" if self.leave == 2 else ""))
+        self.epoch, self.settings, stop, self.limited = self.store.control(
+            self.pool, epoch)
+        if stop > self.leave:
+            self.leave = stop
+            self.say("told to stop" + " now" * (stop == 2))
 
     def commit(self, change: Callable[[], Any], holding: str = "") -> Any:
-        """Make a change in a transaction, trying until it is committed, whatever keeps it from that.
+        """Make a change in a transaction, again and again until it is committed; what it returns.
 
-        Raises Unavailable only if the worker is told to leave: with an outcome in its hands
-        (`holding`, the id of the job) only if it is to leave now.
+        `holding` is the id of the job whose outcome the change records, or nothing. Raises
+        Unavailable or OSError only if the worker is told to leave; while it is `holding` an
+        outcome, only if it is to leave now.
         """
-        told = time.monotonic() + (0 if holding else WAIT_TOLD)
+        why, told_from = "", time.monotonic() + WAIT_TOLD
+        if holding:
+            why, told_from = "the outcome of %s waits to be recorded: " % holding, 0.0
         while True:
             try:
                 if self.sync_failed:
@@ -4408,69 +4465,36 @@ class Worker:
                 with self.store.transaction():
                     result = change()
                 if time.monotonic() >= self.rest_until:
-                    self._tell_trouble("")
+                    self.tell_trouble("")
                 return result
             except (Unavailable, OSError) as error:
-                if self.leave > (1 if holding else 0):
+                if self.leave == 2 or (self.leave and not holding):
                     raise
-                if time.monotonic() >= told:
-                    self._tell_trouble(
-                        ("the outcome of %s waits to be recorded: " % holding if holding else "") + str(error))
+                if time.monotonic() >= told_from:
+                    self.tell_trouble(why + str(error))
                 self.bell.wait(SYNC_AGAIN if self.sync_failed else TICK)
 
-    # A turn: record, claim, run.
-
-    def turn(self, ended: Ended | None) -> Job | None:
-        """Record how the last run ended and claim the next job, in one commit.
-
-        The token of the next run is held before: from the commit on, whoever finds the job
-        claimed and this worker dead must be able to tell whether the run still lives.
-        """
-        checkpoint("before turn")
-        slot = self.next_slot = self.next_slot or self._open_slot()
-        state, freed, job = self.commit(lambda: self._turn(ended, slot), ended.job.id if ended else "")
-        checkpoint("recorded")
-        self.unsynced = True
-        if ended:
-            self.used.append((self.running, bool(ended.stdout or ended.stderr)))
-            self._tell_end(ended, state)
-            if freed or state == FAILED or (ended.job.queue in self.control.limited and not self.order.run):
-                ring_all(self.order.db)  # another may take what waited for it or its place, or wake for its retry
-        if slot is None:
-            self._make_sure()
-            self.bell.wait(1.0)
-        elif job is not None:
-            self.running, self.next_slot = slot, None
-        return job  # type: ignore[no-any-return]
-
-    def _turn(self, ended: Ended | None, slot: Slot | None) -> tuple[str, bool, Job | None]:
-        state, freed = "", False
-        if self._clock_was_set_back():
-            self.store.make_ready_after_clock_step(to_millis(time.time()))
-        epoch, due = self.store.pulse()
-        self.follow(epoch)
-        if ended:
-            if ended.ending != COMPLETED:
-                self.retry_at = retry_time(ended.job, ended.ending, self.control.settings, ended.finished_at)
-            state, freed = self.store.record(ended, self.retry_at, (self.order.pool,), self.control.settings)
-        now = time.monotonic()
-        if slot is None or self.leave or self.rest_until > now or now >= self.next_patrol or self._orphaned():
-            return state, freed, None
-        job = self.store.claim(self.name, slot.number, self.queues, due, to_millis(time.time()),
-                               self.order.pool if self.order.limited else "")
-        if job and job.context not in self.surroundings:
-            self._look_around(job.context)
-        return state, freed, job
-
-    def _make_sure(self) -> None:
-        """Have the disk keep what was recorded; only then it is told, and the output files are emptied.
+    def sync_records(self) -> None:
+        """Have the disk keep what was recorded; then tell of it, and empty its output files.
 
         Done while the next job runs already, and where jobs are very short for a few of them at
-        once: waiting for the disk would cost them a tenth of their rate.
+        once: waiting for the disk would cost them a tenth of their rate. While the disk takes
+        nothing, `sync_failed` is set, and nothing is told, thrown away or claimed.
         """
-        self.flush()
-        if self.unsynced:
+        try:
+            if self.unsynced:
+                self.store.sync()
+        except Unavailable as error:
+            self.sync_failed = True
+            self.tell_trouble(str(error))
             return
+        if self.sync_failed:
+            self.sync_failed = False
+            self.tell_trouble("")
+        self.unsynced = False
+        if self.lines:
+            self._write(self.lines)
+            self.lines = ""
         for slot, printed in self.used:
             try:
                 slot.clear(printed)
@@ -4479,177 +4503,459 @@ class Worker:
                 slot.remove()
         self.used.clear()
 
-    def _open_slot(self) -> Slot | None:
-        """A slot with its token in hand; None if there is no room for one, and so for no run."""
-        while True:
-            if not self.spare:
-                self.spare.append(Slot(self.order.db, self.name, self.slots))
-                self.slots += 1
-            try:
-                if self.spare[0].open():
-                    self.spare[0].empty()  # of what a daemon wrote after its job was recorded, and ended since
-                    return self.spare.pop(0)
-            except OSError as error:
-                self.rest_until = time.monotonic() + 1.0
-                self._tell_trouble("no job can be claimed: %s" % error)
-                return None
-            self.spare.pop(0).remove()  # a daemon that an earlier job left behind keeps it
 
-    def execute(self, job: Job) -> Ended:
-        """Run a claimed job to its end, whatever that is."""
-        run = Run(job, self.name, self.running)
-        surroundings = self.surroundings[job.context]
-        checkpoint("claimed")
-        if job.chained:  # what it waited for was perhaps recorded by another, and is not on disk yet
-            self.unsynced = True
-            self._make_sure()
-        if self.sync_failed:
-            return self._rest_from(run, "can't start: the disk can't be synced")
-        problem = run.start(surroundings, self.order.db)
-        note_run(self.life, RunNote(self.place, job.seq, job.runs, *run.leader))
-        if run.short:
-            return self._rest_from(run, problem)
-        self.shortages = 0
-        if not self.order.run:
-            self.say("started %s (pid %s, attempt %d of %d): %s" % (
-                job.id, run.pid or "none", job.attempts, max(1, job.max_retries), shorten(clean(job.command), 100)))
-        checkpoint("spawned")
-        if len(self.used) >= SHARED_SYNC:
-            self._make_sure()
-        limit = self.control.settings["max_output_bytes"]
-        return run.ended(FAILED, problem, limit) if problem else self._attend(run, limit)
+class Turns(Records):
+    """Between two runs: the last one is recorded and the next job claimed, in one commit."""
 
-    def _rest_from(self, run: Run, problem: str) -> Ended:
-        """Give back a job for which the machine has no room now, and claim none for a while."""
-        pause = min(LONGEST_REST, 2.0 ** self.shortages)
-        self.shortages += 1
-        self.rest_until = time.monotonic() + pause
-        self._tell_trouble("%s %s; the next try is in %s" % (run.job.id, problem, show_duration(pause)))
-        return run.ended(UNSTARTED, problem, 0)
+    def record_and_claim(self, result: Ended | None) -> Job | None:
+        """Record how the last run ended (None: there was none) and claim the next job, if any.
 
-    def _tell_trouble(self, text: str) -> None:
-        """Say at once what keeps this worker from working, and note it for `status`; nothing: it works again."""
-        if text != self.trouble:
-            self.trouble = text
-            note_trouble(self.life, text)
-            if text:
-                self.announce(text)
+        Raises Unavailable or OSError as `commit` does.
+        """
+        checkpoint("before turn")
+        if self.next_slot is None:
+            self.next_slot = self._open_slot()
+        slot = self.next_slot
+        holding = result.job.id if result else ""
+        state, freed, job = self.commit(lambda: self._record_and_claim(result), holding)
+        checkpoint("recorded")
+        self.unsynced = True
+        if result:
+            self.used.append((self.running, bool(result.stdout or result.stderr)))
+            self._tell_end(result, state)
+            limited = result.job.queue in self.limited and not self.order.run
+            if freed or limited or state == FAILED:
+                ring_all(self.db)  # another may take what waited for it, its place or retry
+        if slot is None:
+            self.sync_records()
+            self.bell.wait(1.0)
+        elif job is not None:
+            self.running, self.next_slot = slot, None
+        return job  # type: ignore[no-any-return]
+
+    def _record_and_claim(self, result: Ended | None) -> tuple[str, bool, Job | None]:
+        """In the transaction: the recorded job's new state, if others can start now, and a job."""
+        state, freed, job = "", False, None
+        if self.clock_was_set_back():
+            self.start_delays_anew()
+        epoch, due = self.store.pulse()
+        self.follow(epoch)
+        settings, pools = self.settings, [self.pool]
+        if result:
+            if result.ending != COMPLETED:
+                self.retry_at = retry_time(result.job, result.ending, settings, result.finished_at)
+            state, freed = self.store.record(result, self.retry_at, pools, settings)
+        if self.next_slot and self._may_go_on():
+            job = self._claim(self.next_slot.number, due)
+        return state, freed, job
+
+    def _may_go_on(self) -> bool:
+        """Whether to claim another job, and not leave, rest, or look after others first."""
+        now = time.monotonic()
+        if self.leave or now < self.rest_until or now >= self.next_patrol:
+            return False
+        return not self.orphaned()
+
+    def _claim(self, slot: int, due: int | None) -> Job | None:
+        pool = self.pool if self.order.limited else ""
+        job = self.store.claim(self.name, slot, self.queues, due,
+                               now_millis(), pool)
+        if job and job.context not in self.surroundings:
+            self._look_around(job.context)
+        return job
 
     def _look_around(self, context: int) -> None:
-        """Read where the jobs of a context run, with the claim: from then on nothing may fail but their start."""
+        """Read where the jobs of a context run, with the claim: later it must not fail."""
         cwd, path, umask, environ = self.store.context(context)
-        env = system.environment() if not environ else {
-            system.native(name): system.native(value) for name, value in json.loads(environ).items()}
+        env = system.environment()
+        if environ:
+            env = native_items(json.loads(environ))
         env[system.native("PATH")] = system.native(path)
         if len(self.surroundings) > 100:
             self.surroundings.clear()
         self.surroundings[context] = Surroundings(cwd, umask, env)
 
-    def _attend(self, run: Run, limit: int) -> Ended:
+    def _open_slot(self) -> Slot | None:
+        """A slot with its token in hand; None if there is no room for one, and so for no run."""
+        while True:
+            if not self.spare:
+                self.spare.append(Slot(self.db, self.name, self.slots))
+                self.slots += 1
+            slot = self.spare[0]
+            try:
+                if slot.open():
+                    slot.empty()  # of what a daemon wrote after its job's record, and ended since
+                    return self.spare.pop(0)
+            except OSError as error:
+                self.rest_until = time.monotonic() + 1.0
+                self.tell_trouble("no job can be claimed: %s" % error)
+                return None
+            self.spare.pop(0).remove()  # a daemon that an earlier job left behind keeps it
+
+    def orphaned(self) -> bool:
+        """Whether the supervisor has died."""
+        life = life_path(self.db, self.pool)
+        return system.orphaned(self.order.supervisor, life)
+
+    def clock_was_set_back(self) -> bool:
+        """Whether the wall clock was set back since this was asked last."""
+        before, self.clock = self.clock, time.time() - time.monotonic()
+        return self.clock < before - CLOCK_STEP
+
+    def start_delays_anew(self) -> None:
+        """In a transaction, after the clock was set back: what it had put off is due."""
+        self.store.make_ready_after_clock_step(now_millis())
+
+    def _tell_end(self, result: Ended, state: str) -> None:
+        if self.order.run:
+            return
+        outcome = {"": "was recorded as lost by another process: ", FAILED: "failed",
+                   PENDING: "went back into the queue", DEAD: "is dead"}.get(state, state)
+        line = "%s %s after %s" % (result.job.id, outcome, show_duration(result.seconds))
+        if result.error is not None:
+            line += ": " + clean(result.error)
+        if state == FAILED:
+            line += "; next try at " + show_time(self.retry_at or 0)
+        self.say(line)
+
+
+class Runs(Turns):
+    """One run of a claimed job: start it, wait for it, end it if need be, judge it."""
+
+    def execute(self, job: Job) -> Ended:
+        """Run a claimed job to its end, whatever that is."""
+        run = Run(job, self.name, self.running, self.settings["max_output_bytes"])
+        checkpoint("claimed")
+        if job.chained:  # what it waited for is perhaps another's record, and not on disk yet
+            self.unsynced = True
+            self.sync_records()
+        if self.sync_failed:
+            return self._put_off(run, "can't start: the disk can't be synced")
+        problem = run.start(self.surroundings[job.context], self.db)
+        note_run(self.life, RunNote(self.place, job.seq, job.runs,
+                                    *run.leader))
+        if run.short:
+            return self._put_off(run, problem)
+        self.shortages = 0
+        self._tell_start(run)
+        checkpoint("spawned")
+        if len(self.used) >= SHARED_SYNC:
+            self.sync_records()
+        if problem:
+            return run.result(FAILED, problem)
+        return self._attend(run)
+
+    def _tell_start(self, run: Run) -> None:
+        if not self.order.run:
+            job = run.job
+            self.say("started %s (pid %s, attempt %d of %d): %s" % (
+                job.id, run.pid or "none", job.attempts, max(1, job.max_retries),
+                shorten(clean(job.command), 100)))
+
+    def _put_off(self, run: Run, problem: str) -> Ended:
+        """Give back a job for which the machine has no room now, and claim none for a while."""
+        pause = min(LONGEST_REST, 2.0 ** self.shortages)
+        self.shortages += 1
+        self.rest_until = time.monotonic() + pause
+        self.tell_trouble("%s %s; the next try is in %s"
+                          % (run.job.id, problem, show_duration(pause)))
+        return run.result(UNSTARTED, problem)
+
+    def _attend(self, run: Run) -> Ended:
         """Sleep until the run ends, or until there is a reason to end it."""
         while True:
             self.bell.wait(min(run.patience(), self._sync_wait()))
             if run.has_ended():
-                return self._judge(run, limit)
+                return self._judge(run)
             if self.unsynced:
-                self._make_sure()
+                self.sync_records()
             ending, error = self._interruption(run)
             if ending:
-                run.end(self.control.settings["kill_grace_seconds"], self.bell.wait)
-                return run.ended(ending, error, limit)
-            run.bound_output(limit)
+                run.end(self.settings["kill_grace_seconds"], self.bell.wait)
+                return run.result(ending, error)
+            run.bound_output()
 
     def _sync_wait(self) -> float:
         """Seconds until the disk is to be synced."""
         if not self.unsynced:
-            return float("inf")
+            return FOREVER
         return SYNC_AGAIN if self.sync_failed else SYNC_WAIT
 
     def _interruption(self, run: Run) -> tuple[str, str]:
         """Why a run must end now, as its ending and the reason, or two empty strings."""
-        if run.overdue():
+        if time.monotonic() >= run.deadline:
             return FAILED, "timed out after %ss" % show_number(run.job.timeout_seconds)
         try:
-            seen = self.store.changed()
-            if seen != self.seen:
-                self.seen = seen
-                self.follow(self.store.pulse()[0])
-                self.flush()
-                if self.store.is_cancelled(run.job.seq):
-                    return CANCELLED, "cancelled"
+            if self._was_cancelled(run.job):
+                return CANCELLED, "cancelled"
         except (QueueError, OSError):
             pass  # the run goes on; what is wrong with the database shows when it is recorded
-        return (STOPPED, "ended with its worker, to be run again") if self.leave == 2 else ("", "")
+        if self.leave == 2:
+            return STOPPED, "ended with its worker, to be run again"
+        return "", ""
 
-    def _judge(self, run: Run, limit: int) -> Ended:
+    def _was_cancelled(self, job: Job) -> bool:
+        """Look at what others have committed, if anything: orders, settings, and a cancellation."""
+        seen = self.store.changed()
+        if seen == self.seen:
+            return False
+        self.seen = seen
+        self.follow(self.store.pulse()[0])
+        self.sync_records()
+        return self.store.is_cancelled(job.seq)
+
+    def _judge(self, run: Run) -> Ended:
         """What the end of its shell means for a run."""
-        if run.lost:
-            run.end_leftovers(self.control.settings["kill_grace_seconds"], self.bell.wait)
-            return run.ended(LOST, "its exit code was lost", limit)
         code = run.exit_code or 0
-        if code == 0:
-            return run.ended(COMPLETED, None, limit)
-        grace = self.control.settings["kill_grace_seconds"]
-        run.end_leftovers(grace, self.bell.wait)
-        if code in SHUTDOWN_CODES:
-            deadline = time.monotonic() + 0.1  # whoever ends all of us at once may have hit the job first
-            while not self.leave and time.monotonic() < deadline:
-                self.bell.wait(deadline - time.monotonic())
-            if self.leave:
-                return run.ended(STOPPED, "ended with its worker, to be run again", limit)
-        error = "exit code %d" % code if code > 0 else "ended by signal %s" % signal_name(-code)
-        most, final = self.control.settings["max_deferrals"], code in policy_of(run.job).get("dead_on", ())
-        if code == TRY_LATER and not final and run.job.deferrals < most:
-            return run.ended(DEFERRED, "%s, to be tried again later (%d of %d times)" % (
-                error, run.job.deferrals + 1, most), limit)
-        return run.ended(FAILED, error + ", which is final" * final, limit)._replace(final=final)
+        if code == 0 and not run.lost:
+            return run.result(COMPLETED)
+        run.end_leftovers(self.settings["kill_grace_seconds"], self.bell.wait)
+        if run.lost:
+            return run.result(LOST, "its exit code was lost")
+        if code in SHUTDOWN_CODES and self._is_to_leave():
+            return run.result(STOPPED, "ended with its worker, to be run again")
+        error = "exit code %d" % code
+        if code < 0:
+            error = "ended by signal %s" % signal_name(-code)
+        if code in policy_of(run.job).get("dead_on", ()):
+            return run.result(FAILED, error + ", which is final")._replace(final=True)
+        most = self.settings["max_deferrals"]
+        if code == TRY_LATER and run.job.deferrals < most:
+            return run.result(DEFERRED, "%s, to be tried again later (%d of %d times)"
+                              % (error, run.job.deferrals + 1, most))
+        return run.result(FAILED, error)
 
-    # What it says.
+    def _is_to_leave(self) -> bool:
+        """Whether this worker is told to leave within a tenth of a second.
 
-    def _tell_end(self, ended: Ended, state: str) -> None:
-        outcome = {"": "was recorded as lost by another process: ", PENDING: "went back into the queue",
-                   FAILED: "failed", DEAD: "is dead"}.get(state, state)
-        if self.order.run:
-            return
-        rest = "" if ended.error is None else ": %s" % clean(ended.error)
-        if state == FAILED:
-            rest += "; next try at %s" % show_time(self.retry_at or 0)
-        self.say("%s %s after %s%s" % (ended.job.id, outcome, show_duration(ended.seconds), rest))
+        Whoever ends all of us at once may have hit the job before its worker.
+        """
+        deadline = time.monotonic() + 0.1
+        while not self.leave and time.monotonic() < deadline:
+            self.bell.wait(deadline - time.monotonic())
+        return self.leave > 0
 
-    def say(self, text: str) -> None:
-        self.lines += self._line(text)
 
-    def announce(self, text: str) -> None:
-        """Say something at once, whatever waits to be said."""
-        system.say(self._clear() + self._line(as_called(text)))
+class Worker(Runs):
+    """Claims jobs and runs them, one at a time, until it is told to stop.
 
-    def _line(self, text: str) -> str:
-        return "%s worker %d: %s\n" % (show_time(to_millis(time.time())), self.order.number, text)
+    Signal handlers only set flags and ring the bell; the loops look at the flags.
+    """
 
-    def _clear(self) -> str:
-        """What takes away the line that shows the progress of a `run`."""
-        return "\r\033[K" if self.order.run and os.isatty(1) else ""
+    def handle_signals(self) -> None:
+        """From now on SIGHUP lets the running job finish, SIGUSR1 does not, SIGTERM is private."""
+        for name, handler in (
+                ("SIGTERM", self._dismiss), ("SIGINT", self._dismiss), ("SIGHUP", self._leave_soon),
+                ("SIGUSR1", self._leave_now), ("SIGCHLD", lambda *_: None)):
+            if hasattr(signal, name) and not (WINDOWS and name == "SIGINT"):
+                signal.signal(getattr(signal, name), handler)
+        self.bell.hear_signals()
+        system.let_through()
 
-    def flush(self) -> None:
-        """Say it, once what it tells of is on disk."""
-        self._sync()
-        if self.lines and not self.unsynced:
-            system.say(self._clear() + self.lines)
-            self.lines = ""
+    def _dismiss(self, *_: object) -> None:
+        self.dismissed = True
+        self._leave_soon()
 
-    def _sync(self) -> None:
-        """Have the disk keep what was committed. While it does not, nothing of it is told or thrown away."""
-        if self.unsynced:
+    def _leave_soon(self, *_: object) -> None:
+        self.leave = max(self.leave, 1)
+
+    def _leave_now(self, *_: object) -> None:
+        self.leave = 2
+
+    # From its birth to its end.
+
+    def work(self) -> int:
+        """Work until told to stop; the exit code tells the supervisor why it ended."""
+        self.store = self._open()
+        self.commit(self._register)
+        self.follow(self.store.pulse()[0])
+        # First: what is left of a lost run must not go on while others lock the database.
+        self._recover()
+        self.commit(self.start_delays_anew)
+        self._loop()
+        self._sync_at_last()
+        self._deregister()
+        if self.leave == 2:
+            return EXIT_INTERRUPTED
+        return EXIT_DISMISSED if self.dismissed else EXIT_OK
+
+    def _open(self) -> Store:
+        """The database, as soon as it can be opened."""
+        while True:
             try:
-                self.store.sync()
-            except Unavailable as error:
-                self.sync_failed = True
-                self._tell_trouble(str(error))
-                return
-        if self.sync_failed:
-            self.sync_failed = False
-            self._tell_trouble("")
-        self.unsynced = False
+                store = open_trusted(self.db, self.order.file, patience=TICK)
+                store.defer_sync()
+                return store
+            except (Unavailable, OSError) as error:
+                if self.leave:
+                    raise
+                self.tell_trouble(str(error))
+                self.bell.wait(TICK)
+
+    def _register(self) -> None:
+        """In one transaction life lock, bell and row come to be: nobody sees a half-born worker."""
+        if self.life < 0:
+            self.life = take_life(self.db, self.name)
+            self.store.identity.watch(self.life)
+            note_trouble(self.life, "")  # which takes the space for all notes
+            self.bell = make_bell(bell_path(self.db, self.name))
+            self.bell.hear_signals()
+        checkpoint("being born")
+        self.store.add_worker(self.name, self.pool, now_millis())
+
+    def _sync_at_last(self) -> None:
+        """What was recorded is to be on disk before it leaves, unless it has to leave now."""
+        self.sync_records()
+        while self.unsynced and self.leave < 2:
+            self.bell.wait(SYNC_AGAIN)
+            self.sync_records()
+
+    def _deregister(self) -> None:
+        """Leave nothing behind; where that fails, whoever looks after dead workers does it."""
+        self.store.patience = LAST_PATIENCE
+        try:
+            with self.store.transaction():
+                self.store.remove_worker(self.name)
+            remove_files(self.db, self.name)
+        except (QueueError, OSError):
+            pass
+
+    # The loop, in which it runs jobs or sleeps.
+
+    def _loop(self) -> None:
+        while not self.leave:
+            if self.sync_failed:
+                self.sync_records()
+            news = self._has_news()
+            if self.unpatrolled and time.monotonic() >= self.next_patrol:
+                self._patrol()
+            self._sweep()
+            if news and self._may_claim():
+                job = self.record_and_claim(None)
+                while job is not None:
+                    job = self.record_and_claim(self.execute(job))
+                self._rest()
+            elif self._is_done():
+                self._leave_soon()
+            elif not self.leave:
+                self._idle()
+
+    def _has_news(self) -> bool:
+        """After the bell: whether anybody has committed anything, or a time has come."""
+        if self.orphaned():
+            self._leave_soon()
+        try:
+            seen = self.store.changed()
+        except Unavailable:
+            return False
+        due = self.next_due is not None and time.time() * 1000 >= self.next_due
+        if seen == self.seen and not due:
+            return False
+        self.seen = seen
+        self.unpatrolled = True
+        return True
+
+    def _may_claim(self) -> bool:
+        """Whether there is a job to claim, found out by reading: writers wait for each other.
+
+        The claim reads the same again, under the mutex: another may have been faster.
+        """
+        if not self.sync_failed and time.monotonic() >= self.rest_until:
+            try:
+                epoch, self.next_due = self.store.pulse()
+                self.follow(epoch)
+                ready = self.store.ready(self.queues, self.next_due, now_millis())
+                return ready and not self.leave and not self._used_up()
+            except Unavailable:
+                pass
+        self.seen = -1
+        return False
+
+    def _used_up(self) -> bool:
+        return self.order.limited and not self.store.turns_left(self.pool)
+
+    def _is_done(self) -> bool:
+        """Whether a `run`, a drain or --max-jobs leaves nothing more to do."""
+        try:
+            if self.order.run:
+                queue = self.order.queues[0]
+                return not self.store.count(UNFINISHED, queue) and not self.store.hooks_left(queue)
+            if self._used_up():
+                return True
+            return self.order.drain and self.store.drained(self.queues, now_millis())
+        except Unavailable:
+            return False
+
+    def _rest(self) -> None:
+        """After work: look again before sleeping, for own commits are no news; tell who drains."""
+        self.seen = -1
+        self.sync_records()
+        if self.order.drain or self.order.limited or self.order.run:
+            ring_all(self.db)
+
+    def _idle(self) -> None:
+        """Sleep until the bell, a signal, or the exact time of the next retry or schedule."""
+        pause = self.settings["poll_interval_ms"] / 1000
+        if self.next_due is not None:
+            pause = min(pause, max(0.0, self.next_due / 1000 - time.time()))
+        if self.rest_until:
+            pause = min(pause, max(0.01, self.rest_until - time.monotonic()))
+        if self.bell.wait(pause):
+            system.reap(0)  # daemons that earlier jobs left behind end as children of this worker
+        if self.clock_was_set_back():
+            self.commit(self.start_delays_anew)
+            self.seen = -1
+
+    # What it does for others.
+
+    def _patrol(self) -> None:
+        """Now and then, while others run jobs: has a worker died whose supervisor died too?"""
+        began = time.monotonic()
+        try:
+            others = self.store.holders() - {self.name}
+            self.unpatrolled = bool(others)
+            if not all(is_alive(self.db, name) for name in others):
+                self._recover()
+        except Unavailable:
+            pass  # what can't be done now is still there at the next patrol
+        now = time.monotonic()
+        interval = self.settings["poll_interval_ms"] / 1000
+        # An orphan that can't be ended takes seconds: as many are for work.
+        self.next_patrol = now + max(1.0, interval, now - began)
+
+    def _recover(self) -> None:
+        try:
+            if recover(self.store, self.bell.wait, self.say, self.pool):
+                self.seen = -1
+                self.sync_records()
+        except (Unavailable, OSError):
+            self.unpatrolled = True
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        if now < self.next_sweep:
+            return
+        self.next_sweep = now + 1.0
+        try:
+            sweep(self.store, self.settings)
+        except (QueueError, OSError, ValueError):
+            pass  # it is not urgent, and who needs the database next says what is wrong with it
+
+
+def _exit_code(worker: Worker) -> int:
+    """Let a worker work to its end; why it ended, for the supervisor."""
+    try:
+        return worker.work()
+    except (QueueError, OSError) as error:
+        worker.announce(str(error))
+        if isinstance(error, Unavailable):  # what it can't write now, others will
+            return (EXIT_TROUBLED, EXIT_OK, EXIT_INTERRUPTED)[worker.leave]
+        return EXIT_TROUBLED if isinstance(error, OSError) else EXIT_FAILED
+    except Exception:
+        import traceback
+        system.say(traceback.format_exc(), 2)
+        return EXIT_BUG
+
 
 def worker_main(order: Order) -> NoReturn:
     """What a worker process does from its first instruction on."""
@@ -4664,27 +4970,28 @@ def worker_main(order: Order) -> NoReturn:
         system.say("queuectl: a worker can't start: %s\n" % error, 2)
         os._exit(EXIT_TROUBLED)
     worker.handle_signals()
-    try:
-        code = worker.work()
-    except QueueError as error:
-        worker.announce(str(error))
-        code = EXIT_FAILED
-        if isinstance(error, Unavailable):  # what it can't write now, others will
-            code = (EXIT_TROUBLED, EXIT_OK, EXIT_INTERRUPTED)[worker.leave]
-    except OSError as error:
-        worker.announce(str(error))
-        code = EXIT_TROUBLED
-    except Exception:
-        import traceback
-        system.say(traceback.format_exc(), 2)
-        code = EXIT_BUG
-    worker.flush()
+    code = _exit_code(worker)
+    worker.sync_records()
     if not close_stores():
         os._exit(code)
     sys.exit(code)
 
 
 # ═══ Pool ═══ the supervisor: start, watch, replace and stop workers ═════════════════════════
+#
+# Who holds what. The supervisor holds the pool's life lock and a bell that hears signals alone. It
+# never has the database open while it forks: a forked copy of a locked descriptor keeps the lock
+# after its owner's death. For the same reason a worker first closes the life file it inherited.
+#
+# How a stop travels. `worker stop`, Ctrl-C or a closing terminal is a signal to the supervisor.
+# Its handler counts, and the bell wakes the loop. The loop passes the stop on to each worker, by
+# SIGHUP (after the running job) or, the second time, by SIGUSR1 (now); then it records the stop.
+# The record is for those whom no signal reaches: a job that is killed from then on has not failed,
+# but was ended with its pool; and on Windows workers hear of the stop by it alone. Signals come
+# before the record, for a database that can't be written must not hold up a stop.
+#
+# A supervisor that dies takes its workers along: the kernel sends each a SIGHUP, and before each
+# claim they look whether it still is their parent.
 
 QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing delay
 LONGEST_DELAY = 1.0
@@ -4711,23 +5018,24 @@ def complain(text: str) -> None:
 
 
 class Pool:
-    """Worker processes under one supervisor, until all of them have ended.
+    """Worker processes under one supervisor, until all of them have ended."""
 
-    The supervisor never touches the database while it forks: a forked copy of a locked file
-    keeps the lock after its owner's death.
-    """
+    def __init__(self, db: str, name: str, count: int, queues: Sequence[str],
+                 drain: bool = False, max_jobs: int | None = None, look: Any = None):
+        """`look` is the Batch of a `run`, if the pool serves one.
 
-    def __init__(self, db: str, name: str, count: int, queues: Sequence[str], drain: bool = False,
-                 max_jobs: int | None = None, look: Any = None) -> None:
-        """`look` makes it the pool of a `run`: called now and then, it returns the seconds until its next call."""
+        It is called now and then and returns the seconds until its next call; its `clear` takes
+        the line away that shows the progress.
+        """
         self.db, self.name, self.count = db, name, count
-        self.look, self.next_look = look, 0.0
         self.queues, self.drain, self.max_jobs = tuple(queues), drain, max_jobs
-        self.number = 0
+        self.batch, self.next_look = look, 0.0
+        self.number = 0  # of the worker that was started last
         self.workers: dict[Any, float] = {}  # each process with the time it was started
         self.openings: list[float] = []  # when workers that died are to be replaced
-        self.quick_deaths = 0
-        self.stops = self.told = 0
+        self.quick_deaths = 0  # in a row
+        self.stops = 0  # how often it was told to stop
+        self.passed_on = 0  # what of that the workers were told: 1: soon, 2: now
         self.code = EXIT_OK
 
     def run(self) -> int:
@@ -4745,8 +5053,8 @@ class Pool:
             self.bell.wait(self._patience())
             self._stop()
             self._collect()
-            if self.look and time.monotonic() >= self.next_look:
-                self.next_look = time.monotonic() + self.look()
+            if self.batch and time.monotonic() >= self.next_look:
+                self.next_look = time.monotonic() + self.batch()
         return self._farewell()
 
     def _register(self) -> None:
@@ -4754,25 +5062,27 @@ class Pool:
         self.file = store.identity.file
         with store.transaction():
             self.life = take_life(self.db, self.name)
-            store.add_pool(self.name, self.count, self.queues, self.max_jobs, to_millis(time.time()))
+            store.add_pool(self.name, self.count, self.queues, self.max_jobs, now_millis())
         store.close()
 
     def _handle_signals(self) -> None:
         self.bell.hear_signals()
-        if not WINDOWS:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the caller may have blocked some
+        system.let_through()  # the caller may have blocked some
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
-                signal.signal(number, self._on_hangup if name == "SIGHUP" else self._on_stop)
+            if number is None or signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup stays in force
+            signal.signal(number, self._on_hangup if name == "SIGHUP" else self._on_stop)
         if not WINDOWS:
-            signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+            signal.signal(signal.SIGCHLD, lambda *_: None)
 
-    def _on_stop(self, signum: int, frame: FrameType | None) -> None:
+    def _on_stop(self, *_: object) -> None:
         self.stops += 1
 
-    def _on_hangup(self, signum: int, frame: FrameType | None) -> None:
+    def _on_hangup(self, *_: object) -> None:
         self.stops = max(self.stops, 1)  # a closing terminal may say it more than once
+
+    # Workers are started.
 
     def _hire(self) -> None:
         """Start the workers that are due."""
@@ -4784,15 +5094,12 @@ class Pool:
 
     def _start_worker(self) -> None:
         self.number += 1
-        inherited = [fd for fd in (self.life, self.bell.fd, self.bell.write_end) if fd >= 0]
-        fds = tuple(inherited) if system.start_method == "fork" else ()
-        order = Order(self.db, self.file, self.name, self.number, self.queues, self.drain, self.max_jobs is not None,
-                      self.look is not None, os.getpid(), fds)
-        process = self.context.Process(target=worker_main, args=(order,), name="worker %d" % self.number)
-        mask = None if WINDOWS else signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        process = self.context.Process(
+            target=worker_main, args=(self._order(),), name="worker %d" % self.number)
+        mask = system.hold_signals()  # until it has handlers of its own, a signal to it must wait
         before = system.descriptors()
         try:
-            process.start()  # until it has handlers of its own, a signal to it must wait
+            process.start()
         except OSError as error:
             for fd in system.descriptors() - before:  # multiprocessing has left them open
                 os.close(fd)
@@ -4800,44 +5107,60 @@ class Pool:
             self.openings.append(time.monotonic() + LONGEST_DELAY)
             return
         finally:
-            if mask is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            system.let_through(mask)
         self.workers[process] = time.monotonic()
         self.bell.watch(process.sentinel)
 
+    def _order(self) -> Order:
+        """What the next worker is told."""
+        inherited = [self.life, self.bell.fd, self.bell.write_end]
+        if system.start_method != "fork":
+            inherited = []
+        return Order(
+            self.db, self.file, self.name, self.number, self.queues, self.drain,
+            limited=self.max_jobs is not None, run=self.batch is not None,
+            supervisor=os.getpid(), fds=[fd for fd in inherited if fd >= 0])
+
     def _tell(self, text: str) -> None:
-        if self.look:
-            self.look.clear()
+        if self.batch:
+            self.batch.clear()
         system.say("queuectl: %s\n" % as_called(text), 2)
 
     def _patience(self) -> float | None:
-        times = self.openings + ([self.next_look] if self.look else [])
-        return max(0.0, min(times) - time.monotonic()) if times else None
+        """Seconds until something is due; None: nothing is."""
+        times = list(self.openings)
+        if self.batch:
+            times.append(self.next_look)
+        if not times:
+            return None
+        return max(0.0, min(times) - time.monotonic())
+
+    # Workers are told to stop.
 
     def _stop(self) -> None:
         """Pass on what signals have asked for: the first lets jobs finish, the second does not."""
-        if self.told >= min(self.stops, 2):
+        level = min(self.stops, 2)
+        if level <= self.passed_on:
             return
-        self.told = min(self.stops, 2)
-        self.openings = []
+        self.passed_on, self.openings = level, []
         for process in self.workers:
-            system.dismiss(process.pid, self.told == 2)
-        self._tell("ending the running jobs now" if self.told == 2 else
-                   "stopping: running jobs finish first; once more to end them now")
-        self._note_stop()
+            system.dismiss(process.pid, level == 2)
+        text = "stopping: running jobs finish first; once more to end them now"
+        if level == 2:
+            text = "ending the running jobs now"
+        self._tell(text)
+        self._record_stop()
 
-    def _note_stop(self) -> None:
-        """Have it on record that the pool is told to stop: jobs that are killed from now on did not fail.
-
-        Where there are no signals, workers hear of it by this alone.
-        """
+    def _record_stop(self) -> None:
         try:
             store = Store(self.db, LAST_PATIENCE)
             with store.transaction():
-                store.ask_stop([self.name], self.told)
+                store.ask_stop([self.name], self.passed_on)
             store.close()
         except QueueError:
             pass
+
+    # Workers have ended.
 
     def _collect(self) -> None:
         """Take note of workers that have ended, and replace those that should not have."""
@@ -4854,17 +5177,23 @@ class Pool:
     def _delay(self, code: int, age: float) -> float:
         """Seconds until a worker that ended with `code` after `age` seconds is replaced."""
         if code != EXIT_DISMISSED:
-            self._tell("a worker died (%s); it is replaced" % (
-                "exit code %d" % code if code > 0 else signal_name(-code)))
+            why = "exit code %d" % code
+            if code < 0:
+                why = signal_name(-code)
+            self._tell("a worker died (%s); it is replaced" % why)
         if code == EXIT_TROUBLED:
             return LONGEST_DELAY
-        self.quick_deaths = self.quick_deaths + 1 if age < QUICK_DEATH else 0
-        return min(LONGEST_DELAY, 0.1 * 2 ** min(self.quick_deaths - 1, 10)) if self.quick_deaths > 1 else 0.0
+        self.quick_deaths += 1
+        if age >= QUICK_DEATH:
+            self.quick_deaths = 0
+        if self.quick_deaths < 2:
+            return 0.0
+        return min(LONGEST_DELAY, 0.1 * 2.0 ** min(self.quick_deaths - 1, 10))
 
     def _farewell(self) -> int:
         """Turn off the light: what killed workers held is given back, the pool forgotten.
 
-        Where that can't be written now, whoever comes next does it.
+        Where that can't be written now, whoever comes next does it. Returns the exit code.
         """
         died = 0
         try:
@@ -4882,10 +5211,9 @@ class Pool:
         except QueueError as error:
             self._tell(str(error))
             return max(self.code, EXIT_FAILED)
-        return self.code or (EXIT_FAILED if self.drain and died else EXIT_OK)
-
-
-HANDLED = () if WINDOWS else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
+        if self.drain and died:
+            return self.code or EXIT_FAILED
+        return self.code
 
 
 # ═══ Views ═══ rows to text or JSON: pure functions ══════════════════════════════════════════
@@ -5204,10 +5532,6 @@ def open_store(args: Any, **how: bool) -> Store:
 def read_store(args: Any) -> Store:
     """The store of a command that only reads."""
     return open_store(args, reading=True)
-
-
-def now_millis() -> int:
-    return to_millis(time.time())
 
 
 def count_of(number: int, noun: str) -> str:
