@@ -41,7 +41,8 @@ Contents, in reading order; a section calls only those above it:
     Values       durations, times, backoff, job input: pure functions
     Platform     processes, locks, bells and files; POSIX and Windows
     SQL          the schema, its migrations, every statement
-    Store        the database: one method for each change of state
+    Database     the file: opening, the mutex, commits, what is on disk, copies
+    Store        what is read of the queue, and one method for each change of state
     Runner       one run of one job
     Worker       claim, run, record; recovery of what dead workers held
     Pool         the supervisor: start, watch, replace and stop workers
@@ -2157,14 +2158,13 @@ def select_jobs(states: Sequence[str], queue: str | None, newest: bool, count: i
         SELECT_JOBS, " AND ".join(terms), "DESC" if newest else "ASC", count)
 
 
-# ═══ Store ═══ the database: one method for each change of state ═════════════════════════════
+# ═══ Database ═══ the file: opening, the mutex, commits, what is on disk, copies ══════════════
 #
 # Nobody but SQLite opens the database file: closing any other descriptor of it would drop the
 # locks SQLite holds. Every write goes through `transaction`.
 
 PATIENCE = 30.0  # seconds a command waits to write before it gives up
 WAIT_TOLD = 5.0  # seconds after which it says that it waits
-NEVER = 1 << 62
 
 
 def shortage_of_descriptors() -> str:
@@ -2287,58 +2287,6 @@ def refuse_untrusted(db: str) -> None:
     reason = distrust_of(db)
     if reason:
         raise QueueError("nothing that others could write is executed: %s" % reason)
-
-
-def at_line(line: int, problem: str) -> str:
-    """What is wrong with a job, and on which line of its file (0: it has none)."""
-    return "line %d: %s" % (line, problem) if line else problem
-
-
-def serves(pool: dict[str, Any], queue: str) -> bool:
-    """Whether the workers of a pool take jobs of a queue."""
-    return not pool["queues"] or queue in (HOOK_QUEUE, *pool["queues"].split(","))
-
-
-def _draw_ids(count: int) -> list[str]:
-    """Random ids: 40 bits, ten hex digits each."""
-    digits = os.urandom(5 * count).hex()
-    return [digits[at:at + 10] for at in range(0, 10 * count, 10)]
-
-
-def _job_row(draft: dict[str, Any], settings: dict[str, Any], context: int, now: int) -> tuple[Any, ...]:
-    """The values of ADD_JOB for a draft; what was not given takes the setting of this moment."""
-    run_at = draft["run_at"]
-    due = run_at if run_at is not None and run_at > now else None
-    given = {name: settings[name] if draft[name] is None else draft[name]
-             for name in ("priority", "timeout_seconds", "max_retries")}
-    return (draft["id"], 1 if draft["id"] is None else 0, draft["command"], draft["queue"] or "default",
-            given["priority"], 1 if due is None else 0, due, run_at, given["timeout_seconds"],
-            given["max_retries"], draft["backoff_base"], context,
-            json.dumps(draft["env"]) if draft["env"] else None, now, now, isinstance(run_at, Delayed))
-
-
-def wal_checksum(data: bytes, sums: tuple[int, int], order: str) -> tuple[int, int]:
-    """The checksum of SQLite's log over `data`, going on from `sums`; `order` is that of its 32-bit words."""
-    from struct import unpack
-    first, second = sums
-    words = iter(unpack("%s%dI" % (order, len(data) // 4), data))
-    for even, odd in zip(words, words):
-        first = (first + even + second) & 0xFFFFFFFF
-        second = (second + odd + first) & 0xFFFFFFFF
-    return first, second
-
-
-def _hook_env(job: dict[str, Any]) -> dict[str, str]:
-    """The variables by which a hook learns which job has ended, and how."""
-    shown = {"JOB_ID": job["id"], "QUEUE": job["queue"], "ATTEMPT": job["attempts"], "MAX_RETRIES": job["max_retries"],
-             "COMMAND": shorten(job["command"], 30000), "STATE": job["state"], "EXIT_CODE": job["exit_code"],
-             "ERROR": clean(job["last_error"] or "")}
-    return {"QUEUECTL_" + name: "" if value is None else str(value) for name, value in shown.items()}
-
-
-def _is_special(draft: dict[str, Any]) -> bool:
-    """Whether a draft has what few jobs have, and bulks are to be fast without."""
-    return bool(draft["after"] or draft["dead_on"]) or draft["unique"] is not None or draft["retry_after"] is not None
 
 
 class Identity:
@@ -2471,6 +2419,17 @@ class Identity:
         return self._noted()[-1:] == [b"%d" % self.file[1]]
 
 
+def wal_checksum(data: bytes, sums: tuple[int, int], order: str) -> tuple[int, int]:
+    """The checksum of SQLite's log over `data`, going on from `sums`; `order` is that of its 32-bit words."""
+    from struct import unpack
+    first, second = sums
+    words = iter(unpack("%s%dI" % (order, len(data) // 4), data))
+    for even, odd in zip(words, words):
+        first = (first + even + second) & 0xFFFFFFFF
+        second = (second + odd + first) & 0xFFFFFFFF
+    return first, second
+
+
 class Log:
     """SQLite's log (-wal), and whether the disk has what was written to it.
 
@@ -2573,53 +2532,30 @@ class Log:
             os.close(self.fd)
 
 
-OPENED: list[Store] = []  # those that close_stores closes: Python would close one that nobody names any more
+class Connection:
+    """A connection to the database, with the doors through which everything goes: one for writes, one for reads."""
 
+    db: sqlite3.Connection
+    identity: Identity
+    log: Log
 
-def close_stores() -> bool:
-    """Close the stores before the process ends; if False it must end by os._exit, see Log."""
-    closed = [store.close() for store in list(OPENED)]
-    return all(closed)
-
-
-class Store:
-    """The queue's database at `path`, made if it does not exist.
-
-    `patience` is how many seconds a write may wait; `tell` gets a line when it waits long.
-    `reading`: nothing is to be written; where there is no database it is an empty queue, and one
-    of an older schema is read from a copy in memory that is brought up to date. `as_it_is`: of an
-    older schema only what has not changed since is to be used. Raises QueueError if the database
-    can't be used, Unavailable if perhaps later it can.
-    """
-
-    def __init__(self, path: str, patience: float = PATIENCE, tell: Callable[[str], None] | None = None,
-                 reading: bool = False, as_it_is: bool = False) -> None:
+    def __init__(self, path: str, patience: float, tell: Callable[[str], None] | None) -> None:
         self.path, self.patience, self.tell = path, patience, tell
-        self.reading, self.as_it_is = reading, as_it_is
+        self.as_it_is = False
         self.told = False
         self.mutex = -1
         self.deferring = False
-        self.source: sqlite3.Connection | None = None  # of an older schema, which `db` is a copy of
-        self.seen_in_source = -1
-        if sqlite3.sqlite_version_info < (3, 8, 3):
-            raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer" % sqlite3.sqlite_version)
-        try:
-            self._patiently(self._open)
-        except BaseException as error:
-            if self.mutex >= 0:
-                os.close(self.mutex)
-            if isinstance(error, OSError):
-                raise Unavailable("%s can't be used: %s%s" % (path, error.strerror, self._owner())) from error
-            raise
 
-    def _owner(self) -> str:
-        """Whose the files are, and what to do, if they are another user's; made by `sudo`, for instance."""
-        for file in (os.path.dirname(self.path), self.path, mutex_path(self.path)):
-            owner = os.stat(file).st_uid if os.path.exists(file) else system.user
-            if owner != system.user:
-                return "; %s belongs to the user with the id %d (`sudo chown -R %d %s` would give it to you)" % (
-                    file, owner, system.user, shell_word(os.path.dirname(self.path)))
-        return ""
+    def _connect(self) -> None:
+        system.refuse_full(os.path.dirname(self.path))
+        mask = os.umask(0o077)
+        try:
+            self.db = sqlite3.connect(self.path, timeout=TICK, isolation_level=None)
+        finally:
+            os.umask(mask)
+        for pragma in CONNECTION_PRAGMAS:
+            self.db.execute(pragma)
+        self.db.execute(NORMAL_SYNC if self.deferring else FULL_SYNC)
 
     def _trouble(self, error: sqlite3.Error) -> QueueError:
         """What an error means; of a page that could not be read SQLite says the same as of a damaged one.
@@ -2661,6 +2597,215 @@ class Store:
                     raise trouble from error
                 self._tell_wait(deadline)
                 time.sleep(0.02)
+
+    def _rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        """All rows at once: an open cursor would keep checkpoints from finishing."""
+        return self._patiently(lambda: self.db.execute(statement, values).fetchall())  # type: ignore[no-any-return]
+
+    def _value(self, statement: str, *values: Any) -> Any:
+        rows = self._rows(statement, *values)
+        return rows[0][0] if rows else None
+
+    def _dicts(self, statement: str, *values: Any) -> list[dict[str, Any]]:
+        def read() -> list[dict[str, Any]]:
+            cursor = self.db.execute(statement, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row)) for row in cursor.fetchall()]
+
+        return self._patiently(read)  # type: ignore[no-any-return]
+
+    def transaction(self) -> Connection:
+        """`with store.transaction():` is one write: the mutex, then BEGIN IMMEDIATE … COMMIT; all or nothing.
+
+        The mutex makes writers wait in a queue that the kernel keeps (SQLite's own waiting is
+        unfair and deaf to signals), and keeps writes from racing checkpoints, by which SQLite
+        before 3.51.3 could lose commits.
+        """
+        return self
+
+    def __enter__(self) -> Connection:
+        self.begin()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.end(commit=kind is None)
+        if isinstance(error, sqlite3.Error):
+            raise self._trouble(error) from error
+
+    def begin(self) -> None:
+        """Take the mutex and SQLite's write lock within `patience` seconds, or raise Unavailable."""
+        deadline = time.monotonic() + self.patience
+        self.told = False
+        while True:
+            self._lock(deadline)
+            try:
+                self.identity.check()
+                self._write_log_again()
+                if not (self.identity.queue or self.as_it_is):
+                    self.identity.settle(self._value(GET_IDENTITY), self._renew_identity)
+                self.db.execute(BEGIN)
+                return
+            except OSError as error:
+                self._unlock()
+                raise self._unsynced(error) from error
+            except sqlite3.Error as error:  # a program that is not queuectl may hold the lock
+                self._unlock()
+                trouble = self._trouble(error)
+                if not isinstance(trouble, Unavailable) or time.monotonic() >= deadline:
+                    raise trouble from error
+                self._tell_wait(deadline)
+            except BaseException:
+                self._unlock()
+                raise
+
+    def end(self, commit: bool) -> None:
+        checkpoint("before commit")
+        try:
+            self.db.execute(COMMIT if commit else ROLLBACK)
+            if commit and not self.deferring:
+                self._repair_after_commit()
+        except sqlite3.Error as error:
+            if self.db.in_transaction:
+                self.db.execute(ROLLBACK)
+            if "I/O" in str(error):  # perhaps of a sync: what others committed before is forgotten with this
+                self._note_failed_sync()
+            if commit:
+                raise self._trouble(error) from error
+        except OSError as error:
+            raise self._unsynced(error) from error
+        finally:
+            self._unlock()
+
+    def _lock(self, deadline: float) -> None:
+        try:
+            while not system.try_lock(self.mutex):
+                if time.monotonic() >= deadline:
+                    raise Unavailable("another process has been writing to %s for %d s; try again later"
+                                      % (self.path, self.patience))
+                self._tell_wait(deadline)
+                system.wait_lock(self.mutex)
+        except OSError as error:
+            raise Unavailable("%s can't be locked: %s" % (mutex_path(self.path), error.strerror)) from error
+
+    def _unlock(self) -> None:
+        """Free the mutex; this must not fail, for what was committed would be taken for failed."""
+        try:
+            system.unlock(self.mutex)
+        except OSError:
+            again = open_private(mutex_path(self.path), os.O_RDWR)
+            os.dup2(again, self.mutex, inheritable=False)  # which closes the descriptor that holds it
+            os.close(again)
+
+    def _tell_wait(self, deadline: float) -> None:
+        if self.tell and not self.told and time.monotonic() >= deadline - self.patience + WAIT_TOLD:
+            self.tell("waiting for another process to finish writing to %s" % self.path)
+            self.told = True
+
+    def _renew_identity(self) -> str:
+        self.db.execute(RENEW_IDENTITY)
+        self._value(CHECKPOINT)
+        return str(self._value(GET_IDENTITY))
+
+    def defer_sync(self) -> None:
+        """From now on a commit does not wait for the disk: a power cut may undo it, until `sync` has returned.
+
+        With synchronous=FULL SQLite does the same inside COMMIT: it syncs its log. Done outside,
+        nobody waits for the mutex meanwhile, and a worker's next job runs already.
+        """
+        self.deferring = True
+        self.db.execute(NORMAL_SYNC)
+        self._value(COUNT_TABLES)  # which makes the log, if there was none
+        # Before the first commit: who opens it after a sync has failed does not hear of that.
+        self.identity.watch(self.log.open())
+
+    def sync(self) -> None:
+        """Make every commit so far survive a power cut; raises Unavailable if the disk can't.
+
+        The log may be opened: unlike the database's, nobody's locks depend on its descriptors.
+        While a connection is open the log is never replaced, only written anew from its start.
+        """
+        if self.mutex < 0:  # there is no database
+            return
+        try:
+            if not self.log.failed():
+                self.log.sync()
+            if self.log.failed():
+                self._lock(time.monotonic() + self.patience)
+                try:
+                    self._write_log_again()
+                finally:
+                    self._unlock()
+        except OSError as error:
+            raise self._unsynced(error) from error
+        except sqlite3.Error as error:
+            raise self._trouble(error) from error
+
+    def _repair_after_commit(self) -> None:
+        """What others committed before is perhaps not on disk, and so not what was committed now."""
+        try:
+            failed = self.log.failed()
+        except OSError:  # SQLite has synced it, and who failed to sync will see to it
+            return
+        if failed:
+            self._write_log_again()
+
+    def _note_failed_sync(self) -> None:
+        try:
+            self.log.mark(True)
+            self.log.cut()
+        except OSError:  # then whoever repairs the log does it
+            pass
+
+    def _unsynced(self, error: OSError) -> Unavailable:
+        return Unavailable("%s can't be synced: %s; nothing more is done until the disk takes it"
+                           % (self.log.path, error.strerror))
+
+    def _write_log_again(self) -> None:
+        """Under the mutex, after a sync has failed: see Log."""
+        if self.log.failed():  # nobody else has done it meanwhile
+            self.db.execute(COUNT_TABLES).fetchall()  # after a crash SQLite makes its index anew now
+            self.log.write_again()
+
+
+OPENED: list[Database] = []  # those that close_stores closes: Python would close one that nobody names any more
+
+
+class Database(Connection):
+    """The queue's database at `path`, made if it does not exist.
+
+    `patience` is how many seconds a write may wait; `tell` gets a line when it waits long.
+    `reading`: nothing is to be written; where there is no database it is an empty queue, and one
+    of an older schema is read from a copy in memory that is brought up to date. `as_it_is`: of an
+    older schema only what has not changed since is to be used. Raises QueueError if the database
+    can't be used, Unavailable if perhaps later it can.
+    """
+
+    def __init__(self, path: str, patience: float = PATIENCE, tell: Callable[[str], None] | None = None,
+                 reading: bool = False, as_it_is: bool = False) -> None:
+        super().__init__(path, patience, tell)
+        self.reading, self.as_it_is = reading, as_it_is
+        self.source: sqlite3.Connection | None = None  # of an older schema, which `db` is a copy of
+        self.seen_in_source = -1
+        if sqlite3.sqlite_version_info < (3, 8, 3):
+            raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer" % sqlite3.sqlite_version)
+        try:
+            self._patiently(self._open)
+        except BaseException as error:
+            if self.mutex >= 0:
+                os.close(self.mutex)
+            if isinstance(error, OSError):
+                raise Unavailable("%s can't be used: %s%s" % (path, error.strerror, self._owner())) from error
+            raise
+
+    def _owner(self) -> str:
+        """Whose the files are, and what to do, if they are another user's; made by `sudo`, for instance."""
+        for file in (os.path.dirname(self.path), self.path, mutex_path(self.path)):
+            owner = os.stat(file).st_uid if os.path.exists(file) else system.user
+            if owner != system.user:
+                return "; %s belongs to the user with the id %d (`sudo chown -R %d %s` would give it to you)" % (
+                    file, owner, system.user, shell_word(os.path.dirname(self.path)))
+        return ""
 
     def _open(self) -> None:
         new = not self._exists()
@@ -2754,17 +2899,6 @@ class Store:
             raise QueueError("%s is empty, but has been a queue before; restore a backup, or move it and %s away"
                              % (self.path, folder_path(self.path)))
 
-    def _connect(self) -> None:
-        system.refuse_full(os.path.dirname(self.path))
-        mask = os.umask(0o077)
-        try:
-            self.db = sqlite3.connect(self.path, timeout=TICK, isolation_level=None)
-        finally:
-            os.umask(mask)
-        for pragma in CONNECTION_PRAGMAS:
-            self.db.execute(pragma)
-        self.db.execute(NORMAL_SYNC if self.deferring else FULL_SYNC)
-
     def _bring_up_to_date(self) -> None:
         """Read a database of an older schema from a copy, or migrate it."""
         version = self._checked_version()
@@ -2819,6 +2953,14 @@ class Store:
             os.umask(mask)
             self._unlock()
 
+    def pools(self) -> list[dict[str, Any]]:
+        """Every pool that is registered, each with `alive`."""
+        return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_POOLS)]
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Every worker that is registered, each with `alive` and the job it runs."""
+        return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_WORKERS)]
+
     def _refuse_older_workers(self) -> None:
         alive = [str(entry["pid"]) for entry in [*self.pools(), *self.workers()] if entry["alive"]]
         if alive or anyone_alive(self.path):
@@ -2840,27 +2982,6 @@ class Store:
                 self.db.execute(ROLLBACK)
             raise
 
-    def _renew_identity(self) -> str:
-        self.db.execute(RENEW_IDENTITY)
-        self._value(CHECKPOINT)
-        return str(self._value(GET_IDENTITY))
-
-    def is_own(self, worker: str) -> bool:
-        """Whether a worker is of this queue, and not of one that it was copied from."""
-        if worker in str(self._value(GET_OLDER)).split(","):
-            return True
-        queue = str(self._value(GET_IDENTITY))
-        if self.mutex >= 0:
-            queue = self.identity.known(queue)
-        return bool(queue) and worker.startswith(queue + "-")
-
-    def queue_id(self) -> str:
-        """The id of this queue, which a copy gets by this at the latest."""
-        if not self.identity.queue:
-            with self.transaction():
-                pass
-        return self.identity.queue
-
     def close(self) -> bool:
         """Close the database; or, while the mark of a failed sync stands, leave that to the kernel (False)."""
         if self.mutex < 0:
@@ -2879,176 +3000,6 @@ class Store:
         os.close(self.mutex)
         self.mutex = -1
         return True
-
-    # The doors: one for writes, one for reads.
-
-    def transaction(self) -> Store:
-        """`with store.transaction():` is one write: the mutex, then BEGIN IMMEDIATE … COMMIT; all or nothing.
-
-        The mutex makes writers wait in a queue that the kernel keeps (SQLite's own waiting is
-        unfair and deaf to signals), and keeps writes from racing checkpoints, by which SQLite
-        before 3.51.3 could lose commits.
-        """
-        return self
-
-    def __enter__(self) -> Store:
-        self.begin()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.end(commit=kind is None)
-        if isinstance(error, sqlite3.Error):
-            raise self._trouble(error) from error
-
-    def begin(self) -> None:
-        """Take the mutex and SQLite's write lock within `patience` seconds, or raise Unavailable."""
-        deadline = time.monotonic() + self.patience
-        self.told = False
-        while True:
-            self._lock(deadline)
-            try:
-                self.identity.check()
-                self._write_log_again()
-                if not (self.identity.queue or self.as_it_is):
-                    self.identity.settle(self._value(GET_IDENTITY), self._renew_identity)
-                self.db.execute(BEGIN)
-                return
-            except OSError as error:
-                self._unlock()
-                raise self._unsynced(error) from error
-            except sqlite3.Error as error:  # a program that is not queuectl may hold the lock
-                self._unlock()
-                trouble = self._trouble(error)
-                if not isinstance(trouble, Unavailable) or time.monotonic() >= deadline:
-                    raise trouble from error
-                self._tell_wait(deadline)
-            except BaseException:
-                self._unlock()
-                raise
-
-    def _unlock(self) -> None:
-        """Free the mutex; this must not fail, for what was committed would be taken for failed."""
-        try:
-            system.unlock(self.mutex)
-        except OSError:
-            again = open_private(mutex_path(self.path), os.O_RDWR)
-            os.dup2(again, self.mutex, inheritable=False)  # which closes the descriptor that holds it
-            os.close(again)
-
-    def _lock(self, deadline: float) -> None:
-        try:
-            while not system.try_lock(self.mutex):
-                if time.monotonic() >= deadline:
-                    raise Unavailable("another process has been writing to %s for %d s; try again later"
-                                      % (self.path, self.patience))
-                self._tell_wait(deadline)
-                system.wait_lock(self.mutex)
-        except OSError as error:
-            raise Unavailable("%s can't be locked: %s" % (mutex_path(self.path), error.strerror)) from error
-
-    def _tell_wait(self, deadline: float) -> None:
-        if self.tell and not self.told and time.monotonic() >= deadline - self.patience + WAIT_TOLD:
-            self.tell("waiting for another process to finish writing to %s" % self.path)
-            self.told = True
-
-    def end(self, commit: bool) -> None:
-        checkpoint("before commit")
-        try:
-            self.db.execute(COMMIT if commit else ROLLBACK)
-            if commit and not self.deferring:
-                self._repair_after_commit()
-        except sqlite3.Error as error:
-            if self.db.in_transaction:
-                self.db.execute(ROLLBACK)
-            if "I/O" in str(error):  # perhaps of a sync: what others committed before is forgotten with this
-                self._note_failed_sync()
-            if commit:
-                raise self._trouble(error) from error
-        except OSError as error:
-            raise self._unsynced(error) from error
-        finally:
-            self._unlock()
-
-    def _rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        """All rows at once: an open cursor would keep checkpoints from finishing."""
-        return self._patiently(lambda: self.db.execute(statement, values).fetchall())  # type: ignore[no-any-return]
-
-    def _value(self, statement: str, *values: Any) -> Any:
-        rows = self._rows(statement, *values)
-        return rows[0][0] if rows else None
-
-    def _dicts(self, statement: str, *values: Any) -> list[dict[str, Any]]:
-        def read() -> list[dict[str, Any]]:
-            cursor = self.db.execute(statement, values)
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row)) for row in cursor.fetchall()]
-
-        return self._patiently(read)  # type: ignore[no-any-return]
-
-    def defer_sync(self) -> None:
-        """From now on a commit does not wait for the disk: a power cut may undo it, until `sync` has returned.
-
-        With synchronous=FULL SQLite does the same inside COMMIT: it syncs its log. Done outside,
-        nobody waits for the mutex meanwhile, and a worker's next job runs already.
-        """
-        self.deferring = True
-        self.db.execute(NORMAL_SYNC)
-        self._value(COUNT_TABLES)  # which makes the log, if there was none
-        # Before the first commit: who opens it after a sync has failed does not hear of that.
-        self.identity.watch(self.log.open())
-
-    def sync(self) -> None:
-        """Make every commit so far survive a power cut; raises Unavailable if the disk can't.
-
-        The log may be opened: unlike the database's, nobody's locks depend on its descriptors.
-        While a connection is open the log is never replaced, only written anew from its start.
-        """
-        if self.mutex < 0:  # there is no database
-            return
-        try:
-            if not self.log.failed():
-                self.log.sync()
-            if self.log.failed():
-                self._lock(time.monotonic() + self.patience)
-                try:
-                    self._write_log_again()
-                finally:
-                    self._unlock()
-        except OSError as error:
-            raise self._unsynced(error) from error
-        except sqlite3.Error as error:
-            raise self._trouble(error) from error
-
-    def _repair_after_commit(self) -> None:
-        """What others committed before is perhaps not on disk, and so not what was committed now."""
-        try:
-            failed = self.log.failed()
-        except OSError:  # SQLite has synced it, and who failed to sync will see to it
-            return
-        if failed:
-            self._write_log_again()
-
-    def _note_failed_sync(self) -> None:
-        try:
-            self.log.mark(True)
-            self.log.cut()
-        except OSError:  # then whoever repairs the log does it
-            pass
-
-    def _unsynced(self, error: OSError) -> Unavailable:
-        return Unavailable("%s can't be synced: %s; nothing more is done until the disk takes it"
-                           % (self.log.path, error.strerror))
-
-    def _write_log_again(self) -> None:
-        """Under the mutex, after a sync has failed: see Log."""
-        if self.log.failed():  # nobody else has done it meanwhile
-            self.db.execute(COUNT_TABLES).fetchall()  # after a crash SQLite makes its index anew now
-            self.log.write_again()
-
-    def expect_bulk(self) -> None:
-        """Before many jobs are added: keep more of the index of ids in memory, which is hit everywhere."""
-        self.db.execute(BULK_CACHE)
 
     def changed(self) -> int:
         """A number that differs from the last one if anybody else has committed meanwhile.
@@ -3070,6 +3021,408 @@ class Store:
         row = self._patiently(lambda: db.execute(DATA_VERSION).fetchone())
         # None before SQLite 3.8.8: then everything is looked at each time.
         return int(row[0]) if row else time.monotonic_ns()
+
+    def is_own(self, worker: str) -> bool:
+        """Whether a worker is of this queue, and not of one that it was copied from."""
+        if worker in str(self._value(GET_OLDER)).split(","):
+            return True
+        queue = str(self._value(GET_IDENTITY))
+        if self.mutex >= 0:
+            queue = self.identity.known(queue)
+        return bool(queue) and worker.startswith(queue + "-")
+
+    def queue_id(self) -> str:
+        """The id of this queue, which a copy gets by this at the latest."""
+        if not self.identity.queue:
+            with self.transaction():
+                pass
+        return self.identity.queue
+
+    def expect_bulk(self) -> None:
+        """Before many jobs are added: keep more of the index of ids in memory, which is hit everywhere."""
+        self.db.execute(BULK_CACHE)
+
+    def shrink(self) -> None:
+        """Give disk space back after a purge, once a quarter of the file is free."""
+        if self._value(FREE_PAGES) * 4 > self._value(ALL_PAGES):
+            self._lock(time.monotonic() + self.patience)
+            try:
+                self.db.execute(VACUUM)
+            except sqlite3.Error as error:
+                raise translate(error, self.path) from error
+            finally:
+                self._unlock()
+
+    def backup(self, path: str) -> None:
+        """Copy the database into the file `path`, as another queue in which what was running is pending."""
+        self.copy_to(path, (GIVE_BACK_ALL, *FORGET_WORKERS, RENEW_IDENTITY))
+
+    def copy_to(self, path: str, changes: Sequence[str] = ()) -> None:
+        """Copy the database as it is at this moment into a file, by SQLite's own online backup, and change the copy.
+
+        In one step: in several, each write of a worker between two of them would start it anew.
+        The file appears whole, or not at all.
+        """
+        part = "%s.%d.part" % (path, os.getpid())
+        try:
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            copy = sqlite3.connect(part, isolation_level=None)
+            try:
+                self.db.backup(copy)
+                for change in changes:
+                    copy.execute(change)
+            finally:
+                copy.close()
+            os.replace(part, path)
+            sync_folder(os.path.dirname(path))
+        except OSError as error:
+            raise QueueError("%s can't be written: %s" % (path, error.strerror)) from error
+        except sqlite3.Error as error:
+            raise translate(error, path) from error
+        finally:
+            for leftover in (part, part + "-journal", part + "-wal", part + "-shm"):
+                if os.path.exists(leftover):
+                    os.unlink(leftover)
+
+
+def close_stores() -> bool:
+    """Close the stores before the process ends; if False it must end by os._exit, see Log."""
+    closed = [store.close() for store in list(OPENED)]
+    return all(closed)
+
+
+# ═══ Store ═══ what is read of the queue, and one method for each change of state ═════════════
+
+NEVER = 1 << 62
+
+
+def at_line(line: int, problem: str) -> str:
+    """What is wrong with a job, and on which line of its file (0: it has none)."""
+    return "line %d: %s" % (line, problem) if line else problem
+
+
+def serves(pool: dict[str, Any], queue: str) -> bool:
+    """Whether the workers of a pool take jobs of a queue."""
+    return not pool["queues"] or queue in (HOOK_QUEUE, *pool["queues"].split(","))
+
+
+def _draw_ids(count: int) -> list[str]:
+    """Random ids: 40 bits, ten hex digits each."""
+    digits = os.urandom(5 * count).hex()
+    return [digits[at:at + 10] for at in range(0, 10 * count, 10)]
+
+
+def _job_row(draft: dict[str, Any], settings: dict[str, Any], context: int, now: int) -> tuple[Any, ...]:
+    """The values of ADD_JOB for a draft; what was not given takes the setting of this moment."""
+    run_at = draft["run_at"]
+    due = run_at if run_at is not None and run_at > now else None
+    given = {name: settings[name] if draft[name] is None else draft[name]
+             for name in ("priority", "timeout_seconds", "max_retries")}
+    return (draft["id"], 1 if draft["id"] is None else 0, draft["command"], draft["queue"] or "default",
+            given["priority"], 1 if due is None else 0, due, run_at, given["timeout_seconds"],
+            given["max_retries"], draft["backoff_base"], context,
+            json.dumps(draft["env"]) if draft["env"] else None, now, now, isinstance(run_at, Delayed))
+
+
+def _hook_env(job: dict[str, Any]) -> dict[str, str]:
+    """The variables by which a hook learns which job has ended, and how."""
+    shown = {"JOB_ID": job["id"], "QUEUE": job["queue"], "ATTEMPT": job["attempts"], "MAX_RETRIES": job["max_retries"],
+             "COMMAND": shorten(job["command"], 30000), "STATE": job["state"], "EXIT_CODE": job["exit_code"],
+             "ERROR": clean(job["last_error"] or "")}
+    return {"QUEUECTL_" + name: "" if value is None else str(value) for name, value in shown.items()}
+
+
+def _is_special(draft: dict[str, Any]) -> bool:
+    """Whether a draft has what few jobs have, and bulks are to be fast without."""
+    return bool(draft["after"] or draft["dead_on"]) or draft["unique"] is not None or draft["retry_after"] is not None
+
+
+class Administration(Database):
+    """Who works, by which settings, and which queues may run. Changes are made in a transaction."""
+
+    # Workers and pools come and go, and are told what to do.
+
+    def add_pool(self, name: str, workers: int, queues: Sequence[str], max_jobs: int | None, now: int) -> None:
+        self.db.execute(ADD_POOL, (name, os.getpid(), now, workers, ",".join(queues) or None, max_jobs))
+
+    def add_worker(self, name: str, pool: str, now: int) -> None:
+        self.db.execute(ADD_WORKER, (name, pool, os.getpid(), now))
+
+    def remove_pool(self, name: str) -> None:
+        self.db.execute(REMOVE_POOL, (name,))
+
+    def remove_worker(self, name: str) -> None:
+        self.db.execute(REMOVE_WORKER, (name,))
+
+    def deaths(self, pool: str) -> int:
+        """How many jobs have died in the hands of this pool."""
+        rows = self._rows(GET_POOL, pool)
+        return int(rows[0][2]) if rows else 0
+
+    def is_stopping(self, pool: str) -> bool:
+        """Whether a pool was told to stop."""
+        rows = self._rows(GET_POOL, pool)
+        return bool(rows) and rows[0][0] > 0
+
+    def turns_left(self, pool: str) -> bool:
+        rows = self._rows(GET_POOL, pool)
+        return bool(rows) and rows[0][1] != 0
+
+    def serving(self, queue: str) -> list[dict[str, Any]]:
+        """The live workers that serve a queue."""
+        pools = {pool["name"] for pool in self.pools() if pool["alive"] and serves(pool, queue)}
+        return [worker for worker in self.workers() if worker["alive"] and worker["pool"] in pools]
+
+    def queues_of_runs(self) -> set[str]:
+        """The queues of every `run` under way: it counts its jobs at its end."""
+        return {pool["queues"] for pool in self.pools()
+                if pool["alive"] and is_run_queue(pool["queues"] or "")}
+
+    def ask_stop(self, pools: Iterable[str], level: int) -> None:
+        """Have pools stop soon (1) or now (2), in a transaction; ring their workers afterwards."""
+        for name in pools:
+            self.db.execute(ASK_STOP, (level, name))
+        self.db.execute(NEXT_EPOCH)
+
+    def holders(self) -> set[str]:
+        """The workers in whose name a job is processing."""
+        return {row[0] for row in self._rows(HOLDERS)}
+
+    def lost_jobs(self) -> list[dict[str, Any]]:
+        """Every job whose worker is dead."""
+        return [job for job in self._dicts(HELD_JOBS) if not is_alive(self.path, job["worker"])]
+
+    def control(self, pool: str, epoch: int) -> Control:
+        """What the workers of a pool follow since `epoch`."""
+        rows = self._rows(GET_POOL, pool)
+        limited = {row[0] for row in self._rows(LIMITED_QUEUES)}
+        return Control(epoch, self.settings(), rows[0][0] if rows else 1, limited)
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting with the value that holds now."""
+        found = {name: json.loads(value) for name, value in self._rows(ALL_SETTINGS)}
+        return {name: found.get(name, default) for name, default in SETTINGS.items()}
+
+    def set_setting(self, name: str, value: Any) -> None:
+        self.db.execute(SET_SETTING, (name, json.dumps(value)))
+        self.db.execute(NEXT_EPOCH)
+
+    def unset_setting(self, name: str) -> None:
+        self.db.execute(UNSET_SETTING, (name,))
+        self.db.execute(NEXT_EPOCH)
+
+    # Queues are limited and paused.
+
+    def queues(self) -> list[dict[str, Any]]:
+        """Every queue that ever had a job, a limit or a pause, with its number of jobs in each state."""
+        return self._dicts(ALL_QUEUES)
+
+    def queue(self, name: str) -> dict[str, Any]:
+        """One of `queues`, also if it never had a job."""
+        empty = {"name": name, "concurrency": None, "paused": self.all_paused(), **dict.fromkeys(STATES, 0)}
+        return next((queue for queue in self.queues() if queue["name"] == name), empty)
+
+    def all_paused(self) -> bool:
+        return bool(self._rows(ALL_PAUSED)[0][0])
+
+    def set_concurrency(self, queue: str, most: int | None) -> None:
+        """Let at most so many jobs of a queue run at once, over all pools; None: as many as there are workers."""
+        self.db.execute(ADD_QUEUE, (queue,))
+        self.db.execute(SET_CONCURRENCY, (most, queue))
+        self.db.execute(NEXT_EPOCH)
+
+    def pause(self, queue: str | None, paused: bool) -> None:
+        """Start no more jobs of a queue (None: of any, those to come included), or start them again."""
+        if queue is None:
+            self.db.execute(PAUSE_ALL, (paused,))
+            if not paused:
+                self.db.execute(RESUME_EACH)
+        else:
+            self.db.execute(ADD_QUEUE, (queue,))
+            self.db.execute(PAUSE_QUEUE, (paused, queue))
+        self.db.execute(NEXT_EPOCH)
+
+    def counts(self) -> dict[str, int]:
+        """The number of jobs in each state."""
+        return {state: int(count) for state, count in zip(STATES, self._rows(COUNTS)[0])}
+
+    def count(self, states: Sequence[str], queue: str | None) -> int:
+        """How many jobs are in these states (none: all) and this queue (None: all)."""
+        return sum(each[state] for each in self.queues() if queue in (None, each["name"])
+                   for state in set(states or STATES))
+
+    def damage(self) -> list[str]:
+        """What SQLite's own check, and a recount of all jobs, find wrong with the database."""
+        found = [row[0] for row in self._rows(INTEGRITY) if row[0] != "ok"]
+        counted = {row[:2]: row[2] for row in self._rows(RECOUNT)}
+        for queue in self.queues():
+            found += ["queue %s has %d %s jobs, not %d" % (
+                queue["name"], counted.get((queue["name"], state), 0), state, queue[state])
+                for state in STATES if counted.get((queue["name"], state), 0) != queue[state]]
+        return found
+
+
+class Reading(Administration):
+    """What there is to see of the jobs and their runs."""
+
+    def find(self, name: str) -> dict[str, Any]:
+        """The job with this id, or with this unique prefix of an id that queuectl made.
+
+        Raises QueueError if there is none, or more than one.
+        """
+        exact = self._dicts(SELECT_JOBS + WHERE_ID, name)
+        if exact:
+            return exact[0]
+        like = self._dicts(SELECT_JOBS + WHERE_PREFIX, name, name + "\U0010ffff") if len(name) >= 4 else []
+        if len(like) == 1:
+            return like[0]
+        if like:
+            raise QueueError("%s could be %s%s; give more of the id" % (
+                clean(name), ", ".join(job["id"] for job in like[:5]), " or others" if len(like) > 5 else ""))
+        raise QueueError("there is no job %s; `queuectl list` shows them" % shorten(clean(name), 140))
+
+    def find_by_seq(self, seq: int) -> dict[str, Any] | None:
+        return next(iter(self._dicts(SELECT_JOBS + WHERE_SEQ, seq)), None)
+
+    def newest(self, states: Sequence[str], queue: str | None, count: int) -> list[dict[str, Any]]:
+        """The newest `count` jobs in these states (none: all) and this queue, newest last."""
+        values = [NEVER, *states] + ([] if queue is None else [queue])
+        return self._dicts(select_jobs(states, queue, True, count), *values)[::-1]
+
+    def jobs(self, states: Sequence[str], queue: str | None) -> Iterator[dict[str, Any]]:
+        """All jobs in these states (none: all) and this queue, oldest first, a page at a time."""
+        seq = 0
+        while True:
+            values = [seq, *states] + ([] if queue is None else [queue])
+            page = self._dicts(select_jobs(states, queue, False, 1000), *values)
+            yield from page
+            if len(page) < 1000:
+                return
+            seq = page[-1]["seq"]
+
+    def jobs_between(self, first: int, last: int) -> Iterator[dict[str, Any]]:
+        """The jobs after seq `first` up to `last`, in the order they came."""
+        while first < last:
+            page = self._dicts(SELECT_JOBS + WHERE_BETWEEN, first, last)
+            if not page:
+                return
+            yield from page
+            first = page[-1]["seq"]
+
+    def runs(self, seq: int, last: int = 0) -> Iterator[dict[str, Any]]:
+        """The recorded runs of a job after run `last`, with their output, oldest first, a page at a time."""
+        while True:
+            page = self._dicts(RUNS_OF, seq, last, seq)
+            yield from page
+            if not page:
+                return
+            last = page[-1]["run"]
+
+    def run_times(self, seq: int) -> tuple[int, float]:
+        """How many runs of a job are recorded, and their average in seconds."""
+        count, average = self._rows(RUN_TIMES, seq, seq)[0]
+        return count, average or 0.0
+
+    def context(self, key: int) -> tuple[str, str, int, str]:
+        """Folder, PATH, umask and (as JSON, if it was kept) environment of whoever enqueued a job."""
+        cwd, path, umask, environ = self._rows(GET_CONTEXT, key)[0]
+        return cwd, path, umask, environ
+
+    def pulse(self) -> tuple[int, int | None]:
+        """What a worker looks at first: the epoch of settings and orders, and the earliest time a job waits for."""
+        epoch, due = self._rows(PULSE)[0]
+        return epoch, due
+
+    def next(self, queues: Sequence[str]) -> tuple[Any, ...] | None:
+        """The job that is next in these queues (none: all), as it would be claimed; None if there is none."""
+        rows = self._rows(next_job(len(queues)), *queues)
+        return rows[0] if rows else None
+
+    def ready(self, queues: Sequence[str], due: int | None, now: int) -> bool:
+        """Without the mutex: whether a job can be claimed now, `due` being the time that `pulse` told."""
+        return (due is not None and due <= now) or self.next(queues) is not None
+
+    def drained(self, queues: Sequence[str], now: int) -> bool:
+        """Whether no job of these queues (none: all) is due, failed or processing; paused ones don't count."""
+        if any(queue["processing"] or queue["failed"] for queue in self.queues()
+               if not queue["paused"] and (not queues or queue["name"] in queues)):
+            return False
+        return not self.ready(queues, self.pulse()[1], now)
+
+    def hooks_left(self, queue: str) -> bool:
+        """Whether a hook of a job of this queue has not ended, and is not paused."""
+        mark = "%%%s%%" % json.dumps({"QUEUECTL_QUEUE": queue})[1:-1]
+        return bool(self._rows(HOOKS_LEFT, HOOK_QUEUE, mark)) and not self.queue(HOOK_QUEUE)["paused"]
+
+    def is_cancelled(self, seq: int) -> bool:
+        return bool(self._rows(IS_CANCELLED, seq) == [(1,)])
+
+    def awaited_by(self, seq: int) -> list[dict[str, Any]]:
+        """The jobs that a job still waits for."""
+        return self._dicts(AWAITED_BY, seq)
+
+    def waiters_of(self, seq: int) -> list[dict[str, Any]]:
+        """The jobs that wait for a job."""
+        return self._dicts(WAITERS_OF, seq)
+
+    def dead_dependents(self, seq: int) -> list[int]:
+        """The dead jobs that were to run after a job, or after one of those."""
+        return [row[0] for row in self._rows(DEAD_DEPENDENTS, seq)]
+
+    def dead_causes(self, seq: int) -> list[str]:
+        """The ids of the dead jobs for which a job waits, or would, and which themselves wait for no dead one."""
+        return [row[0] for row in self._rows(DEAD_CAUSES, seq, seq)]
+
+    def waits_for_gone(self, seq: int) -> bool:
+        """Whether a job was to run after one that died and was forgotten."""
+        return bool(self._rows(WAITS_FOR_GONE, seq))
+
+    def running_in(self, queue: str, count: int) -> list[str]:
+        """The ids of the first few jobs of a queue that are processing."""
+        return [row[0] for row in self._rows(RUNNING_IN, queue, count)]
+
+    def ahead_of(self, job: dict[str, Any], everywhere: bool) -> int:
+        """How many jobs that can run now come before a job: in all queues, or in its own."""
+        return int(self._value(AHEAD_OF, job["priority"], job["priority"], job["seq"],
+                               None if everywhere else job["queue"]))
+
+    def recent_seconds(self) -> float:
+        """How many seconds the runs of the newest jobs took on average; 0 if there were none."""
+        return float(self._value(RECENT_SECONDS) or 0)
+
+    def first_in(self, queue: str) -> int:
+        """The seq of the first unfinished job of a queue; 0 if there is none."""
+        return int(self._value(FIRST_IN, queue) or 0)
+
+    def states_between(self, queue: str, first: int, last: int) -> dict[str, int]:
+        """How many jobs of a queue from seq `first` to `last` are in each state."""
+        return {**dict.fromkeys(STATES, 0), **dict(self._rows(STATES_BETWEEN, first, last, queue))}
+
+    def last_seq(self) -> int:
+        return int(self._value(LAST_SEQ) or 0)
+
+    def unfinished(self, first: int, last: int) -> set[int]:
+        """The seqs from `first` to `last` of jobs that have not ended."""
+        return {row[0] for row in self._rows(UNFINISHED_BETWEEN, first, last)}
+
+    def end_of(self, seq: int) -> tuple[str, str, str | None] | None:
+        """Id, state and last error of a job; None if it was forgotten."""
+        rows = self._rows(END_OF, seq)
+        return rows[0] if rows else None
+
+    def died(self, first: int, last: int, start: int, queue: str | None = None) -> list[dict[str, Any]]:
+        """The first few jobs after seq `first` up to `last`, of a queue or of all, that died at or after `start`."""
+        return self._dicts(DIED_BETWEEN, first, last, start, queue)
+
+    def oldest_waiting(self) -> dict[str, Any] | None:
+        return next(iter(self._dicts(OLDEST_WAITING)), None)
+
+    def next_due(self) -> dict[str, Any] | None:
+        return next(iter(self._dicts(NEXT_DUE)), None)
+
+
+class Store(Reading):
+    """The queue: one method for each change of state, each made in a transaction."""
 
     # Jobs come in.
 
@@ -3185,20 +3538,6 @@ class Store:
 
     # Jobs are claimed and recorded.
 
-    def pulse(self) -> tuple[int, int | None]:
-        """What a worker looks at first: the epoch of settings and orders, and the earliest time a job waits for."""
-        epoch, due = self._rows(PULSE)[0]
-        return epoch, due
-
-    def next(self, queues: Sequence[str]) -> tuple[Any, ...] | None:
-        """The job that is next in these queues (none: all), as it would be claimed; None if there is none."""
-        rows = self._rows(next_job(len(queues)), *queues)
-        return rows[0] if rows else None
-
-    def ready(self, queues: Sequence[str], due: int | None, now: int) -> bool:
-        """Without the mutex: whether a job can be claimed now, `due` being the time that `pulse` told."""
-        return (due is not None and due <= now) or self.next(queues) is not None
-
     def claim(self, worker: str, slot: int, queues: Sequence[str], due: int | None, now: int,
               pool: str = "") -> Job | None:
         """Claim the job that is next for a worker, in a transaction; None if there is none.
@@ -3217,27 +3556,10 @@ class Store:
         self.db.execute(CLAIM, (worker, slot, now, now, now, found[0]))
         return Job._make((*found, now))
 
-    def context(self, key: int) -> tuple[str, str, int, str]:
-        """Folder, PATH, umask and (as JSON, if it was kept) environment of whoever enqueued a job."""
-        cwd, path, umask, environ = self._rows(GET_CONTEXT, key)[0]
-        return cwd, path, umask, environ
-
     def make_ready_after_clock_step(self, now: int) -> None:
         """Retries that were put off by a clock that has since been set back are due now; delays begin anew."""
         self.db.execute(MAKE_READY_AFTER_CLOCK_STEP, (now,))
         self.db.execute(DELAY_AGAIN, (now,) * 4)
-
-    def hooks_left(self, queue: str) -> bool:
-        """Whether a hook of a job of this queue has not ended, and is not paused."""
-        mark = "%%%s%%" % json.dumps({"QUEUECTL_QUEUE": queue})[1:-1]
-        return bool(self._rows(HOOKS_LEFT, HOOK_QUEUE, mark)) and not self.queue(HOOK_QUEUE)["paused"]
-
-    def drained(self, queues: Sequence[str], now: int) -> bool:
-        """Whether no job of these queues (none: all) is due, failed or processing; paused ones don't count."""
-        if any(queue["processing"] or queue["failed"] for queue in self.queues()
-               if not queue["paused"] and (not queues or queue["name"] in queues)):
-            return False
-        return not self.ready(queues, self.pulse()[1], now)
 
     def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str],
                settings: dict[str, Any]) -> tuple[str, bool]:
@@ -3312,10 +3634,7 @@ class Store:
         self.db.execute(BURY + which, (now, now, error, seq))
         self._add_hooks([dict(job, state=DEAD, last_error=error, updated_at=now) for job in buried], settings, False)
 
-    def is_cancelled(self, seq: int) -> bool:
-        return bool(self._rows(IS_CANCELLED, seq) == [(1,)])
-
-    # Jobs are cancelled, retried and forgotten, in a transaction; each tells if it was done.
+    # Jobs are cancelled, retried, changed and forgotten; each tells if it was done.
 
     def cancel_waiting(self, seq: int, now: int) -> bool:
         done = self.db.execute(CANCEL_WAITING, ("cancelled before it ran again", now, now, seq)).rowcount > 0
@@ -3338,25 +3657,18 @@ class Store:
             self._bury(DEPENDENTS_OF, name, seq, now, self.settings())
         return before - self.counts()[DEAD]
 
-    def dead_dependents(self, seq: int) -> list[int]:
-        """The dead jobs that were to run after a job, or after one of those."""
-        return [row[0] for row in self._rows(DEAD_DEPENDENTS, seq)]
-
-    def awaited_by(self, seq: int) -> list[dict[str, Any]]:
-        """The jobs that a job still waits for."""
-        return self._dicts(AWAITED_BY, seq)
-
-    def dead_causes(self, seq: int) -> list[str]:
-        """The ids of the dead jobs for which a job waits, or would, and which themselves wait for no dead one."""
-        return [row[0] for row in self._rows(DEAD_CAUSES, seq, seq)]
-
-    def waits_for_gone(self, seq: int) -> bool:
-        """Whether a job was to run after one that died and was forgotten."""
-        return bool(self._rows(WAITS_FOR_GONE, seq))
-
-    def waiters_of(self, seq: int) -> list[dict[str, Any]]:
-        """The jobs that wait for a job."""
-        return self._dicts(WAITERS_OF, seq)
+    def edit(self, job: dict[str, Any], changes: dict[str, Any], now: int) -> None:
+        """Change a waiting job, in a transaction: priority, run_at, timeout_seconds, max_retries, queue."""
+        new = {**job, **changes}
+        if "run_at" in changes and not job["after"]:
+            new["due"] = new["run_at"] if (new["run_at"] or 0) > now else None
+            new["ready"] = new["due"] is None
+        self.db.execute(EDIT, (*(new[name] for name in EDITABLE), new["ready"], new["due"], now, job["seq"]))
+        if new["queue"] != job["queue"]:
+            pending, failed = job["state"] == PENDING, job["state"] == FAILED
+            self.db.execute(ADD_QUEUE, (new["queue"],))
+            self.db.execute(MOVE_COUNT, (pending, failed, new["queue"]))
+            self.db.execute(MOVE_COUNT, (-pending, -failed, job["queue"]))
 
     def delete(self, seq: int) -> bool:
         """Forget a job that is not running, and that no other waits for."""
@@ -3389,293 +3701,6 @@ class Store:
             with self.transaction():
                 count = sum(self.delete(seq) for seq in old if self._value(STILL_SO, seq, state, before))
         return rows[-1][0] if rows else 0, count
-
-    def shrink(self) -> None:
-        """Give disk space back after a purge, once a quarter of the file is free."""
-        if self._value(FREE_PAGES) * 4 > self._value(ALL_PAGES):
-            self._lock(time.monotonic() + self.patience)
-            try:
-                self.db.execute(VACUUM)
-            except sqlite3.Error as error:
-                raise translate(error, self.path) from error
-            finally:
-                self._unlock()
-
-    # Workers and pools come and go, and are told what to do.
-
-    def add_pool(self, name: str, workers: int, queues: Sequence[str], max_jobs: int | None, now: int) -> None:
-        self.db.execute(ADD_POOL, (name, os.getpid(), now, workers, ",".join(queues) or None, max_jobs))
-
-    def add_worker(self, name: str, pool: str, now: int) -> None:
-        self.db.execute(ADD_WORKER, (name, pool, os.getpid(), now))
-
-    def remove_pool(self, name: str) -> None:
-        self.db.execute(REMOVE_POOL, (name,))
-
-    def remove_worker(self, name: str) -> None:
-        self.db.execute(REMOVE_WORKER, (name,))
-
-    def deaths(self, pool: str) -> int:
-        """How many jobs have died in the hands of this pool."""
-        rows = self._rows(GET_POOL, pool)
-        return int(rows[0][2]) if rows else 0
-
-    def is_stopping(self, pool: str) -> bool:
-        """Whether a pool was told to stop."""
-        rows = self._rows(GET_POOL, pool)
-        return bool(rows) and rows[0][0] > 0
-
-    def turns_left(self, pool: str) -> bool:
-        rows = self._rows(GET_POOL, pool)
-        return bool(rows) and rows[0][1] != 0
-
-    def pools(self) -> list[dict[str, Any]]:
-        """Every pool that is registered, each with `alive`."""
-        return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_POOLS)]
-
-    def workers(self) -> list[dict[str, Any]]:
-        """Every worker that is registered, each with `alive` and the job it runs."""
-        return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_WORKERS)]
-
-    def queues_of_runs(self) -> set[str]:
-        """The queues of every `run` under way: it counts its jobs at its end."""
-        return {pool["queues"] for pool in self.pools()
-                if pool["alive"] and is_run_queue(pool["queues"] or "")}
-
-    def ask_stop(self, pools: Iterable[str], level: int) -> None:
-        """Have pools stop soon (1) or now (2), in a transaction; ring their workers afterwards."""
-        for name in pools:
-            self.db.execute(ASK_STOP, (level, name))
-        self.db.execute(NEXT_EPOCH)
-
-    def holders(self) -> set[str]:
-        """The workers in whose name a job is processing."""
-        return {row[0] for row in self._rows(HOLDERS)}
-
-    def lost_jobs(self) -> list[dict[str, Any]]:
-        """Every job whose worker is dead."""
-        return [job for job in self._dicts(HELD_JOBS) if not is_alive(self.path, job["worker"])]
-
-    def control(self, pool: str, epoch: int) -> Control:
-        """What the workers of a pool follow since `epoch`."""
-        rows = self._rows(GET_POOL, pool)
-        limited = {row[0] for row in self._rows(LIMITED_QUEUES)}
-        return Control(epoch, self.settings(), rows[0][0] if rows else 1, limited)
-
-    def settings(self) -> dict[str, Any]:
-        """Every setting with the value that holds now."""
-        found = {name: json.loads(value) for name, value in self._rows(ALL_SETTINGS)}
-        return {name: found.get(name, default) for name, default in SETTINGS.items()}
-
-    def set_setting(self, name: str, value: Any) -> None:
-        self.db.execute(SET_SETTING, (name, json.dumps(value)))
-        self.db.execute(NEXT_EPOCH)
-
-    def unset_setting(self, name: str) -> None:
-        self.db.execute(UNSET_SETTING, (name,))
-        self.db.execute(NEXT_EPOCH)
-
-    # Queues are limited and paused, in a transaction.
-
-    def set_concurrency(self, queue: str, most: int | None) -> None:
-        """Let at most so many jobs of a queue run at once, over all pools; None: as many as there are workers."""
-        self.db.execute(ADD_QUEUE, (queue,))
-        self.db.execute(SET_CONCURRENCY, (most, queue))
-        self.db.execute(NEXT_EPOCH)
-
-    def pause(self, queue: str | None, paused: bool) -> None:
-        """Start no more jobs of a queue (None: of any, those to come included), or start them again."""
-        if queue is None:
-            self.db.execute(PAUSE_ALL, (paused,))
-            if not paused:
-                self.db.execute(RESUME_EACH)
-        else:
-            self.db.execute(ADD_QUEUE, (queue,))
-            self.db.execute(PAUSE_QUEUE, (paused, queue))
-        self.db.execute(NEXT_EPOCH)
-
-    def edit(self, job: dict[str, Any], changes: dict[str, Any], now: int) -> None:
-        """Change a waiting job, in a transaction: priority, run_at, timeout_seconds, max_retries, queue."""
-        new = {**job, **changes}
-        if "run_at" in changes and not job["after"]:
-            new["due"] = new["run_at"] if (new["run_at"] or 0) > now else None
-            new["ready"] = new["due"] is None
-        self.db.execute(EDIT, (*(new[name] for name in EDITABLE), new["ready"], new["due"], now, job["seq"]))
-        if new["queue"] != job["queue"]:
-            pending, failed = job["state"] == PENDING, job["state"] == FAILED
-            self.db.execute(ADD_QUEUE, (new["queue"],))
-            self.db.execute(MOVE_COUNT, (pending, failed, new["queue"]))
-            self.db.execute(MOVE_COUNT, (-pending, -failed, job["queue"]))
-
-    # What there is to see.
-
-    def queues(self) -> list[dict[str, Any]]:
-        """Every queue that ever had a job, a limit or a pause, with its number of jobs in each state."""
-        return self._dicts(ALL_QUEUES)
-
-    def queue(self, name: str) -> dict[str, Any]:
-        """One of `queues`, also if it never had a job."""
-        empty = {"name": name, "concurrency": None, "paused": self.all_paused(), **dict.fromkeys(STATES, 0)}
-        return next((queue for queue in self.queues() if queue["name"] == name), empty)
-
-    def running_in(self, queue: str, count: int) -> list[str]:
-        """The ids of the first few jobs of a queue that are processing."""
-        return [row[0] for row in self._rows(RUNNING_IN, queue, count)]
-
-    def ahead_of(self, job: dict[str, Any], everywhere: bool) -> int:
-        """How many jobs that can run now come before a job: in all queues, or in its own."""
-        return int(self._value(AHEAD_OF, job["priority"], job["priority"], job["seq"],
-                               None if everywhere else job["queue"]))
-
-    def recent_seconds(self) -> float:
-        """How many seconds the runs of the newest jobs took on average; 0 if there were none."""
-        return float(self._value(RECENT_SECONDS) or 0)
-
-    def serving(self, queue: str) -> list[dict[str, Any]]:
-        """The live workers that serve a queue."""
-        pools = {pool["name"] for pool in self.pools() if pool["alive"] and serves(pool, queue)}
-        return [worker for worker in self.workers() if worker["alive"] and worker["pool"] in pools]
-
-    def first_in(self, queue: str) -> int:
-        """The seq of the first unfinished job of a queue; 0 if there is none."""
-        return int(self._value(FIRST_IN, queue) or 0)
-
-    def states_between(self, queue: str, first: int, last: int) -> dict[str, int]:
-        """How many jobs of a queue from seq `first` to `last` are in each state."""
-        return {**dict.fromkeys(STATES, 0), **dict(self._rows(STATES_BETWEEN, first, last, queue))}
-
-    def all_paused(self) -> bool:
-        return bool(self._rows(ALL_PAUSED)[0][0])
-
-    def last_seq(self) -> int:
-        return int(self._value(LAST_SEQ) or 0)
-
-    def unfinished(self, first: int, last: int) -> set[int]:
-        """The seqs from `first` to `last` of jobs that have not ended."""
-        return {row[0] for row in self._rows(UNFINISHED_BETWEEN, first, last)}
-
-    def end_of(self, seq: int) -> tuple[str, str, str | None] | None:
-        """Id, state and last error of a job; None if it was forgotten."""
-        rows = self._rows(END_OF, seq)
-        return rows[0] if rows else None
-
-    def died(self, first: int, last: int, start: int, queue: str | None = None) -> list[dict[str, Any]]:
-        """The first few jobs after seq `first` up to `last`, of a queue or of all, that died at or after `start`."""
-        return self._dicts(DIED_BETWEEN, first, last, start, queue)
-
-    def backup(self, path: str) -> None:
-        """Copy the database into the file `path`, as another queue in which what was running is pending."""
-        self.copy_to(path, (GIVE_BACK_ALL, *FORGET_WORKERS, RENEW_IDENTITY))
-
-    def copy_to(self, path: str, changes: Sequence[str] = ()) -> None:
-        """Copy the database as it is at this moment into a file, by SQLite's own online backup, and change the copy.
-
-        In one step: in several, each write of a worker between two of them would start it anew.
-        The file appears whole, or not at all.
-        """
-        part = "%s.%d.part" % (path, os.getpid())
-        try:
-            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            copy = sqlite3.connect(part, isolation_level=None)
-            try:
-                self.db.backup(copy)
-                for change in changes:
-                    copy.execute(change)
-            finally:
-                copy.close()
-            os.replace(part, path)
-            sync_folder(os.path.dirname(path))
-        except OSError as error:
-            raise QueueError("%s can't be written: %s" % (path, error.strerror)) from error
-        except sqlite3.Error as error:
-            raise translate(error, path) from error
-        finally:
-            for leftover in (part, part + "-journal", part + "-wal", part + "-shm"):
-                if os.path.exists(leftover):
-                    os.unlink(leftover)
-
-    def counts(self) -> dict[str, int]:
-        """The number of jobs in each state."""
-        return {state: int(count) for state, count in zip(STATES, self._rows(COUNTS)[0])}
-
-    def damage(self) -> list[str]:
-        """What SQLite's own check, and a recount of all jobs, find wrong with the database."""
-        found = [row[0] for row in self._rows(INTEGRITY) if row[0] != "ok"]
-        counted = {row[:2]: row[2] for row in self._rows(RECOUNT)}
-        for queue in self.queues():
-            found += ["queue %s has %d %s jobs, not %d" % (
-                queue["name"], counted.get((queue["name"], state), 0), state, queue[state])
-                for state in STATES if counted.get((queue["name"], state), 0) != queue[state]]
-        return found
-
-    def oldest_waiting(self) -> dict[str, Any] | None:
-        return next(iter(self._dicts(OLDEST_WAITING)), None)
-
-    def next_due(self) -> dict[str, Any] | None:
-        return next(iter(self._dicts(NEXT_DUE)), None)
-
-    def find(self, name: str) -> dict[str, Any]:
-        """The job with this id, or with this unique prefix of an id that queuectl made.
-
-        Raises QueueError if there is none, or more than one.
-        """
-        exact = self._dicts(SELECT_JOBS + WHERE_ID, name)
-        if exact:
-            return exact[0]
-        like = self._dicts(SELECT_JOBS + WHERE_PREFIX, name, name + "\U0010ffff") if len(name) >= 4 else []
-        if len(like) == 1:
-            return like[0]
-        if like:
-            raise QueueError("%s could be %s%s; give more of the id" % (
-                clean(name), ", ".join(job["id"] for job in like[:5]), " or others" if len(like) > 5 else ""))
-        raise QueueError("there is no job %s; `queuectl list` shows them" % shorten(clean(name), 140))
-
-    def find_by_seq(self, seq: int) -> dict[str, Any] | None:
-        return next(iter(self._dicts(SELECT_JOBS + WHERE_SEQ, seq)), None)
-
-    def newest(self, states: Sequence[str], queue: str | None, count: int) -> list[dict[str, Any]]:
-        """The newest `count` jobs in these states (none: all) and this queue, newest last."""
-        values = [NEVER, *states] + ([] if queue is None else [queue])
-        return self._dicts(select_jobs(states, queue, True, count), *values)[::-1]
-
-    def jobs(self, states: Sequence[str], queue: str | None) -> Iterator[dict[str, Any]]:
-        """All jobs in these states (none: all) and this queue, oldest first, a page at a time."""
-        seq = 0
-        while True:
-            values = [seq, *states] + ([] if queue is None else [queue])
-            page = self._dicts(select_jobs(states, queue, False, 1000), *values)
-            yield from page
-            if len(page) < 1000:
-                return
-            seq = page[-1]["seq"]
-
-    def runs(self, seq: int, last: int = 0) -> Iterator[dict[str, Any]]:
-        """The recorded runs of a job after run `last`, with their output, oldest first, a page at a time."""
-        while True:
-            page = self._dicts(RUNS_OF, seq, last, seq)
-            yield from page
-            if not page:
-                return
-            last = page[-1]["run"]
-
-    def jobs_between(self, first: int, last: int) -> Iterator[dict[str, Any]]:
-        """The jobs after seq `first` up to `last`, in the order they came."""
-        while first < last:
-            page = self._dicts(SELECT_JOBS + WHERE_BETWEEN, first, last)
-            if not page:
-                return
-            yield from page
-            first = page[-1]["seq"]
-
-    def count(self, states: Sequence[str], queue: str | None) -> int:
-        """How many jobs are in these states (none: all) and this queue (None: all)."""
-        return sum(each[state] for each in self.queues() if queue in (None, each["name"])
-                   for state in set(states or STATES))
-
-    def run_times(self, seq: int) -> tuple[int, float]:
-        """How many runs of a job are recorded, and their average in seconds."""
-        count, average = self._rows(RUN_TIMES, seq, seq)[0]
-        return count, average or 0.0
 
 
 def open_trusted(db: str, file: tuple[int, int] | None = None, tell: Callable[[str], None] | None = None,
