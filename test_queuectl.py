@@ -1197,7 +1197,7 @@ def test_output_that_is_too_long_keeps_head_and_tail(tmp_path: Path) -> None:
 # The architecture itself.
 
 SECTIONS = (
-    *("Vocabulary", "Values", "Platform", "SQL", "Database", "Store"),
+    *("Vocabulary", "Values", "Platform", "Schema", "Database", "Store"),
     *("Runner", "Worker", "Pool", "Views", "Commands", "main"),
 )
 
@@ -1222,7 +1222,7 @@ def test_the_sections_stand_in_the_order_of_the_contents() -> None:
         (r"\bos\.name\b", ("Platform",)),
         (r"\bos\.kill\b", ("Platform", "main")),
         (r"\bmultiprocessing\.", ("Pool",)),
-        (r"\bSELECT\b|\bUPDATE\b|\bDELETE\b", ("SQL",)),
+        (r"\bSELECT\b|\bUPDATE\b|\bDELETE\b", ("Schema", "Database", "Store")),
         (r"\bsys\.exit\b", ("Worker", "main")),
         (r"\bargparse\.", ("main",)),
         (r"\bprint\(", ("Pool",)),
@@ -1272,7 +1272,7 @@ def test_functions_are_short() -> None:
 
 
 def test_no_sql_is_newer_than_sqlite_3_8_3() -> None:
-    text = sections()["SQL"]
+    text = "".join(sections()[name] for name in ("Schema", "Database", "Store"))
     assert not re.search(
         r"RETURNING|ON CONFLICT|\bOVER\b|\bSTRICT\b|json_|->>|IIF\(|NULLS (FIRST|LAST)|\bFILTER\b", text
     )
