@@ -41,8 +41,9 @@ Contents, in reading order; a section calls only those above it:
     Values       durations, times, backoff, job input: pure functions
     Platform     processes, locks, bells and the disk; POSIX and Windows
     Files        what stands beside the database: paths, bells, life files, output
-    SQL          the schema, its migrations, every statement
-    Store        the database: one method for each change of state
+    Schema       the tables, their migrations, and the statements that several use
+    Database     the file: trust, opening, the mutex, commits, what is on disk, copies
+    Store        what is read of the queue, and one method for each change of state
     Runner       one run of one job
     Worker       claim, run, record; recovery of what dead workers held
     Pool         the supervisor: start, watch, replace and stop workers
@@ -74,7 +75,7 @@ if sys.version_info < (3, 8):  # noqa: UP036
 
 TYPE_CHECKING = False  # the name type checkers know; typing itself is slow to import
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from types import FrameType
     from typing import Any, BinaryIO, Callable, Iterable, Iterator, NoReturn, Sequence
 
 # ═══ Vocabulary ═══ states, exit codes, errors, settings and their limits ════════════════════
@@ -1928,25 +1929,38 @@ class Slot:
         self.close()
 
 
-# ═══ SQL ═══ the schema, its migrations, every statement ═════════════════════════════════════
+# ═══ Schema ═══ the tables, their migrations, and the statements that several use ════════════
 #
-# Nothing newer than SQLite 3.8.3. Times are milliseconds since the epoch.
+# A statement that one method alone executes stands in that method (sections Database and Store).
+# Here stand the others, and those whose plans the tests look at. Nothing is newer than SQLite
+# 3.8.3. Times are milliseconds since the epoch.
 #
-# `ready` is 1 for a job that a worker may claim now. Jobs that wait for a time have ready = 0 and
-# that time in `due`, and are made ready when it comes: so the index that claims read, ordered
-# exactly as claims are, holds no job that can't be claimed. `runs` counts a job's runs for life,
-# `attempts` those since it was enqueued or retried. `worker`, `slot` and `locked_at` are set
-# while it is processing; what the output files of that run are called follows from them.
+# `ready` is 1 for a job that a worker may claim now. A job that waits for a time has ready = 0,
+# and that time in `due`; when it has come, the job is made ready. So the index that claims read,
+# ordered exactly as claims are, holds no job that can't be claimed. `runs` counts a job's runs
+# for life, `attempts` those since it was enqueued or retried. `worker`, `slot` and `locked_at`
+# are set while it is processing; they also tell what the output files of that run are called.
 #
 # The key of a run is the seq of its job * 2**24 + the run's number.
 #
-# A table of few rows keeps what would else be repeated in a million (contexts), another counts
-# the jobs of each queue by state, so that `status` need not. Triggers keep the counts; but
-# inserts are counted by Store.add, for a bulk as one.
+# `contexts` keeps once what would else be repeated in a million jobs. `queues` counts the jobs of
+# each queue by state, so that `status` need not. Triggers keep these counts; only what is
+# inserted is counted by Intake, once for a whole bulk.
+#
+# A row in `waits` stands until the awaited job is completed, or either of the two is forgotten;
+# so it stands also while both are dead.
+
+if TYPE_CHECKING:
+    Row = dict[str, Any]  # of a table, by the names of the columns
+    Draft = dict[str, Any]  # of a job: see draft_of
+    Settings = dict[str, Any]
+    Names = Sequence[str]  # of queues or states
+    Tell = Callable[[str], None]
 
 APPLICATION_ID = 0x71637431  # "qct1"
 
-MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit one that was released
+# The statements that lead from version N to N + 1. Never edit one that was released.
+MIGRATIONS = (
     (
         """CREATE TABLE contexts (
             id INTEGER PRIMARY KEY, cwd TEXT NOT NULL, path TEXT NOT NULL, umask INTEGER NOT NULL,
@@ -1999,41 +2013,53 @@ MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit o
         "CREATE TABLE control (epoch INTEGER NOT NULL)",  # counts changes that workers follow
         "INSERT INTO control VALUES (0)",
     ),
-    (  # queues can be paused and limited; the runs of a job stand together by their key, which saves an index
+    # Queues can be paused and limited. The runs of a job stand together by their key, which saves
+    # an index.
+    (
         "ALTER TABLE queues ADD COLUMN paused INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE queues ADD COLUMN concurrency INTEGER",
-        "ALTER TABLE control ADD COLUMN paused INTEGER NOT NULL DEFAULT 0",  # all queues, those to come too
+        # All queues, those to come too.
+        "ALTER TABLE control ADD COLUMN paused INTEGER NOT NULL DEFAULT 0",
         """CREATE TABLE new_runs (
             id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, state TEXT NOT NULL,
             started_at INTEGER NOT NULL, finished_at INTEGER NOT NULL, seconds REAL NOT NULL,
             exit_code INTEGER, error TEXT, worker TEXT NOT NULL, stdout BLOB, stderr BLOB)""",
-        """INSERT INTO new_runs SELECT job * 16777216 + run, attempt, state, started_at, finished_at, seconds,
-            exit_code, error, worker, stdout, stderr FROM runs ORDER BY job, run""",
+        ("INSERT INTO new_runs SELECT job * 16777216 + run, attempt, state, started_at, "
+         """finished_at, seconds,
+            exit_code, error, worker, stdout, stderr FROM runs ORDER BY job, run"""),
         "DROP TABLE runs",
         "ALTER TABLE new_runs RENAME TO runs",
     ),
-    (  # jobs wait for others, have keys, policies and whole environments; a context's key is never used again
+    # Jobs wait for others, have keys, policies and whole environments. A context's key is never
+    # used again.
+    (
         "ALTER TABLE jobs ADD COLUMN unique_key TEXT",
         "ALTER TABLE jobs ADD COLUMN policy TEXT",
         "ALTER TABLE jobs ADD COLUMN deferrals INTEGER NOT NULL DEFAULT 0",
         """CREATE UNIQUE INDEX jobs_unique ON jobs (unique_key)
             WHERE unique_key IS NOT NULL AND state <> 'completed' AND state <> 'dead'""",
-        """CREATE TABLE waits (
-            awaited INTEGER NOT NULL, job INTEGER NOT NULL, PRIMARY KEY (awaited, job)) WITHOUT ROWID""",
+        ("""CREATE TABLE waits (
+            awaited INTEGER NOT NULL, job INTEGER NOT NULL, """
+         "PRIMARY KEY (awaited, job)) WITHOUT ROWID"),
         "CREATE INDEX waits_job ON waits (job)",
-        """CREATE TABLE new_contexts (
-            id INTEGER PRIMARY KEY AUTOINCREMENT, cwd TEXT NOT NULL, path TEXT NOT NULL, umask INTEGER NOT NULL,
-            jobs INTEGER NOT NULL DEFAULT 0, environ TEXT NOT NULL, UNIQUE (cwd, path, umask, environ))""",
-        "INSERT INTO new_contexts (id, cwd, path, umask, environ) SELECT id, cwd, path, umask, '' FROM contexts",
+        ("""CREATE TABLE new_contexts (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, cwd TEXT NOT NULL, path TEXT NOT NULL, """
+         """umask INTEGER NOT NULL,
+            jobs INTEGER NOT NULL DEFAULT 0, environ TEXT NOT NULL, """
+         "UNIQUE (cwd, path, umask, environ))"),
+        ("INSERT INTO new_contexts (id, cwd, path, umask, environ) "
+         "SELECT id, cwd, path, umask, '' FROM contexts"),
         "DROP TABLE contexts",
         "ALTER TABLE new_contexts RENAME TO contexts",
-        # An environment goes with the last of its jobs; in the others of this table, jobs are not counted.
+        # An environment goes with the last of its jobs; in the others of this table, jobs are not
+        # counted.
         """CREATE TRIGGER jobs_forgotten AFTER DELETE ON jobs BEGIN
             DELETE FROM waits WHERE awaited = old.seq; DELETE FROM waits WHERE job = old.seq;
             UPDATE contexts SET jobs = jobs - 1 WHERE id = old.context AND jobs > 0;
             DELETE FROM contexts WHERE id = old.context AND jobs = 0 AND environ <> ''; END""",
     ),
-    (  # a queue has an id, by which a copy is told from the queue that it was copied from
+    # A queue has an id, by which a copy is told from the queue that it was copied from.
+    (
         "ALTER TABLE control ADD COLUMN identity TEXT NOT NULL DEFAULT ''",
         "UPDATE control SET identity = lower(hex(randomblob(4)))",
         # Pools of older programs, whose names don't begin with that id.
@@ -2052,237 +2078,157 @@ MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit o
     ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
-
-GET_VERSION = "PRAGMA user_version"
-GET_APPLICATION = "PRAGMA application_id"
 SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
 SET_APPLICATION = "PRAGMA application_id = %d" % APPLICATION_ID
+GET_VERSION = "PRAGMA user_version"
+GET_APPLICATION = "PRAGMA application_id"
 COUNT_TABLES = "SELECT count(*) FROM sqlite_master"
-USE_WAL = "PRAGMA journal_mode = WAL"
-CONNECTION_PRAGMAS = ("PRAGMA journal_size_limit = 16777216", "PRAGMA trusted_schema = OFF") + (
-    ("PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1") if sys.platform == "darwin" else ())
-FULL_SYNC = "PRAGMA synchronous = FULL"
-NORMAL_SYNC = "PRAGMA synchronous = NORMAL"
-DATA_VERSION = "PRAGMA data_version"  # changes when another connection has committed
-FREE_PAGES = "PRAGMA freelist_count"
-ALL_PAGES = "PRAGMA page_count"
-VACUUM = "VACUUM"
 CHECKPOINT = "PRAGMA wal_checkpoint"
-BULK_CACHE = "PRAGMA cache_size = -40000"  # KiB
 
 BEGIN = "BEGIN IMMEDIATE"
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
-SAVEPOINT = "SAVEPOINT chunk"
-RELEASE = "RELEASE chunk"
-ROLLBACK_TO = "ROLLBACK TO chunk"
 
-FIND_CONTEXT = "SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ? AND environ = ?"
-ADD_CONTEXT = "INSERT INTO contexts (cwd, path, umask, environ) VALUES (?, ?, ?, ?)"
-GET_CONTEXT = "SELECT cwd, path, umask, environ FROM contexts WHERE id = ?"
-COUNT_IN_CONTEXT = """UPDATE contexts SET jobs = jobs + (
-    SELECT count(*) FROM jobs WHERE seq > ? AND context = contexts.id) WHERE id = ?"""
-FORGET_UNUSED = "DELETE FROM contexts WHERE jobs = 0 AND environ <> ''"
-ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
-COUNT_ADDED = "UPDATE queues SET pending = pending + ? WHERE name = ?"
-ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
-    timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at, delayed)
-    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-SET_SPECIAL = "UPDATE jobs SET unique_key = ?, policy = ? WHERE seq = ?"
-WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
-WITH_KEY = """SELECT seq, id, state FROM jobs
-    WHERE unique_key = ? AND state <> 'completed' AND state <> 'dead'"""
-LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
-
-READY_AT_ONCE = 10_000
-PULSE = "SELECT epoch, (SELECT min(due) FROM jobs WHERE ready = 0 AND due IS NOT NULL) FROM control"
-MAKE_READY = """UPDATE jobs SET ready = 1 WHERE seq IN (
-    SELECT seq FROM jobs WHERE ready = 0 AND due IS NOT NULL AND due <= ? ORDER BY due LIMIT %d)""" % READY_AT_ONCE
-MAKE_READY_AFTER_CLOCK_STEP = """UPDATE jobs SET ready = 1
-    WHERE state = 'failed' AND ready = 0 AND updated_at > ?"""
-DELAY_AGAIN = """UPDATE jobs SET due = due - updated_at + ?, run_at = run_at - updated_at + ?, updated_at = ?
-    WHERE delayed = 1 AND ready = 0 AND due IS NOT NULL AND state = 'pending' AND updated_at > ?"""
-CLAIM = """UPDATE jobs SET state = 'processing', ready = 0, due = NULL, attempts = attempts + 1,
-    runs = runs + 1, worker = ?, slot = ?, locked_at = ?, started_at = ?, updated_at = ?
-    WHERE seq = ?"""
-TAKE_TURN = "UPDATE pools SET jobs_left = jobs_left - 1 WHERE name = ? AND jobs_left > 0"
-COUNT_DEATH = "UPDATE pools SET died = died + 1 WHERE name = ?"
-
-RECORD_JOB = """UPDATE jobs SET state = ?, ready = ?, due = ?, attempts = ?, updated_at = ?,
-    finished_at = ?, exit_code = ?, last_error = ?, deferrals = deferrals + ?, cancel = 0, worker = NULL,
-    slot = NULL, locked_at = NULL WHERE seq = ? AND runs = ? AND state = 'processing'"""
-UNCOUNT_RUN = "UPDATE jobs SET runs = runs - 1 WHERE seq = ?"
-RECORD_RUN = "INSERT INTO runs VALUES (? * 16777216 + ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-IS_CANCELLED = "SELECT cancel FROM jobs WHERE seq = ?"
-ASK_CANCEL = "UPDATE jobs SET cancel = 1, updated_at = ? WHERE seq = ? AND state = 'processing'"
-CANCEL_WAITING = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, last_error = ?,
-    updated_at = ?, finished_at = ? WHERE seq = ? AND state IN ('pending', 'failed')"""
-RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', due = NULL, attempts = 0, deferrals = 0, updated_at = ?,
-    ready = NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq) WHERE """  # ignores those whose key is taken
-RETRY_ONE = RETRY + "seq = ? AND state IN ('completed', 'dead')"
-RETRY_ALL_DEAD = RETRY + "state = 'dead' AND queue = coalesce(?, queue) AND NOT EXISTS (SELECT 1 %s)"
-DELETE_JOB = """DELETE FROM jobs WHERE seq = ? AND state <> 'processing' AND NOT EXISTS (
-    SELECT 1 FROM waits JOIN jobs AS waiting ON waiting.seq = waits.job
-    WHERE awaited = jobs.seq AND waiting.state <> 'dead')"""
-
-# A row in `waits` stands until the awaited job is completed, or either is forgotten; so also while both are dead.
-ADD_WAIT = "INSERT OR IGNORE INTO waits (awaited, job) VALUES (?, ?)"
-HOLD = "UPDATE jobs SET ready = 0, due = NULL, chained = 1 WHERE seq = ?"
-_FOR_GONE = """FROM waits WHERE job = jobs.seq
-    AND NOT EXISTS (SELECT 1 FROM jobs AS awaited WHERE awaited.seq = waits.awaited)"""
-WAITS_FOR_GONE = "SELECT 1 FROM jobs WHERE seq = ? AND EXISTS (SELECT 1 %s)" % _FOR_GONE
-WAITING_FOR = "SELECT job FROM waits WHERE awaited = ?"
-END_WAITS = "DELETE FROM waits WHERE awaited = ?"
-LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?, due = CASE WHEN run_at > ? THEN run_at END
-    WHERE seq = ? AND state = 'pending' AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)"""
-_DEPENDENTS = """(WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHERE awaited = ?
-    UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq) SELECT seq FROM dependents)"""
-BURY = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, updated_at = ?, finished_at = ?,
-    last_error = ? WHERE state = 'pending' AND seq """
-HOOKS_LEFT = """SELECT 1 FROM jobs WHERE state IN ('pending', 'processing', 'failed') AND queue = ?
-    AND env LIKE ? LIMIT 1"""
-HOOKED = "SELECT id, queue, command, state, attempts, max_retries, exit_code, last_error, updated_at FROM jobs "
-ONE_HOOKED = HOOKED + "WHERE seq = ?"
-TO_BURY = HOOKED + "WHERE state = 'pending' AND seq "
-THIS_ONE = "= ?"
-DEPENDENTS_OF = "IN " + _DEPENDENTS
-DEAD_DEPENDENTS = "SELECT seq FROM jobs WHERE state = 'dead' AND seq IN %s ORDER BY seq" % _DEPENDENTS
-AWAITED_BY = """SELECT seq, id, state, due FROM waits JOIN jobs ON jobs.seq = awaited WHERE job = ? ORDER BY seq"""
-WAITERS_OF = """SELECT seq, id FROM waits JOIN jobs ON jobs.seq = job WHERE awaited = ? AND state <> 'dead'
-    ORDER BY seq"""
-DEAD_CAUSES = """WITH RECURSIVE causes (seq) AS (SELECT ? UNION SELECT awaited FROM causes
-        JOIN waits ON job = causes.seq JOIN jobs ON jobs.seq = awaited WHERE state = 'dead')
-    SELECT id FROM causes JOIN jobs USING (seq) WHERE seq <> ? AND NOT EXISTS (SELECT 1 FROM waits
-        JOIN jobs AS other ON other.seq = awaited WHERE job = causes.seq AND other.state = 'dead') ORDER BY seq"""
-AWAITED_DEAD = """SELECT DISTINCT awaited.seq, awaited.id FROM waits JOIN jobs AS awaited ON awaited.seq = waits.awaited
-    JOIN jobs ON jobs.seq = waits.job WHERE awaited.state = 'dead' AND jobs.state = 'pending'"""
-RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 16777215"
-DELETE_RUNS = "DELETE " + RUNS_OF_JOB
-UNFINISHED_BETWEEN = """SELECT seq FROM jobs
-    WHERE state IN ('pending', 'processing', 'failed') AND seq BETWEEN ? AND ?"""
-END_OF = "SELECT id, state, last_error FROM jobs WHERE seq = ?"
-DIED_BETWEEN = """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead' AND seq > ? AND seq <= ?
-    AND updated_at >= ? AND queue = coalesce(?, queue) ORDER BY seq LIMIT 20"""
-STATE_OF_ID = "SELECT seq, state FROM jobs WHERE id = ?"
-ID_OF = "SELECT id FROM jobs WHERE seq = ?"
-STILL_SO = "SELECT 1 FROM jobs WHERE seq = ? AND state = ? AND updated_at <= ?"
-SOME_IN_STATE = """SELECT seq, queue, updated_at FROM jobs WHERE state = ? AND seq < ?
-    ORDER BY seq DESC LIMIT 500"""  # the newest first: what waits goes before what it waits for
-
-HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
-    backoff_base, context, env, policy, deferrals, chained, worker, slot, started_at, cancel FROM jobs
-    WHERE state = 'processing'"""
-HOLDERS = "SELECT DISTINCT worker FROM jobs WHERE state = 'processing'"
-ADD_POOL = "INSERT INTO pools (name, pid, started_at, workers, queues, jobs_left) VALUES (?, ?, ?, ?, ?, ?)"
-REMOVE_POOL = "DELETE FROM pools WHERE name = ?"
-ALL_POOLS = "SELECT name, pid, started_at, workers, queues, stop, died FROM pools ORDER BY started_at"
-GET_POOL = "SELECT stop, jobs_left, died FROM pools WHERE name = ?"
-ASK_STOP = "UPDATE pools SET stop = max(stop, ?) WHERE name = ?"
-ADD_WORKER = "INSERT INTO workers (name, pool, pid, started_at) VALUES (?, ?, ?, ?)"
-REMOVE_WORKER = "DELETE FROM workers WHERE name = ?"
-ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS started_at,
-    jobs.id AS job, jobs.command AS command, jobs.started_at AS job_started_at
-    FROM workers LEFT JOIN jobs ON jobs.state = 'processing' AND jobs.worker = workers.name
-    ORDER BY workers.started_at, workers.name"""
-
-NEXT_EPOCH = "UPDATE control SET epoch = epoch + 1"
 GET_IDENTITY = "SELECT identity FROM control"
 RENEW_IDENTITY = "UPDATE control SET identity = lower(hex(randomblob(4))), older = ''"
 KEEP_OLDER = """UPDATE control SET older = coalesce((SELECT group_concat(DISTINCT worker) FROM jobs
     WHERE state = 'processing'), '')"""
-GET_OLDER = "SELECT older FROM control"
-GIVE_BACK_ALL = """UPDATE jobs SET state = 'pending', ready = 1, attempts = max(attempts - 1, 0), cancel = 0,
-    worker = NULL, slot = NULL, locked_at = NULL WHERE state = 'processing'"""
-FORGET_WORKERS = ("DELETE FROM workers", "DELETE FROM pools")
-ALL_SETTINGS = "SELECT name, value FROM settings"
-SET_SETTING = "INSERT OR REPLACE INTO settings VALUES (?, ?)"
-UNSET_SETTING = "DELETE FROM settings WHERE name = ?"
 
-COUNTS = """SELECT total(pending), total(processing), total(completed), total(failed), total(dead)
-    FROM queues"""
-ALL_QUEUES = """SELECT name, concurrency, queues.paused OR control.paused AS paused, pending, processing, completed,
-    failed, dead FROM queues CROSS JOIN control ORDER BY name"""
-LIMITED_QUEUES = "SELECT name FROM queues WHERE concurrency IS NOT NULL"
-SET_CONCURRENCY = "UPDATE queues SET concurrency = ? WHERE name = ?"
-PAUSE_QUEUE = "UPDATE queues SET paused = ? WHERE name = ?"
-PAUSE_ALL = "UPDATE control SET paused = ?"
-RESUME_EACH = "UPDATE queues SET paused = 0"
-ALL_PAUSED = "SELECT paused FROM control"
-INTEGRITY = "PRAGMA integrity_check(5)"
-QUICK_CHECK = "PRAGMA quick_check(1)"
-RECOUNT = "SELECT queue, state, count(*) FROM jobs GROUP BY queue, state"
-EDIT = """UPDATE jobs SET priority = ?, run_at = ?, timeout_seconds = ?, max_retries = ?, queue = ?, ready = ?, due = ?,
-    updated_at = ? WHERE seq = ? AND state IN ('pending', 'failed')"""
+NEXT_EPOCH = "UPDATE control SET epoch = epoch + 1"
+PULSE = """SELECT epoch, (SELECT min(due) FROM jobs WHERE ready = 0 AND due IS NOT NULL)
+    FROM control"""
+ALL_POOLS = """SELECT name, pid, started_at, workers, queues, stop, died FROM pools
+    ORDER BY started_at"""
+ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS started_at,
+    jobs.id AS job, jobs.command AS command, jobs.started_at AS job_started_at
+    FROM workers LEFT JOIN jobs ON jobs.state = 'processing' AND jobs.worker = workers.name
+    ORDER BY workers.started_at, workers.name"""
+GET_POOL = "SELECT stop, jobs_left, died FROM pools WHERE name = ?"
+ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
 MOVE_COUNT = "UPDATE queues SET pending = pending + ?, failed = failed + ? WHERE name = ?"
-RUNNING_IN = "SELECT id FROM jobs WHERE state = 'processing' AND queue = ? ORDER BY seq LIMIT ?"
-AHEAD_OF = """SELECT count(*) FROM jobs JOIN queues ON queues.name = jobs.queue WHERE ready = 1 AND NOT paused
-    AND (concurrency IS NULL OR processing < concurrency)
-    AND (priority < ? OR (priority = ? AND seq < ?)) AND queue = coalesce(?, queue)"""
-RECENT_SECONDS = "SELECT avg(seconds) FROM (SELECT seconds FROM runs ORDER BY id DESC LIMIT 100)"
-STATES_BETWEEN = "SELECT state, count(*) FROM jobs WHERE seq BETWEEN ? AND ? AND queue = ? GROUP BY state"
-FIRST_IN = "SELECT min(seq) FROM jobs WHERE queue = ? AND state IN ('pending', 'processing', 'failed')"
-OLDEST_WAITING = "SELECT id, command, created_at, due FROM jobs WHERE state = 'pending' ORDER BY seq LIMIT 1"
+
+WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
+ID_OF = "SELECT id FROM jobs WHERE seq = ?"
+HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
+    backoff_base, context, env, policy, deferrals, chained, worker, slot, started_at, cancel
+    FROM jobs WHERE state = 'processing'"""
+OLDEST_WAITING = """SELECT id, command, created_at, due FROM jobs WHERE state = 'pending'
+    ORDER BY seq LIMIT 1"""
 NEXT_DUE = """SELECT id, command, due FROM jobs WHERE ready = 0 AND due IS NOT NULL
     ORDER BY due LIMIT 1"""
+RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 16777215"
+
+ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
+    timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at, delayed)
+    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+# A retry is ignored for a job whose key is taken.
+RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', due = NULL, attempts = 0, deferrals = 0,
+    updated_at = ?, ready = NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq) WHERE """
+HOOKED = """SELECT id, queue, command, state, attempts, max_retries, exit_code, last_error,
+    updated_at FROM jobs """
+WAITS_FOR_GONE = """FROM waits WHERE job = jobs.seq
+    AND NOT EXISTS (SELECT 1 FROM jobs AS awaited WHERE awaited.seq = waits.awaited)"""
+DEPENDENTS_OF = """IN (WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHERE awaited = ?
+    UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq)
+    SELECT seq FROM dependents)"""
 
 # CROSS JOIN keeps jobs the outer loop, in the order of its key.
-SELECT_JOBS = """SELECT seq, jobs.id AS id, command, state, queue, priority, run_at, timeout_seconds,
-    attempts, max_retries, backoff_base, cwd, env, policy, unique_key AS "unique", (SELECT group_concat(awaited.id)
-        FROM waits JOIN jobs AS awaited ON awaited.seq = waits.awaited WHERE waits.job = jobs.seq) AS after,
+SELECT_JOBS = """SELECT seq, jobs.id AS id, command, state, queue, priority, run_at,
+    timeout_seconds, attempts, max_retries, backoff_base, cwd, env, policy,
+    unique_key AS "unique", (SELECT group_concat(awaited.id) FROM waits
+        JOIN jobs AS awaited ON awaited.seq = waits.awaited WHERE waits.job = jobs.seq) AS after,
     created_at, updated_at, started_at, finished_at,
     CASE WHEN state = 'failed' THEN due END AS next_retry_at, exit_code, last_error,
     worker AS locked_by, locked_at, runs, slot, cancel, generated, context, due, ready
     FROM jobs CROSS JOIN contexts ON contexts.id = jobs.context """
-WHERE_SEQ = "WHERE seq = ?"
-WHERE_ID = "WHERE jobs.id = ?"
-WHERE_BETWEEN = "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT 1000"
-WHERE_PREFIX = "WHERE jobs.id >= ? AND jobs.id < ? AND generated = 1 LIMIT 6"
-RUNS_OF = """SELECT id % 16777216 AS run, attempt, state, started_at, finished_at,
-    seconds AS duration_seconds, exit_code, error, worker, stdout, stderr FROM runs
-    WHERE id > ? * 16777216 + ? AND id <= ? * 16777216 + 16777215 ORDER BY id LIMIT 20"""
-RUN_TIMES = "SELECT count(*), avg(seconds) " + RUNS_OF_JOB
 
 
 @lru_cache(16)
 def next_job(queues: int) -> str:
-    """The statement for the job that is next: of the first of each queue, the lowest (priority, seq).
+    """The statement for the job that is next: of each queue's first the lowest (priority, seq).
 
     `queues` is the number of names that are its parameters; 0 means all queues. Each costs one
-    seek in jobs_ready, however many jobs wait. A job that is processing counts against its queue's
-    limit until its run is recorded: so do those of dead workers, whose processes may still live.
+    seek in jobs_ready, however many jobs wait. A job that is processing counts against its
+    queue's limit until its run is recorded. So do those of dead workers: their processes may
+    still live.
     """
-    return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries, timeout_seconds,
-        backoff_base, context, env, policy, deferrals, chained FROM queues CROSS JOIN jobs ON seq = (
-            SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name ORDER BY priority, seq LIMIT 1)
+    among = ""
+    if queues:
+        among = "AND name IN (%s)" % ", ".join("?" * queues)
+    return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries,
+        timeout_seconds, backoff_base, context, env, policy, deferrals, chained
+        FROM queues CROSS JOIN jobs ON seq = (
+            SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name
+            ORDER BY priority, seq LIMIT 1)
         WHERE pending + failed > 0 AND NOT paused AND NOT (SELECT paused FROM control)
-            AND (concurrency IS NULL OR processing < concurrency) %s ORDER BY priority, seq LIMIT 1""" % (
-            "AND name IN (%s)" % ", ".join("?" * queues) if queues else "")
+            AND (concurrency IS NULL OR processing < concurrency) %s
+        ORDER BY priority, seq LIMIT 1""" % among
 
 
-def select_jobs(states: Sequence[str], queue: str | None, newest: bool, count: int) -> str:
-    """The statement for one page of jobs; its parameters: a seq to start from, states, queue.
+def select_jobs(states: Sequence[str], queue: str | None,
+                newest: bool, count: int) -> str:
+    """The statement for a page of `count` jobs; parameters: a seq to start from, states, queue.
 
     One state is read by its index; several by the key, which needs no sorting (`+` rules the
     index out).
     """
-    terms = ["seq < ?" if newest else "seq > ?"]
+    bound, order = ("<", "DESC") if newest else (">", "ASC")
+    where = "seq %s ?" % bound
     if states:
         column = "state" if len(states) == 1 else "+state"
-        terms.append("%s IN (%s)" % (column, ", ".join("?" * len(states))))
+        where += " AND %s IN (%s)" % (column, ", ".join("?" * len(states)))
     if queue is not None:
-        terms.append("queue = ?")
-    return "%s WHERE %s ORDER BY seq %s LIMIT %d" % (
-        SELECT_JOBS, " AND ".join(terms), "DESC" if newest else "ASC", count)
+        where += " AND queue = ?"
+    return "%s WHERE %s ORDER BY seq %s LIMIT %d" % (SELECT_JOBS, where, order, count)
 
 
-# ═══ Store ═══ the database: one method for each change of state ═════════════════════════════
+# ═══ Database ═══ the file: trust, opening, the mutex, commits, what is on disk, copies ══════
 #
-# Nobody but SQLite opens the database file: closing any other descriptor of it would drop the
-# locks SQLite holds. Every write goes through `transaction`.
+# Nobody but SQLite ever opens the database file. Closing any other descriptor of it would drop
+# the locks that SQLite holds on it. Its log and the lock file may be opened.
+#
+# Who writes takes these steps (Connection.begin and end):
+#
+#   1. The mutex: a lock on the lock file beside the database. The kernel keeps its queue: SQLite's
+#      own waiting is unfair, and deaf to signals. A write can't race a checkpoint, by which SQLite
+#      before 3.51.3 could lose commits. All that follows is done while it is held.
+#   2. Is it still the same file? What is written to a deleted or replaced one would be lost.
+#   3. Is there the mark of a failed sync? Then the log is written again, for a commit on top of
+#      frames that the disk has not got would be told as done, and be lost with them.
+#   4. The first time: is it a copy? Then it gets an id of its own, before anyone can take its
+#      workers for those of the original and end them.
+#   5. BEGIN IMMEDIATE, the statements, COMMIT. A deferred transaction would fail where it turns
+#      into a write, if another program had written meanwhile.
+#   6. The mark again. A worker syncs without the mutex: that may have failed after step 3.
+#   7. The mutex is freed, whatever went wrong before.
+#
+# Commands let COMMIT sync the log (synchronous=FULL). Workers don't (defer_sync): they call
+# `sync` when the mutex is free again and the next job runs already, and tell nothing before.
+#
+# A reader takes no mutex. Every answer is fetched whole: an open cursor would keep checkpoints
+# from finishing.
+#
+# Who opens takes the mutex only to migrate, or to look again where the first look found trouble:
+# perhaps the database was being made at that moment.
 
 PATIENCE = 30.0  # seconds a command waits to write before it gives up
 WAIT_TOLD = 5.0  # seconds after which it says that it waits
-NEVER = 1 << 62
+
+# Words in an error of SQLite; what that error means to the user, and what to do next.
+MEANINGS = (
+    ("locked|busy", Unavailable,
+     "%(path)s is locked by another program; try again when it has finished"),
+    ("full", Unavailable, "no space left for %(path)s; free some and try again"),
+    ("disk I/O", Unavailable,
+     "%(path)s can't be read or written (%(text)s); check the disk and its quota"),
+    ("readonly|read-only", Unavailable,
+     "%(path)s can't be written: it or its folder is read-only"),
+    ("not a database|encrypted", QueueError,
+     "%(path)s is not a queuectl database; nothing was changed, name another with --db"),
+    ("malformed", QueueError,
+     ("%(path)s is damaged (%(text)s); move it, %(path)s-wal and %(path)s-shm away together, "
+      "then `queuectl restore BACKUP` or start anew")),
+)
 
 
 def shortage_of_descriptors() -> str:
@@ -2297,28 +2243,23 @@ def shortage_of_descriptors() -> str:
 def translate(error: sqlite3.Error, path: str) -> QueueError:
     """What an error of SQLite means to the user, and what to do next."""
     text = str(error)
-    if "locked" in text or "busy" in text:
-        return Unavailable("%s is locked by another program; try again when it has finished" % path)
-    if "full" in text:
-        return Unavailable("no space left for %s; free some and try again" % path)
-    if "disk I/O" in text:
-        return Unavailable("%s can't be read or written (%s); check the disk and its quota" % (path, text))
-    if "readonly" in text or "read-only" in text:
-        return Unavailable("%s can't be written: it or its folder is read-only" % path)
-    if "not a database" in text or "encrypted" in text:
-        return QueueError("%s is not a queuectl database; nothing was changed, name another with --db" % path)
-    if "malformed" in text:
-        return QueueError("%s is damaged (%s); move it, %s-wal and %s-shm away together, then `queuectl "
-                          "restore BACKUP` or start anew" % (path, text, path, path))
-    if "unable to open" in text and os.path.exists(path):
-        return Unavailable("%s can't be opened: %s" % (path, shortage_of_descriptors() or "check that you may use it"))
-    if "unable to open" in text:
-        return QueueError("%s can't be opened; check that the path exists and that you may use it" % path)
-    return QueueError("%s: %s" % (path, text))
+    for words, kind, meaning in MEANINGS:
+        if re.search(words, text):
+            return kind(meaning % {"path": path, "text": text})
+    if "unable to open" not in text:
+        return QueueError("%s: %s" % (path, text))
+    if os.path.exists(path):
+        advice = shortage_of_descriptors() or "check that you may use it"
+        return Unavailable("%s can't be opened: %s" % (path, advice))
+    return QueueError("%s can't be opened; check that the path exists and that you may use it"
+                      % path)
 
 
 def open_as_it_is(path: str) -> sqlite3.Connection:
-    """A database for reading, without its log and without any lock (https://www.sqlite.org/uri.html)."""
+    """A database for reading, without its log and without any lock.
+
+    See https://www.sqlite.org/uri.html.
+    """
     for mark in "%?#":
         path = path.replace(mark, "%%%02x" % ord(mark))
     return sqlite3.connect("file:%s?immutable=1" % path, uri=True, isolation_level=None)
@@ -2328,8 +2269,8 @@ def value_in_file(path: str, statement: str) -> Any:
     """The first value that a statement finds in a database as it is; None if it can't be read."""
     db = open_as_it_is(path)
     try:
-        row = db.execute(statement).fetchone()
-        return row[0] if row else None
+        row = db.execute(statement).fetchone() or (None,)
+        return row[0]
     except sqlite3.Error:
         return None
     finally:
@@ -2342,11 +2283,17 @@ def is_queue(path: str) -> bool:
 
 
 def has_log(db: str) -> bool:
-    """Whether anything stands in the log beside a database. (Whoever closes it last removes the log, at any moment.)"""
+    """Whether anything stands in the log beside a database.
+
+    Whoever closes the database last removes the log, at any moment.
+    """
     try:
         return os.path.getsize(db + "-wal") > 0
     except FileNotFoundError:
         return False
+
+
+# What is refused: what others could have written, and where locks don't hold.
 
 
 def make_folder(folder: str) -> None:
@@ -2364,8 +2311,8 @@ def refuse_network(folder: str) -> None:
     """Raise QueueError if a folder is on a network file system, where SQLite's locks don't hold."""
     kind = system.network_file_system(folder)
     if kind:
-        raise QueueError("%s is on a network file system (%s), where locks can't be trusted; name a database "
-                         "on a local disk with --db" % (folder, kind))
+        raise QueueError("%s is on a network file system (%s), where locks can't be trusted; name "
+                         "a database on a local disk with --db" % (folder, kind))
 
 
 def _distrust(path: str) -> str:
@@ -2381,14 +2328,14 @@ def distrust_of(db: str) -> str:
     Who can write to the database, to what stands beside it or to its folder can have commands run
     as this user; and who can write to a folder above can put another in its place.
     """
-    folder = os.path.dirname(db)
-    reasons = [_distrust(path) for path in (db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db))]
+    beside = db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db)
+    reasons = [_distrust(path) for path in beside]
+    folder, above = os.path.dirname(db), False
     try:
-        reasons.append(system.distrust(folder))
-        folder = os.path.dirname(folder)
-        while folder != os.path.dirname(folder):  # who may write to / can replace Python itself
-            reasons.append(system.distrust(folder, True))
-            folder = os.path.dirname(folder)
+        # Who may write to / can replace Python itself.
+        while not above or folder != os.path.dirname(folder):
+            reasons.append(system.distrust(folder, above))
+            folder, above = os.path.dirname(folder), True
     except FileNotFoundError:  # moved away: whoever did that can put another there
         return "%s was moved away while it was looked at" % folder
     return next(filter(None, reasons), "")
@@ -2400,63 +2347,68 @@ def refuse_untrusted(db: str) -> None:
     Whatever executes a command of a database, or ends processes by what it says, asks here first.
     A folder that is not there is made: nobody can then put another in its place.
     """
-    make_folder(os.path.dirname(db))
-    refuse_network(os.path.dirname(db))
+    folder = os.path.dirname(db)
+    make_folder(folder)
+    refuse_network(folder)
     reason = distrust_of(db)
     if reason:
         raise QueueError("nothing that others could write is executed: %s" % reason)
 
 
-def at_line(line: int, problem: str) -> str:
-    """What is wrong with a job, and on which line of its file (0: it has none)."""
-    return "line %d: %s" % (line, problem) if line else problem
+def prepare_place(path: str) -> None:
+    """Before a database is made: a private folder, on a disk of this machine, and nobody uses it.
+
+    Raises QueueError if a worker of one that was here still lives, or if its log stands there.
+    """
+    folder = os.path.dirname(path)
+    make_folder(folder)
+    refuse_network(folder)
+    if anyone_alive(path):
+        raise QueueError("%s is gone, but workers of it still live; let them end before a new one "
+                         "is made" % path)
+    if os.path.exists(path + "-wal"):
+        raise QueueError("%s is gone, but its log stands there; `queuectl restore BACKUP`, or move "
+                         "%s-wal away" % (path, path))
 
 
-def serves(pool: dict[str, Any], queue: str) -> bool:
-    """Whether the workers of a pool take jobs of a queue."""
-    return not pool["queues"] or queue in (HOOK_QUEUE, *pool["queues"].split(","))
+def refuse_strange_file(path: str) -> None:
+    """Before a database is opened; raises QueueError for what SQLite would take for one.
+
+    It would make a new queue of an empty file, follow links, and keep a log for each name.
+    """
+    info, folder = os.stat(path), folder_path(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise QueueError("%s is not a file; name a database with --db" % path)
+    if info.st_nlink > 1:
+        raise QueueError("%s has %d names (hard links), each with a log and a lock of its own, "
+                         "which would damage it; `find / -xdev -samefile %s` lists them: remove "
+                         "the others, and make copies with `queuectl backup FILE`"
+                         % (path, info.st_nlink, shell_word(path)))
+    if system.is_mount_point(path):
+        raise QueueError("%s is mounted as a single file, so its log and its lock would stand "
+                         "elsewhere than for others; mount the folder that it is in" % path)
+    for beside in (path + "-wal", path + "-shm", path + "-journal", folder):
+        if is_link(beside):
+            raise QueueError("%s is a link, which is not followed; remove it" % beside)
+    if info.st_size == 0 and os.path.isdir(folder):
+        raise QueueError("%s is empty, but has been a queue before; restore a backup, or move it "
+                         "and %s away" % (path, folder))
 
 
-def _draw_ids(count: int) -> list[str]:
-    """Random ids: 40 bits, ten hex digits each."""
-    digits = os.urandom(5 * count).hex()
-    return [digits[at:at + 10] for at in range(0, 10 * count, 10)]
+def advice_on_owner(path: str) -> str:
+    """Whose a database's files are, and what to do, if they are another user's.
 
-
-def _job_row(draft: dict[str, Any], settings: dict[str, Any], context: int, now: int) -> tuple[Any, ...]:
-    """The values of ADD_JOB for a draft; what was not given takes the setting of this moment."""
-    run_at = draft["run_at"]
-    due = run_at if run_at is not None and run_at > now else None
-    given = {name: settings[name] if draft[name] is None else draft[name]
-             for name in ("priority", "timeout_seconds", "max_retries")}
-    return (draft["id"], 1 if draft["id"] is None else 0, draft["command"], draft["queue"] or "default",
-            given["priority"], 1 if due is None else 0, due, run_at, given["timeout_seconds"],
-            given["max_retries"], draft["backoff_base"], context,
-            json.dumps(draft["env"]) if draft["env"] else None, now, now, isinstance(run_at, Delayed))
-
-
-def wal_checksum(data: bytes, sums: tuple[int, int], order: str) -> tuple[int, int]:
-    """The checksum of SQLite's log over `data`, going on from `sums`; `order` is that of its 32-bit words."""
-    from struct import unpack
-    first, second = sums
-    words = iter(unpack("%s%dI" % (order, len(data) // 4), data))
-    for even, odd in zip(words, words):
-        first = (first + even + second) & 0xFFFFFFFF
-        second = (second + odd + first) & 0xFFFFFFFF
-    return first, second
-
-
-def _hook_env(job: dict[str, Any]) -> dict[str, str]:
-    """The variables by which a hook learns which job has ended, and how."""
-    shown = {"JOB_ID": job["id"], "QUEUE": job["queue"], "ATTEMPT": job["attempts"], "MAX_RETRIES": job["max_retries"],
-             "COMMAND": shorten(job["command"], 30000), "STATE": job["state"], "EXIT_CODE": job["exit_code"],
-             "ERROR": clean(job["last_error"] or "")}
-    return {"QUEUECTL_" + name: "" if value is None else str(value) for name, value in shown.items()}
-
-
-def _is_special(draft: dict[str, Any]) -> bool:
-    """Whether a draft has what few jobs have, and bulks are to be fast without."""
-    return bool(draft["after"] or draft["dead_on"]) or draft["unique"] is not None or draft["retry_after"] is not None
+    They were made by `sudo`, for instance.
+    """
+    folder = os.path.dirname(path)
+    for file in (folder, path, mutex_path(path)):
+        if not os.path.exists(file):
+            continue
+        owner = os.stat(file).st_uid
+        if owner != system.user:
+            return ("; %s belongs to the user with the id %d (`sudo chown -R %d %s` would give it "
+                    "to you)" % (file, owner, system.user, shell_word(folder)))
+    return ""
 
 
 class Identity:
@@ -2470,44 +2422,53 @@ class Identity:
     first write: so nobody who works on a copy ends the processes of the original.
     """
 
-    NOTE = b"%-8.8b %20d %20d\n"  # the queue's id, device and inode; 51 bytes
-
     def __init__(self, path: str, mutex: int) -> None:
         self.path, self.mutex = path, mutex
         self.queue = ""  # known once something was written
         self.next_look, self.index, self.changed_at = 0.0, 0, 0
         self.watched = [mutex]  # descriptors of files that must not be deleted while it is in use
-        self.replaced = False  # then even closing it may do harm: SQLite would write its log into another file
+        # Then even closing it may do harm: SQLite would write its log into another file.
+        self.replaced = False
         self.file = self._look()
 
     def _look(self) -> tuple[int, int]:
         try:
             info = os.stat(self.path)
         except FileNotFoundError:
-            raise QueueError("%s was deleted while it was in use; nothing more is written" % self.path) from None
+            raise self._trouble("was deleted") from None
         except OSError as error:
             raise Unavailable("%s can't be used: %s" % (self.path, error.strerror)) from error
         return info.st_dev, info.st_ino
 
+    def _trouble(self, what: str) -> QueueError:
+        return QueueError("%s %s while it was in use; nothing more is written" % (self.path, what))
+
     def check(self) -> None:
-        """Raise QueueError if the database or its lock file was deleted or replaced since it was opened."""
+        """Raise QueueError if the database was deleted or replaced since it was opened.
+
+        At most every tenth of a second it is also looked at whether the lock file or the index of
+        the log was deleted, and whether the database was overwritten.
+        """
         if self._look() != self.file:
-            raise QueueError("%s was replaced while it was in use; nothing more is written" % self.path)
+            raise self._trouble("was replaced")
         now = time.monotonic()
         if now < self.next_look:
             return
         self.next_look = now + 0.1
-        if not all(os.fstat(fd).st_nlink for fd in self.watched) or self._inode_of_index() != self.index:
+        linked = all(os.fstat(fd).st_nlink for fd in self.watched)
+        if not linked or self._inode_of_index() != self.index:
             self.replaced = True
-            raise QueueError("files beside %s were deleted while it was in use; nothing more is written" % self.path)
+            raise QueueError("files beside %s were deleted while it was in use; nothing more is "
+                             "written" % self.path)
         changed_at = os.stat(self.path).st_mtime_ns  # by a checkpoint, or by who overwrites it
-        if self.queue and self.changed_at not in (0, changed_at) and self._is_another(self.queue):
+        touched = self.changed_at not in (0, changed_at)
+        if self.queue and touched and self._is_another(self.queue):
             self.replaced = True
-            raise QueueError("%s was overwritten while it was in use; nothing more is written" % self.path)
+            raise self._trouble("was overwritten")
         self.changed_at = changed_at
 
     def watch(self, fd: int) -> None:
-        """From now on it is looked at whether this file, and the index of SQLite's log, are deleted."""
+        """From now on look whether this file, and the index of SQLite's log, are deleted."""
         self.watched.append(fd)
         self.index = self._inode_of_index()
 
@@ -2520,41 +2481,47 @@ class Identity:
             return -1
 
     def _noted(self) -> list[bytes]:
-        """The queue's id, the device and the inode that the lock file tells of; older programs told the last alone."""
+        """What the lock file tells: the queue's id, the device and the inode.
+
+        Older programs noted the inode alone.
+        """
         return read_between(self.mutex, 0, 51).split()
 
     def check_log(self) -> None:
-        """Raise QueueError for a database in the place of another whose workers live, or whose log stands there.
+        """Raise QueueError for a database in the place of another whose workers or log are there.
 
-        SQLite would mix that log with it. Devices may have other numbers after a restart of the machine.
+        SQLite would mix that log with it. Devices may have other numbers after a restart of the
+        machine.
         """
-        noted, log = self._noted(), has_log(self.path)
+        path, noted, log = self.path, self._noted(), has_log(self.path)
         overwritten = log and len(noted) == 3 and self._is_another(noted[0].decode())
         if log and self._lacks_index():
-            raise QueueError("%s-shm was removed while workers live; they stop when they see it" % self.path)
+            raise QueueError("%s-shm was removed while workers live; they stop when they see it"
+                             % path)
         if (not noted or self.same_file()) and not overwritten:
             return
-        if anyone_alive(self.path):
-            raise QueueError("%s was replaced while workers of the old one live; they stop when they see it"
-                             % self.path)
+        if anyone_alive(path):
+            raise QueueError("%s was replaced while workers of the old one live; they stop when "
+                             "they see it" % path)
         if log:
-            raise QueueError("%s was replaced, but a log stands beside it: move %s-wal and %s-shm away if they are the "
-                             "old one's, or remove %s if they were copied with it"
-                             % (self.path, self.path, self.path, mutex_path(self.path)))
+            raise QueueError("%s was replaced, but a log stands beside it: move %s-wal and %s-shm "
+                             "away if they are the old one's, or remove %s if they were copied "
+                             "with it" % (path, path, path, mutex_path(path)))
 
     def _lacks_index(self) -> bool:
         """Whether workers live, but the index of the log is gone.
 
         Whoever closes the database last removes the index, then the log; perhaps at this moment.
         """
+        path = self.path
         for _ in range(10):
-            if os.path.exists(self.path + "-shm") or not has_log(self.path) or not anyone_alive(self.path):
+            if os.path.exists(path + "-shm") or not has_log(path) or not anyone_alive(path):
                 return False
             time.sleep(0.05)
         return True
 
     def _is_another(self, queue: str) -> bool:
-        """Whether the database file was overwritten in place with that of another queue than the one noted.
+        """Whether the file was overwritten in place with another queue than the noted one.
 
         The file is read as it is, without its log. What is written to it meanwhile can make it
         look damaged, which tells nothing, but not three times like a whole other queue.
@@ -2565,10 +2532,12 @@ class Identity:
             time.sleep(0.05)
         return True
 
-    def settle(self, queue: str, renew: Callable[[], str] | None = None) -> None:
-        """Under the mutex, before the first write: note which queue this is; a copy is given a new id by `renew`.
+    def settle(self, queue: str,
+               renew: Callable[[], str] | None = None) -> None:
+        """Under the mutex, before the first write: note which queue this is.
 
-        Where workers live it is none: in a container the same file may have another device.
+        A copy is given a new id by `renew`. Where workers live it is no copy: in a container the
+        same file may have another device.
         """
         if self._noted() != self._note(queue).split():
             if renew and not anyone_alive(self.path):
@@ -2577,16 +2546,34 @@ class Identity:
         self.queue = queue
 
     def known(self, queue: str) -> str:
-        """`queue`, which is what the database says, unless it is a copy that has no id of its own yet."""
-        same = self._noted() == self._note(queue).split() or anyone_alive(self.path)
-        return queue if same else ""
+        """`queue`, as the database says, unless it is a copy that has no id of its own yet."""
+        differs = self._noted() != self._note(queue).split()
+        if differs and not anyone_alive(self.path):
+            return ""
+        return queue
 
     def _note(self, queue: str) -> bytes:
-        return self.NOTE % (queue.encode(), *self.file)
+        """The queue's id, device and inode; 51 bytes."""
+        return b"%-8.8b %20d %20d\n" % (queue.encode(), *self.file)
 
     def same_file(self) -> bool:
         """Whether the lock file tells of this file."""
         return self._noted()[-1:] == [b"%d" % self.file[1]]
+
+
+def wal_checksum(data: bytes, sums: tuple[int, int],
+                 order: str) -> tuple[int, int]:
+    """The checksum of SQLite's log over `data`, going on from `sums`.
+
+    `order` is the byte order (`<` or `>`) of its 32-bit words.
+    """
+    from struct import unpack
+    first, second = sums
+    words = iter(unpack("%s%dI" % (order, len(data) // 4), data))
+    for even, odd in zip(words, words):
+        first = (first + even + second) & 0xFFFFFFFF
+        second = (second + odd + first) & 0xFFFFFFFF
+    return first, second
 
 
 class Log:
@@ -2620,16 +2607,20 @@ class Log:
         """Whether a sync has failed, anybody's, and the log was not written again since."""
         return read_between(self.mutex, self.MARK_AT, self.MARK_AT + 1) == b"!"
 
-    def mark(self, failed: bool) -> None:
-        write_at(self.mutex, self.MARK_AT, b"!" if failed else b" ")
+    def mark(self, sign: bytes) -> None:
+        """Leave the mark (`!`), or take it away (a blank)."""
+        write_at(self.mutex, self.MARK_AT, sign)
 
     def sync(self) -> None:
-        """Have the disk keep all that was committed; raises OSError if it can't, having left the mark."""
+        """Have the disk keep all that was committed.
+
+        Raises OSError if it can't, having left the mark.
+        """
         self.open()
         try:
             system.sync(self.fd)
         except OSError:
-            self.mark(True)
+            self.mark(b"!")
             raise
 
     def write_again(self) -> None:
@@ -2639,12 +2630,15 @@ class Log:
         """
         end = self.cut()
         if not self._is_sound(end):
-            raise QueueError("the disk has lost a part of %s, which failed to be synced before: stop the workers, keep "
-                             "a copy of all files, and restore a backup" % self.path)
-        for start in range(0, end, 1 << 16):
-            write_at(self.fd, start, read_between(self.fd, start, min(end, start + (1 << 16))))
+            raise QueueError("the disk has lost a part of %s, which failed to be synced before: "
+                             "stop the workers, keep a copy of all files, and restore a backup"
+                             % self.path)
+        size = 1 << 16
+        for start in range(0, end, size):
+            part = read_between(self.fd, start, min(end, start + size))
+            write_at(self.fd, start, part)
         self.sync()
-        self.mark(False)
+        self.mark(b" ")
 
     def cut(self) -> int:
         """Under the mutex: end the log behind what was committed; the offset there.
@@ -2659,7 +2653,7 @@ class Log:
         return end
 
     def _frames_in_index(self) -> int:
-        """How many frames were committed, as SQLite's index of the log tells (mxFrame of its header).
+        """How many frames were committed, as SQLite's index of the log tells (mxFrame).
 
         Another process reads it: to close the file here would drop the locks that SQLite has on it.
         """
@@ -2672,7 +2666,7 @@ class Log:
         return self.FRAME_HEADER + int.from_bytes(read_between(self.fd, 8, 12), "big")
 
     def _is_sound(self, end: int) -> bool:
-        """Whether the frames up to the offset `end` can still be read as they were written, by their checksums."""
+        """Whether the frames up to the offset `end` read as they were written, by checksums."""
         size = self._frame_size()
         header = read_between(self.fd, 0, self.HEADER)
         order = ">" if header[3:4] == b"\x83" else "<"
@@ -2682,7 +2676,8 @@ class Log:
             if len(frame) < size or frame[8:16] != header[16:24]:
                 return False
             sums = wal_checksum(frame[:8] + frame[self.FRAME_HEADER:], sums, order)
-            if frame[16:24] != b"".join(each.to_bytes(4, "big") for each in sums):
+            found = int.from_bytes(frame[16:24], "big")
+            if found != sums[0] << 32 | sums[1]:
                 return False
         return True
 
@@ -2691,58 +2686,58 @@ class Log:
             os.close(self.fd)
 
 
-OPENED: list[Store] = []  # those that close_stores closes: Python would close one that nobody names any more
+class Guard:
+    """A `with` block: `enter` is called before it, `leave` after it with the error it ended by."""
+
+    def __init__(self, enter: Callable[[], None],
+                 leave: Callable[[BaseException | None], None]) -> None:
+        self.enter, self.leave = enter, leave
+
+    def __enter__(self) -> None:
+        self.enter()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.leave(error)
 
 
-def close_stores() -> bool:
-    """Close the stores before the process ends; if False it must end by os._exit, see Log."""
-    closed = [store.close() for store in list(OPENED)]
-    return all(closed)
+class Connection:
+    """The doors through which everything goes: one for writes, some for reads.
 
-
-class Store:
-    """The queue's database at `path`, made if it does not exist.
-
-    `patience` is how many seconds a write may wait; `tell` gets a line when it waits long.
-    `reading`: nothing is to be written; where there is no database it is an empty queue, and one
-    of an older schema is read from a copy in memory that is brought up to date. `as_it_is`: of an
-    older schema only what has not changed since is to be used. Raises QueueError if the database
-    can't be used, Unavailable if perhaps later it can.
+    What goes wrong there is raised as QueueError, or as Unavailable if it may pass.
     """
 
-    def __init__(self, path: str, patience: float = PATIENCE, tell: Callable[[str], None] | None = None,
-                 reading: bool = False, as_it_is: bool = False) -> None:
-        self.path, self.patience, self.tell = path, patience, tell
-        self.reading, self.as_it_is = reading, as_it_is
-        self.told = False
-        self.mutex = -1
-        self.deferring = False
-        self.source: sqlite3.Connection | None = None  # of an older schema, which `db` is a copy of
-        self.seen_in_source = -1
-        if sqlite3.sqlite_version_info < (3, 8, 3):
-            raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer" % sqlite3.sqlite_version)
-        try:
-            self._patiently(self._open)
-        except BaseException as error:
-            if self.mutex >= 0:
-                os.close(self.mutex)
-            if isinstance(error, OSError):
-                raise Unavailable("%s can't be used: %s%s" % (path, error.strerror, self._owner())) from error
-            raise
+    db: sqlite3.Connection
+    identity: Identity
+    log: Log
 
-    def _owner(self) -> str:
-        """Whose the files are, and what to do, if they are another user's; made by `sudo`, for instance."""
-        for file in (os.path.dirname(self.path), self.path, mutex_path(self.path)):
-            owner = os.stat(file).st_uid if os.path.exists(file) else system.user
-            if owner != system.user:
-                return "; %s belongs to the user with the id %d (`sudo chown -R %d %s` would give it to you)" % (
-                    file, owner, system.user, shell_word(os.path.dirname(self.path)))
-        return ""
+    def __init__(self, path: str, patience: float, tell: Tell | None) -> None:
+        self.path, self.patience, self.tell = path, patience, tell
+        self.folder = os.path.dirname(path)
+        self.told = False  # that it waits
+        self.mutex = -1  # the descriptor of the lock file; -1: it is not open, nothing is written
+        self.as_it_is = False
+        self.deferring = False
+
+    def _connect(self) -> None:
+        system.refuse_full(self.folder)
+        mask = os.umask(0o077)
+        try:
+            self.db = sqlite3.connect(self.path, timeout=TICK, isolation_level=None)
+        finally:
+            os.umask(mask)
+        self.execute("PRAGMA journal_size_limit = 16777216")
+        self.execute("PRAGMA trusted_schema = OFF")
+        if sys.platform == "darwin":  # where an fsync does not reach the disk
+            self.execute("PRAGMA fullfsync = 1")
+            self.execute("PRAGMA checkpoint_fullfsync = 1")
+        self.execute("PRAGMA synchronous = %s" % ("NORMAL" if self.deferring else "FULL"))
 
     def _trouble(self, error: sqlite3.Error) -> QueueError:
-        """What an error means; of a page that could not be read SQLite says the same as of a damaged one.
+        """What an error means.
 
-        Where a descriptor was lacking SQLite has opened the database for reading alone: that is mended.
+        Of a page that could not be read SQLite says the same as of a damaged one: that is looked
+        into. Where a descriptor was lacking it has opened the database for reading alone: that is
+        mended.
         """
         trouble = translate(error, self.path)
         if "readonly" in str(error) and os.access(self.path, os.W_OK):
@@ -2754,273 +2749,74 @@ class Store:
             return trouble
         for _ in range(3):
             try:
-                if self.db.execute(QUICK_CHECK).fetchall() == [("ok",)]:
+                if self.db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]:
                     return Unavailable("%s could not be read for a moment" % self.path)
             except sqlite3.Error:
                 pass
         return trouble
 
+    # Reading.
+
     def _patiently(self, read: Callable[[], Any]) -> Any:
-        """What `read()` returns; tried again for `patience` seconds while another program has it locked.
+        """What `read()` returns; tried again for `patience` seconds while a program has it locked.
 
         SQLite itself locks all out while it reads the log that a crash has left.
         """
-        try:
-            return read()
-        except sqlite3.Error:  # looked into below; reading is mostly done here
-            deadline = time.monotonic() + self.patience
-        self.told = False
+        deadline = None
         while True:
             try:
                 return read()
             except sqlite3.Error as error:
+                if deadline is None:  # it is looked into if it fails again
+                    deadline, self.told = time.monotonic() + self.patience, False
+                    continue
                 trouble = self._trouble(error)
                 if "locked" not in str(error) or time.monotonic() >= deadline:
                     raise trouble from error
                 self._tell_wait(deadline)
                 time.sleep(0.02)
 
-    def _open(self) -> None:
-        new = not self._exists()
-        if new and self.reading:
-            self._open_nothing()
-            return
-        if new:
-            self._prepare_folder()
-        else:
-            self._check_file()
-        if self.mutex < 0:
-            try:
-                self.mutex = open_private(mutex_path(self.path), os.O_RDWR)
-            except OSError as error:
-                if not self.reading or error.errno not in (errno.EROFS, errno.EACCES):
-                    raise
-                self._open_unwritable(error)
-                return
-        self.log = Log(self.path, self.mutex)
-        if not new:
-            system.give_to_owner(self.mutex, self.path)
-            self.identity = Identity(self.path, self.mutex)
-            self._check_log()
-        self._connect()
-        if new or self._value(GET_VERSION) != SCHEMA_VERSION:
-            self._bring_up_to_date()
-        if new:
-            self.identity = Identity(self.path, self.mutex)
+    def rows(self, statement: str, *values: Any) -> list[Any]:
+        """All rows that a statement finds, as tuples."""
+        return self._patiently(  # type: ignore[no-any-return]
+            lambda: self.db.execute(statement, values).fetchall())
 
-    def _exists(self) -> bool:
-        try:
-            os.stat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+    def column(self, statement: str, *values: Any) -> list[Any]:
+        """The first value of each row."""
+        return [row[0] for row in self.rows(statement, *values)]
 
-    def _check_log(self) -> None:
-        try:
-            self.identity.check_log()
-        except QueueError:  # perhaps it is being made at this moment: look again when that is done
-            self._lock(time.monotonic() + self.patience)
-            try:
-                self.identity.check_log()
-            finally:
-                self._unlock()
+    def value(self, statement: str, *values: Any) -> Any:
+        """The first value of the first row; None if there is no row."""
+        return next(iter(self.column(statement, *values)), None)
 
-    def _open_unwritable(self, error: OSError) -> None:
-        """Read a database that can't be written as it is: without locks, and only if nothing waits in its log."""
-        if has_log(self.path):
-            raise error
-        self.db = open_as_it_is(self.path)
-        if self._checked_version() < SCHEMA_VERSION:
-            self.source = self.db
-            self._copy_source()
+    def dicts(self, statement: str, *values: Any) -> list[Row]:
+        """Each row with the names of its columns."""
+        def read() -> list[Row]:
+            cursor = self.db.execute(statement, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row)) for row in cursor.fetchall()]
 
-    def _open_nothing(self) -> None:
-        """An empty queue, in memory."""
-        if self.tell:
-            self.tell("there is no queue at %s" % self.path)
-        self.db = sqlite3.connect(":memory:", isolation_level=None)
-        self._run_migrations(0)
+        return self._patiently(read)  # type: ignore[no-any-return]
 
-    def _prepare_folder(self) -> None:
-        """Before a database is made: a private folder, on a disk of this machine, with no live worker."""
-        folder = os.path.dirname(self.path)
-        make_folder(folder)
-        refuse_network(folder)
-        if anyone_alive(self.path):
-            raise QueueError("%s is gone, but workers of it still live; let them end before a new one is made"
-                             % self.path)
-        if os.path.exists(self.path + "-wal"):
-            raise QueueError("%s is gone, but its log stands there; `queuectl restore BACKUP`, or move %s-wal away"
-                             % (self.path, self.path))
+    def first(self, statement: str, *values: Any) -> Row | None:
+        """The first row with the names of its columns; None if there is no row."""
+        return next(iter(self.dicts(statement, *values)), None)
 
-    def _check_file(self) -> None:
-        """Before a database is opened: SQLite would make a new queue of an empty file, and follow links."""
-        info = os.stat(self.path)
-        if not stat.S_ISREG(info.st_mode):
-            raise QueueError("%s is not a file; name a database with --db" % self.path)
-        if info.st_nlink > 1:
-            raise QueueError("%s has %d names (hard links), each with a log and a lock of its own, which would damage "
-                             "it; `find / -xdev -samefile %s` lists them: remove the others, and make copies with "
-                             "`queuectl backup FILE`" % (self.path, info.st_nlink, shell_word(self.path)))
-        if system.is_mount_point(self.path):
-            raise QueueError("%s is mounted as a single file, so its log and its lock would stand elsewhere than "
-                             "for others; mount the folder that it is in" % self.path)
-        for path in (self.path + "-wal", self.path + "-shm", self.path + "-journal", folder_path(self.path)):
-            if is_link(path):
-                raise QueueError("%s is a link, which is not followed; remove it" % path)
-        if info.st_size == 0 and os.path.isdir(folder_path(self.path)):
-            raise QueueError("%s is empty, but has been a queue before; restore a backup, or move it and %s away"
-                             % (self.path, folder_path(self.path)))
+    # Writing.
 
-    def _connect(self) -> None:
-        system.refuse_full(os.path.dirname(self.path))
-        mask = os.umask(0o077)
-        try:
-            self.db = sqlite3.connect(self.path, timeout=TICK, isolation_level=None)
-        finally:
-            os.umask(mask)
-        for pragma in CONNECTION_PRAGMAS:
-            self.db.execute(pragma)
-        self.db.execute(NORMAL_SYNC if self.deferring else FULL_SYNC)
+    def transaction(self) -> Guard:
+        """`with store.transaction():` is one write: all of it is committed, or nothing.
 
-    def _bring_up_to_date(self) -> None:
-        """Read a database of an older schema from a copy, or migrate it."""
-        version = self._checked_version()
-        if self.reading and version < SCHEMA_VERSION:
-            self.source = self.db
-            self._copy_source()
-        elif version < SCHEMA_VERSION and not (self.as_it_is and version):
-            self._migrate()
-
-    def _checked_version(self) -> int:
-        """The schema version of a database that is ours and not newer than this program."""
-        version = int(self._value(GET_VERSION))
-        if self._value(COUNT_TABLES) and self._value(GET_APPLICATION) != APPLICATION_ID:
-            raise QueueError("%s is a database of another program; name another with --db" % self.path)
-        if version > SCHEMA_VERSION:
-            raise QueueError("%s was made by a newer queuectl (schema %d, this one knows %d); use that one"
-                             % (self.path, version, SCHEMA_VERSION))
-        return version
-
-    def _copy_source(self) -> None:
-        """Copy a database of an older schema into memory, and bring the copy up to date."""
-        assert self.source is not None
-        self.seen_in_source = self._version_of(self.source)
-        self.db = sqlite3.connect(":memory:", isolation_level=None)
-        self.source.backup(self.db)
-        self._run_migrations(int(self._value(GET_VERSION)))
-        if self.mutex < 0 or self.identity.same_file():
-            self.db.execute(KEEP_OLDER)
-
-    def _migrate(self) -> None:
-        """Bring the schema to this version; many may try at once, one does it, whole or not at all."""
-        self._lock(time.monotonic() + self.patience)
-        mask = os.umask(0o077)
-        try:
-            version = self._checked_version()
-            if version == SCHEMA_VERSION:  # another has done it meanwhile
-                return
-            if version:
-                self._refuse_older_workers()
-                self.copy_to("%s.schema%d" % (self.path, version))  # the way back
-            elif self._value(USE_WAL) != "wal":
-                raise QueueError("%s is on a file system that SQLite's WAL can't use; name another "
-                                 "with --db" % self.path)
-            self._run_migrations(version)
-            self.identity = Identity(self.path, self.mutex)
-            if self.identity.same_file():  # no copy: what older workers left is its own
-                self.db.execute(KEEP_OLDER)
-            self.identity.settle(self._value(GET_IDENTITY))
-            self._value(CHECKPOINT)  # so that its id stands in the file itself
-            sync_folder(os.path.dirname(self.path))
-        finally:
-            os.umask(mask)
-            self._unlock()
-
-    def _refuse_older_workers(self) -> None:
-        alive = [str(entry["pid"]) for entry in [*self.pools(), *self.workers()] if entry["alive"]]
-        if alive or anyone_alive(self.path):
-            raise QueueError("workers of an older queuectl still use %s (%s); `queuectl worker stop` lets them finish, "
-                             "then try again" % (self.path, "pid " + ", ".join(alive) if alive else "in another place"))
-
-    def _run_migrations(self, version: int) -> None:
-        self.db.execute(BEGIN)
-        try:
-            for statements in MIGRATIONS[version:]:
-                for statement in statements:
-                    self.db.execute(statement)
-                checkpoint("migrating")
-            self.db.execute(SET_APPLICATION)
-            self.db.execute(SET_VERSION)
-            self.db.execute(COMMIT)
-        except sqlite3.Error:
-            if self.db.in_transaction:
-                self.db.execute(ROLLBACK)
-            raise
-
-    def _renew_identity(self) -> str:
-        self.db.execute(RENEW_IDENTITY)
-        self._value(CHECKPOINT)
-        return str(self._value(GET_IDENTITY))
-
-    def is_own(self, worker: str) -> bool:
-        """Whether a worker is of this queue, and not of one that it was copied from."""
-        if worker in str(self._value(GET_OLDER)).split(","):
-            return True
-        queue = str(self._value(GET_IDENTITY))
-        if self.mutex >= 0:
-            queue = self.identity.known(queue)
-        return bool(queue) and worker.startswith(queue + "-")
-
-    def queue_id(self) -> str:
-        """The id of this queue, which a copy gets by this at the latest."""
-        if not self.identity.queue:
-            with self.transaction():
-                pass
-        return self.identity.queue
-
-    def close(self) -> bool:
-        """Close the database; or, while the mark of a failed sync stands, leave that to the kernel (False)."""
-        if self.mutex < 0:
-            return True
-        try:
-            harmful = self.identity.replaced or self.log.failed()
-        except OSError:
-            harmful = True
-        if harmful:  # the last connection would copy the log into the database
-            OPENED.append(self)
-            return False
-        if self in OPENED:
-            OPENED.remove(self)
-        self.log.close()
-        (self.source or self.db).close()
-        os.close(self.mutex)
-        self.mutex = -1
-        return True
-
-    # The doors: one for writes, one for reads.
-
-    def transaction(self) -> Store:
-        """`with store.transaction():` is one write: the mutex, then BEGIN IMMEDIATE … COMMIT; all or nothing.
-
-        The mutex makes writers wait in a queue that the kernel keeps (SQLite's own waiting is
-        unfair and deaf to signals), and keeps writes from racing checkpoints, by which SQLite
-        before 3.51.3 could lose commits.
+        Raises Unavailable if it can't begin within `patience` seconds, or the disk can't take it.
         """
-        return self
+        return Guard(self.begin, self.end)
 
-    def __enter__(self) -> Store:
-        self.begin()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.end(commit=kind is None)
-        if isinstance(error, sqlite3.Error):
-            raise self._trouble(error) from error
+    def execute(self, statement: str, *values: Any) -> int:
+        """Change something; how many rows were changed."""
+        return self.db.execute(statement, values).rowcount
 
     def begin(self) -> None:
-        """Take the mutex and SQLite's write lock within `patience` seconds, or raise Unavailable."""
+        """Take the mutex and SQLite's write lock within `patience` seconds; raises Unavailable."""
         deadline = time.monotonic() + self.patience
         self.told = False
         while True:
@@ -3029,90 +2825,96 @@ class Store:
                 self.identity.check()
                 self._write_log_again()
                 if not (self.identity.queue or self.as_it_is):
-                    self.identity.settle(self._value(GET_IDENTITY), self._renew_identity)
-                self.db.execute(BEGIN)
+                    self.identity.settle(self.value(GET_IDENTITY), self._renew_identity)
+                self.execute(BEGIN)
                 return
-            except OSError as error:
+            except BaseException as error:
                 self._unlock()
-                raise self._unsynced(error) from error
-            except sqlite3.Error as error:  # a program that is not queuectl may hold the lock
-                self._unlock()
+                if isinstance(error, OSError):
+                    raise self._unsynced(error) from error
+                if not isinstance(error, sqlite3.Error):
+                    raise
                 trouble = self._trouble(error)
                 if not isinstance(trouble, Unavailable) or time.monotonic() >= deadline:
                     raise trouble from error
-                self._tell_wait(deadline)
-            except BaseException:
-                self._unlock()
-                raise
+                self._tell_wait(deadline)  # a program that is not queuectl may hold the lock
 
-    def _unlock(self) -> None:
+    def end(self, error: BaseException | None = None) -> None:
+        """Commit; or, if the transaction ended by an error, roll back."""
+        checkpoint("before commit")
+        try:
+            if error is None:
+                self.execute(COMMIT)
+                self._repair_after_commit()
+            else:
+                self.execute(ROLLBACK)
+        except sqlite3.Error as failure:
+            if self.db.in_transaction:
+                self.execute(ROLLBACK)
+            if "I/O" in str(failure):  # perhaps of a sync, and others' commits are forgotten too
+                self._note_failed_sync()
+            if error is None:
+                raise self._trouble(failure) from failure
+        except OSError as failure:
+            raise self._unsynced(failure) from failure
+        finally:
+            self._unlock()
+        if isinstance(error, sqlite3.Error):
+            raise self._trouble(error) from error
+
+    def _renew_identity(self) -> str:
+        self.execute(RENEW_IDENTITY)
+        self.value(CHECKPOINT)
+        return str(self.value(GET_IDENTITY))
+
+    # The mutex.
+
+    def alone(self) -> Guard:
+        """`with self.alone():` holds the mutex without a transaction."""
+        return Guard(self._lock, self._unlock)
+
+    def _lock(self, deadline: float = 0.0) -> None:
+        """Take the mutex until `deadline`, by default for `patience` seconds."""
+        deadline = deadline or time.monotonic() + self.patience
+        try:
+            while not system.try_lock(self.mutex):
+                if time.monotonic() >= deadline:
+                    raise Unavailable("another process has been writing to %s for %d s; try again "
+                                      "later" % (self.path, self.patience))
+                self._tell_wait(deadline)
+                system.wait_lock(self.mutex)
+        except OSError as error:
+            file = mutex_path(self.path)
+            raise Unavailable("%s can't be locked: %s" % (file, error.strerror)) from error
+
+    def _unlock(self, error: BaseException | None = None) -> None:
         """Free the mutex; this must not fail, for what was committed would be taken for failed."""
         try:
             system.unlock(self.mutex)
         except OSError:
             again = open_private(mutex_path(self.path), os.O_RDWR)
-            os.dup2(again, self.mutex, inheritable=False)  # which closes the descriptor that holds it
+            # This closes the descriptor that holds it.
+            os.dup2(again, self.mutex, inheritable=False)
             os.close(again)
 
-    def _lock(self, deadline: float) -> None:
-        try:
-            while not system.try_lock(self.mutex):
-                if time.monotonic() >= deadline:
-                    raise Unavailable("another process has been writing to %s for %d s; try again later"
-                                      % (self.path, self.patience))
-                self._tell_wait(deadline)
-                system.wait_lock(self.mutex)
-        except OSError as error:
-            raise Unavailable("%s can't be locked: %s" % (mutex_path(self.path), error.strerror)) from error
-
     def _tell_wait(self, deadline: float) -> None:
-        if self.tell and not self.told and time.monotonic() >= deadline - self.patience + WAIT_TOLD:
+        tell_at = deadline - self.patience + WAIT_TOLD
+        if self.tell and not self.told and time.monotonic() >= tell_at:
             self.tell("waiting for another process to finish writing to %s" % self.path)
             self.told = True
 
-    def end(self, commit: bool) -> None:
-        checkpoint("before commit")
-        try:
-            self.db.execute(COMMIT if commit else ROLLBACK)
-            if commit and not self.deferring:
-                self._repair_after_commit()
-        except sqlite3.Error as error:
-            if self.db.in_transaction:
-                self.db.execute(ROLLBACK)
-            if "I/O" in str(error):  # perhaps of a sync: what others committed before is forgotten with this
-                self._note_failed_sync()
-            if commit:
-                raise self._trouble(error) from error
-        except OSError as error:
-            raise self._unsynced(error) from error
-        finally:
-            self._unlock()
-
-    def _rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        """All rows at once: an open cursor would keep checkpoints from finishing."""
-        return self._patiently(lambda: self.db.execute(statement, values).fetchall())  # type: ignore[no-any-return]
-
-    def _value(self, statement: str, *values: Any) -> Any:
-        rows = self._rows(statement, *values)
-        return rows[0][0] if rows else None
-
-    def _dicts(self, statement: str, *values: Any) -> list[dict[str, Any]]:
-        def read() -> list[dict[str, Any]]:
-            cursor = self.db.execute(statement, values)
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row)) for row in cursor.fetchall()]
-
-        return self._patiently(read)  # type: ignore[no-any-return]
+    # What is on disk: see Log.
 
     def defer_sync(self) -> None:
-        """From now on a commit does not wait for the disk: a power cut may undo it, until `sync` has returned.
+        """From now on a commit does not wait for the disk.
 
-        With synchronous=FULL SQLite does the same inside COMMIT: it syncs its log. Done outside,
-        nobody waits for the mutex meanwhile, and a worker's next job runs already.
+        A power cut may undo it, until `sync` has returned. With synchronous=FULL SQLite does the
+        same inside COMMIT: it syncs its log. Done outside, nobody waits for the mutex meanwhile,
+        and a worker's next job runs already.
         """
         self.deferring = True
-        self.db.execute(NORMAL_SYNC)
-        self._value(COUNT_TABLES)  # which makes the log, if there was none
+        self.execute("PRAGMA synchronous = NORMAL")
+        self.value(COUNT_TABLES)  # which makes the log, if there was none
         # Before the first commit: who opens it after a sync has failed does not hear of that.
         self.identity.watch(self.log.open())
 
@@ -3128,18 +2930,17 @@ class Store:
             if not self.log.failed():
                 self.log.sync()
             if self.log.failed():
-                self._lock(time.monotonic() + self.patience)
-                try:
+                with self.alone():
                     self._write_log_again()
-                finally:
-                    self._unlock()
         except OSError as error:
             raise self._unsynced(error) from error
         except sqlite3.Error as error:
             raise self._trouble(error) from error
 
     def _repair_after_commit(self) -> None:
-        """What others committed before is perhaps not on disk, and so not what was committed now."""
+        """What others committed before is perhaps not on disk; then this commit is not either."""
+        if self.deferring:  # `sync` will see to it
+            return
         try:
             failed = self.log.failed()
         except OSError:  # SQLite has synced it, and who failed to sync will see to it
@@ -3149,7 +2950,7 @@ class Store:
 
     def _note_failed_sync(self) -> None:
         try:
-            self.log.mark(True)
+            self.log.mark(b"!")
             self.log.cut()
         except OSError:  # then whoever repairs the log does it
             pass
@@ -3159,14 +2960,130 @@ class Store:
                            % (self.log.path, error.strerror))
 
     def _write_log_again(self) -> None:
-        """Under the mutex, after a sync has failed: see Log."""
+        """Under the mutex, after a sync has failed."""
         if self.log.failed():  # nobody else has done it meanwhile
-            self.db.execute(COUNT_TABLES).fetchall()  # after a crash SQLite makes its index anew now
+            # After a crash SQLite makes its index anew now.
+            self.db.execute(COUNT_TABLES).fetchall()
             self.log.write_again()
 
-    def expect_bulk(self) -> None:
-        """Before many jobs are added: keep more of the index of ids in memory, which is hit everywhere."""
-        self.db.execute(BULK_CACHE)
+
+# Those that close_stores closes: Python would close one that nobody names any more.
+OPENED: list[Database] = []
+
+
+class Database(Connection):
+    """The queue's database at `path`, made if it does not exist.
+
+    `patience` is how many seconds a write may wait; `tell` gets a line when it waits long.
+    `reading`: nothing is to be written; where there is no database it is an empty queue, and one
+    of an older schema is read from a copy in memory that is brought up to date. `as_it_is`: of an
+    older schema only what has not changed since is to be used. Raises QueueError if the database
+    can't be used, Unavailable if perhaps later it can.
+    """
+
+    def __init__(self, path: str, patience: float = PATIENCE, tell: Tell | None = None,
+                 reading: bool = False, as_it_is: bool = False) -> None:
+        super().__init__(path, patience, tell)
+        self.reading, self.as_it_is = reading, as_it_is
+        self.source: sqlite3.Connection | None = None  # of an older schema; `db` is a copy of it
+        self.seen_in_source = -1
+        if sqlite3.sqlite_version_info < (3, 8, 3):
+            raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer"
+                             % sqlite3.sqlite_version)
+        try:
+            self._patiently(self._open)
+        except BaseException as error:
+            if self.mutex >= 0:
+                os.close(self.mutex)
+            if not isinstance(error, OSError):
+                raise
+            raise Unavailable("%s can't be used: %s%s" % (
+                path, error.strerror, advice_on_owner(path))) from error
+
+    # Opening.
+
+    def _open(self) -> None:
+        new = not self._exists()
+        if new and self.reading:
+            self._open_nothing()
+            return
+        if new:
+            prepare_place(self.path)
+        else:
+            refuse_strange_file(self.path)
+        try:
+            if self.mutex < 0:
+                self.mutex = open_private(mutex_path(self.path), os.O_RDWR)
+        except OSError as error:
+            if not self.reading or error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            self._open_unwritable(error)
+            return
+        self.log = Log(self.path, self.mutex)
+        if not new:
+            system.give_to_owner(self.mutex, self.path)
+            self.identity = Identity(self.path, self.mutex)
+            self._check_log()
+        self._connect()
+        if new or self.value(GET_VERSION) != SCHEMA_VERSION:
+            self._bring_up_to_date()
+        if new:
+            self.identity = Identity(self.path, self.mutex)
+
+    def _exists(self) -> bool:
+        try:
+            os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def _check_log(self) -> None:
+        try:
+            self.identity.check_log()
+        except QueueError:  # perhaps it is being made at this moment: look again when that is done
+            with self.alone():
+                self.identity.check_log()
+
+    def _open_unwritable(self, error: OSError) -> None:
+        """Read a database that can't be written as it is: without locks.
+
+        Raises `error` if anything waits in its log, which can't be read then.
+        """
+        if has_log(self.path):
+            raise error
+        self.db = open_as_it_is(self.path)
+        if self._checked_version() < SCHEMA_VERSION:
+            self._read_copy_of(self.db)
+
+    def _open_nothing(self) -> None:
+        """An empty queue, in memory."""
+        if self.tell:
+            self.tell("there is no queue at %s" % self.path)
+        self.db = sqlite3.connect(":memory:", isolation_level=None)
+        self._run_migrations(0)
+
+    def close(self) -> bool:
+        """Close the database; whether that was done.
+
+        While the mark of a failed sync stands, it is left to the kernel: the last connection would
+        copy the log into the database.
+        """
+        if self.mutex < 0:
+            return True
+        try:
+            harmful = self.identity.replaced or self.log.failed()
+        except OSError:
+            harmful = True
+        if harmful:
+            OPENED.append(self)
+            return False
+        if self in OPENED:
+            OPENED.remove(self)
+        self.log.close()
+        (self.source or self.db).close()
+        os.close(self.mutex)
+        self.mutex = -1
+        return True
 
     def changed(self) -> int:
         """A number that differs from the last one if anybody else has committed meanwhile.
@@ -3181,519 +3098,168 @@ class Store:
         if self.source is None:
             return self._version_of(self.db)
         if self._version_of(self.source) != self.seen_in_source:
-            self._copy_source()
+            self._read_copy_of(self.source)
         return self.seen_in_source
 
     def _version_of(self, db: sqlite3.Connection) -> int:
-        row = self._patiently(lambda: db.execute(DATA_VERSION).fetchone())
-        # None before SQLite 3.8.8: then everything is looked at each time.
-        return int(row[0]) if row else time.monotonic_ns()
+        """It changes when another connection has committed.
 
-    # Jobs come in.
-
-    def add(self, drafts: Iterable[dict[str, Any]], settings: dict[str, Any], path: str, umask: int,
-            now: int, skip_existing: bool = False, environ: str = "") -> tuple[int, int, list[int]]:
-        """Insert jobs, in a transaction; the seq before the first, that of the last one, and those that existed.
-
-        `path`, `umask` and `environ` (JSON, or empty) are those of whoever enqueues. Raises
-        QueueError if an id exists already, or a key is taken, unless `skip_existing`; and if a
-        job is to wait for one that does not exist.
+        SQLite before 3.8.8 does not know it; then everything is looked at each time.
         """
-        before = self._value(LAST_SEQ) or 0
-        self.existing: list[int] = []
-        self.causes: dict[int, str] = {}  # of dead jobs: for which one they died
-        contexts: dict[str, int] = {}
-        added: dict[str, int] = {}
-        chunk: list[tuple[Any, ...]] = []
-        lines: list[int] = []  # on which each of the chunk stands in its file (0: none)
-        for draft in drafts:
-            cwd = draft["cwd"]
-            if cwd not in contexts:
-                contexts[cwd] = self._context(cwd, path, umask, environ)
-            row = _job_row(draft, settings, contexts[cwd], now)
-            special = _is_special(draft)
-            if not special:
-                chunk.append(row)
-                lines.append(draft.get("line", 0))
-            if special or len(chunk) == 1000:
-                self._add_chunk(chunk, lines, added, skip_existing)
-                chunk, lines = [], []
-            if special:  # it may wait for one of these
-                self._add_special(draft, row, added, skip_existing, now, settings)
-        self._add_chunk(chunk, lines, added, skip_existing)
-        for queue, count in added.items():
-            self.db.execute(ADD_QUEUE, (queue,))
-            self.db.execute(COUNT_ADDED, (count, queue))
-        if environ:
-            self.db.executemany(COUNT_IN_CONTEXT, [(before, context) for context in contexts.values()])
-            self.db.execute(FORGET_UNUSED)
-        return before, self._value(LAST_SEQ) or 0, self.existing
+        row = self._patiently(lambda: db.execute("PRAGMA data_version").fetchone())
+        if row is None:
+            return time.monotonic_ns()
+        return int(row[0])
 
-    def _context(self, *values: Any) -> int:
-        return int(self._value(FIND_CONTEXT, *values) or self.db.execute(ADD_CONTEXT, values).lastrowid or 0)
+    # The schema: who only reads brings a copy up to date, who writes the file itself.
 
-    def _add_special(self, draft: dict[str, Any], row: tuple[Any, ...], added: dict[str, int], skip_existing: bool,
-                     now: int, settings: dict[str, Any]) -> None:
-        """Insert a job with a key, a policy, or others to wait for; if one of those is dead already, so is the job."""
-        line = draft.get("line", 0)
-        if not self._add_one(line, row, skip_existing, draft["unique"]):
+    def _bring_up_to_date(self) -> None:
+        version = self._checked_version()
+        if self.reading and version < SCHEMA_VERSION:
+            self._read_copy_of(self.db)
+        elif version < SCHEMA_VERSION and not (self.as_it_is and version):
+            with self.alone():
+                self._migrate()
+
+    def _checked_version(self) -> int:
+        """The schema version of a database that is ours and not newer than this program."""
+        version = int(self.value(GET_VERSION))
+        if self.value(COUNT_TABLES) and self.value(GET_APPLICATION) != APPLICATION_ID:
+            raise QueueError("%s is a database of another program; name another with --db"
+                             % self.path)
+        if version > SCHEMA_VERSION:
+            raise QueueError("%s was made by a newer queuectl (schema %d, this one knows %d); use "
+                             "that one" % (self.path, version, SCHEMA_VERSION))
+        return version
+
+    def _read_copy_of(self, source: sqlite3.Connection) -> None:
+        """Copy a database of an older schema into memory, and bring the copy up to date."""
+        self.source = source
+        self.seen_in_source = self._version_of(source)
+        self.db = sqlite3.connect(":memory:", isolation_level=None)
+        source.backup(self.db)
+        self._run_migrations(int(self.value(GET_VERSION)))
+        if self.mutex < 0 or self.identity.same_file():
+            self.execute(KEEP_OLDER)
+
+    def _migrate(self) -> None:
+        """Bring the schema to this version, under the mutex: whole or not at all.
+
+        Many may try at once: who comes later sees that it is done. Workers of an older program
+        would go on with the old schema: they have to end before.
+        """
+        version = self._checked_version()
+        if version == SCHEMA_VERSION:
             return
-        seq, queue = self._value(LAST_SEQ), row[3]
-        policy = {name: draft[name] for name in POLICY_FIELDS if draft[name] not in (None, [])}
-        self.db.execute(SET_SPECIAL, (draft["unique"], json.dumps(policy) if policy else None, seq))
+        mask = os.umask(0o077)
         try:
-            awaited = [self._awaited(name) for name in draft["after"] or ()]
-        except QueueError as error:
-            raise QueueError(at_line(line, "%s; what a job is to run after must stand before it" % error)) from None
-        if any(each == seq for each, _ in awaited):
-            raise QueueError(at_line(line, "a job can't wait for itself"))
-        added[queue] = added.get(queue, 0) + 1
-        self.db.execute(ADD_QUEUE, (queue,))  # the burial below is counted there
-        waits = [(each, seq) for each, state in awaited if state != COMPLETED]
-        self.db.executemany(ADD_WAIT, waits)
-        if waits:
-            self.db.execute(HOLD, (seq,))
-        for each in [each for each, state in awaited if state == DEAD][:1]:
-            self.causes[seq] = self._cause_of(each)
-            self._bury(THIS_ONE, self.causes[seq], seq, now, settings)
+            if version:
+                self._refuse_older_workers()
+                self.copy_to("%s.schema%d" % (self.path, version))  # the way back
+            elif self.value("PRAGMA journal_mode = WAL") != "wal":
+                raise QueueError("%s is on a file system that SQLite's WAL can't use; name another "
+                                 "with --db" % self.path)
+            self._run_migrations(version)
+            self.identity = Identity(self.path, self.mutex)
+            if self.identity.same_file():  # no copy: what older workers left is its own
+                self.execute(KEEP_OLDER)
+            self.identity.settle(self.value(GET_IDENTITY))
+            self.value(CHECKPOINT)  # so that its id stands in the file itself
+            sync_folder(self.folder)
+        finally:
+            os.umask(mask)
 
-    def _awaited(self, name: str) -> tuple[int, str]:
-        """Seq and state of a job that another is to run after."""
-        rows = self._rows(STATE_OF_ID, name)
-        if rows:
-            return rows[0]
-        job = self.find(name)
-        return job["seq"], job["state"]
+    def registered(self, statement: str) -> list[Row]:
+        """The pools or workers that a statement finds, each with `alive`."""
+        return [dict(entry, alive=is_alive(self.path, entry["name"]))
+                for entry in self.dicts(statement)]
 
-    def _cause_of(self, seq: int) -> str:
-        """The id of the first dead job for which a dead job died; known for those just added."""
-        if seq not in self.causes:
-            self.causes[seq] = (self.dead_causes(seq) or [self._value(ID_OF, seq)])[0]
-        return self.causes[seq]
+    def _refuse_older_workers(self) -> None:
+        entries = self.registered(ALL_POOLS) + self.registered(ALL_WORKERS)
+        alive = [str(entry["pid"]) for entry in entries if entry["alive"]]
+        if alive or anyone_alive(self.path):
+            where = "in another place"
+            if alive:
+                where = "pid " + ", ".join(alive)
+            raise QueueError("workers of an older queuectl still use %s (%s); `queuectl worker "
+                             "stop` lets them finish, then try again" % (self.path, where))
 
-    def _add_chunk(self, chunk: list[tuple[Any, ...]], lines: list[int], added: dict[str, int],
-                   skip_existing: bool) -> None:
-        """Insert rows together; if an id is taken, one by one, which finds out whose."""
-        drawn = iter(_draw_ids(sum(1 for row in chunk if row[1])))
-        rows = [(next(drawn), *row[1:]) if row[1] else row for row in chunk]
-        self.db.execute(SAVEPOINT)
+    def _run_migrations(self, version: int) -> None:
+        self.execute(BEGIN)
         try:
-            self.db.executemany(ADD_JOB, rows)
-        except sqlite3.IntegrityError:
-            self.db.execute(ROLLBACK_TO)
-            rows = [row for line, row in zip(lines, rows) if self._add_one(line, row, skip_existing)]
-        self.db.execute(RELEASE)
-        for row in rows:
-            added[row[3]] = added.get(row[3], 0) + 1
+            for statements in MIGRATIONS[version:]:
+                for statement in statements:
+                    self.execute(statement)
+                checkpoint("migrating")
+            self.execute(SET_APPLICATION)
+            self.execute(SET_VERSION)
+            self.execute(COMMIT)
+        except sqlite3.Error:
+            if self.db.in_transaction:
+                self.execute(ROLLBACK)
+            raise
 
-    def _add_one(self, line: int, row: tuple[Any, ...], skip_existing: bool, key: str | None = None) -> bool:
-        while row[1] and (row[0] is None or self._rows(WITH_ID, row[0])):
-            row = (_draw_ids(1)[0], *row[1:])
-        twins = self._rows(WITH_ID, row[0]) or self._rows(WITH_KEY, key)
-        if twins and not skip_existing:
-            raise QueueError(at_line(line, (
-                "a job with the id %s exists already; choose another, or use --if-exists skip" % row[0]
-                if twins[0][1] == row[0] else "a job with the key %s is %s: %s; --if-exists skip makes this a success"
-                % (clean(str(key)), twins[0][2], clean(twins[0][1])))))
-        if twins:
-            self.existing.append(twins[0][0])
-            return False
-        self.db.execute(ADD_JOB, row)
-        return True
+    # Which queue it is: see Identity.
 
-    # Jobs are claimed and recorded.
+    def is_own(self, worker: str) -> bool:
+        """Whether a worker is of this queue, and not of one that it was copied from."""
+        if worker in str(self.value("SELECT older FROM control")).split(","):
+            return True
+        queue = str(self.value(GET_IDENTITY))
+        if self.mutex >= 0:
+            queue = self.identity.known(queue)
+        return bool(queue) and worker.startswith(queue + "-")
 
-    def pulse(self) -> tuple[int, int | None]:
-        """What a worker looks at first: the epoch of settings and orders, and the earliest time a job waits for."""
-        epoch, due = self._rows(PULSE)[0]
-        return epoch, due
-
-    def next(self, queues: Sequence[str]) -> tuple[Any, ...] | None:
-        """The job that is next in these queues (none: all), as it would be claimed; None if there is none."""
-        rows = self._rows(next_job(len(queues)), *queues)
-        return rows[0] if rows else None
-
-    def ready(self, queues: Sequence[str], due: int | None, now: int) -> bool:
-        """Without the mutex: whether a job can be claimed now, `due` being the time that `pulse` told."""
-        return (due is not None and due <= now) or self.next(queues) is not None
-
-    def claim(self, worker: str, slot: int, queues: Sequence[str], due: int | None, now: int,
-              pool: str = "") -> Job | None:
-        """Claim the job that is next for a worker, in a transaction; None if there is none.
-
-        If `due`, the time that `pulse` told, has come, jobs are made ready before; where they are
-        very many, a part of them is made ready instead of a claim, so that the mutex is not held
-        for long. `pool` is given if its claims are counted against a --max-jobs.
-        """
-        if due is not None and due <= now and self.db.execute(MAKE_READY, (now,)).rowcount == READY_AT_ONCE:
-            return None
-        found = self.next(queues)
-        if found is None:
-            return None
-        if pool and found[3] != HOOK_QUEUE and not self.db.execute(TAKE_TURN, (pool,)).rowcount:
-            return None
-        self.db.execute(CLAIM, (worker, slot, now, now, now, found[0]))
-        return Job._make((*found, now))
-
-    def context(self, key: int) -> tuple[str, str, int, str]:
-        """Folder, PATH, umask and (as JSON, if it was kept) environment of whoever enqueued a job."""
-        cwd, path, umask, environ = self._rows(GET_CONTEXT, key)[0]
-        return cwd, path, umask, environ
-
-    def make_ready_after_clock_step(self, now: int) -> None:
-        """Retries that were put off by a clock that has since been set back are due now; delays begin anew."""
-        self.db.execute(MAKE_READY_AFTER_CLOCK_STEP, (now,))
-        self.db.execute(DELAY_AGAIN, (now,) * 4)
-
-    def hooks_left(self, queue: str) -> bool:
-        """Whether a hook of a job of this queue has not ended, and is not paused."""
-        mark = "%%%s%%" % json.dumps({"QUEUECTL_QUEUE": queue})[1:-1]
-        return bool(self._rows(HOOKS_LEFT, HOOK_QUEUE, mark)) and not self.queue(HOOK_QUEUE)["paused"]
-
-    def drained(self, queues: Sequence[str], now: int) -> bool:
-        """Whether no job of these queues (none: all) is due, failed or processing; paused ones don't count."""
-        if any(queue["processing"] or queue["failed"] for queue in self.queues()
-               if not queue["paused"] and (not queues or queue["name"] in queues)):
-            return False
-        return not self.ready(queues, self.pulse()[1], now)
-
-    def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str],
-               settings: dict[str, Any]) -> tuple[str, bool]:
-        """Record how a run ended, in a transaction; the job's new state, and whether others can start now.
-
-        If it is dead, `pools` are told. The jobs that `settings` ask for when a job ends are added.
-        Only if the job is still in that very run: otherwise somebody else has recorded it as lost,
-        and that stands; the state is "" then.
-        """
-        job = ended.job
-        state, attempts = settle(ended.ending, job.attempts, job.max_retries, ended.final)
-        by_itself = ended.ending != CANCELLED
-        if state in (PENDING, FAILED) and self.is_cancelled(job.seq):  # its worker has not heard of it in time
-            state, attempts, by_itself = DEAD, job.attempts, False
-        due = retry_at if state == FAILED else None
-        if not self.db.execute(RECORD_JOB, (
-                state, 1 if state == PENDING else 0, due, attempts, ended.finished_at, ended.finished_at,
-                ended.exit_code, ended.error, ended.ending == DEFERRED, job.seq, job.runs)).rowcount:
-            return "", False
-        if ended.ending == UNSTARTED:
-            self.db.execute(UNCOUNT_RUN, (job.seq,))
-        else:
-            self.db.execute(RECORD_RUN, (
-                job.seq, job.runs, job.attempts, ended.ending, job.started_at, ended.finished_at, ended.seconds,
-                ended.exit_code, ended.error, ended.worker, ended.stdout or None, ended.stderr or None))
-        if state not in ENDED:
-            return state, False
-        if state == DEAD and job.queue != HOOK_QUEUE:
-            self.db.executemany(COUNT_DEATH, [(pool,) for pool in pools])
-        hooked = self._hook(job.seq, settings, state == DEAD and by_itself)
-        return state, self._settle_waiters(job.seq, state, ended.finished_at) or hooked
-
-    def _hook(self, seq: int, settings: dict[str, Any], died: bool) -> bool:
-        if not (settings["on_end"] or (died and settings["on_dead"])):
-            return False
-        return self._add_hooks(self._dicts(ONE_HOOKED, seq), settings, died)
-
-    def _add_hooks(self, jobs: Sequence[dict[str, Any]], settings: dict[str, Any], died: bool) -> bool:
-        """Jobs have ended: add the jobs that `on_end`, and if they `died` by themselves `on_dead`, ask for.
-
-        In the transaction that records the end: so nobody's death goes untold, whoever is killed
-        now. They are jobs like others, but their own end makes none.
-        """
-        commands = [settings[name] for name in ["on_end"] + ["on_dead"] * died if settings[name]]
-        ended = [job for job in jobs if job["queue"] != HOOK_QUEUE]
-        if not commands or not ended:
-            return False
-        path = os.fsencode(os.environ.get("PATH", os.defpath)).decode("utf-8", "replace")
-        context = self._context(os.path.dirname(self.path), path, 0o077, "")
-        draft = dict(dict.fromkeys(GIVEN_FIELDS), queue=HOOK_QUEUE, priority=HOOK_PRIORITY, timeout_seconds=HOOK_TIME)
-        rows = [_job_row(dict(draft, command=command, env=_hook_env(job)), settings, context, job["updated_at"])
-                for job in ended for command in commands]
-        self._add_chunk(rows, [0] * len(rows), {}, False)
-        self.db.execute(ADD_QUEUE, (HOOK_QUEUE,))
-        self.db.execute(COUNT_ADDED, (len(rows), HOOK_QUEUE))
-        return True
-
-    def _settle_waiters(self, seq: int, state: str, now: int) -> bool:
-        """A job is completed or dead: let those go on that waited for it alone, or bury them; whether there are any."""
-        waiting = self._rows(WAITING_FOR, seq)
-        if waiting and state == DEAD:
-            self._bury(DEPENDENTS_OF, self._value(ID_OF, seq), seq, now, self.settings())
-        elif waiting:
-            self.db.execute(END_WAITS, (seq,))
-            self.db.executemany(LET_GO, [(now, now, job) for (job,) in waiting])
-        return bool(waiting)
-
-    def _bury(self, which: str, cause: str, seq: int, now: int, settings: dict[str, Any]) -> None:
-        """Let those jobs die that were to run after the dead one `cause`: `which` says which, of `seq`."""
-        error = "%s is dead, and this job was to run after it" % cause
-        buried = self._dicts(TO_BURY + which, seq) if settings["on_end"] else []
-        self.db.execute(BURY + which, (now, now, error, seq))
-        self._add_hooks([dict(job, state=DEAD, last_error=error, updated_at=now) for job in buried], settings, False)
-
-    def is_cancelled(self, seq: int) -> bool:
-        return bool(self._rows(IS_CANCELLED, seq) == [(1,)])
-
-    # Jobs are cancelled, retried and forgotten, in a transaction; each tells if it was done.
-
-    def cancel_waiting(self, seq: int, now: int) -> bool:
-        done = self.db.execute(CANCEL_WAITING, ("cancelled before it ran again", now, now, seq)).rowcount > 0
-        if done:
-            self._hook(seq, self.settings(), False)
-            self._settle_waiters(seq, DEAD, now)
-        return done
-
-    def ask_cancel(self, seq: int, now: int) -> bool:
-        return self.db.execute(ASK_CANCEL, (now, seq)).rowcount > 0
-
-    def retry(self, seq: int, now: int) -> bool:
-        return self.db.execute(RETRY_ONE, (now, seq)).rowcount > 0
-
-    def retry_all_dead(self, now: int, queue: str | None) -> int:
-        """Give every dead job of a queue (None: of all) a new start whose key is not taken; how many."""
-        before = self.counts()[DEAD]
-        self.db.execute(RETRY_ALL_DEAD % _FOR_GONE, (now, queue))
-        for seq, name in self._rows(AWAITED_DEAD):
-            self._bury(DEPENDENTS_OF, name, seq, now, self.settings())
-        return before - self.counts()[DEAD]
-
-    def dead_dependents(self, seq: int) -> list[int]:
-        """The dead jobs that were to run after a job, or after one of those."""
-        return [row[0] for row in self._rows(DEAD_DEPENDENTS, seq)]
-
-    def awaited_by(self, seq: int) -> list[dict[str, Any]]:
-        """The jobs that a job still waits for."""
-        return self._dicts(AWAITED_BY, seq)
-
-    def dead_causes(self, seq: int) -> list[str]:
-        """The ids of the dead jobs for which a job waits, or would, and which themselves wait for no dead one."""
-        return [row[0] for row in self._rows(DEAD_CAUSES, seq, seq)]
-
-    def waits_for_gone(self, seq: int) -> bool:
-        """Whether a job was to run after one that died and was forgotten."""
-        return bool(self._rows(WAITS_FOR_GONE, seq))
-
-    def waiters_of(self, seq: int) -> list[dict[str, Any]]:
-        """The jobs that wait for a job."""
-        return self._dicts(WAITERS_OF, seq)
-
-    def delete(self, seq: int) -> bool:
-        """Forget a job that is not running, and that no other waits for."""
-        done = self.db.execute(DELETE_JOB, (seq,)).rowcount > 0
-        if done:
-            self.db.execute(DELETE_RUNS, (seq, seq))
-        return done
-
-    def purge(self, state: str, before: int) -> int:
-        """Forget all jobs in `state` not changed since `before` (milliseconds), in small transactions; how many.
-
-        The jobs of a `run` under way are spared.
-        """
-        last, total, spared = NEVER, 0, self.queues_of_runs()
-        while last:
-            last, count = self.forget_some(state, before, last, spared)
-            total += count
-        return total
-
-    def forget_some(self, state: str, before: int, last: int, spared: Iterable[str]) -> tuple[int, int]:
-        """Of the next jobs in `state` below seq `last` forget those not changed since `before` (milliseconds).
-
-        Returns the seq that was reached (0: there are no more), and how many were forgotten. Jobs
-        of the queues `spared` are not. The mutex is taken only if there is anything to forget.
-        """
-        rows = self._rows(SOME_IN_STATE, state, last)
-        old = [seq for seq, queue, updated_at in rows if updated_at <= before and queue not in spared]
-        count = 0
-        if old:
+    def queue_id(self) -> str:
+        """The id of this queue, which a copy gets by this at the latest."""
+        if not self.identity.queue:
             with self.transaction():
-                count = sum(self.delete(seq) for seq in old if self._value(STILL_SO, seq, state, before))
-        return rows[-1][0] if rows else 0, count
+                pass
+        return self.identity.queue
+
+    # The whole file.
+
+    def expect_bulk(self) -> None:
+        """Before many jobs are added: keep more of the index of ids in memory.
+
+        Random ids hit it everywhere.
+        """
+        self.execute("PRAGMA cache_size = -40000")  # KiB
 
     def shrink(self) -> None:
         """Give disk space back after a purge, once a quarter of the file is free."""
-        if self._value(FREE_PAGES) * 4 > self._value(ALL_PAGES):
-            self._lock(time.monotonic() + self.patience)
-            try:
-                self.db.execute(VACUUM)
-            except sqlite3.Error as error:
-                raise translate(error, self.path) from error
-            finally:
-                self._unlock()
-
-    # Workers and pools come and go, and are told what to do.
-
-    def add_pool(self, name: str, workers: int, queues: Sequence[str], max_jobs: int | None, now: int) -> None:
-        self.db.execute(ADD_POOL, (name, os.getpid(), now, workers, ",".join(queues) or None, max_jobs))
-
-    def add_worker(self, name: str, pool: str, now: int) -> None:
-        self.db.execute(ADD_WORKER, (name, pool, os.getpid(), now))
-
-    def remove_pool(self, name: str) -> None:
-        self.db.execute(REMOVE_POOL, (name,))
-
-    def remove_worker(self, name: str) -> None:
-        self.db.execute(REMOVE_WORKER, (name,))
-
-    def deaths(self, pool: str) -> int:
-        """How many jobs have died in the hands of this pool."""
-        rows = self._rows(GET_POOL, pool)
-        return int(rows[0][2]) if rows else 0
-
-    def is_stopping(self, pool: str) -> bool:
-        """Whether a pool was told to stop."""
-        rows = self._rows(GET_POOL, pool)
-        return bool(rows) and rows[0][0] > 0
-
-    def turns_left(self, pool: str) -> bool:
-        rows = self._rows(GET_POOL, pool)
-        return bool(rows) and rows[0][1] != 0
-
-    def pools(self) -> list[dict[str, Any]]:
-        """Every pool that is registered, each with `alive`."""
-        return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_POOLS)]
-
-    def workers(self) -> list[dict[str, Any]]:
-        """Every worker that is registered, each with `alive` and the job it runs."""
-        return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_WORKERS)]
-
-    def queues_of_runs(self) -> set[str]:
-        """The queues of every `run` under way: it counts its jobs at its end."""
-        return {pool["queues"] for pool in self.pools()
-                if pool["alive"] and is_run_queue(pool["queues"] or "")}
-
-    def ask_stop(self, pools: Iterable[str], level: int) -> None:
-        """Have pools stop soon (1) or now (2), in a transaction; ring their workers afterwards."""
-        for name in pools:
-            self.db.execute(ASK_STOP, (level, name))
-        self.db.execute(NEXT_EPOCH)
-
-    def holders(self) -> set[str]:
-        """The workers in whose name a job is processing."""
-        return {row[0] for row in self._rows(HOLDERS)}
-
-    def lost_jobs(self) -> list[dict[str, Any]]:
-        """Every job whose worker is dead."""
-        return [job for job in self._dicts(HELD_JOBS) if not is_alive(self.path, job["worker"])]
-
-    def control(self, pool: str, epoch: int) -> Control:
-        """What the workers of a pool follow since `epoch`."""
-        rows = self._rows(GET_POOL, pool)
-        limited = {row[0] for row in self._rows(LIMITED_QUEUES)}
-        return Control(epoch, self.settings(), rows[0][0] if rows else 1, limited)
-
-    def settings(self) -> dict[str, Any]:
-        """Every setting with the value that holds now."""
-        found = {name: json.loads(value) for name, value in self._rows(ALL_SETTINGS)}
-        return {name: found.get(name, default) for name, default in SETTINGS.items()}
-
-    def set_setting(self, name: str, value: Any) -> None:
-        self.db.execute(SET_SETTING, (name, json.dumps(value)))
-        self.db.execute(NEXT_EPOCH)
-
-    def unset_setting(self, name: str) -> None:
-        self.db.execute(UNSET_SETTING, (name,))
-        self.db.execute(NEXT_EPOCH)
-
-    # Queues are limited and paused, in a transaction.
-
-    def set_concurrency(self, queue: str, most: int | None) -> None:
-        """Let at most so many jobs of a queue run at once, over all pools; None: as many as there are workers."""
-        self.db.execute(ADD_QUEUE, (queue,))
-        self.db.execute(SET_CONCURRENCY, (most, queue))
-        self.db.execute(NEXT_EPOCH)
-
-    def pause(self, queue: str | None, paused: bool) -> None:
-        """Start no more jobs of a queue (None: of any, those to come included), or start them again."""
-        if queue is None:
-            self.db.execute(PAUSE_ALL, (paused,))
-            if not paused:
-                self.db.execute(RESUME_EACH)
-        else:
-            self.db.execute(ADD_QUEUE, (queue,))
-            self.db.execute(PAUSE_QUEUE, (paused, queue))
-        self.db.execute(NEXT_EPOCH)
-
-    def edit(self, job: dict[str, Any], changes: dict[str, Any], now: int) -> None:
-        """Change a waiting job, in a transaction: priority, run_at, timeout_seconds, max_retries, queue."""
-        new = {**job, **changes}
-        if "run_at" in changes and not job["after"]:
-            new["due"] = new["run_at"] if (new["run_at"] or 0) > now else None
-            new["ready"] = new["due"] is None
-        self.db.execute(EDIT, (*(new[name] for name in EDITABLE), new["ready"], new["due"], now, job["seq"]))
-        if new["queue"] != job["queue"]:
-            pending, failed = job["state"] == PENDING, job["state"] == FAILED
-            self.db.execute(ADD_QUEUE, (new["queue"],))
-            self.db.execute(MOVE_COUNT, (pending, failed, new["queue"]))
-            self.db.execute(MOVE_COUNT, (-pending, -failed, job["queue"]))
-
-    # What there is to see.
-
-    def queues(self) -> list[dict[str, Any]]:
-        """Every queue that ever had a job, a limit or a pause, with its number of jobs in each state."""
-        return self._dicts(ALL_QUEUES)
-
-    def queue(self, name: str) -> dict[str, Any]:
-        """One of `queues`, also if it never had a job."""
-        empty = {"name": name, "concurrency": None, "paused": self.all_paused(), **dict.fromkeys(STATES, 0)}
-        return next((queue for queue in self.queues() if queue["name"] == name), empty)
-
-    def running_in(self, queue: str, count: int) -> list[str]:
-        """The ids of the first few jobs of a queue that are processing."""
-        return [row[0] for row in self._rows(RUNNING_IN, queue, count)]
-
-    def ahead_of(self, job: dict[str, Any], everywhere: bool) -> int:
-        """How many jobs that can run now come before a job: in all queues, or in its own."""
-        return int(self._value(AHEAD_OF, job["priority"], job["priority"], job["seq"],
-                               None if everywhere else job["queue"]))
-
-    def recent_seconds(self) -> float:
-        """How many seconds the runs of the newest jobs took on average; 0 if there were none."""
-        return float(self._value(RECENT_SECONDS) or 0)
-
-    def serving(self, queue: str) -> list[dict[str, Any]]:
-        """The live workers that serve a queue."""
-        pools = {pool["name"] for pool in self.pools() if pool["alive"] and serves(pool, queue)}
-        return [worker for worker in self.workers() if worker["alive"] and worker["pool"] in pools]
-
-    def first_in(self, queue: str) -> int:
-        """The seq of the first unfinished job of a queue; 0 if there is none."""
-        return int(self._value(FIRST_IN, queue) or 0)
-
-    def states_between(self, queue: str, first: int, last: int) -> dict[str, int]:
-        """How many jobs of a queue from seq `first` to `last` are in each state."""
-        return {**dict.fromkeys(STATES, 0), **dict(self._rows(STATES_BETWEEN, first, last, queue))}
-
-    def all_paused(self) -> bool:
-        return bool(self._rows(ALL_PAUSED)[0][0])
-
-    def last_seq(self) -> int:
-        return int(self._value(LAST_SEQ) or 0)
-
-    def unfinished(self, first: int, last: int) -> set[int]:
-        """The seqs from `first` to `last` of jobs that have not ended."""
-        return {row[0] for row in self._rows(UNFINISHED_BETWEEN, first, last)}
-
-    def end_of(self, seq: int) -> tuple[str, str, str | None] | None:
-        """Id, state and last error of a job; None if it was forgotten."""
-        rows = self._rows(END_OF, seq)
-        return rows[0] if rows else None
-
-    def died(self, first: int, last: int, start: int, queue: str | None = None) -> list[dict[str, Any]]:
-        """The first few jobs after seq `first` up to `last`, of a queue or of all, that died at or after `start`."""
-        return self._dicts(DIED_BETWEEN, first, last, start, queue)
+        free = self.value("PRAGMA freelist_count")
+        if free * 4 > self.value("PRAGMA page_count"):
+            with self.alone():
+                try:
+                    self.execute("VACUUM")
+                except sqlite3.Error as error:
+                    raise translate(error, self.path) from error
 
     def backup(self, path: str) -> None:
-        """Copy the database into the file `path`, as another queue in which what was running is pending."""
-        self.copy_to(path, (GIVE_BACK_ALL, *FORGET_WORKERS, RENEW_IDENTITY))
+        """Copy the database into the file `path`, as another queue.
 
-    def copy_to(self, path: str, changes: Sequence[str] = ()) -> None:
-        """Copy the database as it is at this moment into a file, by SQLite's own online backup, and change the copy.
+        What was running is pending there. Raises QueueError if it can't be written.
+        """
+        self.copy_to(
+            path,
+            """UPDATE jobs SET state = 'pending', ready = 1, attempts = max(attempts - 1, 0),
+                cancel = 0, worker = NULL, slot = NULL, locked_at = NULL
+                WHERE state = 'processing'""",
+            "DELETE FROM workers",
+            "DELETE FROM pools",
+            RENEW_IDENTITY)
 
-        In one step: in several, each write of a worker between two of them would start it anew.
-        The file appears whole, or not at all.
+    def copy_to(self, path: str, *changes: str) -> None:
+        """Copy the database as it is at this moment into a file, and change the copy.
+
+        By SQLite's own online backup, in one step: in several, each write of a worker between two
+        of them would start it anew. The file appears whole, or not at all.
         """
         part = "%s.%d.part" % (path, os.getpid())
         try:
-            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            os.close(os.open(part, flags, 0o600))
             copy = sqlite3.connect(part, isolation_level=None)
             try:
                 self.db.backup(copy)
@@ -3712,92 +3278,923 @@ class Store:
                 if os.path.exists(leftover):
                     os.unlink(leftover)
 
+
+def close_stores() -> bool:
+    """Close the stores before the process ends; if False it must end by os._exit, see Log."""
+    closed = [store.close() for store in list(OPENED)]
+    return all(closed)
+
+
+# ═══ Store ═══ what is read of the queue, and one method for each change of state ════════════
+#
+# Four layers: Administration (workers, pools, settings, queues), Reading (jobs and runs), Endings
+# (what follows when a job has ended), Store (jobs change). Whatever changes anything is called in
+# a transaction, but for `purge` and `forget_some`, which make their own. So each change is whole,
+# whoever is killed meanwhile, and each is made only if the job is still in the state that it is
+# made from.
+#
+#   add      Jobs come in: one transaction, all or none. A job that waits for others is not ready
+#            until the transaction that records the last of those makes it so: nobody can miss it.
+#   claim    First the jobs whose time has come are made ready, then one is taken, in the
+#            transaction that records the worker's last run. Two workers can't take the same: the
+#            second begins after the first has committed. The worker holds the run's token before.
+#   record   WHERE runs = ? AND state = 'processing': a run is recorded once. A worker that was
+#            taken for lost, and goes on, changes nothing: its job was given back, and perhaps
+#            runs again. With the end of a job goes what follows from it: who waited is let go or
+#            dies too, and the jobs of on_end and on_dead are added. So no death goes untold.
+#   cancel   A running job is only marked. Its worker may miss the mark and record a failure: then
+#            `record` sees it, and the job is dead all the same.
+#   delete   WHERE state <> 'processing', and nobody waits for it: both could have changed since
+#            the user, or the sweep, looked.
+#
+# Who makes a job claimable, or changes what workers follow, rings their bells after its commit.
+# A ring before it would wake them to look at what was there before.
+#
+# Ranges of jobs: from `first` to `last`, both included; or those behind `before`, which is not
+# included itself, up to `last`, which is.
+
+NEVER = 1 << 62
+
+
+def at_line(line: int, problem: str) -> str:
+    """What is wrong with a job, and on which line of its file (0: it has none)."""
+    return "line %d: %s" % (line, problem) if line else problem
+
+
+def serves(pool: Row, queue: str) -> bool:
+    """Whether the workers of a pool take jobs of a queue."""
+    return not pool["queues"] or queue in (HOOK_QUEUE, *pool["queues"].split(","))
+
+
+class Administration(Database):
+    """Who works, by which settings, and which queues may run."""
+
+    # Workers and pools come and go, and are told what to do.
+
+    def add_pool(self, name: str, workers: int, queues: Names,
+                 max_jobs: int | None, now: int) -> None:
+        """Register a pool of this process: its queues (none: all) and its claims (None: no end)."""
+        self.execute(
+            """INSERT INTO pools (name, pid, started_at, workers, queues, jobs_left)
+                VALUES (?, ?, ?, ?, ?, ?)""",
+            name, os.getpid(), now, workers, ",".join(queues) or None, max_jobs)
+
+    def add_worker(self, name: str, pool: str, now: int) -> None:
+        """Register this process as a worker of a pool."""
+        self.execute("INSERT INTO workers (name, pool, pid, started_at) VALUES (?, ?, ?, ?)",
+                     name, pool, os.getpid(), now)
+
+    def remove_pool(self, name: str) -> None:
+        self.execute("DELETE FROM pools WHERE name = ?", name)
+
+    def remove_worker(self, name: str) -> None:
+        self.execute("DELETE FROM workers WHERE name = ?", name)
+
+    def _pool(self, name: str) -> Row:
+        return self.first(GET_POOL, name) or {"stop": 0, "jobs_left": 0, "died": 0}
+
+    def deaths(self, pool: str) -> int:
+        """How many jobs have died in the hands of this pool."""
+        return int(self._pool(pool)["died"])
+
+    def is_stopping(self, pool: str) -> bool:
+        """Whether a pool was told to stop."""
+        return bool(self._pool(pool)["stop"])
+
+    def turns_left(self, pool: str) -> bool:
+        """Whether a pool with --max-jobs may claim another."""
+        return bool(self._pool(pool)["jobs_left"] != 0)
+
+    def pools(self) -> list[Row]:
+        """Every pool that is registered, each with `alive`."""
+        return self.registered(ALL_POOLS)
+
+    def workers(self) -> list[Row]:
+        """Every worker that is registered, each with `alive` and the job it runs."""
+        return self.registered(ALL_WORKERS)
+
+    def serving(self, queue: str) -> list[Row]:
+        """The live workers that serve a queue."""
+        pools = {pool["name"] for pool in self.pools()
+                 if pool["alive"] and serves(pool, queue)}
+        return [worker for worker in self.workers()
+                if worker["alive"] and worker["pool"] in pools]
+
+    def queues_of_runs(self) -> set[str]:
+        """The queues of every `run` under way: it counts its jobs at its end."""
+        return {pool["queues"] for pool in self.pools()
+                if pool["alive"] and is_run_queue(pool["queues"] or "")}
+
+    def ask_stop(self, pools: Iterable[str], level: int) -> None:
+        """Have pools stop soon (1) or now (2); ring their workers afterwards."""
+        for name in pools:
+            self.execute("UPDATE pools SET stop = max(stop, ?) WHERE name = ?", level, name)
+        self.execute(NEXT_EPOCH)
+
+    def holders(self) -> set[str]:
+        """The workers in whose name a job is processing."""
+        return set(self.column("SELECT DISTINCT worker FROM jobs WHERE state = 'processing'"))
+
+    def lost_jobs(self) -> list[Row]:
+        """Every job whose worker is dead."""
+        return [job for job in self.dicts(HELD_JOBS)
+                if not is_alive(self.path, job["worker"])]
+
+    def control(self, pool: str, epoch: int) -> Control:
+        """What the workers of a pool follow since `epoch`; of one that is gone, they stop."""
+        orders = self.first(GET_POOL, pool) or {"stop": 1}
+        limited = self.column("SELECT name FROM queues WHERE concurrency IS NOT NULL")
+        return Control(epoch, self.settings(), orders["stop"], set(limited))
+
+    def settings(self) -> Settings:
+        """Every setting with the value that holds now."""
+        found = dict(self.rows("SELECT name, value FROM settings"))
+        given = {name: json.loads(value) for name, value in found.items()}
+        return {name: given.get(name, default) for name, default in SETTINGS.items()}
+
+    def set_setting(self, name: str, value: Any) -> None:
+        self.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", name, json.dumps(value))
+        self.execute(NEXT_EPOCH)
+
+    def unset_setting(self, name: str) -> None:
+        self.execute("DELETE FROM settings WHERE name = ?", name)
+        self.execute(NEXT_EPOCH)
+
+    # Queues are limited, paused and counted.
+
+    def set_concurrency(self, queue: str, most: int | None) -> None:
+        """Let at most so many jobs of a queue run at once, over all pools.
+
+        None: as many as there are workers.
+        """
+        self.execute(ADD_QUEUE, queue)
+        self.execute("UPDATE queues SET concurrency = ? WHERE name = ?", most, queue)
+        self.execute(NEXT_EPOCH)
+
+    def pause(self, queue: str | None, paused: bool) -> None:
+        """Start no more jobs of a queue, or start them again.
+
+        None: of any queue, those to come included.
+        """
+        if queue is None:
+            self.execute("UPDATE control SET paused = ?", paused)
+            if not paused:
+                self.execute("UPDATE queues SET paused = 0")
+        else:
+            self.execute(ADD_QUEUE, queue)
+            self.execute("UPDATE queues SET paused = ? WHERE name = ?", paused, queue)
+        self.execute(NEXT_EPOCH)
+
+    def all_paused(self) -> bool:
+        return bool(self.value("SELECT paused FROM control"))
+
+    def queues(self) -> list[Row]:
+        """Every queue that ever had a job, a limit or a pause, with its jobs in each state."""
+        return self.dicts(
+            """SELECT name, concurrency, queues.paused OR control.paused AS paused, pending,
+                processing, completed, failed, dead FROM queues CROSS JOIN control ORDER BY name""")
+
+    def queue(self, name: str) -> Row:
+        """One of `queues`, also if it never had a job."""
+        empty = {"name": name, "concurrency": None, "paused": self.all_paused(),
+                 **dict.fromkeys(STATES, 0)}
+        return next((queue for queue in self.queues() if queue["name"] == name), empty)
+
+    def count(self, states: Names, queue: str | None) -> int:
+        """How many jobs are in these states (none: all) and this queue (None: all)."""
+        found = [each for each in self.queues() if queue in (None, each["name"])]
+        return sum(each[state] for each in found for state in set(states or STATES))
+
     def counts(self) -> dict[str, int]:
         """The number of jobs in each state."""
-        return {state: int(count) for state, count in zip(STATES, self._rows(COUNTS)[0])}
+        totals = self.rows(
+            """SELECT total(pending), total(processing), total(completed), total(failed),
+                total(dead) FROM queues""")
+        return dict(zip(STATES, map(int, totals[0])))
 
     def damage(self) -> list[str]:
         """What SQLite's own check, and a recount of all jobs, find wrong with the database."""
-        found = [row[0] for row in self._rows(INTEGRITY) if row[0] != "ok"]
-        counted = {row[:2]: row[2] for row in self._rows(RECOUNT)}
+        found = [line for line in self.column("PRAGMA integrity_check(5)") if line != "ok"]
+        recount = "SELECT queue, state, count(*) FROM jobs GROUP BY queue, state"
+        counted = {(queue, state): count for queue, state, count in self.rows(recount)}
         for queue in self.queues():
-            found += ["queue %s has %d %s jobs, not %d" % (
-                queue["name"], counted.get((queue["name"], state), 0), state, queue[state])
-                for state in STATES if counted.get((queue["name"], state), 0) != queue[state]]
+            for state in STATES:
+                real = counted.get((queue["name"], state), 0)
+                if real != queue[state]:
+                    found.append("queue %s has %d %s jobs, not %d"
+                                 % (queue["name"], real, state, queue[state]))
         return found
 
-    def oldest_waiting(self) -> dict[str, Any] | None:
-        return next(iter(self._dicts(OLDEST_WAITING)), None)
 
-    def next_due(self) -> dict[str, Any] | None:
-        return next(iter(self._dicts(NEXT_DUE)), None)
+class Reading(Administration):
+    """What there is to see of the jobs and their runs; nothing here changes anything."""
 
-    def find(self, name: str) -> dict[str, Any]:
+    # Jobs, with all their fields.
+
+    def find(self, name: str) -> Row:
         """The job with this id, or with this unique prefix of an id that queuectl made.
 
         Raises QueueError if there is none, or more than one.
         """
-        exact = self._dicts(SELECT_JOBS + WHERE_ID, name)
-        if exact:
-            return exact[0]
-        like = self._dicts(SELECT_JOBS + WHERE_PREFIX, name, name + "\U0010ffff") if len(name) >= 4 else []
-        if len(like) == 1:
-            return like[0]
-        if like:
-            raise QueueError("%s could be %s%s; give more of the id" % (
-                clean(name), ", ".join(job["id"] for job in like[:5]), " or others" if len(like) > 5 else ""))
-        raise QueueError("there is no job %s; `queuectl list` shows them" % shorten(clean(name), 140))
+        found = self.dicts(SELECT_JOBS + "WHERE jobs.id = ?", name)
+        if not found and len(name) >= 4:
+            prefix = "WHERE jobs.id >= ? AND jobs.id < ? AND generated = 1 LIMIT 6"
+            found = self.dicts(SELECT_JOBS + prefix, name, name + "\U0010ffff")
+        if len(found) == 1:
+            return found[0]
+        if found:
+            some = ", ".join(job["id"] for job in found[:5])
+            more = " or others" if len(found) > 5 else ""
+            raise QueueError("%s could be %s%s; give more of the id" % (clean(name), some, more))
+        raise QueueError("there is no job %s; `queuectl list` shows them"
+                         % shorten(clean(name), 140))
 
-    def find_by_seq(self, seq: int) -> dict[str, Any] | None:
-        return next(iter(self._dicts(SELECT_JOBS + WHERE_SEQ, seq)), None)
+    def find_by_seq(self, seq: int) -> Row | None:
+        return self.first(SELECT_JOBS + "WHERE seq = ?", seq)
 
-    def newest(self, states: Sequence[str], queue: str | None, count: int) -> list[dict[str, Any]]:
+    def _page(self, states: Names, queue: str | None, start: int,
+              newest: bool, count: int) -> list[Row]:
+        values = [start, *states]
+        if queue is not None:
+            values.append(queue)
+        return self.dicts(select_jobs(states, queue, newest, count), *values)
+
+    def newest(self, states: Names, queue: str | None,
+               count: int) -> list[Row]:
         """The newest `count` jobs in these states (none: all) and this queue, newest last."""
-        values = [NEVER, *states] + ([] if queue is None else [queue])
-        return self._dicts(select_jobs(states, queue, True, count), *values)[::-1]
+        return self._page(states, queue, NEVER, True, count)[::-1]
 
-    def jobs(self, states: Sequence[str], queue: str | None) -> Iterator[dict[str, Any]]:
+    def jobs(self, states: Names, queue: str | None) -> Iterator[Row]:
         """All jobs in these states (none: all) and this queue, oldest first, a page at a time."""
-        seq = 0
+        seq, size = 0, 1000
         while True:
-            values = [seq, *states] + ([] if queue is None else [queue])
-            page = self._dicts(select_jobs(states, queue, False, 1000), *values)
+            page = self._page(states, queue, seq, False, size)
             yield from page
-            if len(page) < 1000:
+            if len(page) < size:
                 return
             seq = page[-1]["seq"]
 
-    def runs(self, seq: int, last: int = 0) -> Iterator[dict[str, Any]]:
-        """The recorded runs of a job after run `last`, with their output, oldest first, a page at a time."""
+    def jobs_between(self, before: int, last: int) -> Iterator[Row]:
+        """The jobs behind seq `before` up to `last`, in the order they came."""
+        while before < last:
+            page = self.dicts(
+                SELECT_JOBS + "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT 1000", before, last)
+            if not page:
+                return
+            yield from page
+            before = page[-1]["seq"]
+
+    # Runs.
+
+    def runs(self, seq: int, last: int = 0) -> Iterator[Row]:
+        """The recorded runs of a job after run `last`, with their output, oldest first."""
         while True:
-            page = self._dicts(RUNS_OF, seq, last, seq)
+            page = self.dicts(
+                """SELECT id % 16777216 AS run, attempt, state, started_at, finished_at,
+                    seconds AS duration_seconds, exit_code, error, worker, stdout, stderr FROM runs
+                    WHERE id > ? * 16777216 + ? AND id <= ? * 16777216 + 16777215
+                    ORDER BY id LIMIT 20""", seq, last, seq)
             yield from page
             if not page:
                 return
             last = page[-1]["run"]
 
-    def jobs_between(self, first: int, last: int) -> Iterator[dict[str, Any]]:
-        """The jobs after seq `first` up to `last`, in the order they came."""
-        while first < last:
-            page = self._dicts(SELECT_JOBS + WHERE_BETWEEN, first, last)
-            if not page:
-                return
-            yield from page
-            first = page[-1]["seq"]
-
-    def count(self, states: Sequence[str], queue: str | None) -> int:
-        """How many jobs are in these states (none: all) and this queue (None: all)."""
-        return sum(each[state] for each in self.queues() if queue in (None, each["name"])
-                   for state in set(states or STATES))
-
     def run_times(self, seq: int) -> tuple[int, float]:
         """How many runs of a job are recorded, and their average in seconds."""
-        count, average = self._rows(RUN_TIMES, seq, seq)[0]
+        count, average = self.rows("SELECT count(*), avg(seconds) " + RUNS_OF_JOB, seq, seq)[0]
         return count, average or 0.0
 
+    def recent_seconds(self) -> float:
+        """How many seconds the runs of the newest jobs took on average; 0 if there were none."""
+        return float(self.value(
+            """SELECT avg(seconds)
+                FROM (SELECT seconds FROM runs ORDER BY id DESC LIMIT 100)""") or 0)
 
-def open_trusted(db: str, file: tuple[int, int] | None = None, tell: Callable[[str], None] | None = None,
-                 patience: float = PATIENCE) -> Store:
+    # What a worker looks at.
+
+    def pulse(self) -> tuple[int, int | None]:
+        """What it looks at first: the epoch of settings and orders, and the next time.
+
+        That is the earliest for which a job waits (milliseconds), None if there is none.
+        """
+        epoch, due = self.rows(PULSE)[0]
+        return epoch, due
+
+    def next(self, queues: Names) -> tuple[Any, ...] | None:
+        """The job that is next in these queues (none: all); None if there is none.
+
+        It is told as it would be claimed: the fields of Job up to `chained`.
+        """
+        return next(iter(self.rows(next_job(len(queues)), *queues)), None)
+
+    def ready(self, queues: Names, due: int | None, now: int) -> bool:
+        """Without the mutex: whether a job can be claimed now; `due` is what `pulse` told."""
+        return (due is not None and due <= now) or self.next(queues) is not None
+
+    def drained(self, queues: Names, now: int) -> bool:
+        """Whether no job of these queues (none: all) is due, failed or processing.
+
+        Those of paused queues don't count.
+        """
+        for queue in self.queues():
+            served = not queues or queue["name"] in queues
+            if served and not queue["paused"] and (queue["processing"] or queue["failed"]):
+                return False
+        return not self.ready(queues, self.pulse()[1], now)
+
+    def hooks_left(self, queue: str) -> bool:
+        """Whether a hook of a job of this queue has not ended, and is not paused."""
+        mark = "%%%s%%" % json.dumps({"QUEUECTL_QUEUE": queue})[1:-1]
+        left = self.rows(
+            """SELECT 1 FROM jobs WHERE state IN ('pending', 'processing', 'failed')
+                AND queue = ? AND env LIKE ? LIMIT 1""", HOOK_QUEUE, mark)
+        return bool(left) and not self.queue(HOOK_QUEUE)["paused"]
+
+    def context(self, key: int) -> tuple[str, str, int, str]:
+        """Of whoever enqueued a job: folder, PATH, umask and (JSON, if kept) environment."""
+        found = "SELECT cwd, path, umask, environ FROM contexts WHERE id = ?"
+        cwd, path, umask, environ = self.rows(found, key)[0]
+        return cwd, path, umask, environ
+
+    def is_cancelled(self, seq: int) -> bool:
+        return bool(self.value("SELECT cancel FROM jobs WHERE seq = ?", seq) == 1)
+
+    # Who waits for whom.
+
+    def awaited_by(self, seq: int) -> list[Row]:
+        """The jobs that a job still waits for."""
+        return self.dicts(
+            """SELECT seq, id, state, due FROM waits JOIN jobs ON jobs.seq = awaited
+                WHERE job = ? ORDER BY seq""", seq)
+
+    def waiters_of(self, seq: int) -> list[Row]:
+        """The jobs that wait for a job."""
+        return self.dicts(
+            """SELECT seq, id FROM waits JOIN jobs ON jobs.seq = job
+                WHERE awaited = ? AND state <> 'dead' ORDER BY seq""", seq)
+
+    def dead_dependents(self, seq: int) -> list[int]:
+        """The dead jobs that were to run after a job, or after one of those."""
+        return self.column("SELECT seq FROM jobs WHERE state = 'dead' AND seq %s ORDER BY seq"
+                           % DEPENDENTS_OF, seq)
+
+    def dead_causes(self, seq: int) -> list[str]:
+        """The ids of the dead jobs for which a job waits, or would.
+
+        Only of those that wait for no dead one themselves.
+        """
+        return self.column(
+            """WITH RECURSIVE causes (seq) AS (SELECT ? UNION SELECT awaited FROM causes
+                    JOIN waits ON job = causes.seq JOIN jobs ON jobs.seq = awaited
+                    WHERE state = 'dead')
+                SELECT id FROM causes JOIN jobs USING (seq) WHERE seq <> ? AND NOT EXISTS (
+                    SELECT 1 FROM waits JOIN jobs AS other ON other.seq = awaited
+                    WHERE job = causes.seq AND other.state = 'dead') ORDER BY seq""", seq, seq)
+
+    def waits_for_gone(self, seq: int) -> bool:
+        """Whether a job was to run after one that died and was forgotten."""
+        return bool(self.rows("SELECT 1 FROM jobs WHERE seq = ? AND EXISTS (SELECT 1 %s)"
+                              % WAITS_FOR_GONE, seq))
+
+    # How far it is, and what is next.
+
+    def running_in(self, queue: str, count: int) -> list[str]:
+        """The ids of the first few jobs of a queue that are processing."""
+        return self.column(
+            """SELECT id FROM jobs WHERE state = 'processing' AND queue = ?
+                ORDER BY seq LIMIT ?""", queue, count)
+
+    def ahead_of(self, job: Row, everywhere: bool) -> int:
+        """How many jobs that can run now come before a job: in all queues, or in its own."""
+        queue = None if everywhere else job["queue"]
+        return int(self.value(
+            """SELECT count(*) FROM jobs JOIN queues ON queues.name = jobs.queue
+                WHERE ready = 1 AND NOT paused
+                AND (concurrency IS NULL OR processing < concurrency)
+                AND (priority < ? OR (priority = ? AND seq < ?)) AND queue = coalesce(?, queue)""",
+            job["priority"], job["priority"], job["seq"], queue))
+
+    def first_in(self, queue: str) -> int:
+        """The seq of the first unfinished job of a queue; 0 if there is none."""
+        return int(self.value(
+            """SELECT min(seq) FROM jobs WHERE queue = ?
+                AND state IN ('pending', 'processing', 'failed')""", queue) or 0)
+
+    def last_seq(self) -> int:
+        """The seq of the job that came last, be it forgotten; 0 if there was none."""
+        return int(self.value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'") or 0)
+
+    def states_between(self, queue: str, first: int,
+                       last: int) -> dict[str, int]:
+        """How many jobs of a queue from seq `first` to `last` are in each state."""
+        found = self.rows(
+            """SELECT state, count(*) FROM jobs WHERE seq BETWEEN ? AND ? AND queue = ?
+                GROUP BY state""", first, last, queue)
+        return {**dict.fromkeys(STATES, 0), **dict(found)}
+
+    def unfinished(self, first: int, last: int) -> set[int]:
+        """The seqs from `first` to `last` of jobs that have not ended."""
+        return set(self.column(
+            """SELECT seq FROM jobs WHERE state IN ('pending', 'processing', 'failed')
+                AND seq BETWEEN ? AND ?""", first, last))
+
+    def died(self, before: int, last: int, start: int,
+             queue: str | None = None) -> list[Row]:
+        """The first few jobs behind seq `before` up to `last` that died.
+
+        Those of one queue (None: of all) that died at or after `start` (milliseconds).
+        """
+        return self.dicts(
+            """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead'
+                AND seq > ? AND seq <= ? AND updated_at >= ? AND queue = coalesce(?, queue)
+                ORDER BY seq LIMIT 20""", before, last, start, queue)
+
+    def end_of(self, seq: int) -> tuple[str, str, str | None] | None:
+        """Id, state and last error of a job; None if it was forgotten."""
+        rows = self.rows("SELECT id, state, last_error FROM jobs WHERE seq = ?", seq)
+        return next(iter(rows), None)
+
+    def oldest_waiting(self) -> Row | None:
+        return self.first(OLDEST_WAITING)
+
+    def next_due(self) -> Row | None:
+        return self.first(NEXT_DUE)
+
+
+def _draw_ids(count: int) -> list[str]:
+    """Random ids: 40 bits, ten hex digits each."""
+    digits = os.urandom(5 * count).hex()
+    return [digits[at:at + 10] for at in range(0, 10 * count, 10)]
+
+
+def as_json(value: Any) -> str | None:
+    """The JSON of what few jobs have."""
+    return json.dumps(value) if value else None
+
+
+def is_special(draft: Draft) -> bool:
+    """Whether a draft has what few jobs have, and bulks are to be fast without."""
+    given = draft["unique"], draft["retry_after"]
+    return bool(draft["after"] or draft["dead_on"]) or given != (None, None)
+
+
+class Intake:
+    """Jobs that come in together, in one transaction.
+
+    They are inserted by the thousand: one at a time would take twice as long. `caller` is the PATH,
+    umask and environment (JSON, or empty) of whoever enqueues. Jobs whose id or key is taken are
+    refused; with `skip_existing` they are left out, and the seqs of those that were there before
+    are in `existing`.
+    """
+
+    def __init__(self, store: Reading, settings: Settings, caller: tuple[str, int, str],
+                 now: int, skip_existing: bool = False) -> None:
+        self.store, self.settings, self.caller = store, settings, caller
+        self.now, self.skip_existing = now, skip_existing
+        self.contexts: dict[str, Any] = {}  # their keys, by folder
+        self.chunk: list[Draft] = []  # drafts that are not inserted yet
+        self.added: dict[str, int] = {}  # how many, by queue
+        self.existing: list[int] = []
+        self.causes: dict[int, str] = {}  # of dead jobs: the id of the one for which they died
+
+    def look_up_context(self, cwd: str) -> None:
+        """Before a draft of this folder is inserted."""
+        if cwd in self.contexts:
+            return
+        values = cwd, *self.caller
+        found = self.store.value(
+            "SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ? AND environ = ?",
+            *values)
+        self.contexts[cwd] = found or self.store.db.execute(
+            "INSERT INTO contexts (cwd, path, umask, environ) VALUES (?, ?, ?, ?)",
+            values).lastrowid
+
+    def _row(self, draft: Draft, id_: str) -> tuple[Any, ...]:
+        """The values of ADD_JOB; what was not given takes the setting of this moment."""
+        priority, timeout, max_retries = (
+            self.settings[name] if draft[name] is None else draft[name]
+            for name in ("priority", "timeout_seconds", "max_retries"))
+        run_at, due = draft["run_at"], None
+        if (run_at or 0) > self.now:
+            due = run_at
+        return (
+            id_, draft["id"] is None, draft["command"], draft["queue"] or "default",
+            priority, due is None, due, run_at, timeout, max_retries, draft["backoff_base"],
+            self.contexts[draft["cwd"]], as_json(draft["env"]),
+            self.now, self.now, isinstance(run_at, Delayed))
+
+    def count(self, draft: Draft) -> None:
+        queue = draft["queue"] or "default"
+        self.added[queue] = self.added.get(queue, 0) + 1
+
+    def insert_chunk(self) -> None:
+        """Insert the chunk at once; if an id is taken, one by one, which finds out whose."""
+        db = self.store.db
+        drawn = iter(_draw_ids(sum(draft["id"] is None for draft in self.chunk)))
+        names = [draft["id"] or next(drawn) for draft in self.chunk]
+        db.execute("SAVEPOINT chunk")
+        try:
+            db.executemany(ADD_JOB, map(self._row, self.chunk, names))
+        except sqlite3.IntegrityError:
+            db.execute("ROLLBACK TO chunk")
+            named = zip(self.chunk, names)
+            self.chunk = [draft for draft, name in named if self.insert(draft, name)]
+        db.execute("RELEASE chunk")
+        for draft in self.chunk:
+            self.count(draft)
+        self.chunk = []
+
+    def insert(self, draft: Draft, name: str = "") -> bool:
+        """Insert one job, as `name` if it was drawn already; False if it is skipped."""
+        name = name or draft["id"]
+        while draft["id"] is None and (not name or self.store.rows(WITH_ID, name)):
+            name = _draw_ids(1)[0]
+        key = draft["unique"]
+        twin = self.store.first(WITH_ID, name) or self.store.first(
+            """SELECT seq, id, state FROM jobs
+                WHERE unique_key = ? AND state <> 'completed' AND state <> 'dead'""", key)
+        if not twin:
+            self.store.execute(ADD_JOB, *self._row(draft, name))
+            return True
+        if self.skip_existing:
+            self.existing.append(twin["seq"])
+            return False
+        problem = ("a job with the id %s exists already; choose another, or use --if-exists skip"
+                   % name)
+        if twin["id"] != name:
+            problem = "a job with the key %s is %s: %s; --if-exists skip makes this a success" % (
+                clean(str(key)), twin["state"], clean(twin["id"]))
+        raise QueueError(at_line(draft.get("line", 0), problem))
+
+    def finish(self) -> None:
+        """Insert what is left, and have the queues count all that were added."""
+        self.insert_chunk()
+        for queue, count in self.added.items():
+            self.store.execute(ADD_QUEUE, queue)
+            self.store.execute("UPDATE queues SET pending = pending + ? WHERE name = ?",
+                               count, queue)
+
+
+def hook_env(job: Row) -> dict[str, str]:
+    """The variables by which a hook learns which job has ended, and how."""
+    shown = {
+        "JOB_ID": job["id"], "QUEUE": job["queue"],
+        "ATTEMPT": job["attempts"], "MAX_RETRIES": job["max_retries"],
+        "COMMAND": shorten(job["command"], 30000), "STATE": job["state"],
+        "EXIT_CODE": job["exit_code"], "ERROR": clean(job["last_error"] or "")}
+    return {"QUEUECTL_" + name: "" if value is None else str(value)
+            for name, value in shown.items()}
+
+
+class Endings(Reading):
+    """What follows when a job has ended, in the transaction that records its end."""
+
+    def follow_up(self, seq: int, state: str, by_itself: bool, settings: Settings,
+                  now: int) -> bool:
+        """A job is completed or dead; whether others can start now, or died too.
+
+        The jobs that `settings` ask for are added: by on_end, and by on_dead if it died
+        `by_itself`: not if it was cancelled. Those that waited for it alone go on, or die too.
+        """
+        hooked, died = False, state == DEAD and by_itself
+        if settings["on_end"] or (died and settings["on_dead"]):
+            ended = self.dicts(HOOKED + "WHERE seq = ?", seq)
+            hooked = self._add_hooks(ended, settings, died, now)
+        waiting = self.column("SELECT job FROM waits WHERE awaited = ?", seq)
+        if waiting and state == DEAD:
+            name = self.value(ID_OF, seq)
+            self.bury(DEPENDENTS_OF, name, seq, now, self.settings())
+        elif waiting:
+            self.execute("DELETE FROM waits WHERE awaited = ?", seq)
+            self.db.executemany(
+                """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?,
+                    due = CASE WHEN run_at > ? THEN run_at END
+                    WHERE seq = ? AND state = 'pending'
+                    AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)""",
+                [(now, now, job) for job in waiting])
+        return hooked or bool(waiting)
+
+    def bury(self, which: str, cause: str, seq: int, now: int,
+             settings: Settings) -> None:
+        """Let those jobs die that were to run after the dead one with the id `cause`.
+
+        `which` is the end of a statement that says which: `= ?` or DEPENDENTS_OF, of `seq`.
+        """
+        error = "%s is dead, and this job was to run after it" % cause
+        buried = []
+        if settings["on_end"]:
+            buried = self.dicts(HOOKED + "WHERE state = 'pending' AND seq " + which, seq)
+        self.execute(
+            """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, updated_at = ?,
+                finished_at = ?, last_error = ? WHERE state = 'pending' AND seq """ + which,
+            now, now, error, seq)
+        ended = [dict(job, state=DEAD, last_error=error) for job in buried]
+        self._add_hooks(ended, settings, False, now)
+
+    def _add_hooks(self, jobs: list[Row], settings: Settings,
+                   died: bool, now: int) -> bool:
+        """Add the jobs that on_end asks for, and on_dead if these `died`; whether there are any.
+
+        They are jobs like others, but their own end makes none.
+        """
+        commands = settings["on_end"], died and settings["on_dead"]
+        ended = [job for job in jobs if job["queue"] != HOOK_QUEUE]
+        if not ended or not any(commands):
+            return False
+        path = os.fsencode(os.environ.get("PATH", os.defpath))
+        caller = path.decode("utf-8", "replace"), 0o077, ""
+        draft = dict(
+            dict.fromkeys(GIVEN_FIELDS), queue=HOOK_QUEUE, cwd=self.folder,
+            priority=HOOK_PRIORITY, timeout_seconds=HOOK_TIME)
+        intake = Intake(self, settings, caller, now)
+        intake.look_up_context(self.folder)
+        intake.chunk = [dict(draft, command=command, env=hook_env(job))
+                        for job in ended for command in commands if command]
+        intake.finish()
+        return True
+
+
+READY_AT_ONCE = 10_000
+
+
+class Store(Endings):
+    """The queue at `path`: one method for each change of a job's state, called in a transaction.
+
+    Arguments and errors: see Database. Times are in milliseconds since the epoch.
+    """
+
+    # Jobs come in.
+
+    def add(self, drafts: Iterable[Draft], settings: Settings, path: str, umask: int,
+            now: int, skip_existing: bool = False,
+            environ: str = "") -> tuple[int, int, list[int]]:
+        """Insert jobs; the seq before the first, that of the last, and those that existed.
+
+        `path`, `umask` and `environ` (JSON, or empty) are those of whoever enqueues. Raises
+        QueueError if an id exists already, or a key is taken, unless `skip_existing`; and if a
+        job is to wait for one that does not exist.
+        """
+        before = self.last_seq()
+        intake = Intake(self, settings, (path, umask, environ), now, skip_existing)
+        for draft in drafts:
+            intake.look_up_context(draft["cwd"])
+            special = is_special(draft)
+            if not special:
+                intake.chunk.append(draft)
+            if special or len(intake.chunk) == 1000:
+                intake.insert_chunk()
+            if special:  # it may wait for one of these
+                self._add_special(intake, draft)
+        intake.finish()
+        if environ:
+            self.db.executemany(
+                """UPDATE contexts SET jobs = jobs + (SELECT count(*) FROM jobs
+                    WHERE seq > ? AND context = contexts.id) WHERE id = ?""",
+                [(before, context) for context in intake.contexts.values()])
+            self.execute("DELETE FROM contexts WHERE jobs = 0 AND environ <> ''")
+        return before, self.last_seq(), intake.existing
+
+    def _add_special(self, intake: Intake, draft: Draft) -> None:
+        """Insert a job with a key, a policy, or others to wait for.
+
+        If one of those is dead already, so is the job.
+        """
+        if not intake.insert(draft):
+            return
+        seq = self.last_seq()
+        policy = {name: draft[name] for name in POLICY_FIELDS
+                  if draft[name] not in (None, [])}
+        self.execute("UPDATE jobs SET unique_key = ?, policy = ? WHERE seq = ?",
+                     draft["unique"], as_json(policy), seq)
+        awaited = self._awaited(draft, seq)
+        intake.count(draft)
+        self.execute(ADD_QUEUE, draft["queue"] or "default")  # the burial below is counted there
+        waits = [(job["seq"], seq) for job in awaited if job["state"] != COMPLETED]
+        self.db.executemany("INSERT OR IGNORE INTO waits (awaited, job) VALUES (?, ?)", waits)
+        if waits:
+            self.execute("UPDATE jobs SET ready = 0, due = NULL, chained = 1 WHERE seq = ?", seq)
+        dead = [job["seq"] for job in awaited if job["state"] == DEAD]
+        if dead:
+            known, first = intake.causes, dead[0]
+            if first not in known:
+                causes = self.dead_causes(first) or self.column(ID_OF, first)
+                known[first] = causes[0]
+            known[seq] = known[first]
+            self.bury("= ?", known[seq], seq, intake.now, intake.settings)
+
+    def _awaited(self, draft: Draft, seq: int) -> list[Row]:
+        """The jobs that the one at `seq` is to run after: their seq and state."""
+        line, state_of = draft.get("line", 0), "SELECT seq, state FROM jobs WHERE id = ?"
+        try:
+            awaited = [self.first(state_of, name) or self.find(name)
+                       for name in draft["after"] or ()]
+        except QueueError as error:
+            problem = "%s; what a job is to run after must stand before it" % error
+            raise QueueError(at_line(line, problem)) from None
+        if any(job["seq"] == seq for job in awaited):
+            raise QueueError(at_line(line, "a job can't wait for itself"))
+        return awaited
+
+    # Jobs are claimed and recorded.
+
+    def claim(self, worker: str, slot: int, queues: Names, due: int | None,
+              now: int, pool: str = "") -> Job | None:
+        """Claim the job that is next in these queues (none: all); None if there is none.
+
+        If `due`, the time that `pulse` told, has come, jobs are made ready before; where they are
+        very many, a part of them is made ready instead of a claim, so that the mutex is not held
+        for long. `pool` is given if its claims are counted against a --max-jobs.
+        """
+        if due is not None and due <= now:
+            made_ready = self.execute(
+                """UPDATE jobs SET ready = 1 WHERE seq IN (SELECT seq FROM jobs
+                    WHERE ready = 0 AND due IS NOT NULL AND due <= ? ORDER BY due LIMIT %d)"""
+                % READY_AT_ONCE, now)
+            if made_ready == READY_AT_ONCE:
+                return None
+        found = self.next(queues)
+        if found is None:
+            return None
+        job = Job._make((*found, now))
+        if pool and job.queue != HOOK_QUEUE:
+            turn = self.execute(
+                """UPDATE pools SET jobs_left = jobs_left - 1
+                    WHERE name = ? AND jobs_left > 0""", pool)
+            if not turn:
+                return None
+        self.execute(
+            """UPDATE jobs SET state = 'processing', ready = 0, due = NULL,
+                attempts = attempts + 1, runs = runs + 1, worker = ?, slot = ?, locked_at = ?,
+                started_at = ?, updated_at = ? WHERE seq = ?""",
+            worker, slot, now, now, now, job.seq)
+        return job
+
+    def make_ready_after_clock_step(self, now: int) -> None:
+        """Make due the retries that were put off by a clock that has since been set back.
+
+        Delays begin anew.
+        """
+        self.execute(
+            """UPDATE jobs SET ready = 1
+                WHERE state = 'failed' AND ready = 0 AND updated_at > ?""", now)
+        self.execute(
+            """UPDATE jobs SET due = due - updated_at + ?, run_at = run_at - updated_at + ?,
+                updated_at = ? WHERE delayed = 1 AND ready = 0 AND due IS NOT NULL
+                AND state = 'pending' AND updated_at > ?""", now, now, now, now)
+
+    def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str],
+               settings: Settings) -> tuple[str, bool]:
+        """Record how a run ended; the job's new state, and whether others can start now.
+
+        If it is dead, `pools` are told. The jobs that `settings` ask for when a job ends are added.
+        Only if the job is still in that very run: otherwise somebody else has recorded it as lost,
+        and that stands; the state is "" then.
+        """
+        job, now = ended.job, ended.finished_at
+        state, attempts = settle(ended.ending, job.attempts, job.max_retries, ended.final)
+        by_itself = ended.ending != CANCELLED
+        if state not in ENDED and self.is_cancelled(job.seq):  # its worker has not heard of it
+            state, attempts, by_itself = DEAD, job.attempts, False
+        if not self._leave_run(ended, state, attempts, retry_at):
+            return "", False
+        self._keep_run(ended)
+        if state not in ENDED:
+            return state, False
+        if state == DEAD and job.queue != HOOK_QUEUE:
+            for pool in pools:
+                self.execute("UPDATE pools SET died = died + 1 WHERE name = ?", pool)
+        return state, self.follow_up(job.seq, state, by_itself, settings, now)
+
+    def _leave_run(self, ended: Ended, state: str, attempts: int,
+                   retry_at: int | None) -> int:
+        """Give a job its new state, if it is still in the run that ended."""
+        job, now = ended.job, ended.finished_at
+        due = retry_at if state == FAILED else None
+        return self.execute(
+            """UPDATE jobs SET state = ?, ready = ?, due = ?, attempts = ?, updated_at = ?,
+                finished_at = ?, exit_code = ?, last_error = ?, deferrals = deferrals + ?,
+                cancel = 0, worker = NULL, slot = NULL, locked_at = NULL
+                WHERE seq = ? AND runs = ? AND state = 'processing'""",
+            state, state == PENDING, due, attempts, now, now, ended.exit_code, ended.error,
+            ended.ending == DEFERRED, job.seq, job.runs)
+
+    def _keep_run(self, ended: Ended) -> None:
+        """Keep what is shown of a run; where there was no room for it, it was none."""
+        job = ended.job
+        if ended.ending == UNSTARTED:
+            self.execute("UPDATE jobs SET runs = runs - 1 WHERE seq = ?", job.seq)
+            return
+        self.execute(
+            "INSERT INTO runs VALUES (? * 16777216 + ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            job.seq, job.runs, job.attempts, ended.ending, job.started_at, ended.finished_at,
+            ended.seconds, ended.exit_code, ended.error, ended.worker,
+            ended.stdout or None, ended.stderr or None)
+
+    # Jobs are cancelled, retried, changed and forgotten; each tells if it was done.
+
+    def cancel_waiting(self, seq: int, now: int) -> bool:
+        """Let a job die that waits."""
+        done = self.execute(
+            """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, last_error = ?,
+                updated_at = ?, finished_at = ?
+                WHERE seq = ? AND state IN ('pending', 'failed')""",
+            "cancelled before it ran again", now, now, seq)
+        if done:
+            self.follow_up(seq, DEAD, False, self.settings(), now)
+        return bool(done)
+
+    def ask_cancel(self, seq: int, now: int) -> bool:
+        """Have the worker of a running job end it."""
+        return bool(self.execute(
+            """UPDATE jobs SET cancel = 1, updated_at = ?
+                WHERE seq = ? AND state = 'processing'""", now, seq))
+
+    def retry(self, seq: int, now: int) -> bool:
+        """Give a job that has ended a new start, if its key is not taken."""
+        return bool(self.execute(
+            RETRY + "seq = ? AND state IN ('completed', 'dead')", now, seq))
+
+    def retry_all_dead(self, now: int, queue: str | None) -> int:
+        """Give every dead job of a queue (None: of all) a new start; how many.
+
+        Not those whose key is taken, and not those that waited for one that is forgotten.
+        """
+        before = self.counts()[DEAD]
+        self.execute(
+            RETRY + "state = 'dead' AND queue = coalesce(?, queue) AND NOT EXISTS (SELECT 1 %s)"
+            % WAITS_FOR_GONE, now, queue)
+        still_dead = self.rows(
+            """SELECT DISTINCT awaited.seq, awaited.id FROM waits
+                JOIN jobs AS awaited ON awaited.seq = waits.awaited
+                JOIN jobs ON jobs.seq = waits.job
+                WHERE awaited.state = 'dead' AND jobs.state = 'pending'""")
+        for seq, name in still_dead:
+            self.bury(DEPENDENTS_OF, name, seq, now, self.settings())
+        return before - self.counts()[DEAD]
+
+    def edit(self, job: Row, changes: Draft, now: int) -> None:
+        """Change a waiting job: priority, run_at, timeout_seconds, max_retries, queue."""
+        new = {**job, **changes}
+        if "run_at" in changes and not job["after"]:
+            new["ready"] = (new["run_at"] or 0) <= now
+            new["due"] = None if new["ready"] else new["run_at"]
+        values = [new[name] for name in (*EDITABLE, "ready", "due")]
+        self.execute(
+            """UPDATE jobs SET priority = ?, run_at = ?, timeout_seconds = ?, max_retries = ?,
+                queue = ?, ready = ?, due = ?, updated_at = ?
+                WHERE seq = ? AND state IN ('pending', 'failed')""", *values, now, job["seq"])
+        if new["queue"] != job["queue"]:
+            pending, failed = job["state"] == PENDING, job["state"] == FAILED
+            self.execute(ADD_QUEUE, new["queue"])
+            self.execute(MOVE_COUNT, pending, failed, new["queue"])
+            self.execute(MOVE_COUNT, -pending, -failed, job["queue"])
+
+    def delete(self, seq: int) -> bool:
+        """Forget a job that is not running, and that no other waits for."""
+        done = self.execute(
+            """DELETE FROM jobs WHERE seq = ? AND state <> 'processing' AND NOT EXISTS (
+                SELECT 1 FROM waits JOIN jobs AS waiting ON waiting.seq = waits.job
+                WHERE awaited = jobs.seq AND waiting.state <> 'dead')""", seq)
+        if done:
+            self.execute("DELETE " + RUNS_OF_JOB, seq, seq)
+        return bool(done)
+
+    def purge(self, state: str, before: int) -> int:
+        """Forget all jobs in `state` not changed since the time `before`; how many.
+
+        In small transactions of its own. The jobs of a `run` under way are spared.
+        """
+        last, total, spared = NEVER, 0, self.queues_of_runs()
+        while last:
+            last, count = self.forget_some(state, before, last, spared)
+            total += count
+        return total
+
+    def forget_some(self, state: str, before: int, last: int,
+                    spared: Iterable[str]) -> tuple[int, int]:
+        """Of the next jobs in `state` below seq `last`, forget those unchanged since `before`.
+
+        Returns the seq that was reached (0: there are no more), and how many were forgotten. Jobs
+        of the queues `spared` are not. The newest go first: what waits before what it waits for.
+        The mutex is taken only if there is anything to forget.
+        """
+        rows = self.rows(
+            """SELECT seq, queue, updated_at FROM jobs WHERE state = ? AND seq < ?
+                ORDER BY seq DESC LIMIT 500""", state, last)
+        if not rows:
+            return 0, 0
+        old = [seq for seq, queue, changed in rows if changed <= before and queue not in spared]
+        count = 0
+        if old:
+            still_so = "SELECT 1 FROM jobs WHERE seq = ? AND state = ? AND updated_at <= ?"
+            with self.transaction():
+                count = sum(self.delete(seq) for seq in old
+                            if self.value(still_so, seq, state, before))
+        return rows[-1][0], count
+
+
+def open_trusted(db: str, file: tuple[int, int] | None = None,
+                 tell: Tell | None = None, patience: float = PATIENCE) -> Store:
     """The store of a database from which something is to be executed.
 
     `file` is its identity where it was checked before: it must be the same. Raises QueueError if
@@ -3810,6 +4207,9 @@ def open_trusted(db: str, file: tuple[int, int] | None = None, tell: Callable[[s
         store.close()
         raise QueueError("%s was replaced while it was in use; nothing of it is executed" % db)
     return store
+
+
+# A backup is restored: a copy of it is put in the database's place.
 
 
 def copy_backup(backup: str, part: str) -> None:
@@ -3837,10 +4237,10 @@ def fold_log(db: str) -> None:
 
 def keep_aside(db: str) -> str:
     """Give a database, and a log that could not be folded in, a second name; the name."""
-    number = 1
-    while any(os.path.exists("%s.replaced%d%s" % (db, number, ending)) for ending in ("", "-wal")):
+    number, kept = 1, db + ".replaced1"
+    while os.path.exists(kept) or os.path.exists(kept + "-wal"):
         number += 1
-    kept = "%s.replaced%d" % (db, number)
+        kept = "%s.replaced%d" % (db, number)
     os.link(db, kept)
     if os.path.exists(db + "-wal"):
         os.rename(db + "-wal", kept + "-wal")
@@ -3850,7 +4250,7 @@ def keep_aside(db: str) -> str:
 
 
 def put_in_place(backup: str, db: str) -> str:
-    """Put a copy of a backup in a database's place; under which name what it replaces is kept, or nothing.
+    """Put a copy of a backup in a database's place; the name of what it replaces, or nothing.
 
     Under the mutex. The old log is folded into the old database first, for it would be mixed with
     the new one; where that can't be, it is kept beside it. There is a database at every moment:
@@ -3862,7 +4262,8 @@ def put_in_place(backup: str, db: str) -> str:
     try:
         system.wait_lock(mutex)
         if not system.try_lock(mutex):
-            raise Unavailable("another process is writing to %s; try again when it has finished" % db)
+            raise Unavailable("another process is writing to %s; try again when it has finished"
+                              % db)
         part, kept = db + ".restored", ""
         copy_backup(backup, part)
         if os.path.exists(db):
