@@ -1596,6 +1596,7 @@ class PollingBell(Bell):
         return True
 
 
+# The types are those of Posix; a Windows that lacks something is found by running it alone.
 system: Posix = Windows() if WINDOWS else Posix()  # type: ignore[assignment]
 make_bell = PollingBell if WINDOWS else Bell
 
@@ -5391,8 +5392,8 @@ def worker_main(order: Order) -> NoReturn:
 # but was ended with its pool; and on Windows workers hear of the stop by it alone. Signals come
 # before the record, for a database that can't be written must not hold up a stop.
 #
-# A supervisor that dies takes its workers along: the kernel sends each a SIGHUP, and before each
-# claim they look whether it still is their parent.
+# When a supervisor dies, its workers finish their jobs and go too: on Linux the kernel sends each
+# a SIGHUP, and before each claim they look whether it is still their parent.
 
 QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing delay
 LONGEST_DELAY = 1.0
