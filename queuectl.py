@@ -46,6 +46,7 @@ Contents, in reading order; a section calls only those above it:
     Store        what is read of the queue, and one method for each change of state
     Runner       one run of one job
     Worker       claim, run, record; recovery of what dead workers held
+    Console      what is printed: where, how wide, with what escaped
     Pool         the supervisor: start, watch, replace and stop workers
     Views        rows to text or JSON: pure functions
     Commands     what a user types, each beside its options
@@ -63,7 +64,7 @@ import stat
 import sys
 import time
 from collections import namedtuple
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 try:
     import sqlite3
@@ -82,9 +83,17 @@ if TYPE_CHECKING:
 
 VERSION = "1.0.0"
 
+if TYPE_CHECKING:
+    Row = dict[str, Any]  # a job, a run, a worker or a queue: its fields by name
+    Draft = dict[str, Any]  # of a job: see draft_of
+    Settings = dict[str, Any]
+    Names = Sequence[str]  # of queues or states
+    Tell = Callable[[str], None]
+
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD = STATES = (
     "pending", "processing", "completed", "failed", "dead")
-UNFINISHED, WAITING, ENDED = (PENDING, PROCESSING, FAILED), (PENDING, FAILED), (COMPLETED, DEAD)
+UNFINISHED = PENDING, PROCESSING, FAILED
+WAITING, ENDED = (PENDING, FAILED), (COMPLETED, DEAD)
 # How a run can end besides completed and failed: queuectl itself ended it to shut down, its
 # worker was lost, somebody cancelled the job, or it asked to be tried again later.
 STOPPED, LOST, CANCELLED, DEFERRED = "stopped", "lost", "cancelled", "deferred"
@@ -95,15 +104,15 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_TIMED_OUT, EXIT_INTERRUPTED = 0
 # Of workers, which the pool replaces: a signal of its own sent it home; the machine failed it.
 EXIT_DISMISSED, EXIT_TROUBLED = 10, 11
 
-# The fields of a job as users see them, in the order they are shown in.
+# The fields of a job as users see them, in the order they are shown in. What ends in `_at` is a
+# time: milliseconds since the epoch, and ISO 8601 in JSON.
 FIELDS = ("id", "command", "state", "queue", "priority", "run_at", "timeout_seconds", "attempts",
           "max_retries", "backoff_base", "cwd", "env", "after", "unique", "retry_after", "dead_on",
           "created_at", "updated_at", "started_at", "finished_at", "next_retry_at", "exit_code",
           "last_error", "locked_by", "locked_at")
 EDITABLE = ("priority", "run_at", "timeout_seconds", "max_retries", "queue")
-POLICY_FIELDS = ("retry_after", "dead_on")  # what exit codes mean for a job; kept together, for few have any
-TIME_FIELDS = ("run_at", "created_at", "updated_at", "started_at", "finished_at",
-               "next_retry_at", "locked_at")
+# What exit codes mean for a job. These are kept together, for few jobs have any.
+POLICY_FIELDS = ("retry_after", "dead_on")
 GIVEN_FIELDS = ("id", "command", "queue", "priority", "run_at", "timeout_seconds",
                 "max_retries", "backoff_base", "cwd", "env", "after", "unique", *POLICY_FIELDS)
 ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at"}
@@ -119,51 +128,51 @@ JOB_VARIABLES = ("QUEUECTL_JOB_ID", "QUEUECTL_ATTEMPT", "QUEUECTL_MAX_RETRIES",
 CENTURY = 100 * 365.25 * 86400.0  # seconds; longer durations are taken for mistakes
 NAME_LENGTH = 128
 
-Limit = namedtuple("Limit", "shape low high")
-LIMITS = {  # what is sound, for job fields and settings alike
-    "priority": Limit("whole number", -10**9, 10**9),
-    "max_retries": Limit("whole number", 0, 10**6),
-    "backoff_base": Limit("number", 0.001, 10**6),
+Limit = namedtuple("Limit", "shape low high default", defaults=(None, None, None))
+# What is sound for settings and for fields of jobs, and the defaults of settings.
+LIMITS = {
+    "max_retries": Limit("whole number", 0, 10**6, 3),
+    "backoff_base": Limit("number", 0.001, 10**6, 2.0),
+    "backoff_max": Limit("duration", 0, CENTURY, 3600.0),
+    "backoff_jitter": Limit("number", 0, 10, 0.0),
     "timeout_seconds": Limit("duration", 0.001, CENTURY),
-    "delay": Limit("duration", 0, CENTURY),
-    "retry_after": Limit("duration", 0, CENTURY),
-    "dead_on": Limit("whole number", 1, 2**32 - 1),  # exit codes; Windows has long ones
-    "max_deferrals": Limit("whole number", 0, 10**6),
+    "priority": Limit("whole number", -10**9, 10**9, 10),
+    "poll_interval_ms": Limit("whole number", 10, 3_600_000, 1000),
+    "kill_grace_seconds": Limit("duration", 0, 86400, 5.0),
+    # A worker takes several times that much memory.
+    "max_output_bytes": Limit("whole number", 1024, 64 * 1024 * 1024, 1024 * 1024),
+    "retry_after": Limit("duration", 0, CENTURY, 60.0),
+    "max_deferrals": Limit("whole number", 0, 10**6, 100),
     "keep_completed": Limit("duration", 0, CENTURY),
     "keep_dead": Limit("duration", 0, CENTURY),
-    "backoff_max": Limit("duration", 0, CENTURY),
-    "backoff_jitter": Limit("number", 0, 10),
-    "poll_interval_ms": Limit("whole number", 10, 3_600_000),
-    "kill_grace_seconds": Limit("duration", 0, 86400),
-    "max_output_bytes": Limit("whole number", 1024, 64 * 1024 * 1024),  # a worker takes several times that
+    "on_dead": Limit("shell command"),
+    "on_end": Limit("shell command"),
 }
-
-SETTINGS: dict[str, Any] = {  # every setting with its default
-    "max_retries": 3,
-    "backoff_base": 2.0,
-    "backoff_max": 3600.0,
-    "backoff_jitter": 0.0,
-    "timeout_seconds": None,
-    "priority": 10,
-    "poll_interval_ms": 1000,
-    "kill_grace_seconds": 5.0,
-    "max_output_bytes": 1024 * 1024,
-    "retry_after": 60.0,
-    "max_deferrals": 100,
-    "keep_completed": None,
-    "keep_dead": None,
-    "on_dead": None,
-    "on_end": None,
-}
+SETTINGS: Row = {name: limit.default for name, limit in LIMITS.items()}
+LIMITS.update(
+    delay=Limit("duration", 0, CENTURY),
+    dead_on=Limit("whole number", 1, 2**32 - 1),  # exit codes; Windows has long ones
+)
 
 
 def checkpoint(place: str) -> None:
     """Nothing. Tests put a function here that kills the process at one of these places."""
 
 
+def clean(text: str) -> str:
+    """`text` with control characters, escape sequences and bidirectional marks shown escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in text)
+
+
 class QueueError(Exception):
-    """The request could not be met; its text tells the user what to do next."""
+    """The request could not be met. Its text says what to do next, and is safe on a terminal."""
     code = EXIT_FAILED
+
+    def __str__(self) -> str:
+        return clean(super().__str__())
 
 
 class UsageError(QueueError):
@@ -185,8 +194,8 @@ Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_
                         "backoff_base context env policy deferrals chained started_at")
 # How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
 # `seconds` was measured by the monotonic clock; `final`: its exit code says not to try again.
-Ended = namedtuple("Ended", "job ending exit_code error finished_at seconds stdout stderr worker final",
-                   defaults=[False])
+Ended = namedtuple("Ended", "job ending exit_code error finished_at seconds stdout stderr worker "
+                            "final", defaults=[False])
 # What running workers follow: settings, and whether their pool is to stop (0, 1: soon, 2: now);
 # `limited` are the queues that have a limit of jobs running at once.
 Control = namedtuple("Control", "epoch settings stop limited")
@@ -221,7 +230,7 @@ def to_number(value: Any) -> float:
 
 
 def to_duration(value: Any) -> float:
-    """Seconds from a number (`90`, `1.5`) or from text with units (`500ms`, `1h30m`), or ValueError."""
+    """Seconds from a number (`90`, `1.5`) or text with units (`500ms`, `1h30m`), or ValueError."""
     if not isinstance(value, str) or re.fullmatch(_NUMBER, value):
         return to_number(value)
     parts = re.findall(_PART, value)
@@ -239,31 +248,29 @@ def show_number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
+def count_of(number: int, noun: str) -> str:
+    """`1 job`, `2 jobs`."""
+    return "%d %s%s" % (number, noun, "" if number == 1 else "s")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, or nothing where no known word is near."""
     import difflib
-    near = difflib.get_close_matches(word, list(known), 1)
+    near = difflib.get_close_matches(word, known, 1)
     return "; did you mean %s?" % near[0] if near else ""
 
 
-def clean(text: str) -> str:
-    """`text` with control characters, escape sequences and bidirectional marks shown escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in text)
-
-
 def shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[:max(0, width - 3)] + "..."
+    """`text` in at most `width` characters."""
+    return text if len(text) <= width else text[:width - 3] + "..."
 
 
-def quoted(value: Any) -> str:
+def quoted(value: Any, width: int = 60) -> str:
     """A value as it stands in JSON, safe for any terminal: what an error message shows."""
     try:
-        return json.dumps(value)
+        return shorten(json.dumps(value), width)
     except (TypeError, ValueError, RecursionError):
-        return clean(str(type(value).__name__))
+        return type(value).__name__
 
 
 def checked(name: str, value: Any, called: str = "") -> Any:
@@ -272,18 +279,17 @@ def checked(name: str, value: Any, called: str = "") -> Any:
     Raises UsageError, with the bounds, for anything else: nan, infinity, true, 2**63, "abc";
     it speaks of `called`, by default of `name`.
     """
-    shape, low, high = LIMITS[name]
+    shape, low, high, _ = LIMITS[name]
     try:
         number = SHAPES[shape](value)
-        sound = low <= number <= high
+        if low <= number <= high:
+            return number
     except (ValueError, OverflowError):
-        sound = False
-    if sound:
-        return number
+        pass
     bounds = "from %s to %s" % (show_number(low), show_number(high))
     if high == CENTURY:
         bounds = "from %s s to 100 years, such as 90, 1.5, 500ms, 30s, 5m, 1h30m" % show_number(low)
-    raise UsageError("%s must be a %s %s, not %s" % (called or name, shape, bounds, shorten(quoted(value), 60)))
+    raise UsageError("%s must be a %s %s, not %s" % (called or name, shape, bounds, quoted(value)))
 
 
 def setting_name(text: str) -> str:
@@ -291,29 +297,33 @@ def setting_name(text: str) -> str:
     name = text.replace("-", "_")
     if name not in SETTINGS:
         raise UsageError("there is no setting %s%s; `queuectl config show` lists them"
-                         % (shorten(quoted(text), 60), nearest(name, SETTINGS)))
+                         % (quoted(text), nearest(name, SETTINGS)))
     return name
 
 
 def show_setting(value: Any) -> str:
-    return "none" if value is None else show_number(value) if isinstance(value, float) else str(value)
+    """The value of a setting as `config set` takes it."""
+    if value is None:
+        return "none"
+    return show_number(value) if isinstance(value, float) else str(value)
 
 
 def to_millis(seconds: float) -> int:
     return int(seconds * 1000)
 
 
-def _time_from(match: re.Match[str]) -> int:
-    from datetime import datetime, timedelta, timezone
-    year, month, day, hour, minute, second, fraction, sign, off_hours, off_minutes = match.groups()
-    moment = datetime(int(year), int(month), int(day), int(hour or 0), int(minute or 0),
-                      int(second or 0), tzinfo=timezone.utc)
+def _time_from(text: str) -> int:
+    from datetime import datetime, timedelta
+    match = re.fullmatch(_TIME, text.strip(), re.ASCII)
+    if match is None:
+        raise ValueError(text)
+    *numbers, fraction, sign, hours, minutes = match.groups()
+    moment = datetime(*[int(number or 0) for number in numbers])  # type: ignore[arg-type]
     if sign:
-        offset = timedelta(hours=int(off_hours), minutes=int(off_minutes))
+        offset = timedelta(hours=int(hours), minutes=int(minutes))
         moment += -offset if sign == "+" else offset
     nanos = int((fraction or "").ljust(9, "0"))
-    return (moment - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(milliseconds=1) \
-        - (-nanos // 1_000_000)
+    return (moment - datetime(1970, 1, 1)) // timedelta(milliseconds=1) - -nanos // 1_000_000
 
 
 class Delayed(int):
@@ -326,23 +336,21 @@ LAST_TIME = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 def parse_time(text: Any, now: int) -> int:
     """Milliseconds since the epoch from ISO 8601 (UTC where no offset stands) or `now+5m`.
 
-    A fraction of a millisecond is rounded up: a job never starts before its time.
-    Raises UsageError for anything else.
+    `now` is in milliseconds. A fraction of a millisecond is rounded up: a job never starts before
+    its time. Raises UsageError for anything else.
     """
-    if isinstance(text, str):
-        if text == "now":
-            return now
-        if text.startswith(("now+", "+")):
-            return Delayed(now + to_millis(checked("delay", text.partition("+")[2])))
-        match = re.fullmatch(_TIME, text.strip(), re.ASCII)
-        try:
-            moment = _time_from(match) if match else LAST_TIME + 1
-            if moment <= LAST_TIME:
-                return moment
-        except (ValueError, OverflowError):
-            pass
+    if text == "now":
+        return now
+    if isinstance(text, str) and text.startswith(("now+", "+")):
+        return Delayed(now + to_millis(checked("delay", text.partition("+")[2])))
+    try:
+        moment = _time_from(str(text))
+        if moment <= LAST_TIME:
+            return moment
+    except (ValueError, OverflowError):
+        pass
     raise UsageError("run_at must be a time such as 2026-01-31T10:00:00Z (UTC) or +5m, not %s"
-                     % shorten(quoted(text), 60))
+                     % quoted(text))
 
 
 @lru_cache(16)
@@ -363,7 +371,11 @@ def show_duration(seconds: float) -> str:
         return "%.2fs" % seconds
     if seconds < 60:
         return "%.1fs" % seconds
-    big, small = ("m", "s") if seconds < 3600 else ("h", "m") if seconds < 86400 else ("d", "h")
+    big, small = "d", "h"
+    if seconds < 3600:
+        big, small = "m", "s"
+    elif seconds < 86400:
+        big, small = "h", "m"
     return "%d%s %d%s" % (seconds // UNITS[big], big, seconds % UNITS[big] // UNITS[small], small)
 
 
@@ -388,7 +400,8 @@ def settle(ending: str, attempts: int, max_retries: int, final: bool = False) ->
     if ending == COMPLETED:
         return COMPLETED, attempts
     if ending in (STOPPED, DEFERRED, UNSTARTED):
-        return FAILED if ending == DEFERRED else PENDING, max(0, attempts - 1)
+        attempts = max(0, attempts - 1)
+        return FAILED if ending == DEFERRED else PENDING, attempts
     if ending == CANCELLED or final or attempts >= max_retries:
         return DEAD, attempts
     return FAILED, attempts
@@ -399,19 +412,19 @@ def is_run_queue(name: str) -> bool:
     return re.fullmatch(RUN_QUEUE % "[0-9]+", name) is not None
 
 
-def policy_of(job: Any) -> dict[str, Any]:
-    """Those of the POLICY_FIELDS that were given for a job."""
+def policy_of(job: Any) -> Row:
+    """Those of the POLICY_FIELDS that were given for a claimed job."""
     return json.loads(job.policy or "{}")  # type: ignore[no-any-return]
 
 
 def last_line(output: bytes, width: int = 300) -> str:
     """The last line with something on it, shortened: the part of stderr that says why."""
-    lines = output[-4096:].decode("utf-8", "replace").split("\n")
-    return shorten(next((line.strip() for line in reversed(lines) if line.strip()), ""), width)
+    lines = output[-4096:].decode("utf-8", "replace").strip().split("\n")
+    return shorten(lines[-1].strip(), width)
 
 
 # What a shell may read next, outside of quotes and within them, by the name of its kind. A kind
-# has its code in _SHELL_CODES, or is refused with the text in _SHELL_REFUSED. Compiled when first needed.
+# has its code in _SHELL_CODES, or is refused with the text in _SHELL_REFUSED.
 _SHELL_ANYWHERE = r"""(?asx)
     (?P<null>    \0 )
   | (?P<ticks>   ` )
@@ -491,14 +504,15 @@ def shell_contexts(text: str) -> str:
     codes, text = "", text + "\n"
     opened: list[str] = []  # the quotes, ( and $( around what comes next
     while len(codes) < len(text):
-        pattern = _SHELL_QUOTED.get(opened[-1], _SHELL_UNQUOTED) if opened else _SHELL_UNQUOTED
+        innermost = opened[-1] if opened else ""
+        pattern = _SHELL_QUOTED.get(innermost, _SHELL_UNQUOTED)
         match = next(re.compile(pattern).finditer(text, len(codes)))
         kind, piece = match.lastgroup or "", match.group()
         if kind in ("case", "comment", "number") and "$(" in opened:
             kind = "inner"  # old versions of bash err about where these end
         if kind in _SHELL_REFUSED and (kind != "close" or not opened):
             raise UsageError(_SHELL_REFUSED[kind])
-        if kind == "close" or (kind == "quote" and opened[-1:] == [piece]):
+        if kind == "close" or (kind == "quote" and innermost == piece):
             opened.pop()
         elif kind in ("open", "quote"):
             opened.append(piece)
@@ -542,30 +556,31 @@ def fill(template: str, name: str) -> str:
     return with_place(template).replace("{}", "'%s'" % name.replace("'", "'\"'\"'"))
 
 
-# What a user hands in as a job is a shell command or a JSON object; the functions below make a
-# draft of it: a dict of the GIVEN_FIELDS, checked, None where nothing was given.
+# What a user hands in as a job is a shell command or a JSON object. The functions below make a
+# draft of it: the GIVEN_FIELDS, each checked, and None where nothing was given.
 
 def check_name(kind: str, name: Any) -> str:
     """A sound id or queue name, or UsageError: it is shown everywhere and typed by hand."""
     if not isinstance(name, str):
-        raise UsageError("%s must be text, not %s" % (kind, shorten(quoted(name), 60)))
+        raise UsageError("%s must be text, not %s" % (kind, quoted(name)))
     if (not 1 <= len(name) <= NAME_LENGTH or not name.isprintable() or name[0] == "-"
-            or any(c in " ,/\\" for c in name) or name in (".", "..")):
-        raise UsageError("%s must be 1 to %d printable characters, without space, comma or slash, "
-                         "not starting with -; not %s" % (kind, NAME_LENGTH, shorten(quoted(name), 60)))
+            or not set(name).isdisjoint(" ,/\\") or name in (".", "..")):
+        raise UsageError(
+            "%s must be 1 to %d printable characters, without space, comma or slash, "
+            "not starting with -; not %s" % (kind, NAME_LENGTH, quoted(name)))
     return name
 
 
 def check_text(what: str, text: Any) -> str:
     """Text that a command line can carry: no NUL, encodable, or UsageError."""
     if not isinstance(text, str):
-        raise UsageError("%s must be text, not %s" % (what, shorten(quoted(text), 60)))
+        raise UsageError("%s must be text, not %s" % (what, quoted(text)))
     if "\0" in text:
         raise UsageError("%s must not contain a NUL character" % what)
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError("%s is not valid UTF-8: %s" % (what, shorten(quoted(text), 60))) from None
+        raise UsageError("%s is not valid UTF-8: %s" % (what, quoted(text))) from None
     return text
 
 
@@ -576,22 +591,27 @@ def check_command(command: Any, longest: int) -> str:
         raise UsageError("command must not be empty")
     if command.startswith("\ufeff"):
         raise UsageError("the job starts with a byte order mark; save it as UTF-8 without one")
-    if len(command) * 4 > longest and len(command.encode()) > longest:
+    size = len(command.encode())
+    if size > longest:
         raise UsageError("command is too long: %d bytes, this system takes %d; put it into a script"
-                         % (len(command.encode()), longest))
+                         % (size, longest))
     return str(command)
 
 
 def check_env(env: Any, hook: bool = False) -> dict[str, str]:
-    """Extra environment variables: an object of strings, or UsageError. A `hook` has some of queuectl's own."""
+    """Extra environment variables: an object of strings, or UsageError.
+
+    Those that queuectl itself sets are refused, except for a `hook`, which has some of them.
+    """
     if not isinstance(env, dict):
-        raise UsageError("env must be an object of strings, not %s" % shorten(quoted(env), 60))
+        raise UsageError("env must be an object of strings, not %s" % quoted(env))
     for name, value in env.items():
         check_text("env name", name)
-        check_text("env %s" % shorten(quoted(name), 60), value)
-        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) or (name in JOB_VARIABLES and not hook):
-            raise UsageError("env can't set %s%s" % (
-                shorten(quoted(name), 60), ": queuectl sets it" if name in JOB_VARIABLES else ""))
+        check_text("env %s" % quoted(name), value)
+        own = name in JOB_VARIABLES
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) or (own and not hook):
+            reason = ": queuectl sets it" if own else ""
+            raise UsageError("env can't set %s%s" % (quoted(name), reason))
     return env
 
 
@@ -608,56 +628,65 @@ def check_setting(name: str, value: str) -> Any:
 
 def check_key(key: Any) -> str:
     """A sound key of `unique`, or UsageError."""
-    if not check_text("unique", key).isprintable() or not 1 <= len(key) <= 8 * NAME_LENGTH:
-        raise UsageError("unique must be 1 to %d printable characters, not %s"
-                         % (8 * NAME_LENGTH, shorten(quoted(key), 60)))
+    most = 8 * NAME_LENGTH
+    if not check_text("unique", key).isprintable() or not 1 <= len(key) <= most:
+        raise UsageError("unique must be 1 to %d printable characters, not %s" % (most, quoted(key)))
     return str(key)
 
 
 def check_list(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[Any]:
     """A list, also where it is text with commas, each of its entries checked; or UsageError."""
-    entries = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-    return [check(name, entry) for entry in entries]
+    if isinstance(value, str):
+        value = value.split(",")
+    elif not isinstance(value, list):
+        value = [value]
+    return [check(name, entry) for entry in value]
 
 
-def _checked_field(key: str, name: str, value: Any, now: int) -> Any:
+def _checked_field(key: str, name: str, value: Any, now: int, hook: bool) -> Any:
+    """The value of field `name` of a job, which was given as `key`."""
     if key == "delay":
         return Delayed(now + to_millis(checked("delay", value)))
     if name == "run_at":
         return parse_time(value, now)
-    if name in ("after", "dead_on"):
-        return check_list(name, value, check_name if name == "after" else checked)
+    if name == "after":
+        return check_list(name, value, check_name)
+    if name == "dead_on":
+        return check_list(name, value, checked)
     if name in LIMITS:
         return checked(name, value, key)
     if name == "unique":
         return check_key(value)
     if name in ("id", "queue"):
         return check_name(name, value)
-    return check_env(value) if name == "env" else check_text(name, value)
+    if name == "env":
+        return check_env(value, hook)
+    return check_text(name, value)
 
 
-def draft_of(fields: dict[str, Any], now: int, longest: int) -> dict[str, Any]:
+def draft_of(fields: Row, now: int, longest: int) -> Row:
     """The draft of a job from fields as users name them.
 
     `now` is in milliseconds, `longest` the longest command in bytes. What only queuectl sets is
     ignored, so that the output of `list --json` can be enqueued again; null means not given.
     Raises UsageError for anything unknown, doubled or unsound.
     """
-    draft: dict[str, Any] = dict.fromkeys(GIVEN_FIELDS)
+    draft: Row = dict.fromkeys(GIVEN_FIELDS)
+    hook = fields.get("queue") == HOOK_QUEUE
     for key, value in fields.items():
         name = ALIASES.get(key, key)
-        if name not in draft:
-            if key not in FIELDS:
-                raise UsageError("a job has no field %s%s" % (
-                    shorten(quoted(key), 60), nearest(key, GIVEN_FIELDS + tuple(ALIASES))))
-        elif value is not None:
-            if draft[name] is not None:
-                raise UsageError("%s is given twice (%s is the same field)" % (name, key))
-            hook = name == "env" and fields.get("queue") == HOOK_QUEUE
-            draft[name] = check_env(value, True) if hook else _checked_field(key, name, value, now)
-    if draft["queue"] == HOOK_QUEUE and "state" not in fields:
-        raise UsageError("the queue %s is for what on_dead and on_end ask for; name another" % HOOK_QUEUE)
-    draft["command"] = check_command("" if draft["command"] is None else draft["command"], longest)
+        if name not in FIELDS:
+            raise UsageError("a job has no field %s%s"
+                             % (quoted(key), nearest(key, GIVEN_FIELDS + tuple(ALIASES))))
+        if name not in draft or value is None:
+            continue
+        if draft[name] is not None:
+            raise UsageError("%s is given twice (%s is the same field)" % (name, key))
+        draft[name] = _checked_field(key, name, value, now, hook)
+    if hook and "state" not in fields:
+        raise UsageError("the queue %s is for what on_dead and on_end ask for; name another"
+                         % HOOK_QUEUE)
+    draft["command"] = check_command(draft["command"] or "", longest)
     return draft
 
 
@@ -671,29 +700,21 @@ def _refuse(constant: str) -> Any:
     raise UsageError("%s is no number that a job can use" % constant)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = sorted(name for name, _ in pairs)
         double = next(name for name, following in zip(names, names[1:]) if name == following)
-        raise UsageError("the field %s stands in the JSON twice" % shorten(quoted(double), 60))
+        raise UsageError("the field %s stands in the JSON twice" % quoted(double))
     return fields
 
 
-@lru_cache(1)
-def _decoder() -> json.JSONDecoder:
-    """json.loads with hooks would make a new one for each line of a file."""
-    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_bounded_int)
-
-
-def _strict_object(text: str) -> dict[str, Any]:
-    return _decoder().decode(text)  # type: ignore[no-any-return]
-
-
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_bounded_int)
 _BARE = r"(?:^|,)\s*(%s)\s*:" % "|".join(FIELDS + tuple(ALIASES))
 
 
-def _bare_object(text: str) -> dict[str, Any] | None:
+def _bare_object(text: str) -> Row | None:
     """`{id:job1,command:echo hi}`: JSON whose quotes a shell took, or None where that is a guess."""
     body = text.strip()[1:-1]
     if not text.strip().endswith("}") or not re.match(_BARE, body):
@@ -709,7 +730,7 @@ CALLED = ["queuectl"]  # how this program was called, for advice that can be pas
 
 
 def as_called(text: str) -> str:
-    """`text` with the commands that it advises as they work here: with the program's path, and --db if it was given."""
+    """`text` with the commands it advises as they work here: with the program's path and --db."""
     return text.replace("`queuectl ", "`%s " % CALLED[0])
 
 
@@ -719,45 +740,47 @@ def shell_word(text: str) -> str:
     return shlex.quote(text)
 
 
-def read_object(text: str) -> dict[str, Any]:
-    """The JSON object in `text`, also where a shell has taken its quotes or doubled its backslashes.
+def read_object(text: str) -> Row:
+    """The JSON object in `text`, also where a shell took its quotes or doubled its backslashes.
 
     Raises UsageError, showing what arrived and what works, if it can't be understood.
     """
     try:
-        return _strict_object(text)
+        return _STRICT.decode(text)  # type: ignore[no-any-return]
     except ValueError as error:
-        problem = str(error)
+        problem = error
     except RecursionError:
         raise UsageError("the JSON is nested too deep for a job") from None
     if re.match(r'\{\s*\\"', text):  # `{\"id\":…`: the shell left the backslashes in
         try:
-            return _strict_object(re.sub(r'\\(["\\])', r"\1", text))
+            return _STRICT.decode(re.sub(r'\\(["\\])', r"\1", text))  # type: ignore[no-any-return]
         except (ValueError, RecursionError):
             pass
     bare = _bare_object(text)
-    if bare is not None:
-        return bare
-    raise UsageError(
-        "this JSON can't be read (%s): %s; write it as '{\"command\":\"echo hello\"}' in single "
-        "quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"), or put -- before a shell "
-        "command that begins with {" % (clean(problem), shorten(quoted(text)[1:-1], 200)))
+    if bare is None:
+        raise UsageError(
+            "this JSON can't be read (%s): %s; write it as '{\"command\":\"echo hello\"}' in single "
+            "quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"), or put -- before a "
+            "shell command that begins with {" % (problem, shorten(json.dumps(text)[1:-1], 200)))
+    return bare
 
 
-def read_job(text: str, now: int, longest: int, options: dict[str, Any]) -> dict[str, Any]:
-    """The draft of a job from one argument or one line of a file; `options` win over its JSON."""
+def read_job(text: str, now: int, longest: int, options: Row) -> Row:
+    """The draft of a job from one argument or one line of a file; `options` win over its JSON.
+
+    `now` is in milliseconds, `longest` the longest command in bytes. Raises UsageError.
+    """
+    fields = {"command": text}
     if text.lstrip("\ufeff \t\r\n").startswith("{"):
         if text.startswith("\ufeff"):
             raise UsageError("the JSON starts with a byte order mark; save it as UTF-8 without one")
         fields = read_object(text)
-    else:
-        fields = {"command": text}
-    if options:
-        given = {ALIASES.get(name, name) for name in options}
-        env = {**check_env(fields.get("env") or {}), **options["env"]} if "env" in options else None
-        fields = {name: value for name, value in fields.items() if ALIASES.get(name, name) not in given}
-        fields.update(options, **({} if env is None else {"env": env}))
-    return draft_of(fields, now, longest)
+    if "env" in options:
+        env = check_env(fields.get("env") or {})
+        options = {**options, "env": {**env, **options["env"]}}
+    given = {ALIASES.get(name, name) for name in options}
+    kept = {name: value for name, value in fields.items() if ALIASES.get(name, name) not in given}
+    return draft_of({**kept, **options}, now, longest)
 
 
 # ═══ Platform ═══ processes, locks, bells and the disk; POSIX and Windows ════════════════════
@@ -1950,13 +1973,6 @@ class Slot:
 #
 # A row in `waits` stands until the awaited job is completed, or either of the two is forgotten;
 # so it stands also while both are dead.
-
-if TYPE_CHECKING:
-    Row = dict[str, Any]  # of a table, by the names of the columns
-    Draft = dict[str, Any]  # of a job: see draft_of
-    Settings = dict[str, Any]
-    Names = Sequence[str]  # of queues or states
-    Tell = Callable[[str], None]
 
 APPLICATION_ID = 0x71637431  # "qct1"
 
@@ -5379,6 +5395,162 @@ def worker_main(order: Order) -> NoReturn:
     sys.exit(code)
 
 
+# ═══ Console ═══ what is printed, where, how wide, and with nothing that acts on a terminal ═══
+
+def mute(stream: int) -> None:
+    """Drop what goes to a standard stream from now on: after a failed write Python fails again."""
+    try:
+        fd = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(fd, stream)
+        if fd != stream:
+            os.close(fd)
+    except OSError:
+        pass
+
+
+def complain(text: str) -> None:
+    """A line on stderr that is no result."""
+    try:
+        if sys.stderr is not None:
+            print("queuectl: %s" % as_called(clean(text)), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        mute(2)  # nobody listens
+
+
+def emit_bytes(data: bytes) -> None:
+    """A part of a command's result as it is. Raises OSError if it can't be written.
+
+    It leaves at once only on a terminal, else with much more or at the end.
+    """
+    if sys.stdout is None:
+        raise OSError("stdout is closed")
+    sys.stdout.buffer.write(data)
+    if sys.stdout.line_buffering:
+        sys.stdout.flush()
+
+
+def emit_text(text: str) -> None:
+    """A part of a command's result as it is: our own words, with nothing in them from a user."""
+    emit_bytes(text.encode(sys.stdout.encoding if sys.stdout else "ascii", "replace"))
+
+
+def emit(line: str) -> None:
+    """A line of a command's result; control characters in it are shown escaped."""
+    emit_text(clean(line) + "\n")
+
+
+def advise(line: str) -> None:
+    """The same, of a line in which commands are advised."""
+    emit_text(as_called(clean(line)) + "\n")
+
+
+def emit_json(value: Any) -> None:
+    """A JSON value as a command's result."""
+    emit_text(json.dumps(value, indent=2) + "\n")
+
+
+def json_lines(values: Iterable[Any]) -> Iterator[str]:
+    """A JSON array, one value a line between `[` and `]`: lines that can also be read one by one."""
+    yield "["
+    before = None
+    for value in values:
+        if before is not None:
+            yield before + ","
+        before = json.dumps(value)
+    if before is not None:
+        yield before
+    yield "]"
+
+
+def emit_list(values: Iterable[Any]) -> None:
+    """A JSON array as a command's result, one value a line."""
+    for line in json_lines(values):
+        emit(line)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a standard stream is a terminal; None, a closed one, is not."""
+    return stream is not None and stream.isatty()
+
+
+def emit_output(output: bytes) -> None:
+    """What a job has printed: nothing in it acts on a terminal; a pipe gets it unchanged."""
+    if is_terminal(sys.stdout):
+        text = output.decode("utf-8", "replace").replace("\r\n", "\n")
+        text = re.sub(r"[^\n\t]+", lambda match: clean(match.group()), text)
+        output = text.encode("utf-8", "replace")
+    emit_bytes(output)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal on stdout; 0 if it is none."""
+    try:
+        if is_terminal(sys.stdout):
+            return os.get_terminal_size(sys.stdout.fileno()).columns
+    except (OSError, ValueError):
+        pass
+    return 0
+
+
+def text_width(text: str) -> int:
+    """Columns that text takes on a terminal: two for wide characters, none for combining ones."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+    base = [c for c in text if not combining(c)]
+    return len(base) + sum(east_asian_width(c) in "WF" for c in base)
+
+
+def fit(text: str, width: int) -> str:
+    """Text cut to a number of columns, or filled up to it."""
+    if text_width(text) > width:
+        text = text[:4 * width]
+        while text and text_width(text) >= width:
+            text = text[:-1]
+        text += "…"[:width]
+    return text + " " * (width - text_width(text))
+
+
+def cut(line: str, width: int) -> str:
+    """A line that fits into `width` columns (0: as many as it takes)."""
+    return fit(line, width).rstrip() if width else line
+
+
+COLOURS = {PROCESSING: "36", COMPLETED: "32", FAILED: "33", DEAD: "31"}
+
+
+def coloured(cell: str, text: str) -> str:
+    """A cell of a table in the colour of the state that is its text, if it is one."""
+    return "\033[%sm%s\033[0m" % (COLOURS[text], cell) if text in COLOURS else cell
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int, colour: bool) -> list[str]:
+    """Lines of a table in `width` columns (0: as many as it takes), with the states in colour.
+
+    What does not fit is cut at the right; control characters are shown escaped.
+    """
+    cells = [[clean(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(text_width, column)) for column in zip(*cells)]
+    if width:  # the last column gives way first, then the widest
+        widths = [min(size, width) for size in widths]
+        while sum(widths) + 2 * (len(head) - 1) > width and max(widths) > 4:
+            widths[-1 if widths[-1] > 20 else widths.index(max(widths))] -= 1
+    lines = []
+    for row in cells:
+        shown = list(map(fit, row, widths))
+        if colour:
+            shown = list(map(coloured, shown, row))
+        lines.append("  ".join(shown).rstrip())
+    return lines
+
+
+def emit_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table for where stdout leads: within a terminal's width and coloured, or whole."""
+    width = terminal_width()
+    for line in table(head, rows, width, width > 0 and not os.environ.get("NO_COLOR")):
+        emit_text(line + "\n")
+
+
 # ═══ Pool ═══ the supervisor: start, watch, replace and stop workers ═════════════════════════
 #
 # Who holds what. The supervisor holds the pool's life lock and a bell that hears signals alone. It
@@ -5399,26 +5571,6 @@ QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing
 LONGEST_DELAY = 1.0
 
 
-def mute(stream: int) -> None:
-    """After a failed write to a standard stream: nothing more, so that Python does not fail again at its exit."""
-    try:
-        fd = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(fd, stream)
-        if fd != stream:
-            os.close(fd)
-    except OSError:
-        pass
-
-
-def complain(text: str) -> None:
-    """A line on stderr that is no result."""
-    try:
-        if sys.stderr is not None:
-            print("queuectl: %s" % as_called(text), file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        mute(2)  # nobody listens
-
-
 class Pool:
     """Worker processes under one supervisor, until all of them have ended."""
 
@@ -5426,8 +5578,8 @@ class Pool:
                  drain: bool = False, max_jobs: int | None = None, look: Any = None):
         """`look` is the Batch of a `run`, if the pool serves one.
 
-        It is called now and then and returns the seconds until its next call; its `clear` takes
-        the line away that shows the progress.
+        `report` is called now and then and says in how many seconds again; its `clear` takes the
+        line away that shows the progress.
         """
         self.db, self.name, self.count = db, name, count
         self.queues, self.drain, self.max_jobs = tuple(queues), drain, max_jobs
@@ -5456,7 +5608,7 @@ class Pool:
             self._stop()
             self._collect()
             if self.batch and time.monotonic() >= self.next_look:
-                self.next_look = time.monotonic() + self.batch()
+                self.next_look = time.monotonic() + self.batch.report()
         return self._farewell()
 
     def _register(self) -> None:
@@ -5620,27 +5772,34 @@ class Pool:
 
 # ═══ Views ═══ rows to text or JSON: pure functions ══════════════════════════════════════════
 
-COLOURS = {PROCESSING: "36", COMPLETED: "32", FAILED: "33", DEAD: "31"}
+JOB_HEAD = ("ID", "STATE", "TRIES", "QUEUE", "PRIO", "WHEN", "COMMAND")
+DEAD_HEAD = ("ID", "TRIES", "DIED", "WHY", "COMMAND")
+WORKER_HEAD = ("WORKER", "PID", "UP", "DOES")
+RUN_FIELDS = ("run", "attempt", "state", "started_at", "finished_at", "duration_seconds",
+              "exit_code", "error", "worker")
 
 
-def job_json(job: dict[str, Any]) -> dict[str, Any]:
-    """A job as `--json` shows it: the FIELDS, times in ISO 8601."""
-    policy = {"retry_after": None, "dead_on": [], **json.loads(job["policy"] or "{}")}
-    shown = {name: policy[name] if name in policy else job[name] for name in FIELDS}
-    for name in TIME_FIELDS:
-        if shown[name] is not None:
-            shown[name] = show_time(shown[name])
-    shown["env"] = json.loads(shown["env"] or "{}")
-    shown["after"] = shown["after"].split(",") if shown["after"] else []
+def with_times(row: Row) -> Row:
+    """The row with its times in ISO 8601."""
+    shown = dict(row)
+    for name, value in row.items():
+        if (name == "due" or name.endswith("_at")) and value is not None:
+            shown[name] = show_time(value)
     return shown
 
 
-def run_json(run: dict[str, Any]) -> dict[str, Any]:
-    """A run as `--json` shows it; output that is not UTF-8 as base64, under a name that says so."""
-    shown = {name: run[name] for name in ("run", "attempt", "state", "started_at", "finished_at",
-                                          "duration_seconds", "exit_code", "error", "worker")}
-    for name in ("started_at", "finished_at"):
-        shown[name] = None if run[name] is None else show_time(run[name])
+def job_json(job: Row) -> Row:
+    """A job as `--json` shows it: its FIELDS."""
+    job = {**job, "retry_after": None, "dead_on": [], **json.loads(job["policy"] or "{}")}
+    shown = with_times({name: job[name] for name in FIELDS})
+    shown["env"] = json.loads(job["env"] or "{}")
+    shown["after"] = job["after"].split(",") if job["after"] else []
+    return shown
+
+
+def run_json(run: Row) -> Row:
+    """A run as `--json` shows it; output that is not UTF-8 is in base64, and its name says so."""
+    shown = with_times({name: run[name] for name in RUN_FIELDS})
     shown["duration_seconds"] = round(run["duration_seconds"], 6)
     for name in ("stdout", "stderr"):
         output = run[name] or b""
@@ -5652,153 +5811,112 @@ def run_json(run: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def json_lines(values: Iterable[Any]) -> Iterator[str]:
-    """A JSON array, one value a line between `[` and `]`: lines that can also be read one by one."""
-    yield "["
-    before = None
-    for value in values:
-        if before is not None:
-            yield before + ","
-        before = json.dumps(value)
-    if before is not None:
-        yield before
-    yield "]"
+def span(start: int | None, end: int) -> str:
+    """How long it is from one time to another (milliseconds); nothing where there is no start."""
+    return "" if start is None else show_duration(max(0, end - start) / 1000)
 
 
-def text_width(text: str) -> int:
-    """Columns that text takes on a terminal: two for wide characters, none for combining ones."""
-    if text.isascii():
-        return len(text)
-    from unicodedata import combining, east_asian_width
-    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def fit(text: str, width: int) -> str:
-    """Text cut to a number of columns, or filled up to it."""
-    if text_width(text) > width:
-        text = text[:4 * width]
-        while text and text_width(text) > max(0, width - 1):
-            text = text[:-1]
-        text += "…" if width else ""
-    return text + " " * (width - text_width(text))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int, colour: bool) -> list[str]:
-    """Lines of a table in `width` columns (0: as many as it takes); what does not fit is cut at the right."""
-    cells = [[clean(cell) for cell in row] for row in rows]
-    widths = [max(text_width(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
-    if width:  # the last column gives way first, then the widest
-        widths = [min(size, width) for size in widths]
-        while sum(widths) + 2 * (len(head) - 1) > width and max(widths) > 4:
-            widths[-1 if widths[-1] > 20 else widths.index(max(widths))] -= 1
-    lines = ["  ".join(fit(text, size) for text, size in zip(head, widths)).rstrip()]
-    for row in cells:
-        shown = [fit(text, size) for text, size in zip(row, widths)]
-        if colour:
-            shown = ["\033[%sm%s\033[0m" % (COLOURS[text], cell) if text in COLOURS else cell
-                     for text, cell in zip(row, shown)]
-        lines.append("  ".join(shown).rstrip())
-    return lines
-
-
-def since(then: int | None, now: int) -> str:
-    return "" if then is None else show_duration(max(0, now - then) / 1000)
-
-
-JOB_HEAD = ("ID", "STATE", "TRIES", "QUEUE", "PRIO", "WHEN", "COMMAND")
-DEAD_HEAD = ("ID", "TRIES", "DIED", "WHY", "COMMAND")
-
-
-def job_row(job: dict[str, Any], now: int) -> tuple[str, ...]:
+def job_row(job: Row, now: int) -> tuple[str, ...]:
     """A job's line in `list`."""
     if job["state"] == PROCESSING:
-        when = "for " + since(job["started_at"], now)
+        when = "for " + span(job["started_at"], now)
     elif job["state"] == PENDING and job["after"]:
         when = "after " + job["after"]
-    elif job["next_retry_at"] or (job["run_at"] is not None and job["run_at"] > now):
-        when = "in " + show_duration(max(0, (job["next_retry_at"] or job["run_at"]) - now) / 1000)
+    elif job["next_retry_at"] or (job["run_at"] or now) > now:
+        when = "in " + span(now, job["next_retry_at"] or job["run_at"])
     else:
-        when = since(job["updated_at"], now) + " ago"
-    return (job["id"], job["state"], "%d/%d" % (job["attempts"], max(1, job["max_retries"])), job["queue"],
-            str(job["priority"]), when, job["command"])
+        when = span(job["updated_at"], now) + " ago"
+    tries = "%d/%d" % (job["attempts"], max(1, job["max_retries"]))
+    return job["id"], job["state"], tries, job["queue"], str(job["priority"]), when, job["command"]
 
 
-def dead_row(job: dict[str, Any], now: int) -> tuple[str, ...]:
+def dead_row(job: Row, now: int) -> tuple[str, ...]:
     """A job's line in `dlq list`."""
-    return (job["id"], str(job["attempts"]), since(job["updated_at"], now) + " ago", job["last_error"] or "",
-            job["command"])
+    died = span(job["updated_at"], now) + " ago"
+    return job["id"], str(job["attempts"]), died, job["last_error"] or "", job["command"]
 
 
-def job_lines(job: dict[str, Any]) -> list[str]:
+def worker_row(worker: Row, now: int) -> tuple[str, ...]:
+    """A worker's line in `worker list` and `status`."""
+    doing = "idle"
+    if worker["job"] is not None:
+        doing = "%s for %s: %s" % (
+            worker["job"], span(worker["job_started_at"], now), worker["command"])
+    return worker["name"], str(worker["pid"]), span(worker["started_at"], now), doing
+
+
+def job_lines(job: Row) -> list[str]:
     """Everything about a job, a field a line, without those that say nothing."""
     shown = job_json(job)
     shown["env"] = " ".join("%s=%s" % pair for pair in shown["env"].items())
-    shown.update((name, ", ".join(map(str, shown[name]))) for name in ("after", "dead_on"))
-    return ["%-16s %s" % (name, clean(str(value))) for name, value in shown.items() if value not in (None, "")]
+    for name in ("after", "dead_on"):
+        shown[name] = ", ".join(map(str, shown[name]))
+    return ["%-16s %s" % pair for pair in shown.items() if pair[1] not in (None, "")]
 
 
-def run_title(run: dict[str, Any]) -> str:
+def run_title(run: Row) -> str:
     """One line about a run: when, which attempt, how it ended and why."""
-    reason = ": %s" % clean(run["error"]) if run["error"] else ""
-    return "[%s] run %d, attempt %d, %s after %s%s" % (show_time(run["started_at"]), run["run"], run["attempt"],
-                                                       run["state"], show_duration(run["duration_seconds"]), reason)
+    reason = ": %s" % run["error"] if run["error"] else ""
+    return "[%s] run %d, attempt %d, %s after %s%s" % (
+        show_time(run["started_at"]), run["run"], run["attempt"], run["state"],
+        show_duration(run["duration_seconds"]), reason)
 
 
-def shown_output(output: bytes, terminal: bool) -> bytes:
-    """A run's output for a terminal (nothing in it can act on it) or, unchanged, for a pipe."""
-    if not terminal:
-        return output
-    text = output.decode("utf-8", "replace").replace("\r\n", "\n")
-    return re.sub(r"[^\n\t]+", lambda match: clean(match.group()), text).encode("utf-8", "replace")
-
-
-def worker_row(worker: dict[str, Any], now: int) -> tuple[str, ...]:
-    doing = "idle" if worker["job"] is None else "%s for %s: %s" % (
-        worker["job"], since(worker["job_started_at"], now), worker["command"])
-    return worker["name"], str(worker["pid"]), since(worker["started_at"], now), doing
-
-
-def status_lines(status: dict[str, Any], workers: Sequence[dict[str, Any]], now: int, width: int,
-                 rate: str) -> list[str]:
-    """What `status` shows: jobs by state, workers and what they run, what waits and what comes next."""
-    lines = ["%-11s %d" % (state + ":", status["jobs"][state]) for state in STATES]
-    lines.append("%-11s %d" % ("Workers:", status["workers"]))
-    lines += ["%-11s %s" % ("Rate:", rate)] if rate else []
-    rows = [worker_row(worker, now) for worker in workers]
-    lines += ["  " + line for line in table(("WORKER", "PID", "UP", "DOES"), rows, max(0, width - 2), False)] \
-        if rows else []
-    if status["oldest_waiting"]:
-        job = status["oldest_waiting"]
-        lines.append("Oldest waiting: %s, for %s%s: %s" % (
-            clean(job["id"]), since(job["created_at"], now), " (not due yet)" if (job["due"] or 0) > now else "",
-            clean(job["command"])))
-    if status["next"]:
-        job = status["next"]
-        lines.append("Next at %s: %s: %s" % (show_time(job["due"]), clean(job["id"]), clean(job["command"])))
-    if status["paused"] or status["all_paused"]:
-        names = "all queues" if status["all_paused"] else ", ".join(clean(name) for name in status["paused"])
-        lines.append("Paused: %s; `queuectl queue resume` lets their jobs start." % names)
-    lines += ["Held up: %s" % clean(trouble) for trouble in status["troubles"][:5]]
+def _hold_up_lines(status: Row) -> Iterator[str]:
+    """What keeps jobs from running, and what to do."""
+    if status["all_paused"]:
+        yield "Paused: all queues; `queuectl queue resume` lets their jobs start."
+    elif status["paused"]:
+        yield ("Paused: %s; `queuectl queue resume` lets their jobs start."
+               % ", ".join(status["paused"]))
+    for trouble in status["troubles"][:5]:
+        yield "Held up: %s" % trouble
     if status["lost"]:
-        lines.append("Held by dead workers: %s; `queuectl worker start` gives them back." % (
-            ", ".join(map(clean, status["lost"][:5]))))
-    lines += ["No worker serves the queue %s: `queuectl worker start --queue %s` does." % (clean(name), clean(name))
-              for name in status["unserved"][:5]]
-    lines += ["Interrupted: `queuectl run --resume %s` goes on." % name for name in status["interrupted"][:5]]
-    if status["jobs"][DEAD]:
-        lines.append("`queuectl dlq list` shows why jobs are dead, `queuectl dlq retry ID` gives one a new start.")
-    waiting = status["jobs"][PENDING] + status["jobs"][FAILED] + status["jobs"][PROCESSING]
-    if waiting and not status["workers"]:
+        yield ("Held by dead workers: %s; `queuectl worker start` gives them back."
+               % ", ".join(status["lost"][:5]))
+    for name in status["unserved"][:5]:
+        yield ("No worker serves the queue %s: `queuectl worker start --queue %s` does."
+               % (name, name))
+    for name in status["interrupted"][:5]:
+        yield "Interrupted: `queuectl run --resume %s` goes on." % name
+
+
+def status_lines(status: Row, workers: Sequence[Row], now: int, width: int, rate: str) -> list[str]:
+    """What `status` shows: jobs by state, workers and what they run, what waits and comes next.
+
+    `now` is in milliseconds, `width` in columns (0: as many as it takes).
+    """
+    jobs, oldest, upcoming = status["jobs"], status["oldest_waiting"], status["next"]
+    counts = [*((state, jobs[state]) for state in STATES), ("Workers", status["workers"])]
+    lines = ["%-11s %d" % (name + ":", count) for name, count in counts]
+    if rate:
+        lines.append("%-11s %s" % ("Rate:", rate))
+    if workers:
+        rows = [worker_row(worker, now) for worker in workers]
+        lines += ["  " + line for line in table(WORKER_HEAD, rows, max(0, width - 2), False)]
+    if oldest:
+        early = " (not due yet)" if (oldest["due"] or 0) > now else ""
+        lines.append("Oldest waiting: %s, for %s%s: %s" % (
+            oldest["id"], span(oldest["created_at"], now), early, oldest["command"]))
+    if upcoming:
+        lines.append("Next at %s: %s: %s" % (
+            show_time(upcoming["due"]), upcoming["id"], upcoming["command"]))
+    lines += _hold_up_lines(status)
+    if jobs[DEAD]:
+        lines.append("`queuectl dlq list` shows why jobs are dead, "
+                     "`queuectl dlq retry ID` gives one a new start.")
+    if not status["workers"] and any(jobs[state] for state in UNFINISHED):
         lines.append("No worker is running: `queuectl worker start` works on the jobs.")
-    return [fit(line, width).rstrip() if width else line for line in lines]
+    return [cut(clean(line), width) for line in lines]
 
 
 def progress_text(name: str, part: Any, rate: float | None, time_left: float | None) -> str:
     """How a `run` goes, in a line: done, dead, running, waiting for a retry, rate and time left."""
-    counts = [(part.dead, "dead"), (part.processing, "running"), (part.failed, "to be tried again")]
     words = ["%s: %d of %d done" % (name, part.completed, part.total)]
+    counts = (part.dead, "dead"), (part.processing, "running"), (part.failed, "to be tried again")
     words += ["%d %s" % pair for pair in counts if pair[0]]
-    words += ["%.1f/s" % rate] if rate else []
+    if rate:
+        words.append("%.1f/s" % rate)
     if part.paused:
         words.append("paused: `queuectl queue resume` lets it go on")
     elif time_left is not None:
@@ -5806,676 +5924,149 @@ def progress_text(name: str, part: Any, rate: float | None, time_left: float | N
     return ", ".join(words)
 
 
-def summary_lines(name: str, part: Any, seconds: float, died: Sequence[dict[str, Any]]) -> list[str]:
+def summary_lines(name: str, part: Any, seconds: float, died: Sequence[Row]) -> list[str]:
     """What has become of a `run`: counts, the dead with the reason, and what to do next."""
     gone = part.total - part.left - part.completed - part.dead
-    counts = [(part.dead, "dead"), (part.left, "left"), (gone, "deleted meanwhile")]
-    lines = ["%s: %d of %d completed%s in %s" % (name, part.completed, part.total, "".join(
-        ", %d %s" % pair for pair in counts if pair[0] > 0), show_duration(seconds))]
+    counts = (part.dead, "dead"), (part.left, "left"), (gone, "deleted meanwhile")
+    others = "".join(", %d %s" % pair for pair in counts if pair[0] > 0)
+    lines = ["%s: %d of %d completed%s in %s" % (
+        name, part.completed, part.total, others, show_duration(seconds))]
     for job in died:
-        lines += ["  %s: %s" % (clean(job["id"]), clean(job["last_error"] or "cancelled")),
-                  "      %s" % shorten(clean(job["command"]), 200)]
+        lines.append("  %s: %s" % (job["id"], job["last_error"] or "cancelled"))
+        lines.append("      %s" % shorten(clean(job["command"]), 200))
     if part.dead > len(died):
         lines.append("  and %d more: `queuectl dlq list` shows them" % (part.dead - len(died)))
     if died:
-        lines.append("`queuectl logs %s` shows what one printed; `queuectl dlq retry --all --queue %s` and then "
-                     "`queuectl run --resume %s` try again." % (clean(died[0]["id"]), name, name))
+        lines.append("`queuectl logs %s` shows what one printed; `queuectl dlq retry --all --queue "
+                     "%s` and then `queuectl run --resume %s` try again."
+                     % (died[0]["id"], name, name))
     elif part.completed:
-        lines.append("What they printed is kept: `queuectl list --queue %s` names them, `queuectl logs ID` shows it."
-                     % name)
+        lines.append("What they printed is kept: `queuectl list --queue %s` names them, "
+                     "`queuectl logs ID` shows it." % name)
     if part.left:
-        lines.append("`queuectl run --resume %s` goes on with the rest; so does `queuectl worker start`." % name)
+        lines.append("`queuectl run --resume %s` goes on with the rest; "
+                     "so does `queuectl worker start`." % name)
     return lines
 
 
-def prometheus_lines(queues: Sequence[dict[str, Any]], workers: int, oldest: dict[str, Any] | None,
-                     now: int) -> list[str]:
-    """The queue in Prometheus' text format, version 0.0.4: what node_exporter's textfile collector reads."""
+def prometheus_lines(queues: Sequence[Row], workers: int, oldest: Row | None, now: int) -> list[str]:
+    """The queue in Prometheus' text format, version 0.0.4: what node_exporter's collector reads."""
     def label(text: str) -> str:
         return '"%s"' % text.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
 
     waits = 0 if oldest is None else max(0, now - oldest["created_at"]) / 1000
-    lines = ["# HELP queuectl_jobs Jobs kept, by queue and state.", "# TYPE queuectl_jobs gauge"]
-    lines += ["queuectl_jobs{queue=%s,state=%s} %d" % (label(queue["name"]), label(state), queue[state])
-              for queue in queues for state in STATES]
-    lines += ["# HELP queuectl_queue_paused Whether a queue is paused.", "# TYPE queuectl_queue_paused gauge"]
-    lines += ["queuectl_queue_paused{queue=%s} %d" % (label(queue["name"]), queue["paused"]) for queue in queues]
-    lines += ["# HELP queuectl_workers Workers alive.", "# TYPE queuectl_workers gauge",
-              "queuectl_workers %d" % workers,
-              "# HELP queuectl_oldest_waiting_seconds Age of the oldest pending job.",
-              "# TYPE queuectl_oldest_waiting_seconds gauge", "queuectl_oldest_waiting_seconds %.3f" % waits]
+    metrics = {
+        "jobs Jobs kept, by queue and state.": [
+            "{queue=%s,state=%s} %d" % (label(queue["name"]), label(state), queue[state])
+            for queue in queues for state in STATES],
+        "queue_paused Whether a queue is paused.": [
+            "{queue=%s} %d" % (label(queue["name"]), queue["paused"]) for queue in queues],
+        "workers Workers alive.": [" %d" % workers],
+        "oldest_waiting_seconds Age of the oldest pending job.": [" %.3f" % waits],
+    }
+    lines = []
+    for title, values in metrics.items():
+        name = "queuectl_" + title.partition(" ")[0]
+        lines += ["# HELP queuectl_" + title, "# TYPE %s gauge" % name]
+        lines += [name + value for value in values]
     return lines
 
 
 # ═══ Commands ═══ what a user types, each beside its options ═════════════════════════════════
 
-Command = namedtuple("Command", "name run summary options examples")
+Command = namedtuple("Command", "name run summary options examples writes")
 COMMANDS: dict[str, Command] = {}
+# In what order help and completion name them, by the first word.
+ORDER = (  # noqa: SIM905
+    "enqueue worker run status list show logs why doctor retry delete cancel edit wait purge "
+    "backup restore install uninstall service completion dlq queue config").split()
+GROUPS = ("config", "dlq", "queue", "worker")
 
 
-def option(*names: str, **details: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+def option(*names: str, **details: Any) -> tuple[tuple[str, ...], Row]:
     """An option or argument, as argparse's add_argument takes it."""
     return names, details
 
 
-def subcommand(name: str, summary: str, *options: tuple[tuple[str, ...], dict[str, Any]],
-               examples: str) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
-    """Make a function the command `name`: it takes the parsed arguments and returns the exit code."""
-    def enter(run: Callable[[Any], int]) -> Callable[[Any], int]:
-        COMMANDS[name] = Command(name, run, summary, options, examples)
+def subcommand(name: str, summary: str, *options: tuple[tuple[str, ...], Row], examples: str,
+               writes: bool = False) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Make a function the command `name`: it takes the arguments and returns the exit code, if not 0.
+
+    `args.store` is the store of its database, opened when it is first asked for, and for reading
+    alone unless the command `writes`.
+    """
+    def enter(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        COMMANDS[name] = Command(name, run, summary, options, examples, writes)
         return run
     return enter
 
 
-JSON = option("--json", action="store_true", help="print JSON")
-IDS = option("ids", nargs="+", metavar="ID", help="the job's id, or a unique part of its beginning")
-ID = option("id", metavar="ID", help="the job's id, or a unique part of its beginning")
+def commands_of(group: str = "") -> list[Command]:
+    """The commands of a group, or all of them, as help names them."""
+    shown = [entry for entry in COMMANDS.values() if not group or entry.name.startswith(group + " ")]
+    return sorted(shown, key=lambda entry: ORDER.index(entry.name.partition(" ")[0]))
 
 
-def emit_bytes(data: bytes) -> None:
-    """A part of a command's result; it leaves at once only on a terminal, else with much more or at the end."""
-    if sys.stdout is None:
-        raise OSError("stdout is closed")
-    sys.stdout.buffer.write(data)
-    if sys.stdout.line_buffering:
-        sys.stdout.flush()
-
-
-def emit(text: str) -> None:
-    """A line of a command's result."""
-    emit_bytes((text + "\n").encode(sys.stdout.encoding if sys.stdout else "ascii", "replace"))
-
-
-def out_lines(values: Iterable[Any]) -> int:
-    """A JSON array as a command's result, one value a line."""
-    for line in json_lines(values):
-        emit(line)
-    return EXIT_OK
-
-
-def out_json(value: Any) -> int:
-    emit(json.dumps(value, indent=2))
-    return EXIT_OK
-
-
-def terminal_width() -> int:
-    """Columns of the terminal on stdout; 0 if it is none."""
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
-    except (OSError, AttributeError, ValueError):
-        return 0
-
-
-help_width = lru_cache(1)(terminal_width)
-
-
-def fitted_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table for where stdout leads: within a terminal's width, coloured there, or whole."""
-    width = terminal_width()
-    return table(head, rows, width, bool(width) and not os.environ.get("NO_COLOR"))
-
-
-def out_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    for line in fitted_table(head, rows):
-        emit(line)
-    return EXIT_OK
-
-
-def open_store(args: Any, **how: bool) -> Store:
+def open_store(db: str, **how: bool) -> Store:
     """The store of a command that executes nothing; a word on stderr if others could have written it."""
-    store = Store(args.db, tell=complain, **how)
+    store = Store(db, tell=complain, **how)
     OPENED.append(store)
-    reason = os.path.exists(args.db) and distrust_of(args.db)
+    reason = os.path.exists(db) and distrust_of(db)
     if reason:
-        complain("nothing of this queue will be executed: %s" % clean(reason))
+        complain("nothing of this queue will be executed: %s" % reason)
     return store
 
 
-def read_store(args: Any) -> Store:
-    """The store of a command that only reads."""
-    return open_store(args, reading=True)
-
-
-def count_of(number: int, noun: str) -> str:
-    return "%d %s%s" % (number, noun, "" if number == 1 else "s")
-
-
-def tell_if_idle(db: str) -> bool:
-    """Say how to start a worker if none lives; whether that was said."""
-    idle = not anyone_alive(db)
-    if idle:
-        complain("no worker is running; `queuectl worker start` works on the queue")
-    return idle
-
-
-def patience_of(args: Any) -> float:
-    """Seconds that --timeout gives a command to wait; without it there is no end."""
-    return float("inf") if args.timeout is None else float(checked("delay", args.timeout, "--timeout"))
-
-
-def tell_ends(ends: Sequence[tuple[str, str, str | None] | None]) -> int:
-    """Tell of jobs that were waited for and are dead or (None) forgotten; the exit code."""
-    gone = sum(end is None for end in ends)
-    if gone:
-        complain("%s deleted while waited for" % count_of(gone, "job"))
-    for name, _, error in [end for end in ends if end][:5]:
-        complain("%s is dead: %s; `queuectl logs %s` shows what it printed"
-                 % (clean(name), clean(error or "cancelled"), clean(name)))
-    return EXIT_FAILED if ends else EXIT_OK
-
-
-def await_jobs(store: Store, seqs: Iterable[int], patience: float) -> int:
-    """Wait until all these jobs have ended; the exit code of `wait`. Raises TimedOut after `patience` seconds.
-
-    Each is looked at when it has ended, for it may be forgotten soon after.
-    """
-    deadline = time.monotonic() + patience
-    left, ends, told = set(seqs), [], False
-    while True:
-        seen, began = store.changed(), time.monotonic()
-        ended = left and left - store.unfinished(min(left), max(left))
-        ends += [end for end in map(store.end_of, sorted(ended)) if end is None or end[1] == DEAD]
-        left -= ended
-        if not left:
-            break
-        pause = max(0.02, 4 * (time.monotonic() - began))
-        while store.changed() == seen and time.monotonic() < deadline:
-            told = told or tell_if_idle(store.path)
-            time.sleep(pause)
-        if time.monotonic() >= deadline:
-            raise TimedOut("not all jobs have ended after %s; they stay in the queue" % show_duration(patience))
-    store.sync()  # what it says must still be so after a power cut
-    return tell_ends(ends)
-
-
-# enqueue
-
-def given_of(args: Any, *names: str) -> dict[str, Any]:
-    """Those of these options that were given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-
-
-def given_options(args: Any) -> dict[str, Any]:
-    """The fields of a job that stand on the command line as options."""
-    options = given_of(args, "id", "queue", "priority", "run_at", "delay", "timeout", "max_retries", "backoff_base",
-                       "cwd", "unique", "retry_after")
-    options.update({name: ",".join(getattr(args, name)) for name in ("after", "dead_on") if getattr(args, name)})
-    if args.env:
-        pairs = [(name, value if equals else os.environ.get(name)) for name, equals, value in
-                 (entry.partition("=") for entry in args.env)]
-        unset = [name for name, value in pairs if value is None]
-        if unset:
-            raise UsageError("--env %s: there is no such variable here; use --env NAME=VALUE"
-                             % shorten(quoted(unset[0]), 60))
-        options["env"] = dict(pairs)
-    return options
-
-
-def join_words(words: Sequence[str]) -> str:
-    """A command line that a shell reads as exactly these words."""
-    if WINDOWS:
-        import subprocess
-        return subprocess.list2cmdline(words)
-    import shlex
-    return shlex.join(words)
-
-
-def draft_of_words(words: list[str], literal: bool, now: int, options: dict[str, Any]) -> dict[str, Any]:
-    """One word is a shell command or JSON; several are a command and its arguments, or torn JSON."""
-    longest = system.longest_command
-    for word in words:
-        check_text("the command", word)
-    if not literal and len(words) > 1 and words[0].startswith("{") and words[-1].endswith("}"):
-        return read_job(" ".join(words), now, longest, options)
-    if not literal and len(words) == 1:
-        return read_job(words[0], now, longest, options)
-    return draft_of({"command": words[0] if len(words) == 1 else join_words(words), **options}, now, longest)
-
-
-def as_utf8(text: str) -> str:
-    """Text from the system as it is meant, also where the locale does not know UTF-8 (LC_ALL=C)."""
-    return text if text.isascii() else os.fsencode(text).decode("utf-8", "surrogateescape")
-
-
-def finish_draft(draft: dict[str, Any], folders: dict[str | None, str]) -> dict[str, Any]:
-    """Give a draft its folder: an existing one, absolute. `folders` are those seen before."""
-    given = draft["cwd"]
-    if given not in folders:
+def whole(name: str, most: int) -> Callable[[str], int]:
+    """What checks an option or argument that is a whole number from 1 to `most`."""
+    def check(text: str) -> int:
         try:
-            here = check_text("the name of the folder you are in", as_utf8(os.getcwd()))
-        except OSError:
-            raise UsageError("the folder you are in is gone; cd to another") from None
-        folder = here if given is None else os.path.join(here, given)
-        if given == "" or not os.path.isdir(system.native(folder)):
-            raise UsageError("cwd %s is not a folder" % shorten(quoted(given), 200))
-        folders[given] = folder
-    for name, value in (draft["env"] or {}).items():
-        if len(name.encode()) + len(value.encode()) + 2 > system.longest_command:
-            raise UsageError("env %s is too long: this system takes %d bytes" % (clean(name), system.longest_command))
-    draft["cwd"] = folders[given]
-    return draft
+            number = to_whole(text)
+        except ValueError:
+            number = 0
+        if not 1 <= number <= most:
+            raise UsageError("%s must be a whole number from 1 to %d, not %s"
+                             % (name, most, quoted(text)))
+        return number
+    return check
 
 
-def open_jobs(path: str) -> BinaryIO:
-    """The file with jobs. What is no plain file is read to its end first: it may be slow, and
-    nobody else can write while its jobs are added."""
-    try:
-        if path != "-" and os.path.isfile(path):
-            return open(path, "rb")
-        if path == "-" and sys.stdin is None:
-            raise OSError("stdin is closed")
-        import shutil
-        import tempfile
-        spool: BinaryIO = tempfile.SpooledTemporaryFile(1 << 23)  # type: ignore[assignment]  # noqa: SIM115
-        with (open(path, "rb") if path != "-" else sys.stdin.buffer) as source:
-            shutil.copyfileobj(source, spool)
-        spool.seek(0)
-        return spool
-    except OSError as error:
-        raise UsageError("%s can't be read: %s" % (clean(path), error.strerror or error)) from None
+def time_limit(text: str) -> float:
+    """Seconds that `--timeout` gives a command to wait."""
+    return checked("delay", text, "--timeout")  # type: ignore[no-any-return]
 
 
-LONGEST_LINE = 1 << 21  # bytes
+def queue_name(text: str) -> str:
+    return check_name("--queue", text)
 
 
-def job_lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
-    """Each job's line with its number: plain lines, or the array that `list --json` prints."""
-    array = ""  # or "open", or "closed"
-    for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), 1):
-        if len(raw) == LONGEST_LINE:
-            raise UsageError("line %d is longer than any command can be" % number)
-        try:
-            line = raw.decode().rstrip("\r\n").lstrip(" \t")
-        except UnicodeDecodeError:
-            raise UsageError("line %d is not valid UTF-8" % number) from None
-        if number == 1 and line == "[":
-            array = "open"
-        elif array and line == "]":
-            array = "closed"
-        elif array and line and (array == "closed" or not line.startswith("{")):
-            raise UsageError("line %d is not a job as `list --json` prints it: %s"
-                             % (number, shorten(quoted(line), 60)))
-        elif line:
-            yield number, line[:-1] if array and line.endswith(",") else line
-    if array == "open":
-        raise UsageError("line %d: the array that begins on line 1 has no end; nothing was enqueued" % number)
+ENDLESS = float("inf")
+JSON = option("--json", action="store_true", help="print JSON")
+ID = option("id", metavar="ID", help="the job's id, or a unique part of its beginning")
+IDS = option("ids", nargs="+", **ID[1])
+LIMIT = option("--limit", metavar="N", type=whole("--limit", 10**9),
+               help="the newest N (50; with --json all)")
+ALL = option("--all", action="store_true", help="all of them")
 
 
-def drafts_of(lines: Iterable[tuple[int, Any]], read: Callable[[Any], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The drafts that `read` makes of numbered lines; an error names the line."""
-    folders: dict[str | None, str] = {}
-    for number, line in lines:
-        try:
-            draft = finish_draft(read(line), folders)
-        except UsageError as error:
-            raise UsageError(at_line(number, str(error))) from None
-        draft["line"] = number
-        yield draft
+# ─── reading: what changes nothing ────────────────────────────────────────────────────────────
+
+def alive_of(entries: Iterable[Row]) -> list[Row]:
+    """Those of some pools or workers that live."""
+    return [entry for entry in entries if entry["alive"]]
 
 
-def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """The inputs for --each with their numbers: what stands between separators, without what is empty."""
-    rest, number = b"", 0
-    for data in iter(lambda: stream.read(1 << 16), b""):
-        *parts, rest = (rest + data).split(separator)
-        for part in parts:
-            number += 1
-            if part:
-                yield number, part
-    if rest:
-        yield number + 1, rest
+def unfinished_of(queue: Row) -> int:
+    """How many jobs of a queue have not ended."""
+    return sum(queue[state] for state in UNFINISHED)
 
 
-def fill_in(template: str, given: bytes | str) -> str:
-    """The command for one input of --each: {} stands for it, safely quoted."""
-    try:
-        text = given if isinstance(given, str) else given.decode()
-    except UnicodeDecodeError:
-        raise UsageError("%s is not valid UTF-8" % clean(repr(given))) from None
-    return with_place(template).replace("{}", join_words([text])) if WINDOWS else fill(template, text)
+def left_runs(store: Store) -> dict[str, int]:
+    """The queues of runs that were interrupted, each with how many jobs are left."""
+    busy = store.queues_of_runs()
+    return {queue["name"]: unfinished_of(queue) for queue in store.queues()
+            if is_run_queue(queue["name"]) and queue["name"] not in busy and unfinished_of(queue)}
 
-
-def each_source(args: Any, options: dict[str, Any], now: int) -> Iterator[dict[str, Any]]:
-    """The drafts of a command for each input: the arguments, or what comes from stdin or a file."""
-    def each(given: Any) -> dict[str, Any]:
-        return draft_of({"command": fill_in(args.each, given), **options}, now, system.longest_command)
-
-    if not WINDOWS:
-        check_template(args.each)
-    if args.words:
-        yield from drafts_of(enumerate(args.words, 1), each)
-        return
-    with open_jobs(args.file or "-") as stream:
-        yield from drafts_of(inputs_of(stream, b"\0" if args.null else b"\n"), each)
-
-
-def job_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
-    """The drafts of what `enqueue` was given: one argument, several words, or the lines of a file."""
-    options = given_options(args)
-    if args.each is not None:
-        yield from each_source(args, options, now)
-        return
-    if args.file is None:
-        yield finish_draft(draft_of_words(args.words, args.literal, now, options), {})
-        return
-    with open_jobs(args.file) as stream:
-        yield from drafts_of(job_lines_of(stream), lambda line: read_job(line, now, system.longest_command, options))
-
-
-def begun(drafts: Iterator[dict[str, Any]], whole: bool) -> Iterable[dict[str, Any]]:
-    """The drafts, all of them (`whole`) or the first made already.
-
-    Then a single job is refused without the database, and what is slow to read is read before
-    the transaction: nobody else could write meanwhile.
-    """
-    from itertools import chain
-    return list(drafts) if whole else chain([draft for draft in [next(drafts, None)] if draft], drafts)
-
-
-def caller_of(args: Any) -> dict[str, Any]:
-    """What jobs take over from whoever enqueues them: PATH, umask, and with --env-all every variable."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    environ = "" if not args.env_all else json.dumps({
-        as_utf8(name): as_utf8(value) for name, value in sorted(os.environ.items()) if name not in JOB_VARIABLES})
-    return {"path": check_text("PATH", as_utf8(os.environ.get("PATH", os.defpath))), "umask": umask, "environ": environ}
-
-
-def tell_enqueued(args: Any, store: Store, first: int, last: int, existing: Sequence[int],
-                  many: bool) -> None:
-    if args.json and not many:
-        job = store.find_by_seq(existing[0] if existing else last)
-        out_json(job and job_json(job))
-    elif args.json:
-        out_lines(map(job_json, store.jobs_between(first, last)))
-    elif args.quiet:
-        for job in [*map(store.find_by_seq, existing), *store.jobs_between(first, last)]:
-            emit(job["id"] if job else "")
-    elif many:
-        emit("Enqueued: %s" % count_of(last - first, "job"))
-    elif first == last:
-        emit("Exists already: nothing changed")
-    else:
-        job = next(store.jobs_between(first, last))
-        emit("Enqueued: %s" % job["id"])
-        if (job["due"] or 0) > now_millis():
-            complain("%s will run in %s, at %s (%s in local time)" % (
-                clean(job["id"]), show_duration((job["due"] - now_millis()) / 1000), show_time(job["due"]),
-                time.strftime("%Y-%m-%d %H:%M", time.localtime(job["due"] / 1000))))
-        if job["state"] == DEAD:
-            complain("%s is dead already: %s" % (clean(job["id"]), job["last_error"]))
-    if sys.stderr is not None and sys.stderr.isatty():
-        tell_if_idle(args.db)
-
-
-FILE = option("--file", metavar="PATH", help="one job a line, command or JSON; - is stdin; all or none")
-EACH = (
-    option("--each", metavar="COMMAND", help="this for each input, a line on stdin: {} stands for it, quoted"),
-    option("-0", "--null", action="store_true", help="inputs end with NUL, not with a newline"),
-)
-JOB_OPTIONS = (
-    option("--id", metavar="ID", help="choose the id yourself"),
-    option("--priority", metavar="N", help="lower runs first (%d)" % SETTINGS["priority"]),
-    option("--run-at", metavar="TIME", help="not before this time: 2026-01-31T10:00:00Z, now+5m"),
-    option("--delay", metavar="DURATION", help="not before this long from now: 90, 500ms, 1h30m"),
-    option("--timeout", metavar="DURATION", help="end a run that takes longer"),
-    option("--max-retries", metavar="N", help="runs before it is dead (%d)" % SETTINGS["max_retries"]),
-    option("--backoff-base", metavar="N", help="seconds between tries: N ** attempts (%d)" % SETTINGS["backoff_base"]),
-    option("--cwd", metavar="DIR", help="the folder it runs in (this one)"),
-    option("--env", metavar="NAME[=VALUE]", action="append", help="a variable for the job; without value yours"),
-    option("--env-all", action="store_true", help="all your variables, as they are now"),
-    option("--after", metavar="ID[,ID]", action="append", help="not before these jobs are completed; repeatable"),
-    option("--unique", metavar="KEY", help="refused while a job with this key waits or runs"),
-    option("--if-exists", choices=("fail", "skip"), default="fail", help="what to do if the id or key exists"),
-    option("--retry-after", metavar="DURATION", help="when to try again after exit code 75 (1m)"),
-    option("--dead-on", metavar="CODE[,CODE]", action="append", help="exit codes not to be retried; repeatable"),
-)
-
-
-@subcommand(
-    "enqueue", "add a job, or a file of jobs",
-    option("words", nargs="*", metavar="COMMAND", help="a shell command, JSON, or a program and its arguments"),
-    FILE, *EACH, option("--queue", metavar="NAME", help="the queue it waits in (default)"), *JOB_OPTIONS,
-    option("--wait", action="store_true", help="until it is completed or dead; exit 1 if it died"),
-    option("--quiet", action="store_true", help="print the ids alone"), JSON,
-    examples="""
-queuectl enqueue 'tar czf backup.tgz photos && mv backup.tgz /mnt'
-queuectl enqueue '{"id":"report","command":"./report.sh","max_retries":5}'
-queuectl enqueue --priority 1 --timeout 1h convert in.png out.jpg
-queuectl enqueue --delay 10m 'curl -fsS https://example.org/ping'
-queuectl enqueue --after fetch,unpack --id build make
-queuectl enqueue --unique sync --if-exists skip 'rsync -a /data backup:'
-queuectl enqueue -- '{ echo a; echo b; }'
-find . -name '*.log' -print0 | queuectl enqueue -0 --each 'gzip -9 {}'
-""")
-def cmd_enqueue(args: Any) -> int:
-    many = args.file is not None or args.each is not None
-    if (args.file is not None and bool(args.words)) or not (many or args.words) or (many and args.id) or (
-            args.null and args.each is None):
-        raise UsageError("give either a command or --file PATH%s; see `queuectl enqueue --help`"
-                         % (" (the lines of a file carry their own ids)" if args.id and args.file else ""))
-    now = now_millis()
-    drafts = begun(job_source(args, now), bool(args.words))
-    caller = caller_of(args)
-    store = open_store(args)
-    settings = store.settings()
-    if many:
-        store.expect_bulk()
-    with store.transaction():
-        first, last, existing = store.add(
-            drafts, settings, now=now, skip_existing=args.if_exists == "skip", **caller)
-    ring_all(args.db)
-    try:
-        tell_enqueued(args, store, first, last, existing, many)
-        sys.stdout.flush()
-    except OSError:
-        complain("%s enqueued all the same" % ("the jobs are" if many else "the job is"))
-        raise
-    return await_jobs(store, [*range(first + 1, last + 1), *existing], float("inf")) if args.wait else EXIT_OK
-
-
-# worker
-
-def _whole_option(name: str, text: str, most: int) -> int:
-    try:
-        number = to_whole(text)
-    except ValueError:
-        number = 0
-    if not 1 <= number <= most:
-        raise UsageError("%s must be a whole number from 1 to %d, not %s" % (name, most, shorten(quoted(text), 60)))
-    return number
-
-
-def new_pool_name(store: Store) -> str:
-    """A name that is never used twice; it begins with the queue's id, see Identity."""
-    return "%s-%s" % (store.queue_id(), os.urandom(3).hex())
-
-
-LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside when a pool starts
-
-
-def _open_log(path: str) -> int:
-    try:
-        if os.path.exists(path) and os.path.getsize(path) > LONGEST_LOG:
-            os.replace(path, path + ".1")
-        return open_private(path, os.O_WRONLY | os.O_APPEND)
-    except OSError as error:
-        raise QueueError("the log %s can't be written: %s" % (clean(path), error.strerror)) from None
-
-
-def own_file() -> str:
-    """The file that this program is in; raises QueueError if it came by a pipe."""
-    script: str = os.path.abspath(globals().get("__file__", ""))
-    if not os.path.isfile(script):
-        raise QueueError("queuectl can't be started again from %s; save it as a file of its own" % (
-            clean(script) or "where it came from"))
-    return script
-
-
-def own_command() -> list[str]:
-    """How this program is started: by the launcher of `install` (its module is compiled), or as a script."""
-    script = own_file()
-    launcher = os.path.abspath(sys.argv[0])
-    installed = os.path.basename(launcher) == "queuectl" and os.path.isfile(launcher)
-    return [sys.executable, launcher if installed else script]
-
-
-# `python -c` this, with the descriptor of compiled code, its file and arguments: runs it as the module queuectl.
-RUN_COMPILED = (
-    'import marshal, sys; sys.path[:] = filter(None, sys.path); '  # nothing is imported from the folder it runs in
-    'file = open(int(sys.argv[1]), "rb"); code = marshal.load(file); file.close(); del sys.argv[:2]; '
-    'sys.modules["queuectl"] = module = type(sys)("queuectl"); module.__file__ = sys.argv[0]; '
-    'exec(code, module.__dict__); raise SystemExit(module.main())')
-
-
-def start_compiled() -> None:
-    """Where this is a script, go on as a new program in this process, which has its code without compiling it.
-
-    Python keeps a script's syntax tree in memory for as long as it runs: more than all the rest of
-    a pool. What the script was compiled to is in the outermost frame.
-    """
-    import marshal
-    if __name__ != "__main__" or sys.modules["__main__"].__spec__ or not hasattr(os, "memfd_create"):
-        return
-    frame = sys._getframe()
-    while frame.f_back:
-        frame = frame.f_back
-    fd = os.memfd_create("queuectl", 0)
-    os.write(fd, marshal.dumps(frame.f_code))
-    os.lseek(fd, 0, os.SEEK_SET)
-    os.execv(sys.executable, [sys.executable, "-c", RUN_COMPILED, str(fd), *sys.argv])
-
-
-START_TIME = 30.0  # seconds a detached pool has to come up
-
-
-def _start_detached(args: Any, count: int, store: Store, name: str) -> int:
-    """Start the same command in a session of its own, and wait until its workers run."""
-    import subprocess
-    log = os.path.join(os.path.dirname(args.db), "queuectl.log")
-    argv = [*own_command(), "--db", args.db, "worker", "start", "--count", str(count)]
-    for queue in args.queue:
-        argv += ["--queue", queue]
-    argv += ["--drain"] * args.drain + (["--max-jobs", args.max_jobs] if args.max_jobs else [])
-    fd = _open_log(log)
-    process = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, cwd=os.path.dirname(args.db),
-        env=dict(os.environ, QUEUECTL_POOL=name), start_new_session=not WINDOWS,
-        creationflags=0x208 if WINDOWS else 0)  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
-    os.close(fd)
-    deadline = time.monotonic() + START_TIME
-    while sum(worker["pool"] == name and worker["alive"] for worker in store.workers()) < count:
-        if process.poll() is not None and process.returncode != EXIT_OK:
-            raise QueueError("the workers did not start; the end of %s says why" % log)
-        if process.poll() is not None:  # drained, or stopped, before we looked
-            break
-        if time.monotonic() > deadline:
-            raise QueueError("the workers are not running after %d s; see %s" % (START_TIME, log))
-        time.sleep(0.01)
-    emit(str(process.pid))
-    complain("%s in the background, log in %s; `queuectl worker stop` ends them"
-             % (count_of(count, "worker"), clean(log)))
-    return EXIT_OK
-
-
-@subcommand(
-    "worker start", "run jobs, in the foreground",
-    option("--count", metavar="N", default="1", help="worker processes (1)"),
-    option("--queue", metavar="NAME", action="append", default=[], help="serve this queue only; repeatable"),
-    option("--drain", action="store_true", help="exit when nothing is left to do; 1 if a job died meanwhile"),
-    option("--detach", action="store_true", help="run in the background; prints the process id"),
-    option("--max-jobs", metavar="N", help="exit after N runs"),
-    examples="""
-queuectl worker start --count 4           until Ctrl-C: finishes running jobs; twice ends them
-queuectl worker start --count 4 --drain   until nothing is left to do
-queuectl worker start --detach            in the background, log beside the database
-""")
-def cmd_worker_start(args: Any) -> int:
-    count = _whole_option("--count", args.count, 1000)
-    max_jobs = None if args.max_jobs is None else _whole_option("--max-jobs", args.max_jobs, 10**9)
-    queues = [check_name("--queue", name) for name in args.queue]
-    system.check_room(count)
-    if not args.detach and not args.drain:  # a drain is short
-        start_compiled()
-    store = open_trusted(args.db, tell=complain)
-    name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name(store)
-    if args.detach:
-        return _start_detached(args, count, store, name)
-    store.close()
-    system.say("Starting %s, pool %s, pid %d, database %s\n" % (
-        count_of(count, "worker"), name, os.getpid(), clean(args.db)))
-    return Pool(args.db, name, count, queues, args.drain, max_jobs).run()
-
-
-def own_run(db: str) -> tuple[str, int]:
-    """The worker and the seq of the job from which this command was called, if it is one of this queue."""
-    worker, _, rest = os.environ.get("QUEUECTL_RUN", "--").rpartition("-")[0].rpartition("-")
-    return (worker, int(rest)) if rest.isdigit() and is_alive(db, worker) else ("", 0)
-
-
-@subcommand(
-    "worker stop", "stop every pool on this database, after the running jobs",
-    option("--now", action="store_true", help="end the running jobs and give them back"),
-    option("--timeout", metavar="DURATION", help="exit 124 if it takes longer; they go on stopping"),
-    examples="""
-queuectl worker stop                 running jobs finish first
-queuectl worker stop --now           running jobs go back into the queue
-""")
-def cmd_worker_stop(args: Any) -> int:
-    patience = patience_of(args)
-    deadline = time.monotonic() + patience
-    if not anyone_alive(args.db):
-        if not os.path.exists(args.db):
-            complain("there is no queue at %s" % clean(args.db))
-        emit("No workers are running.")
-        return EXIT_OK
-    store = open_store(args, as_it_is=True)
-    worker, _ = own_run(args.db)
-    own = (worker, _pool_of(worker))  # which waits for the job that called this
-    alive = {entry["name"]: entry["pid"] for entry in [*store.pools(), *store.workers()]
-             if entry["alive"] and entry["name"] not in own}
-    try:
-        with store.transaction():
-            store.ask_stop([pool["name"] for pool in store.pools()], 2 if args.now else 1)
-        ring_all(args.db)
-    except Unavailable as error:  # a full disk: supervisors can be told without it
-        told = [system.stop(pool["pid"], life_path(args.db, pool["name"]), args.now) for pool in store.pools()]
-        if not any(told):
-            raise
-        complain("%s; the workers are told by signals" % error)
-    tell_at = time.monotonic() + WAIT_TOLD
-    while any(is_alive(args.db, name) for name in alive):
-        for name, pid in alive.items():
-            system.wake(pid, life_path(args.db, name))
-        if time.monotonic() >= deadline:
-            raise TimedOut("workers still run after %s; they go on stopping, `queuectl worker stop --now` ends their "
-                           "jobs" % show_duration(patience))
-        if time.monotonic() >= tell_at:
-            complain("waiting for running jobs to finish; `queuectl worker stop --now` would end them")
-            tell_at = float("inf")
-        time.sleep(0.02)
-    emit("All workers have stopped." if not worker else
-         "All other workers have stopped; those of this pool do when this job has ended.")
-    return EXIT_OK
-
-
-@subcommand("worker list", "show the workers that live, and what they run", JSON,
-            examples="\nqueuectl worker list\n")
-def cmd_worker_list(args: Any) -> int:
-    workers = [worker for worker in read_store(args).workers() if worker["alive"]]
-    if args.json:
-        shown = [dict(worker, started_at=show_time(worker["started_at"]),
-                      job_started_at=worker["job_started_at"] and show_time(worker["job_started_at"]))
-                 for worker in workers]
-        out_lines(shown)
-    elif workers:
-        out_table(("WORKER", "PID", "UP", "DOES"), [worker_row(worker, now_millis()) for worker in workers])
-    else:
-        emit("No workers are running.")
-    return EXIT_OK
-
-
-# run
 
 RATE_SPAN = 60.0  # seconds
 
@@ -6493,43 +6084,1243 @@ class Rate:
         while len(self.seen) > 1 and self.seen[1][0] < now - RATE_SPAN:
             del self.seen[0]
         then, before = self.seen[0]
-        return max(0, number - before) / (now - then) if now - then >= 0.2 else None
+        if now - then < 0.2:
+            return None
+        return max(0, number - before) / (now - then)
 
 
-def unfinished_of(queue: dict[str, Any]) -> int:
-    """How many jobs of a queue have not ended."""
-    return sum(queue[state] for state in UNFINISHED)
+WATCH = option("--watch", action="store_true", help="show it anew each second until Ctrl-C")
+WATCH_EVERY = 1.0  # seconds
 
 
+def show_again(frame: Callable[[], list[str]]) -> NoReturn:
+    """Show the lines of `frame()` each second anew: on a terminal in place, without flicker."""
+    clear = "\033[2J"
+    while True:
+        title = "%s, every second until Ctrl-C" % show_time(now_millis())[:-5]
+        lines = [title, *map(as_called, frame())]
+        width = terminal_width()
+        if width:
+            lines[:2] = [cut(line, width) for line in lines[:2]]
+            rows = os.get_terminal_size(sys.stdout.fileno()).lines
+            shown = "".join(line + "\033[K\n" for line in lines[:rows - 2])
+            emit_text(clear + "\033[H" + shown + "\033[J\n")
+            clear = ""
+        else:
+            emit_text("\n".join(lines) + "\n\n")
+        sys.stdout.flush()
+        time.sleep(WATCH_EVERY)
+
+
+def status_of(store: Store) -> tuple[Row, list[Row]]:
+    """What `status` tells, and the workers that live."""
+    workers, pools = alive_of(store.workers()), alive_of(store.pools())
+    counts, queues = store.counts(), store.queues()
+    lost = store.lost_jobs() if counts[PROCESSING] else []
+    troubles = [(worker["name"], trouble_of(store.path, worker["name"])) for worker in workers]
+    waiting = [queue["name"] for queue in queues
+               if queue[PENDING] + queue[FAILED] and not queue["paused"]]
+    return {
+        "jobs": counts,
+        "workers": len(workers),
+        "all_paused": store.all_paused(),
+        "paused": [queue["name"] for queue in queues if queue["paused"]],
+        "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None,
+        "next": store.next_due(),
+        "lost": [job["id"] for job in lost if store.is_own(job["worker"])],
+        "unserved": [name for name in waiting
+                     if pools and not any(serves(pool, name) for pool in pools)],
+        "interrupted": list(left_runs(store)),
+        "troubles": ["%s: %s" % pair for pair in troubles if pair[1]],
+    }, workers
+
+
+@subcommand(
+    "status", "show jobs by state, workers, and what comes next", JSON,
+    option("--format", choices=("prometheus",), help="for the textfile collector of node_exporter"),
+    WATCH,
+    examples="""
+queuectl status
+queuectl status --watch
+queuectl status --format prometheus > queuectl.prom.new && mv queuectl.prom.new queuectl.prom
+""")
+def cmd_status(args: Any) -> None:
+    if args.json + args.watch + bool(args.format) > 1:
+        raise UsageError("give one of --json, --watch and --format")
+    store, rate = args.store, Rate()
+
+    def frame() -> list[str]:
+        store.changed()  # raises if the database is gone
+        status, workers = status_of(store)
+        now = now_millis()
+        if args.format:
+            return prometheus_lines(
+                store.queues(), len(workers), status["oldest_waiting"], now)
+        speed = rate(sum(status["jobs"][state] for state in ENDED))
+        shown = "" if speed is None else "%.1f jobs/s in the last minute" % speed
+        return status_lines(status, workers, now, terminal_width(), shown)
+
+    if args.watch:
+        show_again(frame)
+    if not args.json:
+        for line in frame():
+            advise(line)
+        return
+    status, workers = status_of(store)
+    for name in ("oldest_waiting", "next"):
+        status[name] = status[name] and with_times(status[name])
+    emit_json(dict(status, running=[worker["job"] for worker in workers if worker["job"]]))
+
+
+def _list(args: Any, states: Sequence[str], queue: str | None, head: Sequence[str],
+          row: Callable[[Row, int], Sequence[str]]) -> None:
+    """Show jobs: all as a stream of JSON, or the newest as a table."""
+    if args.all and args.limit:
+        raise UsageError("--all and --limit contradict each other")
+    jobs: Iterable[Row]
+    if args.all or (args.json and not args.limit):
+        jobs = args.store.jobs(states, queue)
+    else:
+        jobs = args.store.newest(states, queue, args.limit or 50)
+    if args.json:
+        emit_list(map(job_json, jobs))
+        return
+    now = now_millis()
+    rows = [row(job, now) for job in jobs]
+    emit_table(head, rows)
+    total = args.store.count(states, queue)
+    if total > len(rows):
+        sys.stdout.flush()
+        complain("the newest %d of %d; --all shows all, --limit N more" % (len(rows), total))
+
+
+@subcommand(
+    "list", "show jobs, the newest last",
+    option("--state", action="append", default=[], choices=STATES,
+           help="in this state only; repeatable"),
+    option("--queue", metavar="NAME", help="of this queue only"),
+    LIMIT, ALL, JSON,
+    examples="""
+queuectl list
+queuectl list --state failed --state dead
+queuectl list --json --state pending --state failed | queuectl --db /other/queue.db enqueue --file -
+""")
+def cmd_list(args: Any) -> None:
+    _list(args, args.state, args.queue, JOB_HEAD, job_row)
+
+
+@subcommand("dlq list", "show the dead letter queue: jobs that failed too often", LIMIT, ALL, JSON,
+            examples="\nqueuectl dlq list\n")
+def cmd_dlq_list(args: Any) -> None:
+    _list(args, [DEAD], None, DEAD_HEAD, dead_row)
+    width = terminal_width()
+    if width and not args.json:
+        advice = as_called("Next: `queuectl logs ID`, `queuectl dlq retry ID` or --all")
+        emit_text(cut(advice, width) + "\n")
+
+
+def read_output(path: str, missing: Any, read: Callable[..., Any], *values: Any) -> Any:
+    """What `read(fd, *values)` makes of an output file, which is opened for that moment alone."""
+    try:
+        fd = open_beside(path, os.O_RDONLY)
+    except (OSError, QueueError):
+        return missing
+    try:
+        return read(fd, *values)
+    finally:
+        os.close(fd)
+
+
+def live_run(store: Store, job: Row) -> Row:
+    """The current run of a job, with what it has printed so far."""
+    limit, start = store.settings()["max_output_bytes"], job["started_at"]
+    stdout, stderr = [read_output(path, b"", head_and_tail, limit)
+                      for path in output_paths(store.path, job["locked_by"], job["slot"])]
+    seconds = max(0, now_millis() - start) / 1000
+    return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING,
+            "started_at": start, "finished_at": None, "duration_seconds": seconds,
+            "exit_code": None, "error": None, "worker": job["locked_by"],
+            "stdout": stdout, "stderr": stderr}
+
+
+def runs_of(store: Store, job: Row) -> Iterator[Row]:
+    """The runs of a job, oldest first, and at the end the one that runs now."""
+    yield from store.runs(job["seq"])
+    if job["state"] == PROCESSING:
+        yield live_run(store, job)
+
+
+def environment_of(store: Store, job: Row) -> dict[str, str]:
+    """The variables kept for a job: with --env-all its caller's, and those that --env named."""
+    environ = store.context(job["context"])[3]
+    return {**json.loads(environ or "{}"), **json.loads(job["env"] or "{}")}
+
+
+def _emit_job(store: Store, job: Row) -> None:
+    for line in job_lines(job):
+        emit(line)
+    for run in runs_of(store, job):
+        emit(run_title(run))
+    if job["runs"]:
+        advise("`queuectl logs %s` shows what it printed." % job["id"])
+    else:
+        advise("It has not run yet; `queuectl why %s` tells why." % job["id"])
+
+
+@subcommand("show", "show everything about one job", ID, JSON,
+            option("--env", action="store_true",
+                   help="the variables that were kept for it, and nothing else"),
+            examples="\nqueuectl show job1\nqueuectl show --json 3fa9\n")
+def cmd_show(args: Any) -> None:
+    store = args.store
+    job = store.find(args.id)
+    if args.env and args.json:
+        emit_json(environment_of(store, job))
+    elif args.env:
+        for pair in sorted(environment_of(store, job).items()):
+            emit("%s=%s" % pair)
+    elif args.json:
+        emit_json(dict(job_json(job), runs=list(map(run_json, runs_of(store, job)))))
+    else:
+        _emit_job(store, job)
+
+
+# What `logs` shows. `stream` is the one that was asked for, or None: both, with headings.
+
+def _emit_run(run: Row, stream: str | None) -> None:
+    if not stream:
+        emit(run_title(run))
+    for name in ("stdout", "stderr"):
+        output = run[name]
+        if output and name == stream:
+            emit_output(output)
+        elif output and not stream:
+            emit("%s:" % name)
+            emit_output(output if output.endswith(b"\n") else output + b"\n")
+    if not stream:
+        emit("")
+
+
+def _emit_average(store: Store, job: Row, stream: str | None) -> None:
+    if not stream:
+        count, average = store.run_times(job["seq"])
+        emit("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
+
+
+def _output_since(fd: int, start: int, limit: int) -> tuple[bytes, int]:
+    """What an output file holds from `start` on, and its size; of very much only the end."""
+    size = os.fstat(fd).st_size
+    if size - start <= limit:
+        return read_between(fd, start, size), size
+    resumed = size - limit // 2
+    return b"\n[queuectl: %d bytes left out here]\n%s" % (
+        resumed - start, read_between(fd, resumed, size)), size
+
+
+def _follow_live(store: Store, job: Row, stream: str | None, offsets: dict[str, int]) -> None:
+    """Show what a running job has printed since the last look.
+
+    The files are used again for other jobs after the run was recorded: so what was read counts
+    only if the job is still in the same run afterwards.
+    """
+    limit = store.settings()["max_output_bytes"]
+    paths = output_paths(store.path, job["locked_by"], job["slot"])
+    news = [(name, *read_output(path, (b"", 0), _output_since, offsets[name], limit))
+            for name, path in zip(offsets, paths)]
+    again = store.find_by_seq(job["seq"])
+    if again and again["state"] == PROCESSING and again["runs"] == job["runs"]:
+        for name, output, size in news:
+            if output and stream in (None, name):
+                emit_output(output)
+            offsets[name] = max(offsets[name], size)
+
+
+def _follow_end(run: Row, stream: str | None, offsets: dict[str, int], limit: int) -> None:
+    """Show what is left of a run that was followed and has been recorded."""
+    for name, offset in offsets.items():
+        output = run[name] or b""
+        if len(output) > limit:  # too long to be kept whole: the gap and the tail
+            offset = limit // 2
+        if stream in (None, name):
+            emit_output(output[offset:])
+    if not stream:
+        emit(run_title(run))
+        emit("")
+
+
+FOLLOW_EVERY = 0.1  # seconds
+
+
+def _follow(store: Store, job: Row, stream: str | None) -> None:
+    """Show runs as they go, until the job has ended for good."""
+    done, seq = 0, job["seq"]
+    offsets = {"stdout": 0, "stderr": 0}
+    current: Row | None = job
+    while current is not None:
+        store.changed()  # raises if the database is gone
+        for run in store.runs(seq, done):
+            if any(offsets.values()):
+                _follow_end(run, stream, offsets, store.settings()["max_output_bytes"])
+            else:
+                _emit_run(run, stream)
+            done, offsets = run["run"], dict.fromkeys(offsets, 0)
+        if current["state"] == PROCESSING and current["runs"] > done:
+            _follow_live(store, current, stream, offsets)
+        elif current["state"] in ENDED and current["runs"] <= done:
+            break
+        sys.stdout.flush()
+        time.sleep(FOLLOW_EVERY)
+        current = store.find_by_seq(seq)
+
+
+def _runs_to_show(store: Store, job: Row, attempt: int | None) -> Iterable[Row]:
+    """All runs of a job, or the newest with this number of attempts."""
+    runs = runs_of(store, job)
+    if attempt is None:
+        return runs
+    matching = [run for run in runs if run["attempt"] == attempt]
+    if not matching:
+        raise QueueError("%s has no run with attempt %d" % (job["id"], attempt))
+    return matching[-1:]
+
+
+@subcommand(
+    "logs", "show what a job has printed", ID,
+    option("--attempt", metavar="N", type=whole("--attempt", 10**6),
+           help="of the newest run of this number only"),
+    option("--stdout", action="store_true", help="stdout's bytes and nothing else"),
+    option("--stderr", action="store_true", help="stderr's bytes and nothing else"),
+    option("--follow", action="store_true", help="go on until the job is completed or dead"), JSON,
+    examples="""
+queuectl logs job1
+queuectl logs --follow job1
+queuectl logs --stdout --attempt 2 job1 > result.txt
+""")
+def cmd_logs(args: Any) -> None:
+    chosen = [name for name in ("stdout", "stderr") if getattr(args, name)]
+    if len(chosen) > 1:
+        raise UsageError("give --stdout or --stderr, or neither for both")
+    stream = chosen[0] if chosen else None
+    job = args.store.find(args.id)
+    if args.follow and (args.json or args.attempt):
+        raise UsageError("--follow goes neither with --json nor with --attempt")
+    runs = [] if args.follow else _runs_to_show(args.store, job, args.attempt)
+    if args.json:
+        emit_list(map(run_json, runs))
+        return
+    if not stream:
+        emit("Logs for job %s:" % job["id"])
+        emit("")
+    for run in runs:
+        _emit_run(run, stream)
+    if args.follow:
+        _follow(args.store, job, stream)
+    _emit_average(args.store, job, stream)
+
+
+def _obstacles(store: Store, job: Row, now: int) -> Iterator[str]:
+    """What keeps a waiting job from running, whoever would work on it."""
+    queue = store.queue(job["queue"])
+    name, due = queue["name"], job["due"]
+    for other in store.awaited_by(job["seq"]):
+        rest = " (next try in %s)" % span(now, other["due"]) if other["due"] else ""
+        yield "it runs after %s, which is %s%s" % (other["id"], other["state"], rest)
+    if due is not None and due > now:
+        what = "its next try is due" if job["state"] == FAILED else "it is scheduled"
+        yield "%s in %s, at %s; `queuectl edit %s --run-at now` starts it" % (
+            what, span(now, due), show_time(due), job["id"])
+    if store.all_paused():
+        yield "all queues are paused; `queuectl queue resume` lets their jobs start"
+    elif queue["paused"]:
+        yield ("its queue %s is paused; `queuectl queue resume %s` lets its jobs start"
+               % (name, name))
+    most = queue["concurrency"]
+    if most is not None and queue[PROCESSING] >= most:
+        running = ", ".join(store.running_in(name, 5))
+        yield ("its queue %s runs as many jobs as it may at once (%d): %s; `queuectl cancel ID` "
+               "ends one, `queuectl queue set %s --concurrency N` lets more run"
+               % (name, most, running, name))
+
+
+def _expected(store: Store, job: Row, now: int, serving: Sequence[Row]) -> tuple[int, str]:
+    """When a job that nothing else holds up can be expected to start, and what stands before it."""
+    pools = {pool["name"]: pool["queues"] for pool in store.pools()}
+    ahead = store.ahead_of(job, not all(pools.get(worker["pool"]) for worker in serving))
+    busy = sum(worker["job"] is not None for worker in serving)
+    turns = ahead + (busy == len(serving))
+    before = ", by priority (up to %d) or arrival" % job["priority"] if ahead else ""
+    stand = "stands" if ahead == 1 else "stand"
+    return now + to_millis(store.recent_seconds() * turns / len(serving)), (
+        "%s %s before it%s; %d of %s busy" % (
+            count_of(ahead, "job"), stand, before, busy, count_of(len(serving), "worker")))
+
+
+def why_waiting(store: Store, job: Row, now: int) -> tuple[list[str], int | None]:
+    """Why a waiting job does not run now, and when it is expected to, in milliseconds.
+
+    None stands for a time that can't be told.
+    """
+    reasons = list(_obstacles(store, job, now))
+    serving = store.serving(job["queue"])
+    if not serving:
+        asks = " --queue " + job["queue"] if alive_of(store.pools()) else ""
+        reasons.append("no worker serves its queue; `queuectl worker start%s` does" % asks)
+        return reasons, None
+    troubles = [trouble_of(store.path, worker["name"]) for worker in serving]
+    if all(troubles):
+        reasons.append("its workers are held up: %s" % clean(troubles[0]))
+    if not reasons:
+        expected, reason = _expected(store, job, now, serving)
+        return [reason], expected
+    scheduled = len(reasons) == 1 and (job["due"] or 0) > now
+    return reasons, job["due"] if scheduled else None
+
+
+def why_running(store: Store, job: Row, now: int) -> str:
+    """What there is to say of a job that runs, and what to do next."""
+    name, worker = job["id"], job["locked_by"]
+    if not store.is_own(worker):
+        return ("it ran in the queue that this one was copied from; it is given back when no "
+                "process of that queue is left, and `queuectl cancel %s` gives it up" % name)
+    if not is_alive(store.path, worker):
+        return ("its worker %s has died; the next worker ends what is left of the run: "
+                "`queuectl worker start`" % worker)
+    limit = "without a time-out"
+    if job["timeout_seconds"]:
+        end = job["started_at"] + job["timeout_seconds"] * 1000
+        limit = "at most %s more" % show_duration(max(0, end - now) / 1000)
+    return ("it runs now, for %s, %s; `queuectl logs --follow %s` shows its output, "
+            "`queuectl cancel %s` ends it" % (span(job["started_at"], now), limit, name, name))
+
+
+NEVER_COMPLETED = ("was to run after a job that never was completed and is forgotten; "
+                   "enqueue it anew")
+
+
+def why_dead(store: Store, job: Row, now: int) -> str:
+    """Why a job is dead, and what to do next."""
+    name, seq = job["id"], job["seq"]
+    died = "it died %s ago: %s; " % (
+        span(job["updated_at"], now), clean(job["last_error"] or "cancelled"))
+    causes = store.dead_causes(seq)
+    revived = [other["id"] for other in store.awaited_by(seq) if other["state"] != DEAD]
+    if revived and not causes:
+        return died + "%s was retried since; `queuectl dlq retry %s` lets it wait for that" % (
+            ", ".join(revived), name)
+    if store.waits_for_gone(seq):
+        return died + "it " + NEVER_COMPLETED
+    if causes:
+        return died + "`queuectl dlq retry %s --with-dependents` tries all again" % " ".join(causes)
+    return died + ("`queuectl logs %s` shows what it printed, `queuectl dlq retry %s` tries it again"
+                   % (name, name))
+
+
+@subcommand("why", "tell why a job isn't running now, and when it will", ID, JSON,
+            examples="\nqueuectl why job1\n")
+def cmd_why(args: Any) -> None:
+    store, now, expected = args.store, now_millis(), None
+    job = store.find(args.id)
+    name, state = job["id"], job["state"]
+    if state in WAITING:
+        reasons, expected = why_waiting(store, job, now)
+    elif state == PROCESSING:
+        reasons = [why_running(store, job, now)]
+    elif state == DEAD:
+        reasons = [why_dead(store, job, now)]
+    else:
+        reasons = ["it ended well %s ago; `queuectl retry %s` runs it once more"
+                   % (span(job["finished_at"], now), name)]
+    when = None if expected is None else show_time(expected)
+    if args.json:
+        reasons = [as_called(reason) for reason in reasons]
+        emit_json({"id": name, "state": state, "reasons": reasons, "expected_at": when})
+        return
+    emit("%s is %s:" % (name, state))
+    for reason in reasons:
+        advise("  " + reason)
+    if state == FAILED:
+        emit("  its last run: %s (%d of %d attempts used)" % (
+            job["last_error"], job["attempts"], max(1, job["max_retries"])))
+    if expected:
+        later = "in %s, at %s" % (span(now, expected), when)
+        emit("It is expected to start %s." % (later if expected > now else "at once"))
+
+
+def tell_if_idle(db: str) -> bool:
+    """Say how to start a worker if none lives; whether that was said."""
+    idle = not anyone_alive(db)
+    if idle:
+        complain("no worker is running; `queuectl worker start` works on the queue")
+    return idle
+
+
+def tell_ends(ends: Sequence[tuple[str, str, str | None] | None]) -> int:
+    """Tell of jobs that were waited for and are dead or (None) forgotten; the exit code."""
+    gone = ends.count(None)
+    if gone:
+        complain("%s deleted while waited for" % count_of(gone, "job"))
+    for name, _, error in [end for end in ends if end][:5]:
+        complain("%s is dead: %s; `queuectl logs %s` shows what it printed"
+                 % (name, error or "cancelled", name))
+    return EXIT_FAILED if ends else EXIT_OK
+
+
+def await_jobs(store: Store, seqs: Iterable[int], patience: float) -> int:
+    """Wait until all these jobs have ended; the exit code of `wait`.
+
+    Raises TimedOut after `patience` seconds. Each job is looked at when it has ended, for it may
+    be forgotten soon after.
+    """
+    deadline = time.monotonic() + patience
+    left, ends, told = set(seqs), [], False
+    while True:
+        seen, began = store.changed(), time.monotonic()
+        ended = left and left - store.unfinished(min(left), max(left))
+        ends += [end for end in map(store.end_of, sorted(ended)) if end is None or end[1] == DEAD]
+        left -= ended
+        if not left:
+            break
+        pause = max(0.02, 4 * (time.monotonic() - began))
+        while store.changed() == seen and time.monotonic() < deadline:
+            told = told or tell_if_idle(store.path)
+            time.sleep(pause)
+        if time.monotonic() >= deadline:
+            raise TimedOut("not all jobs have ended after %s; they stay in the queue"
+                           % show_duration(patience))
+    store.sync()  # what it says must still be so after a power cut
+    return tell_ends(ends)
+
+
+def own_run(db: str) -> tuple[str, int]:
+    """The worker and the seq of the job that called this command, if it is one of this queue."""
+    worker, _, rest = os.environ.get("QUEUECTL_RUN", "--").rpartition("-")[0].rpartition("-")
+    return (worker, int(rest)) if rest.isdigit() and is_alive(db, worker) else ("", 0)
+
+
+@subcommand(
+    "wait", "until jobs are completed or dead; exit 1 if one died",
+    option("ids", nargs="*", metavar="ID", help="without: all that are unfinished now"),
+    option("--timeout", metavar="DURATION", type=time_limit, default=ENDLESS,
+           help="exit 124 if it takes longer"),
+    examples="""
+queuectl wait job1 job2 && echo 'both are completed'
+queuectl wait --timeout 1h
+""")
+def cmd_wait(args: Any) -> int:
+    store = args.store
+    seqs = {store.find(name)["seq"] for name in args.ids} or store.unfinished(0, NEVER)
+    seqs.discard(own_run(args.db)[1])  # a job doesn't wait for itself
+    return await_jobs(store, seqs, args.timeout)
+
+
+LEAST_SPACE = 100 * 1024 * 1024  # bytes
+LONG_RUN = 86400.0  # seconds
+
+
+def _findings_of_lost(store: Store) -> Iterator[tuple[str, str]]:
+    """Jobs whose worker is dead."""
+    for lost in store.lost_jobs():
+        name, worker = lost["id"], lost["worker"]
+        if not store.is_own(worker):
+            yield ("%s ran in the queue that this one was copied from, and may be running there"
+                   % name,
+                   "it is given back when no process of that queue is left; "
+                   "`queuectl cancel %s` gives it up" % name)
+            continue
+        what = "%s is held by the worker %s, which is dead" % (name, worker)
+        if any(map(system.held, output_paths(store.path, worker, lost["slot"]))):
+            what += "; processes of that run still live, "
+            if system.linux and not os.path.isdir("/proc/self"):
+                what += "but there is no /proc to find them in"
+            else:
+                what += "perhaps in another container or of another user"
+        yield what, ("any live or new worker ends them, if it can, and gives the job back: "
+                     "`queuectl worker start`")
+
+
+def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
+    """Dead or stopped workers, and jobs that run for very long."""
+    now = now_millis()
+    workers = store.workers()
+    for entry in [*store.pools(), *workers]:
+        who = "%s (pid %d)" % (entry["name"], entry["pid"])
+        if not store.is_own(entry["name"]):  # of the queue that this one was copied from
+            continue
+        if not entry["alive"]:
+            yield who + " has died and left its entry behind", "`queuectl worker start` clears it away"
+        elif system.is_stopped(entry["pid"]):
+            yield who + " is stopped by a signal", "kill -CONT %d" % entry["pid"]
+    for worker in alive_of(workers):
+        name, age = worker["job"], (now - (worker["job_started_at"] or now)) / 1000
+        if age > LONG_RUN:
+            yield ("%s has been running for %s" % (name, show_duration(age)),
+                   "`queuectl logs %s` shows what it does, `queuectl cancel %s` ends it"
+                   % (name, name))
+
+
+def findings_of(store: Store) -> Iterator[tuple[str, str]]:
+    """What is wrong with a queue, each with what mends it."""
+    folder = os.path.dirname(store.path)
+    for damage in store.damage():
+        yield ("the database is damaged: %s" % damage,
+               "`queuectl worker stop`, then `queuectl restore BACKUP`, which keeps what it replaces")
+    reason = os.path.exists(store.path) and distrust_of(store.path)
+    if reason:
+        yield ("workers refuse to run: %s" % reason,
+               "nobody else may own or write it, or a folder above it")
+    kind = system.network_file_system(folder)
+    if kind:
+        yield ("%s is on a network file system (%s)" % (folder, kind),
+               "move the database to a local disk, use --db")
+    import shutil
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else LEAST_SPACE
+    if free < LEAST_SPACE:
+        yield ("only %d MiB are free in %s" % (free >> 20, folder),
+               "free some space outside the queue; workers that wait for it go on by themselves")
+    yield from _findings_of_lost(store)
+    yield from _findings_of_workers(store)
+
+
+@subcommand("doctor", "check the database and what dead workers left; exit 1 if anything is wrong",
+            JSON, examples="\nqueuectl doctor\n")
+def cmd_doctor(args: Any) -> int:
+    store = args.store
+    findings = list(findings_of(store))
+    if args.json:
+        emit_json([{"what": what, "mend": as_called(mend)} for what, mend in findings])
+    elif not findings:
+        jobs = count_of(sum(store.counts().values()), "job")
+        workers = count_of(len(alive_of(store.workers())), "worker")
+        emit("Nothing is wrong: %s, %s, %s alive." % (store.path, jobs, workers))
+    else:
+        for what, mend in findings:
+            emit(what)
+            advise("    " + mend)
+    return EXIT_FAILED if findings else EXIT_OK
+
+
+# ─── changing: the jobs there are ─────────────────────────────────────────────────────────────
+
+def one_change(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function that changes the queue of its first argument, a Store, one transaction.
+
+    Workers look again after its commit. What it returns is what a command tells.
+    """
+    def change(store: Store, *values: Any) -> Any:
+        with store.transaction():
+            result = function(store, *values)
+        ring_all(store.path)
+        return result
+    return change
+
+
+def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advice: str) -> list[Row]:
+    """The jobs with these names, each once, if all of them exist and are in one of `fit_states`."""
+    jobs = {job["seq"]: job for job in map(store.find, names)}
+    for job in jobs.values():
+        if job["state"] not in fit_states:
+            raise QueueError("%s is %s; %s" % (job["id"], job["state"], advice))
+    return list(jobs.values())
+
+
+def emit_jobs(what: str, jobs: Iterable[Row]) -> None:
+    """Tell of each of these jobs what was done with it."""
+    for job in jobs:
+        emit("%s: %s" % (what, job["id"]))
+
+
+def _retry_job(store: Store, job: Row, others: Iterable[int]) -> None:
+    """Let a job start afresh; `others` are the seqs of those that do so with it."""
+    name, seq = job["id"], job["seq"]
+    if any(other["state"] == DEAD and other["seq"] not in others for other in store.awaited_by(seq)):
+        raise QueueError(
+            "%s is to run after dead jobs; `queuectl dlq retry %s --with-dependents` does all"
+            % (name, " ".join(store.dead_causes(seq))))
+    if store.waits_for_gone(seq):
+        raise QueueError("%s %s" % (name, NEVER_COMPLETED))
+    if not store.retry(seq, now_millis()):
+        raise QueueError("%s can't be retried: another job with its key %s waits or runs"
+                         % (name, job["unique"]))
+
+
+@one_change
+def retry_jobs(store: Store, names: Iterable[str], states: Sequence[str], advice: str,
+               with_dependents: bool) -> tuple[list[Row], int]:
+    """Let ended jobs start afresh: those, and how many that died with them were left dead."""
+    jobs = {job["seq"]: job for job in find_all(store, names, states, advice)}
+    dependents = {seq for first in jobs for seq in store.dead_dependents(first)} - set(jobs)
+    if with_dependents:
+        jobs.update((seq, store.find_by_seq(seq) or {}) for seq in sorted(dependents))
+    for job in jobs.values():
+        _retry_job(store, job, jobs)
+    return list(jobs.values()), len(dependents - set(jobs))
+
+
+def _retry(args: Any, states: Sequence[str], advice: str) -> None:
+    jobs, left = retry_jobs(args.store, args.ids, states, advice, args.with_dependents)
+    emit_jobs("Queued again", jobs)
+    if left:
+        complain("not retried: %s that died with it; --with-dependents takes them too"
+                 % count_of(left, "job"))
+
+
+DEPENDENTS = option("--with-dependents", action="store_true",
+                    help="and the jobs that died with them, waiting for them")
+
+
+@subcommand("retry", "let ended jobs run again from the start", IDS, DEPENDENTS, writes=True,
+            examples="\nqueuectl retry job1 job2\n")
+def cmd_retry(args: Any) -> None:
+    _retry(args, ENDED, "only a completed or dead job can be retried")
+
+
+@one_change
+def retry_dead_jobs(store: Store, queue: str | None) -> tuple[int, int]:
+    """Let all dead jobs start afresh, of one queue or of all: how many do, and how many can't."""
+    return store.retry_all_dead(now_millis(), queue), store.count([DEAD], queue)
+
+
+@subcommand("dlq retry", "give dead jobs a new start",
+            option("ids", **dict(ID[1], nargs="*")),
+            option("--all", action="store_true", help="all dead jobs"), DEPENDENTS,
+            option("--queue", metavar="NAME", help="with --all: of this queue only"), writes=True,
+            examples="""
+queuectl dlq retry job1
+queuectl dlq retry --all
+queuectl dlq retry --all --queue run-1
+""")
+def cmd_dlq_retry(args: Any) -> None:
+    if args.all == bool(args.ids) or (args.queue and args.ids):
+        raise UsageError("give either ids or --all, which --queue may limit")
+    if args.ids:
+        _retry(args, (DEAD,), "it is not in the dead letter queue")
+        return
+    count, left = retry_dead_jobs(args.store, args.queue)
+    emit("Queued again: %s" % count_of(count, "job"))
+    if left:
+        complain("still dead, for another job with their key waits or runs, or because they wait "
+                 "for such a job: %s" % count_of(left, "job"))
+
+
+@one_change
+def cancel_jobs(store: Store, names: Iterable[str]) -> list[Row]:
+    """Take waiting jobs out of the queue, and have the workers end running ones: those jobs."""
+    jobs = find_all(store, names, UNFINISHED, "it has ended already")
+    for job in jobs:
+        change = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
+        change(job["seq"], now_millis())
+    return jobs
+
+
+def _await_end(store: Store, job: Row, deadline: float) -> str:
+    """The state of a cancelled job as soon as it does not run; for a dead worker do its part."""
+    while True:
+        current = store.find_by_seq(job["seq"])
+        if current is None:
+            return DEAD
+        if current["state"] != PROCESSING or current["runs"] != job["runs"]:
+            return str(current["state"])
+        if not is_alive(store.path, current["locked_by"]):
+            recover(store, time.sleep, complain)
+        if time.monotonic() >= deadline:
+            raise QueueError("%s is still being ended; `queuectl show %s` tells when it is done"
+                             % (job["id"], job["id"]))
+        time.sleep(0.02)
+
+
+@subcommand("cancel", "take waiting jobs out of the queue, end running ones", IDS, writes=True,
+            examples="\nqueuectl cancel job1\n")
+def cmd_cancel(args: Any) -> None:
+    store = args.store
+    jobs = cancel_jobs(store, args.ids)
+    deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
+    for job in jobs:
+        state = _await_end(store, job, deadline)
+        done = "Cancelled" if state != COMPLETED else "Completed before it could be cancelled"
+        emit_jobs(done, [job])
+        dependents = store.dead_dependents(job["seq"])
+        if dependents:
+            complain("dead with it: %s that waited for it" % count_of(len(dependents), "job"))
+
+
+def given_of(args: Any) -> Row:
+    """The fields of a job that were given as options."""
+    return {name: value for name, value in vars(args).items()
+            if ALIASES.get(name, name) in GIVEN_FIELDS and value is not None}
+
+
+@one_change
+def edit_job(store: Store, name: str, fields: Row, now: int) -> Row:
+    """Change fields of a waiting job: that job."""
+    job, = find_all(store, [name], WAITING,
+                    "only a job that waits can be changed; `queuectl cancel` ends one")
+    store.edit(job, fields, now)
+    return job
+
+
+@subcommand(
+    "edit", "change a waiting job", ID,
+    option("--priority", metavar="N", help="lower runs first"),
+    option("--run-at", metavar="TIME",
+           help="not before this time, now for at once; of a failed job: its next try"),
+    option("--delay", metavar="DURATION", help="not before this long from now"),
+    option("--timeout", metavar="DURATION", help="end a run that takes longer, or none"),
+    option("--max-retries", metavar="N", help="runs before it is dead"),
+    option("--queue", metavar="NAME", help="the queue it waits in"), writes=True,
+    examples="""
+queuectl edit job1 --priority 1
+queuectl edit job1 --run-at now --timeout none
+""")
+def cmd_edit(args: Any) -> None:
+    given = given_of(args)
+    del given["id"]
+    if not given:
+        raise UsageError("say what to change; see `queuectl edit --help`")
+    now = now_millis()
+    unlimited = args.timeout == "none"
+    if unlimited:
+        del given["timeout"]
+    draft = draft_of({"command": "true", **given}, now, system.longest_command)
+    fields = {name: draft[name] for name in EDITABLE if draft[name] is not None}
+    if unlimited:
+        fields["timeout_seconds"] = None
+    emit_jobs("Changed", [edit_job(args.store, args.id, fields, now)])
+
+
+@one_change
+def delete_jobs(store: Store, names: Iterable[str]) -> list[Row]:
+    """Forget jobs and their runs: those jobs."""
+    jobs = find_all(store, names, WAITING + ENDED, "`queuectl cancel` ends a running job")
+    for job in sorted(jobs, key=lambda job: -job["seq"]):  # what waits goes before what it waits for
+        if not store.delete(job["seq"]):
+            waiting = [other["id"] for other in store.waiters_of(job["seq"])[:5]]
+            raise QueueError("%s can't be deleted, for others are to run after it: %s"
+                             % (job["id"], ", ".join(waiting)))
+    return jobs
+
+
+@subcommand("delete", "forget jobs and their runs", IDS, writes=True,
+            examples="\nqueuectl delete job1\n")
+def cmd_delete(args: Any) -> None:
+    emit_jobs("Deleted", delete_jobs(args.store, args.ids))
+
+
+def older_than(text: str) -> float:
+    """Seconds that `--older-than` names."""
+    if re.fullmatch(_NUMBER, text):
+        raise UsageError("--older-than %s needs a unit, such as %sd or %sh" % (text, text, text))
+    return checked("delay", text, "--older-than")  # type: ignore[no-any-return]
+
+
+def _purge(args: Any, states: Iterable[str]) -> None:
+    store, before = args.store, NEVER
+    if args.older_than is not None:
+        before = now_millis() - to_millis(args.older_than)
+    waiting_first = sorted(states, key=STATES.index)
+    count = sum(store.purge(state, before) for state in waiting_first)
+    try:
+        store.shrink()
+    except QueueError as error:
+        complain("the disk space is not given back yet: %s" % error)
+    emit("Deleted: %s" % count_of(count, "job"))
+
+
+OLDER_THAN = option("--older-than", metavar="DURATION", type=older_than,
+                    help="only those unchanged for longer than this")
+
+
+@subcommand("purge", "forget completed jobs, or those in other states, and their runs",
+            option("--state", action="append", choices=(*WAITING, *ENDED),
+                   help="instead of completed; repeatable"),
+            OLDER_THAN, writes=True,
+            examples="""
+queuectl purge --older-than 7d
+queuectl purge --state dead --state completed
+""")
+def cmd_purge(args: Any) -> None:
+    _purge(args, set(args.state or [COMPLETED]))
+
+
+@subcommand("dlq purge", "forget dead jobs and their runs", OLDER_THAN, writes=True,
+            examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
+def cmd_dlq_purge(args: Any) -> None:
+    _purge(args, [DEAD])
+
+
+# ─── working: new jobs, and whoever runs them ─────────────────────────────────────────────────
+
+def _variable(entry: str) -> tuple[str, str]:
+    """The name and value that `--env NAME[=VALUE]` stands for."""
+    name, equals, value = entry.partition("=")
+    if not equals and name not in os.environ:
+        raise UsageError("--env %s: there is no such variable here; use --env NAME=VALUE"
+                         % quoted(name))
+    return name, value if equals else os.environ[name]
+
+
+def given_options(args: Any) -> Row:
+    """The fields of a new job that stand on the command line as options."""
+    options = given_of(args)
+    for name in ("after", "dead_on"):
+        if name in options:
+            options[name] = ",".join(options[name])
+    if "env" in options:
+        options["env"] = dict(map(_variable, options["env"]))
+    return options
+
+
+def join_words(words: Sequence[str]) -> str:
+    """A command line that a shell reads as exactly these words."""
+    if WINDOWS:
+        import subprocess
+        return subprocess.list2cmdline(words)
+    import shlex
+    return shlex.join(words)
+
+
+def draft_of_words(words: list[str], literal: bool, now: int, options: Row) -> Row:
+    """The draft of one word, a shell command or JSON, or of several: a command and its arguments.
+
+    Several words may also be JSON that was torn. Behind `--` they are `literal`, never JSON.
+    """
+    longest = system.longest_command
+    for word in words:
+        check_text("the command", word)
+    torn = words[0].startswith("{") and words[-1].endswith("}")
+    if not literal and (torn or len(words) == 1):
+        return read_job(" ".join(words), now, longest, options)
+    command = words[0] if len(words) == 1 else join_words(words)
+    return draft_of({"command": command, **options}, now, longest)
+
+
+def as_utf8(text: str) -> str:
+    """Text from the system as it is meant, also where the locale does not know UTF-8 (LC_ALL=C)."""
+    return text if text.isascii() else os.fsencode(text).decode("utf-8", "surrogateescape")
+
+
+def _folder(given: str | None) -> str:
+    """The folder that a job is to run in, as an absolute path; by default this one."""
+    try:
+        here = check_text("the name of the folder you are in", as_utf8(os.getcwd()))
+    except OSError:
+        raise UsageError("the folder you are in is gone; cd to another") from None
+    folder = here if given is None else os.path.join(here, given)
+    if given == "" or not os.path.isdir(system.native(folder)):
+        raise UsageError("cwd %s is not a folder" % quoted(given, 200))
+    return folder
+
+
+def finish_draft(draft: Row, folders: dict[str | None, str]) -> Row:
+    """Give a draft its folder: an existing one, absolute. `folders` are those seen before."""
+    given = draft["cwd"]
+    if given not in folders:
+        folders[given] = _folder(given)
+    most = system.longest_command
+    for name, value in (draft["env"] or {}).items():
+        if len(name.encode()) + len(value.encode()) + 2 > most:
+            raise UsageError("env %s is too long: this system takes %d bytes" % (name, most))
+    draft["cwd"] = folders[given]
+    return draft
+
+
+def open_jobs(path: str) -> BinaryIO:
+    """The file with jobs.
+
+    What is no plain file is read to its end first: it may be slow, and nobody else can write
+    while its jobs are added.
+    """
+    try:
+        if path != "-" and os.path.isfile(path):
+            return open(path, "rb")
+        if path == "-" and sys.stdin is None:
+            raise OSError("stdin is closed")
+        import shutil
+        import tempfile
+        spool: Any = tempfile.SpooledTemporaryFile(1 << 23)  # noqa: SIM115
+        with (sys.stdin.buffer if path == "-" else open(path, "rb")) as source:
+            shutil.copyfileobj(source, spool)
+        spool.seek(0)
+        return spool  # type: ignore[no-any-return]
+    except OSError as error:
+        raise UsageError("%s can't be read: %s" % (path, error.strerror or error)) from None
+
+
+LONGEST_LINE = 1 << 21  # bytes
+
+
+def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:
+    """The lines of a file with jobs, with their numbers and without blanks at their beginning."""
+    for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), 1):
+        if len(raw) == LONGEST_LINE:
+            raise UsageError("line %d is longer than any command can be" % number)
+        try:
+            yield number, raw.decode().rstrip("\r\n").lstrip(" \t")
+        except UnicodeDecodeError:
+            raise UsageError("line %d is not valid UTF-8" % number) from None
+
+
+def job_lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
+    """Each job's line with its number: plain lines, or the array that `list --json` prints."""
+    array = ""  # or "open", or "closed"
+    for number, line in numbered_lines(stream):
+        if number == 1 and line == "[":
+            array = "open"
+        elif array and line == "]":
+            array = "closed"
+        elif array and line and (array == "closed" or not line.startswith("{")):
+            raise UsageError("line %d is not a job as `list --json` prints it: %s"
+                             % (number, quoted(line)))
+        elif line:
+            yield number, line[:-1] if array and line.endswith(",") else line
+    if array == "open":
+        raise UsageError("line %d: the array that begins on line 1 has no end; "
+                         "nothing was enqueued" % number)
+
+
+def drafts_of(lines: Iterable[tuple[int, Any]], read: Callable[[Any], Row]) -> Iterator[Row]:
+    """The drafts that `read` makes of numbered lines; an error names the line."""
+    folders: dict[str | None, str] = {}
+    for number, line in lines:
+        try:
+            draft = finish_draft(read(line), folders)
+        except UsageError as error:
+            raise UsageError(at_line(number, str(error))) from None
+        draft["line"] = number
+        yield draft
+
+
+def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:
+    """The inputs for --each with their numbers: what stands between separators and is not empty."""
+    rest, number = b"", 0
+    for data in iter(lambda: stream.read(1 << 16), b""):
+        *parts, rest = (rest + data).split(separator)
+        for part in parts:
+            number += 1
+            if part:
+                yield number, part
+    if rest:
+        yield number + 1, rest
+
+
+def fill_in(template: str, given: bytes | str) -> str:
+    """The command for one input of --each: {} stands for it, safely quoted."""
+    try:
+        text = given if isinstance(given, str) else given.decode()
+    except UnicodeDecodeError:
+        raise UsageError("%r is not valid UTF-8" % given) from None
+    if WINDOWS:
+        return with_place(template).replace("{}", join_words([text]))
+    return fill(template, text)
+
+
+def each_source(args: Any, options: Row, now: int) -> Iterator[Row]:
+    """The drafts of a command for each input: the arguments, or what comes from stdin or a file."""
+    def each(given: Any) -> Row:
+        command = fill_in(args.each, given)
+        return draft_of({"command": command, **options}, now, system.longest_command)
+
+    if not WINDOWS:
+        check_template(args.each)
+    if args.words:
+        yield from drafts_of(enumerate(args.words, 1), each)
+        return
+    with open_jobs(args.file or "-") as stream:
+        yield from drafts_of(inputs_of(stream, b"\0" if args.null else b"\n"), each)
+
+
+def line_reader(options: Row, now: int) -> Callable[[str], Row]:
+    """What makes a draft of a command or JSON in a line; `options` win."""
+    return lambda line: read_job(line, now, system.longest_command, options)
+
+
+def job_source(args: Any, now: int) -> Iterator[Row]:
+    """The drafts of what `enqueue` was given: one argument, several words, or lines of a file."""
+    options = given_options(args)
+    if args.each is not None:
+        yield from each_source(args, options, now)
+    elif args.file is None:
+        yield finish_draft(draft_of_words(args.words, args.literal, now, options), {})
+    else:
+        with open_jobs(args.file) as stream:
+            yield from drafts_of(job_lines_of(stream), line_reader(options, now))
+
+
+def begun(drafts: Iterator[Row], whole: bool) -> Iterable[Row]:
+    """The drafts, all of them (`whole`) or the first made already.
+
+    Then a single job is refused without the database, and what is slow to read is read before
+    the transaction: nobody else could write meanwhile.
+    """
+    from itertools import chain, islice
+    return list(drafts) if whole else chain(list(islice(drafts, 1)), drafts)
+
+
+def manner_of(args: Any, now: int) -> Row:
+    """How Store.add is to add the jobs of a command.
+
+    They take over PATH and umask, and with --env-all every variable, from whoever enqueues them.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    environ = ""
+    if args.env_all:
+        environ = json.dumps({
+            as_utf8(name): as_utf8(value) for name, value in sorted(os.environ.items())
+            if name not in JOB_VARIABLES})
+    path = check_text("PATH", as_utf8(os.environ.get("PATH", os.defpath)))
+    return {"path": path, "umask": umask, "environ": environ, "now": now,
+            "skip_existing": args.if_exists == "skip"}
+
+
+def tell_due(job: Row) -> None:
+    """Say when a job will run that is not to run at once, or why it never will."""
+    now, due = now_millis(), job["due"]
+    if due and due > now:
+        local = time.strftime("%Y-%m-%d %H:%M", time.localtime(due / 1000))
+        complain("%s will run in %s, at %s (%s in local time)"
+                 % (job["id"], span(now, due), show_time(due), local))
+    if job["state"] == DEAD:
+        complain("%s is dead already: %s" % (job["id"], job["last_error"]))
+
+
+def tell_enqueued(args: Any, store: Store, first: int, last: int, existing: Sequence[int],
+                  many: bool) -> None:
+    """Tell of the jobs after seq `first` up to `last`, and of those that existed."""
+    jobs = store.jobs_between(first, last)
+    if args.json and not many:
+        job = store.find_by_seq(existing[0] if existing else last)
+        emit_json(job and job_json(job))
+    elif args.json:
+        emit_list(map(job_json, jobs))
+    elif args.quiet:
+        for job in [*map(store.find_by_seq, existing), *jobs]:
+            emit(job["id"] if job else "")
+    elif many:
+        emit("Enqueued: %s" % count_of(last - first, "job"))
+    elif first == last:
+        emit("Exists already: nothing changed")
+    else:
+        for job in jobs:
+            emit("Enqueued: %s" % job["id"])
+            tell_due(job)
+    if is_terminal(sys.stderr):
+        tell_if_idle(args.db)
+
+
+FILE = option("--file", metavar="PATH",
+              help="one job a line, command or JSON; - is stdin; all or none")
+EACH = (
+    option("--each", metavar="COMMAND",
+           help="this for each input, a line on stdin: {} stands for it, quoted"),
+    option("-0", "--null", action="store_true", help="inputs end with NUL, not with a newline"),
+)
+JOB_OPTIONS = (
+    option("--id", metavar="ID", help="choose the id yourself"),
+    option("--priority", metavar="N", help="lower runs first (%d)" % SETTINGS["priority"]),
+    option("--run-at", metavar="TIME",
+           help="not before this time: 2026-01-31T10:00:00Z, now+5m"),
+    option("--delay", metavar="DURATION", help="not before this long from now: 90, 500ms, 1h30m"),
+    option("--timeout", metavar="DURATION", help="end a run that takes longer"),
+    option("--max-retries", metavar="N",
+           help="runs before it is dead (%d)" % SETTINGS["max_retries"]),
+    option("--backoff-base", metavar="N",
+           help="seconds between tries: N ** attempts (%d)" % SETTINGS["backoff_base"]),
+    option("--cwd", metavar="DIR", help="the folder it runs in (this one)"),
+    option("--env", metavar="NAME[=VALUE]", action="append",
+           help="a variable for the job; without value yours"),
+    option("--env-all", action="store_true", help="all your variables, as they are now"),
+    option("--after", metavar="ID[,ID]", action="append",
+           help="not before these jobs are completed; repeatable"),
+    option("--unique", metavar="KEY", help="refused while a job with this key waits or runs"),
+    option("--if-exists", choices=("fail", "skip"), default="fail",
+           help="what to do if the id or key exists"),
+    option("--retry-after", metavar="DURATION", help="when to try again after exit code 75 (1m)"),
+    option("--dead-on", metavar="CODE[,CODE]", action="append",
+           help="exit codes not to be retried; repeatable"),
+)
+
+
+@subcommand(
+    "enqueue", "add a job, or a file of jobs",
+    option("words", nargs="*", metavar="COMMAND",
+           help="a shell command, JSON, or a program and its arguments"),
+    FILE, *EACH,
+    option("--queue", metavar="NAME", help="the queue it waits in (default)"), *JOB_OPTIONS,
+    option("--wait", action="store_true", help="until it is completed or dead; exit 1 if it died"),
+    option("--quiet", action="store_true", help="print the ids alone"), JSON, writes=True,
+    examples="""
+queuectl enqueue 'tar czf backup.tgz photos && mv backup.tgz /mnt'
+queuectl enqueue '{"id":"report","command":"./report.sh","max_retries":5}'
+queuectl enqueue --priority 1 --timeout 1h convert in.png out.jpg
+queuectl enqueue --delay 10m 'curl -fsS https://example.org/ping'
+queuectl enqueue --after fetch,unpack --id build make
+queuectl enqueue --unique sync --if-exists skip 'rsync -a /data backup:'
+queuectl enqueue -- '{ echo a; echo b; }'
+find . -name '*.log' -print0 | queuectl enqueue -0 --each 'gzip -9 {}'
+""")
+def cmd_enqueue(args: Any) -> int:
+    many = args.file is not None or args.each is not None
+    both = args.file is not None and args.words
+    neither = not (many or args.words)
+    if both or neither or (many and args.id) or (args.null and args.each is None):
+        why = " (the lines of a file carry their own ids)" if args.id and args.file else ""
+        raise UsageError("give either a command or --file PATH%s; see `queuectl enqueue --help`" % why)
+    now = now_millis()
+    drafts, manner = begun(job_source(args, now), bool(args.words)), manner_of(args, now)
+    store = args.store
+    settings = store.settings()
+    if many:
+        store.expect_bulk()
+    with store.transaction():
+        first, last, existing = store.add(drafts, settings, **manner)
+    ring_all(args.db)
+    try:
+        tell_enqueued(args, store, first, last, existing, many)
+        sys.stdout.flush()
+    except OSError:
+        complain("%s enqueued all the same" % ("the jobs are" if many else "the job is"))
+        raise
+    if not args.wait:
+        return EXIT_OK
+    return await_jobs(store, [*range(first + 1, last + 1), *existing], ENDLESS)
+
+
+def new_pool_name(store: Store) -> str:
+    """A name that is never used twice; it begins with the queue's id, see Identity."""
+    return "%s-%s" % (store.queue_id(), os.urandom(3).hex())
+
+
+# How far a run is: how many of its jobs there are in all and in some states, and if it is paused.
 Part = namedtuple("Part", "total left completed dead failed processing paused")
 
 
-def has_escapes() -> bool:
-    """Whether the terminal understands escape sequences."""
-    return os.environ.get("TERM") != "dumb"
-
-
 class Batch:
-    """The jobs of one `run`: those of its queue from seq `first` to `last`, and what has become of them.
+    """The jobs of one `run`: those of its queue from seq `first` to `last`, and their outcome.
 
-    Called by the pool now and then, it tells on stderr: on a terminal in a line that is redrawn,
-    else in a line every ten seconds.
+    `report`, which its pool calls again and again, tells on stderr how it goes: on a terminal in a
+    line that is redrawn, else in a line every ten seconds.
     """
 
     def __init__(self, store: Store, name: str, first: int, last: int, start: int, quiet: bool) -> None:
         """Jobs that had ended before `start` (milliseconds) don't count."""
-        self.db, self.name, self.first, self.last, self.start, self.quiet = store.path, name, first, last, start, quiet
+        self.db, self.name, self.first, self.last = store.path, name, first, last
+        self.start, self.quiet = start, quiet
         self.before = store.states_between(name, first, last) if start else {}
         self.queue = store.queue(name)
         self.total = unfinished_of(self.before) if start else last - first + 1
         self.began, self.rate, self.last_end = time.monotonic(), Rate(), (0, 0.0)
-        self.terminal = not quiet and sys.stderr is not None and sys.stderr.isatty() and has_escapes()
-        self.next = self.began + (0.0 if self.terminal else 10.0)
+        escapes = os.environ.get("TERM") != "dumb"
+        self.terminal = not quiet and is_terminal(sys.stderr) and escapes
+        self.next = self.began + self.pause()
+
+    def pause(self) -> float:
+        """Seconds between two lines."""
+        return 0.0 if self.terminal else 10.0
 
     def outcome(self, store: Store) -> Part:
         """What has become of its jobs, counted one by one."""
         now = store.states_between(self.name, self.first, self.last)
-        completed, dead = (now[state] - self.before.get(state, 0) for state in ENDED)
+        completed, dead = [now[state] - self.before.get(state, 0) for state in ENDED]
         return Part(self.total, unfinished_of(now), completed, dead, now[FAILED],
                     now[PROCESSING], store.queue(self.name)["paused"])
 
@@ -6544,27 +7335,35 @@ class Batch:
         finally:
             store.close()
         left, dead = unfinished_of(now), max(0, now[DEAD] - self.queue[DEAD])
-        return Part(max(self.total, left), left, max(0, self.total - left - dead), dead, now[FAILED],
+        completed = max(0, self.total - left - dead)
+        return Part(max(self.total, left), left, completed, dead, now[FAILED],
                     now[PROCESSING], now["paused"])
 
-    def __call__(self) -> float:
-        """Tell how it goes; the seconds until that is due again."""
+    def report(self) -> float:
+        """Tell how it goes, if that is due; the seconds until it may be due again."""
         if time.monotonic() >= self.next and not self.quiet:
-            self.next = time.monotonic() + (0.0 if self.terminal else 10.0)
+            self.next = time.monotonic() + self.pause()
             try:
                 part = self.progress()
             except QueueError:  # it can't be read now: what is wrong, the workers say
                 return 1.0
             ended = part.completed + part.dead
-            self.tell(progress_text(self.name, part, self.rate(ended), self.time_left(ended, part.left)))
+            time_left = self.time_left(ended, part.left)
+            self.tell(progress_text(self.name, part, self.rate(ended), time_left))
         return 0.3 if self.terminal else 1.0
 
     def time_left(self, ended: int, left: int) -> float | None:
-        """Seconds that it will take at the pace up to the last end of a job; None while there were too few."""
+        """Seconds that it will take at the pace up to the last end of a job.
+
+        None while too few have ended.
+        """
         now = time.monotonic() - self.began
         if ended != self.last_end[0]:
             self.last_end = ended, now
-        return max(0.0, self.last_end[1] / ended * left - (now - self.last_end[1])) if ended > 2 else None
+        if ended <= 2:
+            return None
+        taken = self.last_end[1]
+        return max(0.0, taken / ended * left - (now - taken))
 
     def clear(self) -> None:
         """Take the line away, for others are to follow."""
@@ -6572,6 +7371,7 @@ class Batch:
             self.tell("")
 
     def tell(self, text: str) -> None:
+        """Show a line, in the place of the one before where this is a terminal."""
         if not self.terminal:
             system.say("queuectl: %s\n" % text, 2)
             return
@@ -6588,72 +7388,65 @@ def new_run_queue(store: Store) -> str:
 
     Names are used again so that queues stay few: every claim looks into each.
     """
-    taken = store.queues_of_runs().union(
-        queue["name"] for queue in store.queues() if queue["paused"] or unfinished_of(queue))
+    taken = store.queues_of_runs()
+    taken.update(queue["name"] for queue in store.queues() if queue["paused"] or unfinished_of(queue))
     number = 1
     while RUN_QUEUE % number in taken:
         number += 1
     return RUN_QUEUE % number
 
 
-def left_runs(store: Store) -> dict[str, int]:
-    """The queues of runs that were interrupted, each with how many jobs are left."""
-    busy = store.queues_of_runs()
-    left = {queue["name"]: unfinished_of(queue) for queue in store.queues() if is_run_queue(queue["name"])}
-    return {name: count for name, count in left.items() if count and name not in busy}
-
-
 def _resumed(store: Store, words: Sequence[str]) -> str:
     """The queue that `run --resume` is to go on with; "" if no run was interrupted."""
     left = left_runs(store)
-    if len(words) > 1 or (words and words[0] not in left):
-        raise QueueError("no interrupted run is called %s%s" % (
-            shorten(quoted(" ".join(words)), 60), "; interrupted: " + ", ".join(left) if left else ""))
+    if len(words) > 1 or set(words) - set(left):
+        known = "; interrupted: " + ", ".join(left) if left else ""
+        raise QueueError("no interrupted run is called %s%s" % (quoted(" ".join(words)), known))
     if len(left) > 1 and not words:
-        raise QueueError("several runs were interrupted: %s; name one" % ", ".join(
-            "%s (%s left)" % (name, count_of(count, "job")) for name, count in left.items()))
-    return words[0] if words else next(iter(left), "")
+        known = ", ".join("%s (%s left)" % (name, count_of(left[name], "job")) for name in left)
+        raise QueueError("several runs were interrupted: %s; name one" % known)
+    return next(iter(words or left), "")
 
 
-def run_source(args: Any, now: int) -> Iterator[dict[str, Any]]:
-    """The drafts of what `run` was given: --each with its inputs, several commands, or what `enqueue` takes."""
-    options, longest = given_options(args), system.longest_command
-
+def run_source(args: Any, now: int) -> Iterator[Row]:
+    """The drafts of what `run` was given: several commands, or what `enqueue` takes."""
     if ":::" in args.words:
-        raise UsageError("inputs stand behind the options, or on stdin: queuectl run --each 'gzip {}' a.log b.log")
-    first = args.words[0] if args.words else ""
-    several = len(args.words) > 1 and " " in first and not first.startswith("{")
-    if several and args.each is None and not args.literal:
-        yield from drafts_of(enumerate(args.words, 1), lambda line: read_job(line, now, longest, options))
+        raise UsageError("inputs stand behind the options, or on stdin: "
+                         "queuectl run --each 'gzip {}' a.log b.log")
+    several = len(args.words) > 1 and args.each is None and not args.literal
+    if several and " " in args.words[0] and not args.words[0].startswith("{"):
+        yield from drafts_of(enumerate(args.words, 1), line_reader(given_options(args), now))
     else:
         yield from job_source(args, now)
 
 
-def _new_batch(args: Any, store: Store, most: int) -> Batch:
-    """Add the jobs of a run to a queue of their own, whose limit holds for other pools too: they may take some."""
+def _new_batch(args: Any, store: Store) -> Batch:
+    """Add the jobs of a run to a queue of its own.
+
+    That has a limit for other pools too: they may take some of the jobs.
+    """
     if not args.words and args.file is None:
         args.file = "-"
     now, settings = now_millis(), store.settings()
-    drafts = begun(run_source(args, now), bool(args.words))
-    caller = caller_of(args)
+    drafts, manner = begun(run_source(args, now), bool(args.words)), manner_of(args, now)
     for name, left in left_runs(store).items():
-        complain("%s was interrupted with %s left; `queuectl run --resume %s` goes on with it" % (
-            name, count_of(left, "job"), name))
+        complain("%s was interrupted with %s left; `queuectl run --resume %s` goes on with it"
+                 % (name, count_of(left, "job"), name))
     store.expect_bulk()
     with store.transaction():
         name = new_run_queue(store)
+        store.set_concurrency(name, args.workers)
         own = (dict(draft, queue=name) for draft in drafts)
-        store.set_concurrency(name, most)
-        first, last, _ = store.add(own, settings, now=now, skip_existing=args.if_exists == "skip", **caller)
+        first, last, _ = store.add(own, settings, **manner)
     return Batch(store, name, first + 1, last, 0, args.quiet)
 
 
-def _old_batch(args: Any, store: Store, most: int) -> Batch:
+def _old_batch(args: Any, store: Store) -> Batch:
     """What is left of an interrupted run."""
     name = _resumed(store, args.words)
     if name:
         with store.transaction():
-            store.set_concurrency(name, most)
+            store.set_concurrency(name, args.workers)
     return Batch(store, name, store.first_in(name), store.last_seq(), now_millis(), args.quiet)
 
 
@@ -6669,30 +7462,35 @@ def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
     part = batch.outcome(store)
     seconds = time.monotonic() - batch.began
     died = store.died(batch.first - 1, batch.last, batch.start, batch.name)
+    unsuccessful = part.completed != part.total
     try:
         if args.json:
-            out_json({"queue": batch.name or None, "jobs": part.total, "completed": part.completed, "dead": part.dead,
-                      "left": part.left, "seconds": round(seconds, 3), "died": died})
-        elif not args.quiet or part.completed != part.total:
+            emit_json({"queue": batch.name or None, "jobs": part.total,
+                       "completed": part.completed, "dead": part.dead, "left": part.left,
+                       "seconds": round(seconds, 3), "died": died})
+        elif unsuccessful or not args.quiet:
             for line in summary_lines(batch.name, part, seconds, died):
-                emit(as_called(line))
+                advise(line)
         sys.stdout.flush()
     except OSError:
         complain("%d of %d jobs are completed all the same" % (part.completed, part.total))
         raise
     if interrupted and part.left:
         return EXIT_INTERRUPTED
-    return EXIT_OK if part.completed == part.total else EXIT_FAILED
+    return EXIT_FAILED if unsuccessful else EXIT_OK
 
 
 @subcommand(
     "run", "run commands in parallel, show progress, and sum up",
-    option("words", nargs="*", metavar="COMMAND", help="as for enqueue, or several shell commands, or inputs"),
-    FILE,
-    *EACH,
-    option("-j", "--workers", metavar="N", help="how many at once (the number of cores)"),
-    option("--resume", action="store_true", help="go on with a run that was interrupted: run --resume [run-1]"),
-    option("--quiet", action="store_true", help="no progress; a summary only if not all completed"), JSON, *JOB_OPTIONS,
+    option("words", nargs="*", metavar="COMMAND",
+           help="as for enqueue, or several shell commands, or inputs"),
+    FILE, *EACH,
+    option("-j", "--workers", metavar="N", type=whole("--workers", 1000),
+           default=os.cpu_count() or 1, help="how many at once (the number of cores)"),
+    option("--resume", action="store_true",
+           help="go on with a run that was interrupted: run --resume [run-1]"),
+    option("--quiet", action="store_true", help="no progress; a summary only if not all completed"),
+    JSON, *JOB_OPTIONS, writes=True,
     examples="""
 queuectl run 'make docs' 'make test' 'make dist'
 queuectl run --each 'gzip -9 {}' a.log b.log
@@ -6702,15 +7500,16 @@ queuectl run --file commands.txt --timeout 10m --max-retries 5
 queuectl run --resume
 """)
 def cmd_run(args: Any) -> int:
-    most = (os.cpu_count() or 1) if args.workers is None else _whole_option("--workers", args.workers, 1000)
-    if (args.file is not None and bool(args.words)) or (args.null and not args.each) or (
-            args.resume and (args.file or args.each or given_options(args))):
-        raise UsageError("give commands, --file, --each (with -0, if need be) or --resume; see `queuectl run --help`")
-    system.check_room(most)
-    if sys.stdin is not None and sys.stdin.isatty() and not (args.words or args.file or args.resume):
+    both = args.file is not None and args.words
+    changed = args.resume and (args.file or args.each or given_options(args))
+    if both or changed or (args.null and not args.each):
+        raise UsageError("give commands, --file, --each (with -0, if need be) or --resume; "
+                         "see `queuectl run --help`")
+    system.check_room(args.workers)
+    if is_terminal(sys.stdin) and not (args.words or args.file or args.resume):
         raise UsageError("say what to run; see `queuectl run --help`")
     store = open_trusted(args.db, tell=complain)
-    batch = (_old_batch if args.resume else _new_batch)(args, store, most)
+    batch = (_old_batch if args.resume else _new_batch)(args, store)
     if not batch.total:
         _lift_limit(store, batch.name)
         complain("there is nothing to %s" % ("resume" if args.resume else "run"))
@@ -6718,698 +7517,384 @@ def cmd_run(args: Any) -> int:
     ring_all(args.db)
     name = new_pool_name(store)
     store.close()
-    pool = Pool(args.db, name, min(most, batch.total), [batch.name], look=batch)
+    pool = Pool(args.db, name, min(args.workers, batch.total), [batch.name], look=batch)
     code = pool.run()
     batch.clear()
-    store = open_store(args)
-    _lift_limit(store, batch.name)
-    return max(_tell_run(args, store, batch, pool.stops > 0), code)
+    _lift_limit(args.store, batch.name)
+    return max(_tell_run(args, args.store, batch, pool.stops > 0), code)
 
 
-# What reads.
-
-WATCH = option("--watch", action="store_true", help="show it anew each second until Ctrl-C")
-WATCH_EVERY = 1.0  # seconds
+LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside when a pool starts
 
 
-def show_frames(args: Any, frame: Callable[[], list[str]]) -> int:
-    """Show the lines of `frame()` once, or with --watch each second anew: on a terminal in place, without flicker."""
-    if not args.watch:
-        for line in frame():
-            emit(as_called(line))
-        return EXIT_OK
-    clear = "\033[2J"
-    while True:
-        lines = ["%s, every second until Ctrl-C" % show_time(now_millis())[:-5], *map(as_called, frame())]
-        width = terminal_width()
-        if width:
-            lines[:2] = [fit(line, width).rstrip() for line in lines[:2]]
-            rows = os.get_terminal_size(sys.stdout.fileno()).lines
-            emit(clear + "\033[H" + "".join(line + "\033[K\n" for line in lines[:rows - 2]) + "\033[J")
-            clear = ""
-        else:
-            emit("\n".join(lines) + "\n")
-        sys.stdout.flush()
-        time.sleep(WATCH_EVERY)
-
-
-def status_of(store: Store) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `status` tells, and the workers that live."""
-    workers = [worker for worker in store.workers() if worker["alive"]]
-    counts, queues = store.counts(), store.queues()
-    pools = [pool for pool in store.pools() if pool["alive"]]
-    return {"jobs": counts, "workers": len(workers), "all_paused": store.all_paused(),
-            "paused": [queue["name"] for queue in queues if queue["paused"]],
-            "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None, "next": store.next_due(),
-            "lost": [job["id"] for job in (store.lost_jobs() if counts[PROCESSING] else ())
-                     if store.is_own(job["worker"])],
-            "unserved": [queue["name"] for queue in queues if pools and not queue["paused"]
-                         and queue[PENDING] + queue[FAILED] and not any(serves(pool, queue["name"]) for pool in pools)],
-            "interrupted": list(left_runs(store)),
-            "troubles": ["%s: %s" % (worker["name"], trouble) for worker in workers
-                         for trouble in [trouble_of(store.path, worker["name"])] if trouble]}, workers
-
-
-@subcommand("status", "show jobs by state, workers, and what comes next", JSON,
-            option("--format", choices=("prometheus",), help="for the textfile collector of node_exporter"), WATCH,
-            examples="""
-queuectl status
-queuectl status --watch
-queuectl status --format prometheus > queuectl.prom.new && mv queuectl.prom.new queuectl.prom
-""")
-def cmd_status(args: Any) -> int:
-    if args.json + args.watch + bool(args.format) > 1:
-        raise UsageError("give one of --json, --watch and --format")
-    store = read_store(args)
-    rate = Rate()
-
-    def frame() -> list[str]:
-        store.changed()  # raises if the database is gone
-        status, workers = status_of(store)
-        if args.format:
-            return prometheus_lines(store.queues(), len(workers), status["oldest_waiting"], now_millis())
-        speed = rate(sum(status["jobs"][state] for state in ENDED)) if args.watch else None
-        shown = "" if speed is None else "%.1f jobs/s in the last minute" % speed
-        return status_lines(status, workers, now_millis(), terminal_width(), shown)
-
-    if not args.json:
-        return show_frames(args, frame)
-    status, workers = status_of(store)
-    for entry in (status["oldest_waiting"], status["next"]):
-        if entry:
-            entry.update((field, show_time(entry[field])) for field in ("created_at", "due") if entry.get(field))
-    return out_json(dict(status, running=[worker["job"] for worker in workers if worker["job"]]))
-
-
-def _list(args: Any, states: list[str], head: Sequence[str],
-          row: Callable[[dict[str, Any], int], Sequence[str]]) -> int:
-    """Show jobs: all as a stream of JSON, or the newest as a table."""
-    limit = None if args.limit is None else _whole_option("--limit", args.limit, 10**9)
-    if args.all and limit:
-        raise UsageError("--all and --limit contradict each other")
-    store = read_store(args)
-    jobs: Iterable[dict[str, Any]]
-    if limit is None and (args.json or args.all):
-        jobs = store.jobs(states, args.queue)
-    else:
-        jobs = store.newest(states, args.queue, limit or 50)
-    if args.json:
-        return out_lines(map(job_json, jobs))
-    shown = list(jobs)
-    out_table(head, [row(job, now_millis()) for job in shown])
-    total = store.count(states, args.queue)
-    if total > len(shown):
-        sys.stdout.flush()
-        complain("the newest %d of %d; --all shows all, --limit N more" % (len(shown), total))
-    return EXIT_OK
-
-
-@subcommand(
-    "list", "show jobs, the newest last",
-    option("--state", action="append", default=[], choices=STATES, help="in this state only; repeatable"),
-    option("--queue", metavar="NAME", help="of this queue only"),
-    option("--limit", metavar="N", help="the newest N (50; with --json all)"),
-    option("--all", action="store_true", help="all of them"), JSON,
-    examples="""
-queuectl list
-queuectl list --state failed --state dead
-queuectl list --json --state pending --state failed | queuectl --db /other/queue.db enqueue --file -
-""")
-def cmd_list(args: Any) -> int:
-    return _list(args, args.state, JOB_HEAD, job_row)
-
-
-def read_output(path: str, missing: Any, read: Callable[..., Any], *values: Any) -> Any:
-    """What `read(fd, *values)` makes of an output file, which is opened for that moment alone."""
+def _open_log(path: str) -> int:
+    """A descriptor to write the log of a detached pool with."""
     try:
-        fd = open_beside(path, os.O_RDONLY)
-    except (OSError, QueueError):
-        return missing
-    try:
-        return read(fd, *values)
-    finally:
-        os.close(fd)
+        if os.path.exists(path) and os.path.getsize(path) > LONGEST_LOG:
+            os.replace(path, path + ".1")
+        return open_private(path, os.O_WRONLY | os.O_APPEND)
+    except OSError as error:
+        raise QueueError("the log %s can't be written: %s" % (path, error.strerror)) from None
 
 
-def live_run(store: Store, job: dict[str, Any]) -> dict[str, Any]:
-    """The current run of a job, with what it has printed so far."""
-    limit = store.settings()["max_output_bytes"]
-    outputs = [read_output(path, b"", head_and_tail, limit)
-               for path in output_paths(store.path, job["locked_by"], job["slot"])]
-    return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING, "started_at": job["started_at"],
-            "finished_at": None, "duration_seconds": max(0, now_millis() - job["started_at"]) / 1000,
-            "exit_code": None, "error": None, "worker": job["locked_by"], "stdout": outputs[0], "stderr": outputs[1]}
+def own_file() -> str:
+    """The file that this program is in; raises QueueError if it came by a pipe."""
+    script: str = os.path.abspath(globals().get("__file__", ""))
+    if not os.path.isfile(script):
+        raise QueueError("queuectl can't be started again from %s; save it as a file of its own"
+                         % (script or "where it came from"))
+    return script
 
 
-def runs_of(store: Store, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The runs of a job, oldest first, and at the end the one that runs now."""
-    yield from store.runs(job["seq"])
-    if job["state"] == PROCESSING:
-        yield live_run(store, job)
+def own_command() -> list[str]:
+    """How this program is started: by the launcher of `install`, which has it compiled, or as it is."""
+    script = own_file()
+    launcher = os.path.abspath(sys.argv[0])
+    installed = os.path.basename(launcher) == "queuectl" and os.path.isfile(launcher)
+    return [sys.executable, launcher if installed else script]
 
 
-def environment_of(store: Store, job: dict[str, Any]) -> dict[str, str]:
-    """The variables that were kept for a job: with --env-all its caller's, and those that --env named."""
-    environ = store.context(job["context"])[3]
-    return {**json.loads(environ or "{}"), **json.loads(job["env"] or "{}")}
+# What `python -c` is given, with the descriptor of compiled code, its file and arguments: it runs
+# that as the module queuectl. Nothing is imported from the folder it runs in.
+RUN_COMPILED = (
+    'import marshal, sys; sys.path[:] = filter(None, sys.path); '
+    'file = open(int(sys.argv[1]), "rb"); code = marshal.load(file); file.close(); '
+    'del sys.argv[:2]; sys.modules["queuectl"] = module = type(sys)("queuectl"); '
+    'module.__file__ = sys.argv[0]; exec(code, module.__dict__); raise SystemExit(module.main())')
 
 
-@subcommand("show", "show everything about one job", ID, JSON,
-            option("--env", action="store_true", help="the variables that were kept for it, and nothing else"),
-            examples="\nqueuectl show job1\nqueuectl show --json 3fa9\n")
-def cmd_show(args: Any) -> int:
-    store = read_store(args)
-    job = store.find(args.id)
-    if args.env:
-        kept = environment_of(store, job)
-        if args.json:
-            return out_json(kept)
-        for pair in sorted(kept.items()):
-            emit(clean("%s=%s" % pair))
-        return EXIT_OK
-    if args.json:
-        return out_json(dict(job_json(job), runs=[run_json(run) for run in runs_of(store, job)]))
-    for line in job_lines(job):
-        emit(line)
-    for run in runs_of(store, job):
-        emit(run_title(run))
-    advice = "It has not run yet; `queuectl why %s` tells why."
-    if job["runs"]:
-        advice = "`queuectl logs %s` shows what it printed."
-    emit(as_called(advice % clean(job["id"])))
-    return EXIT_OK
+def start_compiled() -> None:
+    """Where this is a script, go on as a new program in this process that is not compiled again.
 
-
-def out_bytes(output: bytes) -> None:
-    """Output of a job: safe on a terminal, unchanged into a pipe or file."""
-    emit_bytes(shown_output(output, sys.stdout is not None and sys.stdout.isatty()))
-
-
-def _out_run(run: dict[str, Any], stream: str | None) -> None:
-    if stream is None:
-        emit(run_title(run))
-    for name in ("stdout", "stderr"):
-        output = run[name] or b""
-        if stream in (None, name) and output:
-            if stream is None:
-                emit("%s:" % name)
-            out_bytes(output if stream or output.endswith(b"\n") else output + b"\n")
-    if stream is None:
-        emit("")
-
-
-def _out_average(store: Store, job: dict[str, Any], stream: str | None) -> int:
-    if stream is None:
-        count, average = store.run_times(job["seq"])
-        emit("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
-    return EXIT_OK
-
-
-def _output_since(fd: int, start: int, limit: int) -> tuple[bytes, int]:
-    """What an output file holds from `start` on, and its size; the middle of very much is left out."""
-    size = os.fstat(fd).st_size
-    if size - start <= limit:
-        return read_between(fd, start, size), size
-    return b"\n[queuectl: %d bytes left out here]\n%s" % (
-        size - limit // 2 - start, read_between(fd, size - limit // 2, size)), size
-
-
-def _follow_live(store: Store, job: dict[str, Any], stream: str | None, offsets: dict[str, int]) -> None:
-    """Show what a running job has printed since the last look.
-
-    The files are used again for other jobs after the run was recorded: so what was read counts
-    only if the job is still in the same run afterwards.
+    Python keeps a script's syntax tree in memory for as long as it runs: more than all the rest of
+    a pool. What the script was compiled to is in the outermost frame.
     """
-    limit = store.settings()["max_output_bytes"]
-    paths = dict(zip(offsets, output_paths(store.path, job["locked_by"], job["slot"])))
-    news = {name: read_output(path, (b"", 0), _output_since, offsets[name], limit) for name, path in paths.items()}
-    again = store.find_by_seq(job["seq"])
-    if again and again["state"] == PROCESSING and again["runs"] == job["runs"]:
-        for name, (output, size) in news.items():
-            if stream in (None, name) and output:
-                out_bytes(output)
-            offsets[name] = max(offsets[name], size)
+    import marshal
+    as_script = __name__ == "__main__" and not sys.modules["__main__"].__spec__
+    if not as_script or not hasattr(os, "memfd_create"):
+        return
+    frame = sys._getframe()
+    while frame.f_back:
+        frame = frame.f_back
+    fd = os.memfd_create("queuectl", 0)
+    os.write(fd, marshal.dumps(frame.f_code))
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.execv(sys.executable, [sys.executable, "-c", RUN_COMPILED, str(fd), *sys.argv])
 
 
-def _follow_end(run: dict[str, Any], stream: str | None, offsets: dict[str, int], limit: int) -> None:
-    """Show what is left of a run that was followed and has been recorded."""
-    for name, offset in offsets.items():
-        output = run[name] or b""
-        if stream in (None, name):  # of output that was too long to be kept whole, the gap and the tail
-            out_bytes(output[limit // 2:] if len(output) > limit else output[offset:])
-    if stream is None:
-        emit(run_title(run) + "\n")
+def start_words(args: Any) -> list[str]:
+    """The command line that starts the workers a command was asked for, in the foreground."""
+    words = [*own_command(), "--db", args.db, "worker", "start", "--count", str(args.count)]
+    for name in args.queue:
+        words += ["--queue", name]
+    return words
 
 
-FOLLOW_EVERY = 0.1  # seconds
+START_TIME = 30.0  # seconds a detached pool has to come up
 
 
-def _follow(store: Store, job: dict[str, Any], stream: str | None) -> int:
-    """Show runs as they go, until the job has ended for good."""
-    if stream is None:
-        emit("Logs for job %s:\n" % clean(job["id"]))
-    done, seq = 0, job["seq"]
-    offsets = {"stdout": 0, "stderr": 0}
-    current: dict[str, Any] | None = job
-    while current is not None:
-        store.changed()  # raises if the database is gone
-        for run in store.runs(seq, done):
-            if any(offsets.values()):
-                _follow_end(run, stream, offsets, store.settings()["max_output_bytes"])
-            else:
-                _out_run(run, stream)
-            done, offsets = run["run"], dict.fromkeys(offsets, 0)
-        if current["state"] == PROCESSING and current["runs"] > done:
-            _follow_live(store, current, stream, offsets)
-        elif current["state"] in (COMPLETED, DEAD) and current["runs"] <= done:
-            break
-        sys.stdout.flush()
-        time.sleep(FOLLOW_EVERY)
-        current = store.find_by_seq(seq)
-    return _out_average(store, job, stream)
+def _await_pool(process: Any, store: Store, name: str, count: int, log: str) -> None:
+    """Wait until the workers of a detached pool run, or it is drained or stopped already."""
+    deadline = time.monotonic() + START_TIME
+    while sum(worker["pool"] == name for worker in alive_of(store.workers())) < count:
+        if process.poll() is not None:
+            if process.returncode == EXIT_OK:
+                return
+            raise QueueError("the workers did not start; the end of %s says why" % log)
+        if time.monotonic() > deadline:
+            raise QueueError("the workers are not running after %d s; see %s" % (START_TIME, log))
+        time.sleep(0.01)
+
+
+def _start_detached(args: Any, store: Store, name: str) -> None:
+    """Start the same command in a session of its own, and wait until its workers run."""
+    import subprocess
+    folder = os.path.dirname(args.db)
+    log = os.path.join(folder, "queuectl.log")
+    words = start_words(args)
+    if args.drain:
+        words.append("--drain")
+    if args.max_jobs:
+        words += ["--max-jobs", str(args.max_jobs)]
+    fd = _open_log(log)
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, cwd=folder,
+        env=dict(os.environ, QUEUECTL_POOL=name), start_new_session=not WINDOWS,
+        creationflags=0x208 if WINDOWS else 0)  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+    os.close(fd)
+    _await_pool(process, store, name, args.count, log)
+    emit(str(process.pid))
+    complain("%s in the background, log in %s; `queuectl worker stop` ends them"
+             % (count_of(args.count, "worker"), log))
+
+
+COUNT = option("--count", metavar="N", type=whole("--count", 1000), default=1,
+               help="worker processes (1)")
+SERVED = option("--queue", metavar="NAME", type=queue_name, action="append", default=[],
+                help="serve this queue only; repeatable")
 
 
 @subcommand(
-    "logs", "show what a job has printed", ID,
-    option("--attempt", metavar="N", help="of the newest run of this number only"),
-    option("--stdout", action="store_true", help="stdout's bytes and nothing else"),
-    option("--stderr", action="store_true", help="stderr's bytes and nothing else"),
-    option("--follow", action="store_true", help="go on until the job is completed or dead"), JSON,
+    "worker start", "run jobs, in the foreground", COUNT, SERVED,
+    option("--drain", action="store_true",
+           help="exit when nothing is left to do; 1 if a job died meanwhile"),
+    option("--detach", action="store_true", help="run in the background; prints the process id"),
+    option("--max-jobs", metavar="N", type=whole("--max-jobs", 10**9), help="exit after N runs"),
     examples="""
-queuectl logs job1
-queuectl logs --follow job1
-queuectl logs --stdout --attempt 2 job1 > result.txt
+queuectl worker start --count 4           until Ctrl-C: finishes running jobs; twice ends them
+queuectl worker start --count 4 --drain   until nothing is left to do
+queuectl worker start --detach            in the background, log beside the database
 """)
-def cmd_logs(args: Any) -> int:
-    if args.stdout and args.stderr:
-        raise UsageError("give --stdout or --stderr, or neither for both")
-    stream = "stdout" if args.stdout else "stderr" if args.stderr else None
-    store = read_store(args)
-    job = store.find(args.id)
-    attempt = None if args.attempt is None else _whole_option("--attempt", args.attempt, 10**6)
-    if args.follow:
-        if args.json or attempt:
-            raise UsageError("--follow goes neither with --json nor with --attempt")
-        return _follow(store, job, stream)
-    runs: Iterable[dict[str, Any]] = runs_of(store, job)
-    if attempt is not None:
-        matching = [run for run in runs if run["attempt"] == attempt][-1:]
-        if not matching:
-            raise QueueError("%s has no run with attempt %d" % (clean(job["id"]), attempt))
-        runs = matching
-    if args.json:
-        return out_lines(map(run_json, runs))
-    if stream is None:
-        emit("Logs for job %s:\n" % clean(job["id"]))
-    for run in runs:
-        _out_run(run, stream)
-    return _out_average(store, job, stream)
+def cmd_worker_start(args: Any) -> int:
+    system.check_room(args.count)
+    if not args.detach and not args.drain:  # a drain is short
+        start_compiled()
+    store = open_trusted(args.db, tell=complain)
+    name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name(store)
+    if args.detach:
+        _start_detached(args, store, name)
+        return EXIT_OK
+    store.close()
+    system.say("Starting %s, pool %s, pid %d, database %s\n" % (
+        count_of(args.count, "worker"), name, os.getpid(), clean(args.db)))
+    return Pool(args.db, name, args.count, args.queue, args.drain, args.max_jobs).run()
 
 
-# why
-
-def _obstacles(store: Store, job: dict[str, Any], now: int) -> Iterator[str]:
-    """What keeps a waiting job from running, whoever would work on it."""
-    queue = store.queue(job["queue"])
-    name = clean(queue["name"])
-    for other in store.awaited_by(job["seq"]):
-        rest = " (next try in %s)" % show_duration(max(0, other["due"] - now) / 1000) if other["due"] else ""
-        yield "it runs after %s, which is %s%s" % (clean(other["id"]), other["state"], rest)
-    if job["due"] is not None and job["due"] > now:
-        what = "its next try is due" if job["state"] == FAILED else "it is scheduled"
-        yield "%s in %s, at %s; `queuectl edit %s --run-at now` starts it" % (
-            what, show_duration((job["due"] - now) / 1000), show_time(job["due"]), clean(job["id"]))
-    if store.all_paused():
-        yield "all queues are paused; `queuectl queue resume` lets their jobs start"
-    elif queue["paused"]:
-        yield "its queue %s is paused; `queuectl queue resume %s` lets its jobs start" % (name, name)
-    if queue["concurrency"] is not None and queue[PROCESSING] >= queue["concurrency"]:
-        yield ("its queue %s runs as many jobs as it may at once (%d): %s; `queuectl cancel ID` ends one, "
-               "`queuectl queue set %s --concurrency N` lets more run" % (
-                   name, queue["concurrency"], ", ".join(map(clean, store.running_in(queue["name"], 5))), name))
+@one_change
+def stop_pools(store: Store, now: bool) -> None:
+    """Have every pool end after its running jobs, or end these now."""
+    store.ask_stop([pool["name"] for pool in store.pools()], 2 if now else 1)
 
 
-def _expected(store: Store, job: dict[str, Any], now: int, serving: Sequence[dict[str, Any]]) -> tuple[int, str]:
-    """When a job can be expected to start that nothing but others keeps from it, and how many those are."""
-    pools = {pool["name"]: pool["queues"] for pool in store.pools()}
-    ahead = store.ahead_of(job, not all(pools.get(worker["pool"]) for worker in serving))
-    busy = sum(worker["job"] is not None for worker in serving)
-    before = ", by priority (up to %d) or arrival" % job["priority"] if ahead else ""
-    wait = store.recent_seconds() * (ahead + (busy == len(serving))) / len(serving)
-    return now + to_millis(wait), "%s before it%s; %d of %s busy" % (
-        count_of(ahead, "job") + " stand" + "s" * (ahead == 1), before, busy, count_of(len(serving), "worker"))
+def _ask_stop(store: Store, now: bool) -> None:
+    """The same, also where the disk is full: supervisors can be told without it."""
+    try:
+        stop_pools(store, now)
+    except Unavailable as error:
+        told = [system.stop(pool["pid"], life_path(store.path, pool["name"]), now)
+                for pool in store.pools()]
+        if not any(told):
+            raise
+        complain("%s; the workers are told by signals" % error)
 
 
-def why_waiting(store: Store, job: dict[str, Any], now: int) -> tuple[list[str], int | None]:
-    """Why a waiting job does not run now, and when it is expected to (milliseconds), if that can be told."""
-    reasons = list(_obstacles(store, job, now))
-    serving = store.serving(job["queue"])
-    if not serving:
-        asks = any(pool["alive"] for pool in store.pools())
-        return [*reasons, "no worker serves its queue; `queuectl worker start%s` does" % (
-            " --queue " + clean(job["queue"]) if asks else "")], None
-    troubles = [trouble_of(store.path, worker["name"]) for worker in serving]
-    if all(troubles):
-        reasons.append("its workers are held up: %s" % clean(troubles[0]))
-    if len(reasons) == 1 and (job["due"] or 0) > now:
-        return reasons, job["due"]
-    if reasons:
-        return reasons, None
-    expected, reason = _expected(store, job, now, serving)
-    return [reason], expected
-
-
-def why_not_waiting(store: Store, job: dict[str, Any], now: int) -> str:
-    """What there is to say of a job that runs or has ended, and what to do next."""
-    name = clean(job["id"])
-    if job["state"] == PROCESSING:
-        left = job["timeout_seconds"] and ", at most %s more" % show_duration(
-            max(0, job["timeout_seconds"] - (now - job["started_at"]) / 1000))
-        if not store.is_own(job["locked_by"]):
-            return ("it ran in the queue that this one was copied from; it is given back when no process of that queue "
-                    "is left, and `queuectl cancel %s` gives it up" % name)
-        if not is_alive(store.path, job["locked_by"]):
-            return "its worker %s has died; the next worker ends what is left of the run: `queuectl worker start`" % (
-                job["locked_by"])
-        return "it runs now, for %s%s; `queuectl logs --follow %s` shows its output, `queuectl cancel %s` ends it" % (
-            since(job["started_at"], now), left or ", without a time-out", name, name)
-    if job["state"] == COMPLETED:
-        return "it ended well %s ago; `queuectl retry %s` runs it once more" % (since(job["finished_at"], now), name)
-    died = "it died %s ago: %s; " % (since(job["updated_at"], now), clean(job["last_error"] or "cancelled"))
-    causes = store.dead_causes(job["seq"])
-    living = [clean(other["id"]) for other in store.awaited_by(job["seq"]) if other["state"] != DEAD]
-    if living and not causes:
-        return died + "%s was retried since; `queuectl dlq retry %s` lets it wait for that" % (", ".join(living), name)
-    if store.waits_for_gone(job["seq"]):
-        return died + "it was to run after a job that never was completed and is forgotten; enqueue it anew"
-    if causes:
-        return died + "`queuectl dlq retry %s --with-dependents` tries all again" % clean(" ".join(causes))
-    return died + "`queuectl logs %s` shows what it printed, `queuectl dlq retry %s` tries it again" % (name, name)
-
-
-@subcommand("why", "tell why a job isn't running now, and when it will", ID, JSON,
-            examples="\nqueuectl why job1\n")
-def cmd_why(args: Any) -> int:
-    store = read_store(args)
-    job, now = store.find(args.id), now_millis()
-    if job["state"] in WAITING:
-        reasons, expected = why_waiting(store, job, now)
-    else:
-        reasons, expected = [why_not_waiting(store, job, now)], None
-    reasons = [as_called(reason) for reason in reasons]
-    when = None if expected is None else show_time(expected)
-    if args.json:
-        return out_json({"id": job["id"], "state": job["state"], "reasons": reasons, "expected_at": when})
-    emit("%s is %s:" % (clean(job["id"]), job["state"]))
-    for reason in reasons:
-        emit("  " + reason)
-    if job["state"] == FAILED:
-        emit("  its last run: %s (%d of %d attempts used)" % (
-            clean(job["last_error"]), job["attempts"], max(1, job["max_retries"])))
-    if when and expected:
-        emit("It is expected to start %s." % (
-            "in %s, at %s" % (show_duration((expected - now) / 1000), when) if expected > now else "at once"))
-    return EXIT_OK
-
-
-# doctor
-
-LEAST_SPACE = 100 * 1024 * 1024  # bytes
-LONG_RUN = 86400.0  # seconds
-
-
-def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
-    """Dead or stopped workers, what they hold, and jobs that run for very long."""
-    for lost in store.lost_jobs():
-        what = "%s is held by the worker %s, which is dead" % (clean(lost["id"]), lost["worker"])
-        if not store.is_own(lost["worker"]):
-            yield ("%s ran in the queue that this one was copied from, and may be running there" % clean(lost["id"]),
-                   "it is given back when no process of that queue is left; `queuectl cancel %s` gives it up" % (
-                       clean(lost["id"])))
-            continue
-        if any(system.held(path) for path in output_paths(store.path, lost["worker"], lost["slot"])):
-            what += "; processes of that run still live, " + (
-                "perhaps in another container or of another user" if os.path.isdir("/proc/self") or not system.linux
-                else "but there is no /proc to find them in")
-        yield what, "any live or new worker ends them, if it can, and gives the job back: `queuectl worker start`"
-    for entry in [*store.pools(), *store.workers()]:
-        if not store.is_own(entry["name"]):  # of the queue that this one was copied from
-            continue
-        if not entry["alive"]:
-            yield ("%s (pid %d) has died and left its entry behind" % (entry["name"], entry["pid"]),
-                   "`queuectl worker start` clears it away")
-        elif system.is_stopped(entry["pid"]):
-            yield ("%s (pid %d) is stopped by a signal" % (entry["name"], entry["pid"]), "kill -CONT %d" % entry["pid"])
-    now = now_millis()
-    for worker in [worker for worker in store.workers() if worker["alive"]]:
-        age = (now - (worker["job_started_at"] or now)) / 1000
-        if age > LONG_RUN:
-            name = clean(worker["job"])
-            yield ("%s has been running for %s" % (name, show_duration(age)),
-                   "`queuectl logs %s` shows what it does, `queuectl cancel %s` ends it" % (name, name))
-
-
-def findings_of(store: Store) -> Iterator[tuple[str, str]]:
-    """What is wrong with a queue, each with what mends it."""
-    folder = os.path.dirname(store.path)
-    for damage in store.damage():
-        yield ("the database is damaged: %s" % damage,
-               "`queuectl worker stop`, then `queuectl restore BACKUP`, which keeps what it replaces")
-    reason = os.path.exists(store.path) and distrust_of(store.path)
-    if reason:
-        yield "workers refuse to run: %s" % reason, "nobody else may own or write it, or a folder above it"
-    kind = system.network_file_system(folder)
-    if kind:
-        yield "%s is on a network file system (%s)" % (folder, kind), "move the database to a local disk, use --db"
-    import shutil
-    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else LEAST_SPACE
-    if free < LEAST_SPACE:
-        yield ("only %d MiB are free in %s" % (free >> 20, folder),
-               "free some space outside the queue; workers that wait for it go on by themselves")
-    yield from _findings_of_workers(store)
-
-
-@subcommand("doctor", "check the database and what dead workers left; exit 1 if anything is wrong", JSON,
-            examples="\nqueuectl doctor\n")
-def cmd_doctor(args: Any) -> int:
-    store = read_store(args)
-    findings = [(what, as_called(mend)) for what, mend in findings_of(store)]
-    if args.json:
-        out_json([{"what": what, "mend": mend} for what, mend in findings])
-    elif not findings:
-        emit("Nothing is wrong: %s, %s, %s alive." % (
-            clean(store.path), count_of(sum(store.counts().values()), "job"),
-            count_of(sum(worker["alive"] for worker in store.workers()), "worker")))
-    else:
-        for what, mend in findings:
-            emit("%s\n    %s" % (what, mend))
-    return EXIT_FAILED if findings else EXIT_OK
-
-
-# What changes jobs.
-
-def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str], advice: str) -> list[dict[str, Any]]:
-    """The jobs with these names, each once, if all of them exist and are in one of `fit_states`."""
-    jobs = {job["seq"]: job for job in [store.find(name) for name in names]}
-    for job in jobs.values():
-        if job["state"] not in fit_states:
-            raise QueueError("%s is %s; %s" % (clean(job["id"]), job["state"], advice))
-    return list(jobs.values())
-
-
-def _retry(args: Any, states: Sequence[str], advice: str) -> int:
-    store = open_store(args)
-    with store.transaction():
-        jobs = {job["seq"]: job for job in find_all(store, args.ids, states, advice)}
-        dependents = {seq for first in jobs for seq in store.dead_dependents(first)} - set(jobs)
-        if args.with_dependents:
-            jobs.update((seq, store.find_by_seq(seq) or {}) for seq in sorted(dependents))
-        for seq, job in jobs.items():
-            if any(other["state"] == DEAD and other["seq"] not in jobs for other in store.awaited_by(seq)):
-                raise QueueError("%s is to run after dead jobs; `queuectl dlq retry %s --with-dependents` does all" % (
-                    clean(job["id"]), clean(" ".join(store.dead_causes(seq)))))
-            if store.waits_for_gone(seq):
-                raise QueueError("%s was to run after a job that never was completed and is forgotten; enqueue it anew"
-                                 % clean(job["id"]))
-            if not store.retry(seq, now_millis()):
-                raise QueueError("%s can't be retried: another job with its key %s waits or runs"
-                                 % (clean(job["id"]), clean(str(job["unique"]))))
-    ring_all(args.db)
-    for job in jobs.values():
-        emit("Queued again: %s" % clean(job["id"]))
-    if dependents and not args.with_dependents:
-        complain("not retried: %s that died with it; --with-dependents takes them too"
-                 % count_of(len(dependents), "job"))
-    return EXIT_OK
-
-
-DEPENDENTS = option("--with-dependents", action="store_true", help="and the jobs that died with them, waiting for them")
-
-
-@subcommand("retry", "let ended jobs run again from the start", IDS, DEPENDENTS,
-            examples="\nqueuectl retry job1 job2\n")
-def cmd_retry(args: Any) -> int:
-    return _retry(args, ENDED, "only a completed or dead job can be retried")
-
-
-@subcommand("delete", "forget jobs and their runs", IDS,
-            examples="\nqueuectl delete job1\n")
-def cmd_delete(args: Any) -> int:
-    store = open_store(args)
-    with store.transaction():
-        jobs = find_all(store, args.ids, WAITING + ENDED, "`queuectl cancel` ends a running job")
-        for job in sorted(jobs, key=lambda job: -job["seq"]):  # what waits goes before what it waits for
-            if not store.delete(job["seq"]):
-                names = [clean(waiting["id"]) for waiting in store.waiters_of(job["seq"])[:5]]
-                raise QueueError("%s can't be deleted, for others are to run after it: %s"
-                                 % (clean(job["id"]), ", ".join(names)))
-    for job in jobs:
-        emit("Deleted: %s" % clean(job["id"]))
-    return EXIT_OK
-
-
-def _await_end(store: Store, job: dict[str, Any], deadline: float) -> str:
-    """Wait until a cancelled job is no longer running; if its worker is dead, do the worker's part."""
-    while True:
-        current = store.find_by_seq(job["seq"])
-        if current is None or current["state"] != PROCESSING or current["runs"] != job["runs"]:
-            return current["state"] if current else DEAD
-        if not is_alive(store.path, current["locked_by"]):
-            recover(store, time.sleep, complain)
+def _await_stop(db: str, pids: dict[str, int], patience: float) -> None:
+    """Wait until these pools and workers have ended: names, each with its process id."""
+    deadline = time.monotonic() + patience
+    tell_at = time.monotonic() + WAIT_TOLD
+    while any(is_alive(db, name) for name in pids):
+        for name, pid in pids.items():
+            system.wake(pid, life_path(db, name))
         if time.monotonic() >= deadline:
-            raise QueueError("%s is still being ended; `queuectl show %s` tells when it is done"
-                             % (clean(job["id"]), clean(job["id"])))
+            raise TimedOut("workers still run after %s; they go on stopping, "
+                           "`queuectl worker stop --now` ends their jobs" % show_duration(patience))
+        if time.monotonic() >= tell_at:
+            complain("waiting for running jobs to finish; `queuectl worker stop --now` would end them")
+            tell_at = ENDLESS
         time.sleep(0.02)
 
 
-@subcommand("cancel", "take waiting jobs out of the queue, end running ones", IDS,
-            examples="\nqueuectl cancel job1\n")
-def cmd_cancel(args: Any) -> int:
-    store = open_store(args)
-    with store.transaction():
-        jobs = find_all(store, args.ids, (*WAITING, PROCESSING), "it has ended already")
-        for job in jobs:
-            change = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
-            change(job["seq"], now_millis())
-    ring_all(args.db)
-    deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
-    for job in jobs:
-        state = _await_end(store, job, deadline)
-        emit("%s: %s" % ("Completed before it could be cancelled" if state == COMPLETED else "Cancelled",
-                         clean(job["id"])))
-        dependents = store.dead_dependents(job["seq"])
-        if dependents:
-            complain("dead with it: %s that waited for it" % count_of(len(dependents), "job"))
-    return EXIT_OK
-
-
 @subcommand(
-    "edit", "change a waiting job", ID,
-    option("--priority", metavar="N", help="lower runs first"),
-    option("--run-at", metavar="TIME", help="not before this time, now for at once; of a failed job: its next try"),
-    option("--delay", metavar="DURATION", help="not before this long from now"),
-    option("--timeout", metavar="DURATION", help="end a run that takes longer, or none"),
-    option("--max-retries", metavar="N", help="runs before it is dead"),
-    option("--queue", metavar="NAME", help="the queue it waits in"),
+    "worker stop", "stop every pool on this database, after the running jobs",
+    option("--now", action="store_true", help="end the running jobs and give them back"),
+    option("--timeout", metavar="DURATION", type=time_limit, default=ENDLESS,
+           help="exit 124 if it takes longer; they go on stopping"),
     examples="""
-queuectl edit job1 --priority 1
-queuectl edit job1 --run-at now --timeout none
+queuectl worker stop                 running jobs finish first
+queuectl worker stop --now           running jobs go back into the queue
 """)
-def cmd_edit(args: Any) -> int:
-    given = given_of(args, "priority", "run_at", "delay", "timeout", "max_retries", "queue")
-    if not given:
-        raise UsageError("say what to change; see `queuectl edit --help`")
-    now = now_millis()
-    unlimited = given.pop("timeout", None) if args.timeout == "none" else None
-    draft = draft_of({"command": "true", **given}, now, system.longest_command)
-    changes = {name: draft[name] for name in EDITABLE if draft[name] is not None}
-    if unlimited:
-        changes["timeout_seconds"] = None
-    store = open_store(args)
-    with store.transaction():
-        job, = find_all(store, [args.id], WAITING, "only a job that waits can be changed; `queuectl cancel` ends one")
-        store.edit(job, changes, now)
-    ring_all(args.db)
-    emit("Changed: %s" % clean(job["id"]))
-    return EXIT_OK
+def cmd_worker_stop(args: Any) -> None:
+    if not anyone_alive(args.db):
+        if not os.path.exists(args.db):
+            complain("there is no queue at %s" % args.db)
+        emit("No workers are running.")
+        return
+    store = open_store(args.db, as_it_is=True)
+    worker, _ = own_run(args.db)
+    own = (worker, _pool_of(worker))  # which waits for the job that called this
+    others = {entry["name"]: entry["pid"] for entry in alive_of([*store.pools(), *store.workers()])
+              if entry["name"] not in own}
+    _ask_stop(store, args.now)
+    _await_stop(args.db, others, args.timeout)
+    if worker:
+        emit("All other workers have stopped; those of this pool do when this job has ended.")
+    else:
+        emit("All workers have stopped.")
 
 
-@subcommand(
-    "wait", "until jobs are completed or dead; exit 1 if one died",
-    option("ids", nargs="*", metavar="ID", help="without: all that are unfinished now"),
-    option("--timeout", metavar="DURATION", help="exit 124 if it takes longer"),
-    examples="""
-queuectl wait job1 job2 && echo 'both are completed'
-queuectl wait --timeout 1h
+@subcommand("worker list", "show the workers that live, and what they run", JSON,
+            examples="\nqueuectl worker list\n")
+def cmd_worker_list(args: Any) -> None:
+    workers, now = alive_of(args.store.workers()), now_millis()
+    if args.json:
+        emit_list(map(with_times, workers))
+    elif workers:
+        emit_table(WORKER_HEAD, [worker_row(worker, now) for worker in workers])
+    else:
+        emit("No workers are running.")
+
+
+# ─── setting up: settings, queues, copies, the program itself ─────────────────────────────────
+
+set_setting, unset_setting = one_change(Store.set_setting), one_change(Store.unset_setting)
+set_concurrency = one_change(Store.set_concurrency)
+KEY = option("key", metavar="KEY", type=setting_name, help="the setting, with - or _")
+
+
+@subcommand("config list", "the same as show", JSON, examples="\nqueuectl config list\n")
+@subcommand("config show", "show every setting", JSON, examples="\nqueuectl config show\n")
+def cmd_config_show(args: Any) -> None:
+    settings = args.store.settings()
+    if args.json:
+        emit_json(settings)
+    else:
+        emit_table(("SETTING", "VALUE", "DEFAULT"), [
+            (name, show_setting(value), show_setting(SETTINGS[name]))
+            for name, value in settings.items()])
+
+
+@subcommand("config get", "show one setting", KEY, JSON,
+            examples="\nqueuectl config get max_retries\n")
+def cmd_config_get(args: Any) -> None:
+    value = args.store.settings()[args.key]
+    if args.json:
+        emit_json(value)
+    else:
+        emit(show_setting(value))
+
+
+@subcommand("config set", "change a setting; running workers follow", KEY,
+            option("value", metavar="VALUE", help="a number, a duration, or a word"), writes=True,
+            examples="""
+queuectl config set max_retries 5
+queuectl config set backoff-base 3
+queuectl config set timeout_seconds 10m
 """)
-def cmd_wait(args: Any) -> int:
-    patience = patience_of(args)
-    store = read_store(args)
-    seqs = {store.find(name)["seq"] for name in args.ids} or store.unfinished(0, NEVER)
-    return await_jobs(store, seqs - {own_run(args.db)[1]}, patience)  # a job doesn't wait for itself
+def cmd_config_set(args: Any) -> None:
+    value = check_setting(args.key, args.value)
+    set_setting(args.store, args.key, value)
+    emit("Config updated: %s = %s" % (args.key, show_setting(value)))
 
 
-def _purge(args: Any, states: Iterable[str]) -> int:
-    if args.older_than is not None and re.fullmatch(_NUMBER, args.older_than):
-        raise UsageError("--older-than %s needs a unit, such as %sd or %sh" % ((args.older_than,) * 3))
-    before = NEVER if args.older_than is None else now_millis() - to_millis(
-        checked("delay", args.older_than, "--older-than"))
-    store = open_store(args)
-    count = sum(store.purge(state, before) for state in sorted(states, key=STATES.index))  # what waits goes first
-    try:
-        store.shrink()
-    except QueueError as error:
-        complain("the disk space is not given back yet: %s" % error)
-    emit("Deleted: %s" % count_of(count, "job"))
-    return EXIT_OK
+@subcommand("config unset", "put a setting back to its default", KEY, writes=True,
+            examples="\nqueuectl config unset max_retries\n")
+def cmd_config_unset(args: Any) -> None:
+    unset_setting(args.store, args.key)
+    emit("Config updated: %s = %s (the default)" % (args.key, show_setting(SETTINGS[args.key])))
 
 
-OLDER_THAN = option("--older-than", metavar="DURATION", help="only those unchanged for longer than this")
+QUEUE_HEAD = ("QUEUE", "LIMIT", "STARTS", "PENDING", "PROCESSING", "COMPLETED", "FAILED", "DEAD")
 
 
-@subcommand("purge", "forget completed jobs, or those in other states, and their runs",
-            option("--state", action="append", choices=(*WAITING, *ENDED), help="instead of completed; repeatable"),
-            OLDER_THAN, examples="\nqueuectl purge --older-than 7d\nqueuectl purge --state dead --state completed\n")
-def cmd_purge(args: Any) -> int:
-    return _purge(args, dict.fromkeys(args.state or [COMPLETED]))
+def named(text: str) -> str:
+    """The name of a queue, as an argument."""
+    return check_name("the queue's name", text)
 
 
-@subcommand("backup", "copy the database while workers run", option("path", metavar="PATH", help="the new file"),
+def jobs_at_once(text: str) -> int | None:
+    """What `--concurrency` may be: a number, or none."""
+    return None if text == "none" else whole("--concurrency", 10**6)(text)
+
+
+@subcommand("queue list", "show the queues, their limits and jobs", JSON,
+            examples="\nqueuectl queue list\n")
+def cmd_queue_list(args: Any) -> None:
+    queues = [dict(queue, paused=bool(queue["paused"])) for queue in args.store.queues()]
+    if args.json:
+        emit_list(queues)
+        return
+    emit_table(QUEUE_HEAD, [
+        (queue["name"], show_setting(queue["concurrency"]), "paused" if queue["paused"] else "yes",
+         *(str(queue[state]) for state in STATES)) for queue in queues])
+
+
+@subcommand("queue set", "limit how many jobs of a queue run at once, over all pools",
+            option("name", metavar="NAME", type=named, help="the queue"),
+            option("--concurrency", metavar="N", type=jobs_at_once, required=True,
+                   help="that many, or none for no limit"), writes=True,
+            examples="""
+queuectl queue set gpu --concurrency 1
+queuectl queue set gpu --concurrency none
+""")
+def cmd_queue_set(args: Any) -> None:
+    set_concurrency(args.store, args.name, args.concurrency)
+    emit("Queue updated: %s: concurrency = %s" % (args.name, show_setting(args.concurrency)))
+
+
+@one_change
+def pause_queue(store: Store, name: str | None, paused: bool) -> bool:
+    """Pause a queue, or all, or resume it; whether it rests all the same, as all queues do."""
+    store.pause(name, paused)
+    return not paused and store.all_paused()
+
+
+def _pause(args: Any, paused: bool) -> None:
+    store, name = args.store, args.name
+    unknown = name and all(queue["name"] != name for queue in store.queues())
+    still = pause_queue(store, name, paused)
+    if unknown:
+        complain("no job has ever been in the queue %s" % name)
+    if still:
+        complain("all queues are paused; `queuectl queue resume` without a name lifts that")
+    emit("%s: %s" % ("Paused" if paused else "Resumed", name or "all queues"))
+
+
+@subcommand("queue pause", "start no more jobs of a queue; those running go on",
+            option("name", nargs="?", metavar="NAME", type=named,
+                   help="the queue; without: all, those to come too"), writes=True,
+            examples="\nqueuectl queue pause gpu\nqueuectl queue pause\n")
+def cmd_queue_pause(args: Any) -> None:
+    _pause(args, True)
+
+
+@subcommand("queue resume", "start jobs of a paused queue again",
+            option("name", nargs="?", metavar="NAME", type=named,
+                   help="the queue; without: all"), writes=True,
+            examples="\nqueuectl queue resume gpu\nqueuectl queue resume\n")
+def cmd_queue_resume(args: Any) -> None:
+    _pause(args, False)
+
+
+def jobs_in(store: Store) -> str:
+    """How many jobs a queue has, in words."""
+    return count_of(sum(store.counts().values()), "job")
+
+
+@subcommand("backup", "copy the database while workers run",
+            option("path", metavar="PATH", help="the new file"),
             examples="\nqueuectl backup /mnt/queue-backup.db\n")
-def cmd_backup(args: Any) -> int:
+def cmd_backup(args: Any) -> None:
     path = os.path.abspath(args.path)
-    beside = (args.db, args.db + "-wal", args.db + "-shm", mutex_path(args.db))
-    if os.path.realpath(path) in beside or (os.path.exists(path) and not os.path.isfile(path)):
-        raise QueueError("%s can't be a backup; name another file" % clean(path))
+    exists = os.path.exists(path)
+    own = (args.db, args.db + "-wal", args.db + "-shm", mutex_path(args.db))
+    if os.path.realpath(path) in own or (exists and not os.path.isfile(path)):
+        raise QueueError("%s can't be a backup; name another file" % path)
     if not os.path.exists(args.db):
-        raise QueueError("there is no queue at %s" % clean(args.db))
-    store = read_store(args)
-    if os.path.exists(path) and os.path.getsize(path) and not is_queue(path):
-        raise QueueError("%s is not a backup of a queue; it is left as it is: name another file" % clean(path))
+        raise QueueError("there is no queue at %s" % args.db)
+    store = args.store
+    if exists and os.path.getsize(path) and not is_queue(path):
+        raise QueueError("%s is not a backup of a queue; it is left as it is: name another file"
+                         % path)
     store.backup(path)
-    emit("Backed up: %s in %s" % (count_of(sum(store.counts().values()), "job"), clean(path)))
-    return EXIT_OK
+    emit("Backed up: %s in %s" % (jobs_in(store), path))
 
 
-@subcommand("restore", "put a backup in the database's place", option("file", metavar="FILE", help="the backup"),
+@subcommand("restore", "put a backup in the database's place",
+            option("file", metavar="FILE", help="the backup"),
             examples="\nqueuectl worker stop\nqueuectl restore /mnt/queue-backup.db\n")
-def cmd_restore(args: Any) -> int:
+def cmd_restore(args: Any) -> None:
     if anyone_alive(args.db):
-        raise QueueError("workers still use %s; `queuectl worker stop` first" % clean(args.db))
+        raise QueueError("workers still use %s; `queuectl worker stop` first" % args.db)
     if not os.path.isfile(args.file):
-        raise QueueError("there is no file %s" % clean(args.file))
+        raise QueueError("there is no file %s" % args.file)
     if not is_queue(args.file):
-        raise QueueError("%s is not a backup of a queue" % clean(args.file))
+        raise QueueError("%s is not a backup of a queue" % args.file)
     make_folder(os.path.dirname(args.db))
     kept = put_in_place(os.path.abspath(args.file), args.db)
-    store = read_store(args)
-    emit("Restored: %s from %s" % (count_of(sum(store.counts().values()), "job"), clean(args.file)))
+    emit("Restored: %s from %s" % (jobs_in(args.store), args.file))
     if kept:
-        complain("what stood in its place is kept as %s" % clean(kept))
-    return EXIT_OK
+        complain("what stood in its place is kept as %s" % kept)
 
-
-# installing
 
 # A shell reads the second and third line as a command, Python as a string: so the path of Python
 # may have blanks and any length. Site-packages only slow the start (-S); queuectl uses none.
@@ -7427,8 +7912,9 @@ from queuectl import main
 if __name__ == "__main__":
     raise SystemExit(main())
 """
-PREFIX = option("--prefix", metavar="DIR", default="~/.local", type=os.path.expanduser,
-                help="the command is DIR/bin/queuectl, what it needs is in DIR/lib/queuectl (~/.local)")
+PREFIX = option(
+    "--prefix", metavar="DIR", default="~/.local", type=os.path.expanduser,
+    help="the command is DIR/bin/queuectl, what it needs is in DIR/lib/queuectl (~/.local)")
 
 
 def put_program(bin_folder: str, lib_folder: str) -> None:
@@ -7436,39 +7922,44 @@ def put_program(bin_folder: str, lib_folder: str) -> None:
     import py_compile
     import shutil
     launcher, module = bin_folder + "/queuectl", lib_folder + "/queuectl.py"
+    cache = lib_folder + "/__pycache__"
     os.makedirs(lib_folder, exist_ok=True)
     os.makedirs(bin_folder, exist_ok=True)
     shutil.copyfile(own_file(), module + ".new")
     os.replace(module + ".new", module)
-    shutil.rmtree(lib_folder + "/__pycache__", ignore_errors=True)  # the old one, which is never checked for changes
-    compiled = "%s/__pycache__/queuectl.%s.pyc" % (lib_folder, sys.implementation.cache_tag)
-    py_compile.compile(module, compiled, doraise=True,
-                       invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    shutil.rmtree(cache, ignore_errors=True)  # the old one, which is never checked for changes
+    py_compile.compile(
+        module, "%s/queuectl.%s.pyc" % (cache, sys.implementation.cache_tag), doraise=True,
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
     with open(launcher + ".new", "w") as file:
         file.write(LAUNCHER % join_words([sys.executable]))
     os.chmod(launcher + ".new", 0o755)
     os.replace(launcher + ".new", launcher)
 
 
-@subcommand("install", "put the command `queuectl` on the path, compiled", PREFIX,
-            examples="\nqueuectl install\nqueuectl install --prefix /usr/local\n")
-def cmd_install(args: Any) -> int:
-    bin_folder = args.prefix + "/bin"
-    os.umask(0o022)
-    try:
-        put_program(bin_folder, args.prefix + "/lib/queuectl")
-    except OSError as error:
-        raise QueueError("can't install in %s: %s; --prefix names another folder" % (args.prefix, error)) from None
-    emit("""\
+INSTALLED = """\
 installed: %s/queuectl
 If the shell does not find it, put this into ~/.profile: export PATH=%s:"$PATH"
-Completion, for ~/.bashrc: eval "$(queuectl completion)\"""" % (bin_folder, join_words([os.path.abspath(bin_folder)])))
-    return EXIT_OK
+Completion, for ~/.bashrc: eval "$(queuectl completion)"
+"""
+
+
+@subcommand("install", "put the command `queuectl` on the path, compiled", PREFIX,
+            examples="\nqueuectl install\nqueuectl install --prefix /usr/local\n")
+def cmd_install(args: Any) -> None:
+    folder = args.prefix + "/bin"
+    os.umask(0o022)
+    try:
+        put_program(folder, args.prefix + "/lib/queuectl")
+    except OSError as error:
+        raise QueueError("can't install in %s: %s; --prefix names another folder"
+                         % (args.prefix, error)) from None
+    emit_text(INSTALLED % (folder, join_words([os.path.abspath(folder)])))
 
 
 @subcommand("uninstall", "remove what `install` made", PREFIX,
             examples="\nqueuectl uninstall\nqueuectl uninstall --prefix /usr/local\n")
-def cmd_uninstall(args: Any) -> int:
+def cmd_uninstall(args: Any) -> None:
     import shutil
     launcher = args.prefix + "/bin/queuectl"
     if not os.path.exists(launcher):
@@ -7476,17 +7967,16 @@ def cmd_uninstall(args: Any) -> int:
     shutil.rmtree(args.prefix + "/lib/queuectl", ignore_errors=True)
     os.remove(launcher)
     emit("removed: " + launcher)
-    return EXIT_OK
 
-
-# for servers
 
 def unit_word(text: str) -> str:
     """A word of a command line as systemd.syntax(7) and systemd.service(5) read it."""
     for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
         text = text.replace(plain, escaped)
-    text = "".join(c if c.isprintable() else "".join("\\x%02x" % byte for byte in c.encode()) for c in text)
-    return text if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII) else '"%s"' % text
+    shown = [c if c.isprintable() else "".join("\\x%02x" % byte for byte in c.encode())
+             for c in text]
+    word = "".join(shown)
+    return word if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII) else '"%s"' % word
 
 
 UNIT = """\
@@ -7508,34 +7998,31 @@ Restart=on-failure
 RestartSec=5
 
 [Install]
-WantedBy={target}"""
+WantedBy={target}
+"""
 
 
-@subcommand("service", "print a systemd unit that runs workers",
-            option("--count", metavar="N", default="1", help="worker processes (1)"),
-            option("--queue", metavar="NAME", action="append", default=[], help="serve this queue only; repeatable"),
-            option("--system", action="store_true", help="for the whole system, to be installed by root"),
+@subcommand("service", "print a systemd unit that runs workers", COUNT, SERVED,
+            option("--system", action="store_true",
+                   help="for the whole system, to be installed by root"),
             examples="""
 mkdir -p ~/.config/systemd/user
 queuectl service --count 4 > ~/.config/systemd/user/queuectl.service
 queuectl service --count 4 --system > queuectl.service
 """)
-def cmd_service(args: Any) -> int:
-    words = [*own_command(), "--db", args.db, "worker", "start", "--count",
-             str(_whole_option("--count", args.count, 1000))]
-    for name in args.queue:
-        words += ["--queue", check_name("--queue", name)]
+def cmd_service(args: Any) -> None:
+    install = "systemctl --user enable --now queuectl && loginctl enable-linger"
+    user, target = "", "default.target"
     if args.system:
-        install = "sudo cp queuectl.service /etc/systemd/system/ && sudo systemctl enable --now queuectl"
-        user, target = "User=%d\n" % os.geteuid() if hasattr(os, "geteuid") else "", "multi-user.target"
-    else:
-        install = "systemctl --user enable --now queuectl && loginctl enable-linger"
-        user, target = "", "default.target"
-    folder = unit_word(os.path.dirname(args.db))
-    shown = clean(args.db).replace("%", "%%")
-    emit(UNIT.format(install=install, folder=folder, db=shown, start=" ".join(map(unit_word, words)), user=user,
-                     target=target))
-    return EXIT_OK
+        install = ("sudo cp queuectl.service /etc/systemd/system/ && "
+                   "sudo systemctl enable --now queuectl")
+        target = "multi-user.target"
+        if hasattr(os, "geteuid"):
+            user = "User=%d\n" % os.geteuid()
+    emit_text(UNIT.format(
+        install=install, user=user, target=target, db=clean(args.db).replace("%", "%%"),
+        folder=unit_word(os.path.dirname(args.db)),
+        start=" ".join(map(unit_word, start_words(args)))))
 
 
 COMPLETION = """\
@@ -7565,220 +8052,105 @@ _queuectl() {
     [[ $cur == -* ]] || words="$words $(queuectl "${db[@]}" completion --ids 2>/dev/null)"
     COMPREPLY=($(compgen -W "$words" -- "$cur"))
 }
-complete -o default -F _queuectl queuectl"""
+complete -o default -F _queuectl queuectl
+"""
+
+
+def _case(label: str, text: str) -> str:
+    return "        %s) %s ;;" % (label, text)
+
+
+def _words_of() -> dict[str, list[str]]:
+    """What may stand behind each command, each group, and in the first place."""
+    words = {"": [*ORDER, "--db", "--help", "--version"]}
+    for group in GROUPS:
+        words[group] = [entry.name.partition(" ")[2] for entry in commands_of(group)]
+    for entry in commands_of():
+        flags = [names[-1] for names, _ in entry.options if names[0].startswith("-")]
+        words[entry.name] = [*flags, "--db", "--help"]
+        if entry.name in ("config get", "config set", "config unset"):
+            words[entry.name] += SETTINGS
+    return words
 
 
 def completion_script() -> str:
     """For bash: a list of words for each command, and who takes ids."""
-    flags = {entry.name: [(names[-1], details) for names, details in entry.options if names[0].startswith("-")]
-             for entry in COMMANDS.values()}
-    groups = sorted({name.partition(" ")[0] for name in COMMANDS if " " in name})
-    words = {"": [*dict.fromkeys(name.partition(" ")[0] for name in COMMANDS), "--db", "--help", "--version"]}
-    words.update((group, [name.partition(" ")[2] for name in COMMANDS if name.startswith(group + " ")])
-                 for group in groups)
-    words.update((name, [*(flag for flag, _ in given), "--db", "--help"]) for name, given in flags.items())
-    for name in ("config get", "config set", "config unset"):
-        words[name] += SETTINGS
-    values = {'"%s %s"' % (name, flag): details["choices"]
-              for name, given in flags.items() for flag, details in given if "choices" in details}
-    with_ids = [entry.name for entry in COMMANDS.values() if any(names[0][:2] == "id" for names, _ in entry.options)]
-
-    def case(label: str, text: str) -> str:
-        return "        %s) %s ;;" % (label, text)
-
+    words = _words_of()
+    values, with_ids = [], []
+    for entry in commands_of():
+        for names, details in entry.options:
+            if "choices" in details:
+                reply = 'COMPREPLY=($(compgen -W "%s" -- "$cur")); return' % " ".join(details["choices"])
+                values.append(_case('"%s %s"' % (entry.name, names[-1]), reply))
+            if names[0] in ("id", "ids"):
+                with_ids.append('"%s"' % entry.name)
     return COMPLETION % {
-        "groups": " | ".join(groups), "with_ids": " | ".join('"%s"' % name for name in with_ids),
-        "values": "\n".join(case(flag, 'COMPREPLY=($(compgen -W "%s" -- "$cur")); return' % " ".join(choices))
-                            for flag, choices in values.items()),
-        "words": "\n".join(case('"%s"' % name, 'words="%s"' % " ".join(list_)) for name, list_ in words.items())}
+        "groups": " | ".join(GROUPS),
+        "with_ids": " | ".join(with_ids),
+        "values": "\n".join(values),
+        "words": "\n".join(_case('"%s"' % name, 'words="%s"' % " ".join(known))
+                           for name, known in words.items()),
+    }
 
 
 @subcommand("completion", "print a completion script for bash",
-            option("--ids", action="store_true", help="print the ids of the newest jobs, as that script asks for"),
+            option("--ids", action="store_true",
+                   help="print the ids of the newest jobs, as that script asks for"),
             examples="""\neval "$(queuectl completion)"\n""")
-def cmd_completion(args: Any) -> int:
+def cmd_completion(args: Any) -> None:
     if not args.ids:
-        emit(completion_script())
-        return EXIT_OK
-    for job in read_store(args).newest((), None, 200):
+        emit_text(completion_script())
+        return
+    for job in args.store.newest((), None, 200):
         if re.fullmatch(r"[\w.%+-]+", job["id"], re.ASCII):  # bash would expand or divide others
             emit(job["id"])
-    return EXIT_OK
-
-
-# the dead letter queue
-
-@subcommand("dlq list", "show the dead letter queue: jobs that failed too often",
-            option("--limit", metavar="N", help="the newest N (50; with --json all)"),
-            option("--all", action="store_true", help="all of them"), JSON,
-            examples="\nqueuectl dlq list\n")
-def cmd_dlq_list(args: Any) -> int:
-    args.queue = None
-    code = _list(args, [DEAD], DEAD_HEAD, dead_row)
-    if terminal_width() and not args.json:
-        emit(fit(as_called("Next: `queuectl logs ID`, `queuectl dlq retry ID` or --all"), terminal_width()).rstrip())
-    return code
-
-
-@subcommand("dlq retry", "give dead jobs a new start",
-            option("ids", nargs="*", metavar="ID", help="the job's id, or a unique part of its beginning"),
-            option("--all", action="store_true", help="all dead jobs"), DEPENDENTS,
-            option("--queue", metavar="NAME", help="with --all: of this queue only"),
-            examples="\nqueuectl dlq retry job1\nqueuectl dlq retry --all\nqueuectl dlq retry --all --queue run-1\n")
-def cmd_dlq_retry(args: Any) -> int:
-    if args.all == bool(args.ids) or (args.queue and args.ids):
-        raise UsageError("give either ids or --all, which --queue may limit")
-    if args.ids:
-        return _retry(args, (DEAD,), "it is not in the dead letter queue")
-    store = open_store(args)
-    with store.transaction():
-        count = store.retry_all_dead(now_millis(), args.queue)
-        left = store.count([DEAD], args.queue)
-    ring_all(args.db)
-    emit("Queued again: %s" % count_of(count, "job"))
-    if left:
-        complain("still dead, for another job with their key waits or runs, or because they wait for such a job: %s"
-                 % count_of(left, "job"))
-    return EXIT_OK
-
-
-@subcommand("dlq purge", "forget dead jobs and their runs",
-            OLDER_THAN, examples="\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n")
-def cmd_dlq_purge(args: Any) -> int:
-    return _purge(args, [DEAD])
-
-
-# queues
-
-QUEUE_HEAD = ("QUEUE", "LIMIT", "STARTS", "PENDING", "PROCESSING", "COMPLETED", "FAILED", "DEAD")
-NAME = option("name", metavar="NAME", help="the queue")
-
-
-@subcommand("queue list", "show the queues, their limits and jobs", JSON, examples="\nqueuectl queue list\n")
-def cmd_queue_list(args: Any) -> int:
-    queues = [dict(queue, paused=bool(queue["paused"])) for queue in read_store(args).queues()]
-    if args.json:
-        return out_lines(queues)
-    return out_table(QUEUE_HEAD, [
-        (queue["name"], show_setting(queue["concurrency"]), "paused" if queue["paused"] else "yes",
-         *(str(queue[state]) for state in STATES)) for queue in queues])
-
-
-@subcommand("queue set", "limit how many jobs of a queue run at once, over all pools", NAME,
-            option("--concurrency", metavar="N", required=True, help="that many, or none for no limit"),
-            examples="\nqueuectl queue set gpu --concurrency 1\nqueuectl queue set gpu --concurrency none\n")
-def cmd_queue_set(args: Any) -> int:
-    name = check_name("the queue's name", args.name)
-    most = None if args.concurrency == "none" else _whole_option("--concurrency", args.concurrency, 10**6)
-    store = open_store(args)
-    with store.transaction():
-        store.set_concurrency(name, most)
-    ring_all(args.db)
-    emit("Queue updated: %s: concurrency = %s" % (clean(name), show_setting(most)))
-    return EXIT_OK
-
-
-def _pause(args: Any, paused: bool) -> int:
-    name = None if args.name is None else check_name("the queue's name", args.name)
-    store = open_store(args)
-    unknown = name is not None and all(queue["name"] != name for queue in store.queues())
-    with store.transaction():
-        store.pause(name, paused)
-        still = not paused and store.all_paused()
-    ring_all(args.db)
-    if unknown:
-        complain("no job has ever been in the queue %s" % clean(name or ""))
-    if still:
-        complain("all queues are paused; `queuectl queue resume` without a name lifts that")
-    emit("%s: %s" % ("Paused" if paused else "Resumed", "all queues" if name is None else clean(name)))
-    return EXIT_OK
-
-
-@subcommand("queue pause", "start no more jobs of a queue; those running go on",
-            option("name", nargs="?", metavar="NAME", help="the queue; without: all, those to come too"),
-            examples="\nqueuectl queue pause gpu\nqueuectl queue pause\n")
-def cmd_queue_pause(args: Any) -> int:
-    return _pause(args, True)
-
-
-@subcommand("queue resume", "start jobs of a paused queue again",
-            option("name", nargs="?", metavar="NAME", help="the queue; without: all"),
-            examples="\nqueuectl queue resume gpu\nqueuectl queue resume\n")
-def cmd_queue_resume(args: Any) -> int:
-    return _pause(args, False)
-
-
-# config
-
-KEY = option("key", metavar="KEY", help="the setting, with - or _")
-
-
-@subcommand("config list", "the same as show", JSON, examples="\nqueuectl config list\n")
-@subcommand("config show", "show every setting", JSON, examples="\nqueuectl config show\n")
-def cmd_config_show(args: Any) -> int:
-    settings = read_store(args).settings()
-    if args.json:
-        return out_json(settings)
-    return out_table(("SETTING", "VALUE", "DEFAULT"), [
-        (name, show_setting(value), show_setting(SETTINGS[name])) for name, value in settings.items()])
-
-
-@subcommand("config get", "show one setting", KEY, JSON, examples="\nqueuectl config get max_retries\n")
-def cmd_config_get(args: Any) -> int:
-    name = setting_name(args.key)
-    value = read_store(args).settings()[name]
-    if args.json:
-        return out_json(value)
-    emit(clean(show_setting(value)))
-    return EXIT_OK
-
-
-@subcommand("config set", "change a setting; running workers follow", KEY,
-            option("value", metavar="VALUE", help="a number, a duration, or a word"),
-            examples="""
-queuectl config set max_retries 5
-queuectl config set backoff-base 3
-queuectl config set timeout_seconds 10m
-""")
-def cmd_config_set(args: Any) -> int:
-    name = setting_name(args.key)
-    value = check_setting(name, args.value)
-    store = open_store(args)
-    with store.transaction():
-        store.set_setting(name, value)
-    ring_all(args.db)
-    emit("Config updated: %s = %s" % (name, show_setting(value)))
-    return EXIT_OK
-
-
-@subcommand("config unset", "put a setting back to its default", KEY,
-            examples="\nqueuectl config unset max_retries\n")
-def cmd_config_unset(args: Any) -> int:
-    name = setting_name(args.key)
-    store = open_store(args)
-    with store.transaction():
-        store.unset_setting(name)
-    ring_all(args.db)
-    emit("Config updated: %s = %s (the default)" % (name, show_setting(SETTINGS[name])))
-    return EXIT_OK
 
 
 # ═══ main ═══ arguments in, exit code out ════════════════════════════════════════════════════
 
-GROUPS = ("worker", "queue", "dlq", "config")
 LONGEST_NAME = 220  # bytes of a database's file name; the system's limit is 255
+OVERVIEW = """\
+usage: queuectl [--db PATH] %(group)sCOMMAND ...
+
+A background job queue in one file: runs shell commands, retries failures, loses nothing.
+
+commands (`queuectl COMMAND --help` tells more):
+%(commands)s
+
+examples:
+%(examples)s
+
+The database is --db PATH, else $QUEUECTL_DB, else ~/.queuectl/queue.db; it is made on first use.
+"""
+EXAMPLES = """
+queuectl run 'echo hello' 'date -u'
+queuectl enqueue 'echo hello'
+queuectl worker start --count 4
+queuectl status
+"""
+
+
+class Arguments(argparse.Namespace):
+    """What a command was given, and the store of its database: opened when first asked for."""
+
+    @cached_property
+    def store(self) -> Store:
+        return open_store(self.db, reading=not self.writes)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError("%s; see `%s --help`" % (clean(message), self.prog))
+        raise UsageError("%s; see `%s --help`" % (message, self.prog))
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        emit(message.rstrip("\n"))
+        emit_text(message)
+
+
+help_width = lru_cache(1)(terminal_width)
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """argparse makes one for every option it is told, and each would import shutil to ask for the width."""
+    """argparse makes one for every option, and each would import shutil to ask for the width."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=(help_width() or 80) - 2)
@@ -7786,8 +8158,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 def parser_of(entry: Command) -> Parser:
     """The parser of one command; those of the others are never built."""
-    parser = Parser(prog="queuectl " + entry.name, description=entry.summary + ".", allow_abbrev=False,
-                    formatter_class=Formatter,
+    parser = Parser(prog="queuectl " + entry.name, description=entry.summary + ".",
+                    allow_abbrev=False, formatter_class=Formatter,
                     epilog="examples:" + entry.examples.rstrip().replace("\n", "\n  "))
     for names, details in entry.options:
         parser.add_argument(*names, **details)
@@ -7797,38 +8169,34 @@ def parser_of(entry: Command) -> Parser:
 
 def overview(group: str = "") -> str:
     """The help of queuectl itself, or of a group of commands."""
-    shown = [entry for entry in COMMANDS.values() if not group or entry.name.startswith(group + " ")]
-    shown.sort(key=lambda entry: entry.name != "run")  # that first
-    lines = ["  %-14s %s" % (entry.name, entry.summary) for entry in shown]
-    examples = ("queuectl run 'echo hello' 'date -u'", "queuectl enqueue 'echo hello'",
-                "queuectl worker start --count 4", "queuectl status") if not group \
-        else tuple(line for entry in shown for line in entry.examples.split("\n") if line)
-    return "\n".join([
-        "usage: queuectl [--db PATH] %s%s ..." % (group + " " if group else "", "COMMAND"), "",
-        "A background job queue in one file: runs shell commands, retries failures, loses nothing.", "",
-        "commands (`queuectl COMMAND --help` tells more):", *lines, "",
-        "examples:", *("  " + line for line in examples), "",
-        "The database is --db PATH, else $QUEUECTL_DB, else ~/.queuectl/queue.db; it is made on first use."])
+    shown = sorted(commands_of(group), key=lambda entry: entry.name != "run")  # that first
+    commands = ["  %-14s %s" % (entry.name, entry.summary) for entry in shown]
+    examples = "".join(entry.examples for entry in shown) if group else EXAMPLES
+    return OVERVIEW % {
+        "group": group and group + " ",
+        "commands": "\n".join(commands),
+        "examples": "\n".join("  " + line for line in examples.split("\n") if line),
+    }
 
 
 def _command_name(words: list[str]) -> tuple[str, list[str]]:
+    """The name of a command ("" if its group's help was shown), and the words behind it."""
     name = words[0]
     if name in GROUPS:
         if words[1:2] in (["-h"], ["--help"]):
-            emit(overview(name))
+            emit_text(overview(name))
             return "", []
         name = " ".join(words[:2])
     if name not in COMMANDS:
         known = [entry for entry in COMMANDS if words[0] not in GROUPS or entry.startswith(words[0])]
-        raise UsageError("there is no command %s%s; `queuectl --help` lists them" % (
-            shorten(quoted(name), 60), nearest(name, known)))
+        raise UsageError("there is no command %s%s; `queuectl --help` lists them"
+                         % (quoted(name), nearest(name, known)))
     return name, words[name.count(" ") + 1:]
 
 
-def split_arguments(argv: list[str]) -> tuple[str | None, str, list[str]]:
+def split_arguments(words: list[str]) -> tuple[str | None, str, list[str]]:
     """--db if it stands before the command, the command's name ("" for help), and its arguments."""
     db = None
-    words = list(argv)
     while words and words[0].startswith("-"):
         word = words.pop(0)
         if word == "--db" and words:
@@ -7836,16 +8204,51 @@ def split_arguments(argv: list[str]) -> tuple[str | None, str, list[str]]:
         elif word.startswith("--db="):
             db = word[5:]
         elif word in ("-h", "--help"):
-            emit(overview())
+            emit_text(overview())
             return db, "", []
         elif word == "--version":
             emit("queuectl " + VERSION)
             return db, "", []
         else:
-            raise UsageError("%s is no option of queuectl, or lacks its value; see `queuectl --help`" % clean(word))
+            raise UsageError("%s is no option of queuectl, or lacks its value; "
+                             "see `queuectl --help`" % word)
     if not words:
         raise UsageError("name a command; `queuectl --help` lists them")
     return (db, *_command_name(words))
+
+
+class Flags:
+    """The options that a command knows: each with how many words it takes, itself included."""
+
+    def __init__(self, entry: Command) -> None:
+        self.lengths = {"--db": 2, "-h": 1, "--help": 1}
+        for names, details in entry.options:
+            length = 1 if details.get("action") == "store_true" else 2
+            self.lengths.update((name, length) for name in names if name.startswith("-"))
+
+    def __call__(self, word: str) -> int:
+        """How many words belong to an option, if `word` is one; else 0."""
+        if word.partition("=")[0] in self.lengths and "=" in word:
+            return 1
+        return self.lengths.get(word, 0)
+
+
+def refuse_late_option(name: str, options: list[str], rest: list[str], length: Flags) -> None:
+    """Raise UsageError if an option of queuectl stands among the words of a command.
+
+    It shows both forms: the option where it is queuectl's, and where it is the command's.
+    """
+    for place, word in enumerate(rest):
+        if place and length(word):
+            end = place + length(word)
+            ours = join_words(options + rest[place:end] + rest[:place] + rest[end:])
+            theirs = " ".join(filter(None, (join_words(options), "--", join_words(rest))))
+            raise UsageError(
+                "%s stands behind the command: if it is meant for queuectl, write `queuectl %s %s`, "
+                "if for the command, `queuectl %s %s`" % (word, name, ours, name, theirs))
+    if " " in rest[0] and rest[1].startswith("-") and not rest[0].startswith("{"):
+        raise UsageError("%s is no option of queuectl %s%s; put -- before what is not for queuectl"
+                         % (rest[1], name, nearest(rest[1], length.lengths)))
 
 
 def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str], bool]:
@@ -7854,13 +8257,7 @@ def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str
     Options stand before the first word, or on either side of a single one: what stands behind
     the first of several belongs to the command, and argparse would take it.
     """
-    lengths = {name: 1 if details.get("action") == "store_true" else 2
-               for names, details in (*entry.options, option("--db"), option("-h", "--help", action="store_true"))
-               for name in names if name.startswith("-")}
-
-    def length(word: str) -> int:
-        return 1 if "=" in word and word.partition("=")[0] in lengths else lengths.get(word, 0)
-
+    length = Flags(entry)
     at = 0
     while at < len(words) and words[at].startswith("-") and words[at] != "--":
         at += length(words[at]) or 1
@@ -7872,47 +8269,69 @@ def split_enqueue(entry: Command, words: list[str]) -> tuple[list[str], list[str
         behind += length(rest[behind])
     if behind >= len(rest):
         return options + rest[1:], rest[:1], False
-    for place, word in enumerate(rest[1:], 1):
-        if length(word):
-            own = rest[place:place + length(word)]
-            raise UsageError("%s stands behind the command: if it is meant for queuectl, write `queuectl %s %s`, "
-                             "if for the command, `queuectl %s %s`" % (
-                                 clean(word), entry.name,
-                                 clean(join_words(options + own + rest[:place] + rest[place + len(own):])),
-                                 entry.name, clean(" ".join(filter(None, (
-                                     join_words(options), "--", join_words(rest)))))))
-    if " " in rest[0] and rest[1].startswith("-") and not rest[0].startswith("{"):
-        raise UsageError("%s is no option of queuectl %s%s; put -- before what is not for queuectl" % (
-            clean(rest[1]), entry.name, nearest(rest[1], lengths)))
+    refuse_late_option(entry.name, options, rest, length)
     return options, rest, False
+
+
+def search_path() -> list[str]:
+    """The folders that commands are looked for in."""
+    return os.environ.get("PATH", "").split(os.pathsep)
 
 
 def own_python() -> str:
     """The Python that runs this, by its bare name if that finds it."""
     name = os.path.basename(sys.executable)
-    found = (os.path.join(folder, name) for folder in os.environ.get("PATH", "").split(os.pathsep))
+    found = [os.path.join(folder, name) for folder in search_path()]
     first = next(filter(os.path.exists, found), "")
-    return name if first and os.path.samefile(first, sys.executable) else join_words([sys.executable])
+    if first and os.path.samefile(first, sys.executable):
+        return name
+    return join_words([sys.executable])
 
 
 def own_name() -> str:
-    """How this program was called, as it can be pasted: as a module, by its launcher or as a script."""
+    """How this program was called, as it can be pasted: as a module, by its launcher or a script."""
     spec, path = sys.modules["__main__"].__spec__, sys.argv[0]
     if spec is not None and spec.name == "queuectl":
         return own_python() + " -m queuectl"
     if os.path.basename(path) not in ("", "-", "queuectl"):
         return own_python() + " " + join_words([path])
-    found = os.path.dirname(path) in ("", *os.environ.get("PATH", "").split(os.pathsep))
+    found = os.path.dirname(path) in ("", *search_path())
     return "queuectl" if found else join_words([path])
 
 
 def home_folder() -> str:
-    """The user's home; raises QueueError where none is known, or it isn't there (yet): it is not to be made."""
+    """The user's home, which is not made.
+
+    Raises QueueError where none is known, or it isn't there (yet).
+    """
     home = os.path.expanduser("~")
-    if os.environ.get("HOME") == "" or not os.path.isabs(home) or not os.path.isdir(home):
-        raise QueueError("there is no home folder (HOME is %s); name a database with --db or QUEUECTL_DB"
-                         % quoted(os.environ.get("HOME")))
+    given = os.environ.get("HOME")
+    if given == "" or not os.path.isabs(home) or not os.path.isdir(home):
+        raise QueueError("there is no home folder (HOME is %s); name a database with --db or "
+                         "QUEUECTL_DB" % json.dumps(given))
     return home
+
+
+def database_path(given: str | None, needed: bool) -> str:
+    """The database: `given` with --db, or that of the environment, or the one at home.
+
+    It is told by its real name: what stands beside it must be the same for all, whatever link
+    they came by. Raises UsageError for a path that can't be one, QueueError without a home.
+    """
+    if given == "" or (given or "").endswith(os.sep):
+        raise UsageError("--db needs the path of a database, which is a file")
+    if given:
+        if len(os.fsencode(os.path.basename(given))) > LONGEST_NAME:
+            raise UsageError("the database's name is too long: "
+                             "what stands beside it has longer names")
+        CALLED[0] += " --db " + join_words([given])
+    path = given or os.environ.get("QUEUECTL_DB") or ""
+    if needed and not path:
+        path = os.path.join(home_folder(), ".queuectl", "queue.db")
+    try:
+        return os.path.realpath(os.path.expanduser(check_text("--db", path)))
+    except UnicodeEncodeError:
+        raise UsageError("%s can't be named in this locale; set LC_ALL=C.UTF-8" % path) from None
 
 
 def parse(argv: list[str]) -> tuple[Command | None, Any]:
@@ -7922,62 +8341,61 @@ def parse(argv: list[str]) -> tuple[Command | None, Any]:
     if not name:
         return None, None
     chosen = COMMANDS[name]
-    parser = parser_of(chosen)
-    if name in ("enqueue", "run"):
-        options, given, literal = split_enqueue(chosen, words)
-        args = parser.parse_args(options)
+    takes_command = name in ("enqueue", "run")
+    given: list[str] = []
+    literal = False
+    if takes_command:
+        words, given, literal = split_enqueue(chosen, words)
+    args = parser_of(chosen).parse_args(words, Arguments(writes=chosen.writes))
+    if takes_command:
         args.words, args.literal = given, literal
-    else:
-        args = parser.parse_args(words)
-    path = getattr(args, "db", db)
-    if path == "" or (path or "").endswith(os.sep):
-        raise UsageError("--db needs the path of a database, which is a file")
-    if path and len(os.fsencode(os.path.basename(path))) > LONGEST_NAME:
-        raise UsageError("the database's name is too long: what stands beside it has longer names")
-    if path:
-        CALLED[0] += " --db " + join_words([path])
-    path = path or os.environ.get("QUEUECTL_DB") or ""
-    if not path and chosen.run not in (cmd_install, cmd_uninstall):
-        path = os.path.join(home_folder(), ".queuectl", "queue.db")
-    # By its real name: what stands beside it must be the same for all, whatever link they came by.
-    try:
-        args.db = os.path.realpath(os.path.expanduser(check_text("--db", path)))
-    except UnicodeEncodeError:
-        raise UsageError("%s can't be named in this locale; set LC_ALL=C.UTF-8" % clean(path)) from None
+    needed = chosen.run not in (cmd_install, cmd_uninstall)
+    args.db = database_path(getattr(args, "db", db), needed)
     return chosen, args
 
 
 def end_as_pipe_reader_wants() -> int:
     """End as `ls | head` does: quietly, by SIGPIPE."""
     mute(1)
-    if WINDOWS:
-        return EXIT_FAILED
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGPIPE)
+    if not WINDOWS:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPIPE)
     return EXIT_FAILED
 
 
 def fail(error: Exception, code: int) -> int:
+    """Tell of an error on one line; the exit code."""
     if os.environ.get("QUEUECTL_DEBUG"):
         sys.excepthook(*sys.exc_info())
-    complain("error: %s" % clean(str(error)))
+    complain("error: %s" % error)
     return code
 
 
-def run_command(argv: list[str]) -> int:
-    """Run one command line; its exit code. Every expected failure ends here as one line on stderr."""
-    if sys.stdout is not None and not hasattr(sys.stdout.buffer, "raw"):  # PYTHONUNBUFFERED: a write a line
-        sys.stdout = open(1, "w", encoding=sys.stdout.encoding, closefd=False)  # noqa: SIM115
+def prepare_streams() -> None:
+    """Make standard streams that can carry any text, and write in large pieces."""
+    stdout = sys.stdout
+    if stdout is not None and not hasattr(stdout.buffer, "raw"):  # PYTHONUNBUFFERED: a write a line
+        sys.stdout = open(1, "w", encoding=stdout.encoding, closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def run_command(argv: list[str]) -> int:
+    """Run one command line; its exit code.
+
+    Every expected failure ends here as one line on stderr.
+    """
+    prepare_streams()
+    code = EXIT_OK
     try:
         system.keep_standard_streams()
         try:
             entry, args = parse(argv)
-            code = EXIT_OK if entry is None else int(entry.run(args))
+            if entry is not None:
+                code = entry.run(args) or EXIT_OK
         except SystemExit:  # argparse has shown the help
-            code = EXIT_OK
+            pass
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -7997,7 +8415,7 @@ def run_command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line (`argv` without the program's name; sys.argv by default); its exit code."""
+    """Run one command line, by default sys.argv, without the program's name; its exit code."""
     import gc
     if hasattr(gc, "freeze"):  # code lives to the end; not searching it for garbage makes the exit faster
         gc.freeze()

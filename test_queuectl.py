@@ -1249,7 +1249,7 @@ def test_output_that_is_too_long_keeps_head_and_tail(tmp_path: Path) -> None:
 
 SECTIONS = (
     *("Vocabulary", "Values", "Platform", "Files", "Schema", "Database", "Store"),
-    *("Runner", "Worker", "Pool", "Views", "Commands", "main"),
+    *("Runner", "Worker", "Console", "Pool", "Views", "Commands", "main"),
 )
 
 
@@ -1276,7 +1276,7 @@ def test_the_sections_stand_in_the_order_of_the_contents() -> None:
         (r"\bSELECT\b|\bUPDATE\b|\bDELETE\b", ("Schema", "Database", "Store")),
         (r"\bsys\.exit\b", ("Worker", "main")),
         (r"\bargparse\.", ("main",)),
-        (r"\bprint\(", ("Pool",)),
+        (r"\bprint\(", ("Console",)),
     ],
 )
 def test_each_outside_thing_has_one_gateway(word: str, allowed: Sequence[str]) -> None:
