@@ -3814,8 +3814,8 @@ class Intake:
             db.executemany(ADD_JOB, map(self._row, self.chunk, names))
         except sqlite3.IntegrityError:
             db.execute("ROLLBACK TO chunk")
-            named = zip(self.chunk, names)
-            self.chunk = [draft for draft, name in named if self.insert(draft, name)]
+            pairs = zip(self.chunk, names)
+            self.chunk = [draft for draft, name in pairs if self.insert(draft, name)]
         db.execute("RELEASE chunk")
         for draft in self.chunk:
             self.count(draft)

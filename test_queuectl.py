@@ -4447,28 +4447,29 @@ def test_nothing_of_a_run_lives_beside_the_next(q: Queue, way: str) -> None:
     hang = "until [ -e go ]; do sleep 0.1; done; exit 1;" if way == "failed" else "sleep 300;"
     options = ["--backoff-base", "0.1"] + (["--timeout", "2"] if way == "timeout" else [])
     job = q.add(ESCAPE_ARTIST.replace("{then}", hang), *options)
-    with q.working() as pool:
-        pids = wait_escapees(q)
-        assert set(living(pids)) == ESCAPEES
-        (worker,) = beasts_below(pool.process.pid)
-        if way == "failed":
-            q.touch("go")
-        if way.startswith("worker"):
-            if "supervisor" in way:
-                pool.signal(signal.SIGKILL)
-            worker.signal(signal.SIGKILL)
-        if way in ("cancel", "stop --now"):
-            q(*(["cancel", job] if way == "cancel" else ["worker", "stop", "--now"]))
-            assert living(pids) == []
-            assert q.state(job) == ("dead" if way == "cancel" else "pending")
-        if way == "cancel":
-            q("retry", job)
-        if way in ("stop --now", "worker and supervisor"):
-            pool.wait()
-            pool = q.pool()
-        q.wait_state(job, "completed")
+    pool = q.pool()
+    pids = wait_escapees(q)
+    assert set(living(pids)) == ESCAPEES
+    (worker,) = beasts_below(pool.process.pid)
+    if way == "failed":
+        q.touch("go")
+    if way.startswith("worker"):
+        if "supervisor" in way:
+            pool.signal(signal.SIGKILL)
+        worker.signal(signal.SIGKILL)
+    if way in ("cancel", "stop --now"):
+        q(*(["cancel", job] if way == "cancel" else ["worker", "stop", "--now"]))
         assert living(pids) == []
-        assert q("logs", job, "--stdout", "--attempt", str(q.show(job)["attempts"])).out == "looked\n"
+        assert q.state(job) == ("dead" if way == "cancel" else "pending")
+    if way == "cancel":
+        q("retry", job)
+    if way in ("stop --now", "worker and supervisor"):
+        pool.wait()
+        pool = q.pool()
+    q.wait_state(job, "completed")
+    assert living(pids) == []
+    assert q("logs", job, "--stdout", "--attempt", str(q.show(job)["attempts"])).out == "looked\n"
+    assert pool.stop() == 0
 
 
 @linux
