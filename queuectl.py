@@ -39,9 +39,11 @@ Contents, in reading order; a section calls only those above it:
 
     Vocabulary   states, exit codes, errors, settings and their limits
     Values       durations, times, backoff, job input: pure functions
-    Platform     processes, locks, bells and files; POSIX and Windows
-    SQL          the schema, its migrations, every statement
-    Store        the database: one method for each change of state
+    Platform     processes, locks, bells and the disk; POSIX and Windows
+    Files        what stands beside the database: paths, bells, life files, output
+    Schema       the tables, their migrations, and the statements that several use
+    Database     the file: trust, opening, the mutex, commits, what is on disk, copies
+    Store        what is read of the queue, and one method for each change of state
     Runner       one run of one job
     Worker       claim, run, record; recovery of what dead workers held
     Console      what is printed: where, how wide, with what escaped
@@ -74,7 +76,7 @@ if sys.version_info < (3, 8):  # noqa: UP036
 
 TYPE_CHECKING = False  # the name type checkers know; typing itself is slow to import
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from types import FrameType
     from typing import Any, BinaryIO, Callable, Iterable, Iterator, NoReturn, Sequence
 
 # ═══ Vocabulary ═══ states, exit codes, errors, settings and their limits ════════════════════
@@ -83,6 +85,10 @@ VERSION = "1.0.0"
 
 if TYPE_CHECKING:
     Row = dict[str, Any]  # a job, a run, a worker or a queue: its fields by name
+    Draft = dict[str, Any]  # of a job: see draft_of
+    Settings = dict[str, Any]
+    Names = Sequence[str]  # of queues or states
+    Tell = Callable[[str], None]
 
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD = STATES = (
     "pending", "processing", "completed", "failed", "dead")
@@ -794,17 +800,29 @@ def read_job(text: str, now: int, longest: int, options: Row) -> Row:
     return draft_of({**fields, **options}, now, longest)
 
 
-# ═══ Platform ═══ processes, locks, bells and files; POSIX and Windows ═══════════════════════
+# ═══ Platform ═══ processes, locks, bells and the disk; POSIX and Windows ════════════════════
 #
 # The only section that knows the operating system. `Posix` and `Windows` are twins with one
-# signature; `system`, at its end, is the one in use.
+# signature; `system`, at its end, is the one in use. `Bell` and `PollingBell` are twins too.
 
-SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # of processes, memory, descriptors
+WINDOWS = os.name == "nt"
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # processes, memory, files
+if TYPE_CHECKING:
+    Env = dict[Any, Any]  # environment variables in native form
+    Living = dict[int, str]  # living processes by their ids, each with the time it started
 TICK = 0.25  # seconds a write waits in the kernel before it looks at flags and deadlines again
 TOKEN_FD = 239  # where a job's processes inherit the token: above what scripts use with flock(1)
 NETWORK_FILE_SYSTEMS = (
-    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "afs", "beegfs", "davfs", "virtiofs",
-    "vboxsf", "fuse.davfs", "fuse.glusterfs", "fuse.grpcfuse", "fuse.rclone", "fuse.s3fs", "fuse.sshfs")
+    "nfs nfs4 cifs smb3 smbfs 9p ceph lustre gpfs afs beegfs davfs virtiofs vboxsf fuse.davfs "
+    "fuse.glusterfs fuse.grpcfuse fuse.rclone fuse.s3fs fuse.sshfs")
+
+OPEN_BESIDE = 0  # how files beside the database are opened: no link, no waiting, closed at exec
+for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
+    OPEN_BESIDE |= getattr(os, _name, 0)
+
+
+def now_millis() -> int:
+    return to_millis(time.time())
 
 
 class _Tick(Exception):
@@ -815,14 +833,826 @@ def _raise_tick(signum: int, frame: FrameType | None) -> NoReturn:
     raise _Tick
 
 
-OPEN_BESIDE = 0  # never a link, never blocked by a FIFO, closed at exec
-for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
-    OPEN_BESIDE |= getattr(os, _name, 0)
+# What a process is, as far as a run is concerned: the ids of its parent and its session, when it
+# started (a text that is only compared, "" if unknown), and whether it was seen to carry the mark
+# of the run or to write to its files.
+_Process = namedtuple("_Process", "parent session started marked")
+
+
+class Leader(namedtuple("Leader", "pid first last")):
+    """The first process of a run, whose id is that of its session too.
+
+    It started between the clock ticks `first` and `last`. When it is gone its id can be given to
+    a stranger, but only once the session is empty.
+    """
+
+    def is_a_stranger(self, entry: _Process | None) -> bool:
+        """Whether the process that has its id now is another."""
+        if entry is None or not entry.started:
+            return False
+        return not self.first <= int(entry.started) <= self.last
+
+
+NOBODY = Leader(0, 0, 0)
+
+
+def _proc_file(pid: int, name: str) -> bytes:
+    """A file in /proc/PID; nothing if the process is gone or another user's.
+
+    Raises OSError where there is no room to look: a process that can't be seen now is not gone.
+    """
+    try:
+        with open("/proc/%d/%s" % (pid, name), "rb") as file:
+            return file.read()
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
+        return b""
+
+
+def _proc_stat(pid: int) -> list[bytes]:
+    """State, parent, group, session, … from /proc/PID/stat (proc(5)); nothing if it is gone."""
+    return _proc_file(pid, "stat").rpartition(b")")[2].split()
+
+
+def _living(pid: int) -> _Process | None:
+    """A process that has not ended."""
+    fields = _proc_stat(pid)
+    if not fields or fields[0] in (b"Z", b"X"):
+        return None
+    return _Process(int(fields[1]), int(fields[3]),
+                    fields[19].decode(), False)
+
+
+def _writes_to(pid: int, files: Sequence[str]) -> bool:
+    """Whether a process has one of `files` open for writing; who only reads them is no member."""
+    folder = "/proc/%d/fd" % pid
+    try:
+        for name in os.listdir(folder):
+            link = os.path.join(folder, name)
+            if os.readlink(link) in files and os.lstat(link).st_mode & 0o200:
+                return True
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
+    return False
+
+
+class PosixFiles:
+    """Locks, descriptors, the disk, and whom a file can be trusted with, on POSIX systems.
+
+    A lock (flock) belongs to the open file: whoever inherits the descriptor holds it too, and it
+    is free when the last copy is closed, however its holders ended. LOCK_UN would free it under
+    all of them, so nothing but the write mutex, which nobody inherits, is ever unlocked.
+    """
+
+    linux = sys.platform.startswith("linux")
+
+    def __init__(self) -> None:
+        import fcntl
+        self.fcntl = fcntl
+        self.user = os.geteuid()
+        self.read_at, self.write_at = os.pread, os.pwrite
+
+    def try_lock(self, fd: int, shared: bool = False) -> bool:
+        """Take the lock on an open file; False if another process holds it. Raises OSError."""
+        kind = self.fcntl.LOCK_SH if shared else self.fcntl.LOCK_EX
+        try:
+            self.fcntl.flock(fd, kind | self.fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+
+    def unlock(self, fd: int) -> None:
+        """Free the write mutex: the one lock that is never inherited."""
+        self.fcntl.flock(fd, self.fcntl.LOCK_UN)
+
+    def wait_lock(self, fd: int) -> None:
+        """Wait for a lock for at most a TICK; the caller's next `try_lock` tells if it came.
+
+        The kernel queues who waits, so writers take turns. An alarm whose handler raises ends the
+        wait, because handlers that only set flags don't: flock would be resumed after them. The
+        alarm may also strike between flock's return and the disarming: nothing is lost then,
+        for a lock that is held already can be tried again.
+        """
+        try:
+            signal.signal(signal.SIGALRM, _raise_tick)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+            try:
+                signal.setitimer(signal.ITIMER_REAL, TICK)
+                self.fcntl.flock(fd, self.fcntl.LOCK_EX)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except _Tick:
+            pass
+
+    def held(self, path: str) -> bool:
+        """Whether a living process holds the lock on a file; also if that can't be found out."""
+        try:
+            fd = os.open(path, os.O_RDONLY | OPEN_BESIDE)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        try:
+            return not self.try_lock(fd, shared=True)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+
+    # Descriptors.
+
+    def descriptors(self) -> set[int]:
+        """The open descriptors but the standard streams; none if they can't be listed."""
+        try:
+            found = {int(name) for name in os.listdir("/dev/fd")}
+        except OSError:
+            return set()
+        return {fd for fd in found if fd > 2 and self._is_open(fd)}
+
+    def _is_open(self, fd: int) -> bool:
+        try:
+            os.fstat(fd)
+        except OSError:  # that of the listing itself, for one
+            return False
+        return True
+
+    def keep_standard_streams(self) -> None:
+        """Before anything is opened: no file must become a standard stream that was closed."""
+        for number in (0, 1, 2):
+            if not self._is_open(number):
+                os.open(os.devnull, os.O_RDWR)
+
+    # The disk.
+
+    def sync(self, fd: int) -> None:
+        """Have the disk keep what was written to a file; macOS has a call of its own for that."""
+        if hasattr(self.fcntl, "F_FULLFSYNC"):
+            self.fcntl.fcntl(fd, self.fcntl.F_FULLFSYNC)
+        else:
+            getattr(os, "fdatasync", os.fsync)(fd)
+
+    def read_elsewhere(self, path: str, size: int) -> bytes:
+        """The first `size` bytes of a file, read by another process.
+
+        If this process read it, it would lose its locks on the file by closing it again.
+        """
+        import subprocess
+        command = ["head", "-c", str(size), path]
+        return subprocess.run(command, stdout=subprocess.PIPE).stdout
+
+    def punch(self, fd: int, start: int, end: int) -> bool:
+        """Give back the disk space between two offsets while others go on writing at the end.
+
+        Returns whether the file system can do that.
+        """
+        libc = self._libc()
+        if not libc:
+            return False
+        import ctypes
+        offset, length = ctypes.c_int64(start), ctypes.c_int64(end - start)
+        return bool(libc.fallocate(fd, 3, offset, length) == 0)  # PUNCH_HOLE | KEEP_SIZE
+
+    def _libc(self) -> Any:
+        """Linux's C library; None elsewhere, and for a Python that was built without libffi."""
+        if not self.linux:
+            return None
+        try:
+            import ctypes
+        except ImportError:
+            return None
+        return ctypes.CDLL(None, use_errno=True)
+
+    def refuse_full(self, folder: str) -> None:
+        """Raise Unavailable where writing to SQLite's mapped index would end the process.
+
+        Where blocks are smaller than pages of memory, SQLite does not make sure that a page of
+        its index has all its blocks before it writes to it: on a full disk that is a SIGBUS.
+        """
+        disk = os.statvfs(folder)
+        if disk.f_bsize < 4096 and disk.f_bavail * disk.f_frsize < 1 << 20:
+            raise Unavailable("no space left in %s; free some and try again" % folder)
+
+    def _mounts(self) -> Iterator[tuple[str, str]]:
+        """Each mount point with the type of its file system (known on Linux alone)."""
+        try:
+            with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+                entries = [line.split(" ")[1:3] for line in mounts]
+        except OSError:
+            return
+        for point, kind in entries:  # blanks and the like are written as \040
+            point = re.sub(r"\\[0-7]{3}", lambda code: chr(int(code[0][1:], 8)), point)
+            yield point, kind
+
+    def is_mount_point(self, path: str) -> bool:
+        """Whether something is mounted at `path` itself."""
+        return any(point == path for point, _ in self._mounts())
+
+    def network_file_system(self, folder: str) -> str:
+        """The type of the network file system that a folder is on, or nothing."""
+        real = os.path.realpath(folder) + "/"
+        longest, its_kind = "", ""
+        for point, kind in self._mounts():  # of equal mount points the last one covers the others
+            above = real.startswith(point.rstrip("/") + "/")
+            if above and len(point) >= len(longest):
+                longest, its_kind = point, kind
+        return its_kind if its_kind in NETWORK_FILE_SYSTEMS.split() else ""
+
+    # Whose a file is, and who else may write it.
+
+    def give_to_owner(self, fd: int, path: str) -> None:
+        """A file that root has made is given to the owner of `path`, as SQLite does it."""
+        owner = os.stat(path)
+        if self.user == 0 and os.fstat(fd).st_uid != owner.st_uid:
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+
+    def distrust(self, path: str, above: bool = False) -> str:
+        """Why others could change the file or folder `path`, or nothing.
+
+        A group that is known to have no member but this user and root may write it. In a folder
+        `above` that of the database others may make names of their own where it is sticky; and
+        there a group without a name, as containers are given for a volume, is no threat.
+        Raises FileNotFoundError.
+        """
+        info = os.lstat(path)
+        if stat.S_ISLNK(info.st_mode):
+            return "%s is a symbolic link" % path
+        if info.st_uid not in (0, self.user):
+            return "%s belongs to another user (uid %d)" % (path, info.st_uid)
+        sticky = info.st_mode & stat.S_ISVTX
+        shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if not shared or (above and sticky):
+            return ""
+        private = shared == stat.S_IWGRP and self._is_private_group(info.st_gid, above)
+        if private and not self._has_acl(path):
+            return ""
+        mend = "use a database in a folder of your own"
+        if info.st_uid == self.user and not sticky:
+            mend = "`chmod go-w %s` mends that" % shell_word(path)
+        return "%s can be written by others; %s" % (path, mend)
+
+    def _has_acl(self, path: str) -> bool:
+        """Whether a list says who may write: then the bits of the group are those of its mask."""
+        try:
+            return self.linux and bool(os.getxattr(  # type: ignore[attr-defined,unused-ignore]
+                path, "system.posix_acl_access"))
+        except OSError:
+            return False
+
+    def _is_private_group(self, group: int, nameless: bool) -> bool:
+        """Whether a group has no member but this user and root; `nameless` if it has no name."""
+        import grp
+        import pwd
+        accounts = pwd.getpwall()
+        own = {"root"}.union(account.pw_name for account in accounts if account.pw_uid == self.user)
+        members = {account.pw_name for account in accounts if account.pw_gid == group}
+        try:
+            members.update(grp.getgrgid(group).gr_mem)
+        except KeyError:
+            return nameless
+        return members <= own
+
+
+class Posix(PosixFiles):
+    """Linux, macOS and other Unixes: how processes are started, found and ended."""
+
+    shell = ("/bin/sh", "-c")
+    longest_command = 131071 if PosixFiles.linux else 200_000  # bytes, E2BIG beyond
+    # Forking takes 2 ms; elsewhere than on Linux system libraries don't survive a fork.
+    start_method = "fork" if PosixFiles.linux else "spawn"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.environment = os.environb.copy  # this process's, in native form
+        self.ticks_per_second = os.sysconf("SC_CLK_TCK")
+        self.childless = False  # nobody but the run just reaped was left below this process
+        self.subreaper = False
+        self.token_fd = TOKEN_FD
+        self.polls: dict[int, Any] = {}  # poll objects of standard streams
+
+    # Before the first job.
+
+    def check_room(self, workers: int) -> None:
+        """Raise QueueError if a supervisor can't do its work here, with so many workers."""
+        if self.linux and not os.path.exists("/proc/%d" % os.getpid()):
+            raise QueueError("/proc does not show the processes here, "
+                             "so what jobs leave behind could not be ended; mount it")
+        if not os.path.exists(os.devnull):
+            raise QueueError("there is no %s here, which jobs need as their stdin" % os.devnull)
+        need, have = 2 * workers + 32, self._most_descriptors()
+        if 0 <= have < need:
+            raise UsageError(
+                "%d workers need %d open files, and this shell allows %d; `ulimit -n %d` first"
+                % (workers, need, have, need))
+
+    def _most_descriptors(self) -> int:
+        """How many descriptors this process may have; -1 if there is no limit."""
+        import resource
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    def prepare_parent(self) -> None:
+        """Before workers are forked: load what all need, and keep the caller's files from jobs."""
+        self._libc()
+        for fd in self.descriptors():
+            os.set_inheritable(fd, False)
+
+    def prepare_worker(self, supervisor: int) -> None:
+        """A worker's first steps: out of the terminal's reach, told of its supervisor's death."""
+        os.setsid()
+        os.umask(0o077)
+        limit = self._most_descriptors()
+        if 0 <= limit <= TOKEN_FD:
+            self.token_fd = limit - 1
+        self.to_default = list(signal.valid_signals())  # jobs ignore and block none
+        self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # the stdin of jobs
+        libc = self._libc()
+        if libc:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
+            libc.prctl(1, int(signal.SIGHUP), 0, 0, 0)
+            self.subreaper = libc.prctl(36, 1, 0, 0, 0) == 0
+        if os.getppid() != supervisor:  # it died before the line above: no signal will come
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    def orphaned(self, supervisor: int, life: str) -> bool:
+        """Whether a worker's supervisor has died."""
+        return os.getppid() != supervisor
+
+    def place(self) -> str:
+        """What process ids and start times are counted in; "" if that is not known.
+
+        It is this start of the machine, and the namespace of process ids.
+        """
+        try:
+            with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
+                return "%s/%s" % (boot.read().strip(), os.readlink("/proc/self/ns/pid"))
+        except OSError:
+            return ""
+
+    def ticks(self) -> int:
+        """Now, in the unit of start times in /proc/PID/stat."""
+        if sys.platform != "linux":
+            return 0
+        return int(time.clock_gettime(time.CLOCK_BOOTTIME) * self.ticks_per_second)
+
+    # A run begins.
+
+    def native(self, text: str) -> Any:
+        """Text as the system takes it: UTF-8, whatever the locale says."""
+        return text.encode("utf-8", "surrogateescape")
+
+    def spawn(self, command: str, env: Env, cwd: str, umask: int,
+              out: int, err: int) -> int:
+        """Start `command` in a session of its own; return its process id, or raise OSError.
+
+        posix_spawn is twice as fast as subprocess. It can't set folder or umask, so the worker
+        takes them on for a moment; nothing is imported or opened by relative path meanwhile.
+        """
+        os.umask(umask)
+        try:
+            os.chdir(self.native(cwd))
+            if command[0] in "-+":  # a shell would take it for an option
+                command = " " + command
+            argv = [*self.shell, self.native(command)]
+            streams = {0: self.null, 1: out, 2: err, self.token_fd: err}
+            return self._spawn(argv, env, streams)
+        finally:
+            os.chdir("/")
+            os.umask(0o077)
+
+    def _spawn(self, argv: list[Any], env: Env, streams: dict[int, int]) -> int:
+        """`streams` gives the job's descriptors, each with the one here that it is a copy of."""
+        try:
+            actions = [(os.POSIX_SPAWN_DUP2, have, want) for want, have in streams.items()]
+            return os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True,
+                                  setsigdef=self.to_default, setsigmask=())
+        except (NotImplementedError, AttributeError):  # an old glibc (before 2.26), or PyPy
+            return self._fork_exec(argv, env, streams)
+
+    def _fork_exec(self, argv: list[Any], env: Env, streams: dict[int, int]) -> int:
+        import subprocess
+
+        def prepare() -> None:
+            for want, have in streams.items():
+                os.dup2(have, want)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            for number in set(self.to_default) - {signal.SIGKILL, signal.SIGSTOP}:
+                signal.signal(number, signal.SIG_DFL)
+
+        child = subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False,
+                                 preexec_fn=prepare)
+        child.returncode = 0  # else Popen, when it is forgotten here, would reap the exit code
+        return child.pid
+
+    # A run's processes.
+
+    def reap(self, pid: int) -> int | None:
+        """Collect dead children; the exit code of `pid` (negative: its signal) if that was one.
+
+        Orphans of earlier runs come to a subreaper too. Sets `childless` if no child is left:
+        then a run that failed has left nothing behind, and nobody has to search for it. Raises
+        ChildProcessError if `pid` (0: none) is no child any more: somebody else has its exit code.
+        """
+        code = None
+        while True:
+            try:
+                dead, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                self.childless = self.subreaper
+                if code is None and pid:
+                    raise
+                return code
+            if dead == 0:
+                self.childless = False
+                return code
+            if dead == pid:
+                if status == 0:  # then nobody will ask for `childless`, and strangers can wait
+                    return 0
+                code = os.WEXITSTATUS(status)
+                if os.WIFSIGNALED(status):
+                    code = -os.WTERMSIG(status)
+
+    def reap_strangers(self, own: set[int]) -> None:
+        """As process 1 of a container: collect dead processes that are not multiprocessing's."""
+        while self.linux and os.getpid() == 1:
+            try:
+                info = os.waitid(  # type: ignore[attr-defined,unused-ignore]
+                    os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if info is None or info.si_pid in own:
+                return
+            os.waitpid(info.si_pid, os.WNOHANG)
+
+    def members(self, mark: str, files: Sequence[str],
+                leader: Leader, known: Living) -> Living:
+        """The living processes of a run, ancestors first.
+
+        `mark` is how its QUEUECTL_RUN begins (a NUL ends it), `files` its output files, `leader`
+        its first process, `known` those found before. A member carries QUEUECTL_RUN, can write to
+        the files, is in the leader's session, shares a session with a member or descends from one;
+        so also children that closed all descriptors and left the session are found. Processes of
+        other users and namespaces are not. Raises OSError if the processes can't be seen now.
+        """
+        processes = self._from_proc(mark, files) if self.linux else self._from_ps(mark)
+        session = leader.pid
+        if leader.is_a_stranger(processes.get(session)):
+            session = 0
+        found = {pid for pid, entry in processes.items()
+                 if entry.marked or known.get(pid) == entry.started
+                 or (session and session == entry.session)}
+        while True:
+            sessions = {processes[pid].session for pid in found}
+            more = found.union(pid for pid, entry in processes.items()
+                               if entry.session in sessions or entry.parent in found)
+            if more == found:
+                return {pid: processes[pid].started for pid in self._from_the_top(found, processes)}
+            found = more
+
+    def _from_the_top(self, found: set[int],
+                      processes: dict[int, _Process]) -> list[int]:
+        """Processes in the order in which they are to be signalled: ancestors before descendants.
+
+        A shell whose child dies first would go on with its next command. A parent starts before
+        its child; of those that started in the same tick the one with fewer ancestors is first.
+        """
+        def rank(pid: int) -> tuple[int, int]:
+            depth, at = 0, pid
+            while processes[at].parent in found and depth < len(found):
+                depth, at = depth + 1, processes[at].parent
+            return int(processes[pid].started or 0), depth
+
+        return sorted(found, key=rank)
+
+    def _from_proc(self, mark: str, files: Sequence[str]) -> dict[int, _Process]:
+        """Every process but this one, its session and process 1, from /proc."""
+        needle = b"QUEUECTL_RUN=%s" % mark.encode()
+        processes = {}
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        if os.getpid() not in pids:
+            raise OSError(errno.ENOENT, "/proc does not show the processes here")
+        for pid in pids:
+            if pid in (1, os.getpid()):
+                continue
+            entry = _living(pid)
+            if entry and entry.session != os.getsid(0):
+                marked = needle in _proc_file(pid, "environ") or _writes_to(pid, files)
+                processes[pid] = entry._replace(marked=marked)
+        return processes
+
+    def _from_ps(self, mark: str) -> dict[int, _Process]:
+        """The same by ps(1), where there is no /proc; process groups stand in for sessions."""
+        import subprocess
+        command = ["ps", "-A", "-E", "-ww", "-o", "pid=,ppid=,pgid=,stat=,command="]
+        listing = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+        processes = {}
+        for line in listing.decode("utf-8", "replace").splitlines():
+            fields = [*line.split(None, 4), *[""] * 5]
+            pid, parent, group, state, words = fields[:5]
+            ours = not pid.isdigit() or int(pid) in (1, os.getpid())
+            if ours or state[0] == "Z" or int(group) == os.getpgid(0):
+                continue
+            marked = any((word + "\0").startswith("QUEUECTL_RUN=" + mark)
+                         for word in words.split())
+            processes[int(pid)] = _Process(int(parent), int(group), "", marked)
+        return processes
+
+    def end_process(self, pid: int, started: str, kill: bool) -> None:
+        """SIGTERM or SIGKILL to a member, if it still is the process that `members` saw."""
+        if self.linux:
+            entry = _living(pid)
+            if entry is None or entry.started != started:
+                return  # gone, and its number perhaps given to a stranger
+        try:
+            os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
+            os.kill(pid, signal.SIGCONT)  # a stopped process would not hear SIGTERM
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    # Workers and supervisors.
+
+    def hold_signals(self) -> Any:
+        """Let the signals wait that workers have handlers for; what `let_through` takes then."""
+        return signal.pthread_sigmask(signal.SIG_BLOCK, (
+            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD))
+
+    def let_through(self, mask: Any = ()) -> None:
+        """Hold back the signals in `mask` alone."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def dismiss(self, pid: int, now: bool) -> None:
+        """Tell a worker of ours to go: after its job, or now."""
+        os.kill(pid, signal.SIGUSR1 if now else signal.SIGHUP)
+
+    def stop(self, pid: int, life: str, now: bool) -> bool:
+        """Tell a supervisor to stop, by one signal or by two, if it holds the life file `life`.
+
+        Returns whether it was told.
+        """
+        if not _writes_to(pid, (life,)):
+            return False
+        for _ in range(1 + now):
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.1)  # two at once would count as one
+        return True
+
+    def is_stopped(self, pid: int) -> bool:
+        """Whether a process is stopped, by SIGSTOP or a debugger, as far as this can be seen."""
+        return _proc_stat(pid)[:1] in ([b"T"], [b"t"])
+
+    def wake(self, pid: int, life: str) -> None:
+        """Let a process go on that was stopped, by Ctrl-Z for one, if it holds the file `life`."""
+        if self.is_stopped(pid) and _writes_to(pid, (life,)):
+            os.kill(pid, signal.SIGCONT)
+
+    def say(self, text: str, stream: int = 1) -> None:
+        """Write what a worker or supervisor has to say to a standard stream, without ever waiting.
+
+        A full pipe or a stopped terminal holds up no job: what the stream does not take now is
+        not said. A stream that can be written to takes 4096 bytes at least.
+        """
+        if stream not in self.polls:
+            import select
+            self.polls[stream] = select.poll()
+            self.polls[stream].register(stream, select.POLLOUT)
+        data = text.encode("utf-8", "replace")
+        try:
+            while data and self.polls[stream].poll(0):
+                data = data[os.write(stream, data[:4096]):]
+        except OSError:
+            pass  # the terminal is gone; the record in the database is what counts
+
+
+class Bell:
+    """What a process sleeps on: anyone who knows the path can ring it, and so do its own signals.
+
+    A FIFO, held open for reading and writing, so that it neither ends nor blocks. A bell without
+    a path, or where the file system has no FIFOs, hears signals alone.
+    """
+
+    def __init__(self, path: str = ""):
+        import select
+        self.write_end = -1
+        try:
+            if not path:
+                raise OSError
+            os.mkfifo(path, 0o600)
+            self.fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
+        except OSError:
+            self.fd, self.write_end = os.pipe()
+            os.set_blocking(self.fd, False)
+            os.set_blocking(self.write_end, False)
+        self._poll = select.poll()
+        self._poll.register(self.fd, select.POLLIN)
+
+    def hear_signals(self) -> None:
+        """From now on a signal that has a handler rings this bell too."""
+        signal.set_wakeup_fd(max(self.fd, self.write_end), warn_on_full_buffer=False)
+
+    def watch(self, fd: int) -> None:
+        """From now on `wait` ends when this descriptor can be read, too."""
+        self._poll.register(fd, 1)  # POLLIN
+
+    def forget(self, fd: int) -> None:
+        self._poll.unregister(fd)
+
+    def wait(self, seconds: float | None) -> bool:
+        """Sleep until the bell rings, a watched descriptor ends, or for `seconds`; True if rung.
+
+        All rings so far are taken together: look at everything afterwards, and none is lost.
+        """
+        if seconds is not None:
+            seconds = max(0, int(seconds * 1000 + 0.999))
+        if not self._poll.poll(seconds):
+            return False
+        try:
+            return bool(os.read(self.fd, 65536))
+        except BlockingIOError:
+            return False
+
+
+class Windows:
+    """Windows, where a run is a Job Object that ends with its worker, and sleeping is polling.
+
+    Locks are byte-range locks far behind the end of the file; they block nobody's reading.
+    Tokens are not needed: the kernel ends the job's processes when the worker's handle closes.
+    """
+
+    shell = ("cmd.exe", "/d", "/s", "/c")
+    longest_command = 8000
+    linux = False
+    start_method = "spawn"
+    user = 0  # the system's own rights are not looked at
+    LOCK_AT = 1 << 30
+
+    def __init__(self) -> None:
+        self.msvcrt: Any = __import__("msvcrt")
+        self.childless = False
+        self.runs: dict[int, tuple[Any, int]] = {}  # pid: (Popen, handle of the Job Object)
+
+    # Files.
+
+    def try_lock(self, fd: int, shared: bool = False) -> bool:
+        os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
+        try:
+            self.msvcrt.locking(fd, self.msvcrt.LK_NBLCK, 1)
+            return True
+        except OSError:
+            return False
+
+    def unlock(self, fd: int) -> None:
+        os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
+        self.msvcrt.locking(fd, self.msvcrt.LK_UNLCK, 1)
+
+    def wait_lock(self, fd: int) -> None:
+        time.sleep(0.001 + os.urandom(1)[0] / 25600)  # jitter: nobody is queued
+
+    def held(self, path: str) -> bool:
+        try:
+            fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
+        except FileNotFoundError:
+            return False
+        try:
+            return not self.try_lock(fd)
+        finally:
+            os.close(fd)  # which frees the lock
+
+    def read_at(self, fd: int, size: int, start: int) -> bytes:
+        os.lseek(fd, start, os.SEEK_SET)
+        return os.read(fd, size)
+
+    def write_at(self, fd: int, data: bytes, start: int) -> int:
+        os.lseek(fd, start, os.SEEK_SET)
+        return os.write(fd, data)
+
+    def read_elsewhere(self, path: str, size: int) -> bytes:
+        with open(path, "rb") as file:  # locks are lost here with their own handle alone
+            return file.read(size)
+
+    def network_file_system(self, folder: str) -> str:
+        return "a network share" if os.path.realpath(folder).startswith("\\\\") else ""
+
+    def say(self, text: str, stream: int = 1) -> None:
+        try:
+            os.write(stream, text.encode("utf-8", "replace"))
+        except OSError:
+            pass
+
+    # Processes.
+
+    def prepare_worker(self, supervisor: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console tells every process
+
+    def orphaned(self, supervisor: int, life: str) -> bool:
+        return not self.held(life)
+
+    native = staticmethod(str)
+    environment = os.environ.copy
+
+    def _kernel(self, name: str, handle: int | None, *arguments: Any) -> Any:
+        """Call the function `name` of kernel32 whose first argument is a handle, or NULL."""
+        ctypes: Any = __import__("ctypes")
+        function = getattr(ctypes.WinDLL("kernel32", use_last_error=True), name)
+        function.restype = ctypes.c_void_p
+        return function(ctypes.c_void_p(handle), *arguments)
+
+    def spawn(self, command: str, env: Env, cwd: str, umask: int,
+              out: int, err: int) -> int:
+        """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
+        import subprocess
+        ctypes: Any = __import__("ctypes")
+        line = "%s \"%s\"" % (" ".join(self.shell), command)
+        process = subprocess.Popen(
+            line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            creationflags=0x4 | 0x200)  # SUSPENDED, NEW_PROCESS_GROUP
+        for _, old in self.runs.values():  # of runs that failed: nothing of them may live on
+            self._kernel("CloseHandle", old)
+        self.runs.clear()
+        handle = self._kernel("CreateJobObjectW", None, None)
+        self._kill_on_close(handle, True)
+        owned = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined]
+        self._kernel("AssignProcessToJobObject", handle, owned)
+        ctypes.WinDLL("ntdll").NtResumeProcess(owned)
+        self.runs[process.pid] = process, handle
+        return process.pid
+
+    def _kill_on_close(self, handle: int, kill: bool) -> None:
+        """Set JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE in JOBOBJECT_EXTENDED_LIMIT_INFORMATION (9)."""
+        info: Any = __import__("ctypes").create_string_buffer(144)
+        info[16:20] = (kill * 0x2000).to_bytes(4, "little")  # LimitFlags
+        self._kernel("SetInformationJobObject", handle, 9, info, 144)
+
+    def reap(self, pid: int) -> int | None:
+        if pid not in self.runs:
+            return None
+        process, handle = self.runs[pid]
+        code: int | None = process.poll()
+        if code == 0:  # whatever a completed run left behind may live on
+            del self.runs[pid]
+            self._kill_on_close(handle, False)
+            self._kernel("CloseHandle", handle)
+        return code
+
+    def members(self, mark: str, files: Sequence[str],
+                leader: Leader, known: Living) -> Living:
+        """The run's Job Object while any process lives in it; nothing for other workers' runs."""
+        if leader.pid not in self.runs:
+            return {}
+        # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION (1), in which ActiveProcesses is the number at 40
+        info: Any = __import__("ctypes").create_string_buffer(48)
+        handle = self.runs[leader.pid][1]
+        self._kernel("QueryInformationJobObject", handle, 1, info, 48, None)
+        return {leader.pid: ""} if any(info[40:44]) else {}
+
+    def end_process(self, pid: int, started: str, kill: bool) -> None:
+        self._kernel("TerminateJobObject", self.runs[pid][1], 1)
+
+    # What needs nothing doing here, or nothing to be looked at.
+
+    def _nothing(self, *values: Any) -> None:
+        """Workers poll the stop flag of their pool, for one."""
+
+    prepare_parent = refuse_full = give_to_owner = check_room = keep_standard_streams = _nothing
+    reap_strangers = dismiss = stop = wake = punch = is_mount_point = is_stopped = _nothing
+    distrust = hold_signals = let_through = _nothing
+    sync = staticmethod(os.fsync)
+    descriptors, place, ticks = set, str, os.getpid  # when called: an empty set, "", any number
+
+
+class PollingBell(Bell):
+    """The bell where there are no FIFOs to wait on: it rings every 20 ms."""
+
+    def __init__(self, path: str = ""):
+        self.fd = self.write_end = -1
+
+    def watch(self, fd: int = -1) -> None:
+        """Nothing is heard."""
+
+    hear_signals = forget = watch
+
+    def wait(self, seconds: float | None) -> bool:
+        if seconds is None:
+            seconds = 0.02
+        time.sleep(max(0.0, min(seconds, 0.02)))
+        return True
+
+
+# The types are those of Posix; a Windows that lacks something is found by running it alone.
+system: Posix = Windows() if WINDOWS else Posix()  # type: ignore[assignment]
+make_bell = PollingBell if WINDOWS else Bell
+
+
+# ═══ Files ═══ what stands beside the database: paths, bells, life files, output ═════════════
+#
+# The write mutex `queue.db.lock`, and the folder `queue.db.d`. In the folder each worker and pool
+# has a life file, whose lock says that it lives and in which workers leave notes; a worker has a
+# bell, and pairs of output files, whose locks are the token of the run that writes to them.
+# The names begin with that of the worker or pool, which is never used twice.
 
 
 def _refuse_planted(info: os.stat_result, path: str) -> None:
     if info.st_uid not in (0, system.user) and system.user != 0:
-        raise QueueError("%s belongs to another user (uid %d), whose queue this is" % (path, info.st_uid))
+        raise QueueError("%s belongs to another user (uid %d), whose queue this is"
+                         % (path, info.st_uid))
     if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
         raise QueueError("%s is not a plain file with one name; remove it" % path)
 
@@ -832,6 +1662,7 @@ def open_beside(path: str, flags: int) -> int:
 
     Raises QueueError if it is anything but a plain file of this user with one name: others may
     have put there a link to a file that they can't write themselves, and wait for us to do it.
+    Raises OSError if it can't be opened.
     """
     try:
         fd = os.open(path, flags | OPEN_BESIDE, 0o600)
@@ -842,7 +1673,7 @@ def open_beside(path: str, flags: int) -> int:
     try:
         _refuse_planted(os.fstat(fd), path)
         return fd
-    except BaseException:  # who kept it open would be taken for a process of the run that it belongs to
+    except BaseException:  # who kept it open would be taken for a process of the file's run
         os.close(fd)
         raise
 
@@ -858,7 +1689,9 @@ def is_link(path: str) -> bool:
         info = os.lstat(path)
     except FileNotFoundError:
         return False
-    return stat.S_ISLNK(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink > 1)
+    if stat.S_ISREG(info.st_mode):
+        return info.st_nlink > 1
+    return stat.S_ISLNK(info.st_mode)
 
 
 def sync_folder(folder: str) -> None:
@@ -887,22 +1720,6 @@ def read_between(fd: int, start: int, end: int) -> bytes:
     return b"".join(parts)
 
 
-class Leader(namedtuple("Leader", "pid first last")):
-    """The first process of a run, which started between two clock ticks; its number is that of its session.
-
-    When it is gone its number can be given to a stranger, but only once the session is empty.
-    """
-
-    def is_a_stranger(self, entry: _Process | None) -> bool:
-        """Whether the process that has its number now is another."""
-        if entry is None or not entry.started:
-            return False
-        return not self.first <= int(entry.started) <= self.last
-
-
-NOBODY = Leader(0, 0, 0)
-
-
 def write_at(fd: int, start: int, data: bytes) -> None:
     """Write all of `data` into a file at the offset `start`."""
     while data:
@@ -910,738 +1727,7 @@ def write_at(fd: int, start: int, data: bytes) -> None:
         data, start = data[written:], start + written
 
 
-_Process = namedtuple("_Process", "parent session started marked")
-
-
-def _proc_file(pid: str, name: str) -> bytes:
-    """A file in /proc/PID; nothing if the process is gone or another user's.
-
-    Raises OSError where there is no room to look: a process that can't be seen now is not gone.
-    """
-    try:
-        with open("/proc/%s/%s" % (pid, name), "rb") as file:
-            return file.read()
-    except OSError as error:
-        if error.errno in SHORTAGES:
-            raise
-        return b""
-
-
-def _proc_stat(pid: str) -> _Process | None:
-    """Parent, session and start time of a living process, from /proc/PID/stat (proc(5))."""
-    fields = _proc_file(pid, "stat").rpartition(b")")[2].split()
-    if not fields:
-        return None
-    if fields[0] in (b"Z", b"X"):
-        return None
-    return _Process(int(fields[1]), int(fields[3]), fields[19].decode(), False)
-
-
-
-
-def _writes_to(pid: str, files: Sequence[str]) -> bool:
-    """Whether a process has one of `files` open for writing; who only reads them is no member."""
-    folder = "/proc/%s/fd" % pid
-    try:
-        for name in os.listdir(folder):
-            link = os.path.join(folder, name)
-            if os.readlink(link) in files and os.lstat(link).st_mode & 0o200:
-                return True
-    except OSError as error:
-        if error.errno in SHORTAGES:
-            raise
-    return False
-
-
-class Posix:
-    """Linux, macOS and other Unixes."""
-
-    shell = ("/bin/sh", "-c")
-    longest_command = 131071 if sys.platform.startswith("linux") else 200_000  # bytes, E2BIG beyond
-    linux = sys.platform.startswith("linux")
-    # Forking takes 2 ms; elsewhere than on Linux system libraries don't survive a fork.
-    start_method = "fork" if linux else "spawn"
-
-    def __init__(self) -> None:
-        self.fcntl: Any = __import__("fcntl")
-        self.user = os.geteuid()
-        self.ticks_per_second = os.sysconf("SC_CLK_TCK")
-        self.childless = False  # nobody but the run just reaped was left below this process
-        self.subreaper = False
-        self.token_fd = TOKEN_FD
-        self.to_default: list[int] = []  # signals that jobs start with in their default state: all
-        self.null = -1  # the stdin of jobs
-        self.polls: dict[int, Any] = {}  # poll objects of standard streams
-
-    # Locks: flock belongs to the open file, is inherited with it, and dies with its last copy.
-    # Never unlocked by LOCK_UN, which would free every copy: closing is what frees one.
-
-    def try_lock(self, fd: int, shared: bool = False) -> bool:
-        try:
-            self.fcntl.flock(fd, (self.fcntl.LOCK_SH if shared else self.fcntl.LOCK_EX) | self.fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-
-    def read_at(self, fd: int, size: int, start: int) -> bytes:
-        return os.pread(fd, size, start)
-
-    def write_at(self, fd: int, data: bytes, start: int) -> int:
-        return os.pwrite(fd, data, start)
-
-    def unlock(self, fd: int) -> None:
-        """Free the write mutex, which is never inherited: the one lock that is not freed by closing."""
-        self.fcntl.flock(fd, self.fcntl.LOCK_UN)
-
-    def wait_lock(self, fd: int) -> None:
-        """Wait for a lock for at most a TICK; the caller's next `try_lock` tells if it came.
-
-        The kernel queues who waits, so writers take turns. An alarm whose handler raises ends the
-        wait, because handlers that only set flags don't: flock would be resumed after them. The
-        alarm may also strike between flock's return and the disarming: nothing is lost then,
-        for a lock that is held already can be tried again.
-        """
-        try:
-            signal.signal(signal.SIGALRM, _raise_tick)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-            try:
-                signal.setitimer(signal.ITIMER_REAL, TICK)
-                self.fcntl.flock(fd, self.fcntl.LOCK_EX)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        except _Tick:
-            pass
-
-    def held(self, path: str) -> bool:
-        """Whether a living process holds the lock on the file `path`; also if that can't be found out."""
-        try:
-            fd = os.open(path, os.O_RDONLY | OPEN_BESIDE)
-        except OSError as error:
-            return not isinstance(error, FileNotFoundError)
-        try:
-            return not self.try_lock(fd, shared=True)
-        except OSError:
-            return True
-        finally:
-            os.close(fd)
-
-    # Starting and ending processes.
-
-    def check_room(self, workers: int) -> None:
-        """Raise UsageError if a supervisor can't have the descriptors that it needs for so many workers."""
-        if self.linux and not os.path.exists("/proc/%d" % os.getpid()):
-            raise QueueError("/proc does not show the processes here, so what jobs leave behind could not be ended; "
-                             "mount it")
-        if not os.path.exists(os.devnull):
-            raise QueueError("there is no %s here, which jobs need as their stdin" % os.devnull)
-        resource: Any = __import__("resource")
-        need, have = 2 * workers + 32, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if 0 <= have < need:
-            raise UsageError("%d workers need %d open files, and this shell allows %d; `ulimit -n %d` first"
-                             % (workers, need, have, need))
-
-    def prepare_parent(self) -> None:
-        """Before workers are forked: what all of them need, loaded once; nothing of the caller's for jobs."""
-        if self.linux:
-            self._libc()
-        for fd in self.descriptors():
-            os.set_inheritable(fd, False)
-
-    def descriptors(self) -> set[int]:
-        """The open descriptors of this process but the standard streams; none if they can't be listed."""
-        try:
-            found = {int(name) for name in os.listdir("/dev/fd")}
-        except OSError:
-            return set()
-        return {fd for fd in found if fd > 2 and self._is_open(fd)}
-
-    def _is_open(self, fd: int) -> bool:
-        try:
-            os.fstat(fd)
-        except OSError:  # that of the listing itself
-            return False
-        return True
-
-    def keep_standard_streams(self) -> None:
-        """Before anything is opened: no file must become a standard stream that was closed."""
-        for number in (0, 1, 2):
-            try:
-                os.fstat(number)
-            except OSError:
-                os.open(os.devnull, os.O_RDWR)
-
-    def prepare_worker(self, supervisor: int) -> None:
-        """A worker's first steps: out of the terminal's reach, told of its supervisor's death."""
-        os.setsid()
-        os.umask(0o077)
-        limit = __import__("resource").getrlimit(__import__("resource").RLIMIT_NOFILE)[0]
-        self.token_fd = TOKEN_FD if limit < 0 or limit > TOKEN_FD else limit - 1
-        self.to_default = list(signal.valid_signals())
-        self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        libc = self._libc() if self.linux else None
-        if libc:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
-            libc.prctl(1, int(signal.SIGHUP), 0, 0, 0)
-            self.subreaper = libc.prctl(36, 1, 0, 0, 0) == 0
-        if os.getppid() != supervisor:  # it died before the line above: no signal will come
-            os.kill(os.getpid(), signal.SIGHUP)
-
-    def orphaned(self, supervisor: int, life: str) -> bool:
-        """Whether a worker's supervisor has died."""
-        return os.getppid() != supervisor
-
-    def place(self) -> str:
-        """What a process id and a start time are counted in: the start of the machine, and the pid namespace."""
-        try:
-            with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
-                return "%s/%s" % (boot.read().strip(), os.readlink("/proc/self/ns/pid"))
-        except OSError:
-            return ""
-
-    def ticks(self) -> int:
-        """Now, in the unit of start times in /proc/PID/stat."""
-        if sys.platform != "linux":
-            return 0
-        return int(time.clock_gettime(time.CLOCK_BOOTTIME) * self.ticks_per_second)
-
-    def _libc(self) -> Any:
-        """The C library; None for a Python that was built without libffi, which can do without."""
-        try:
-            import ctypes
-        except ImportError:
-            return None
-        return ctypes.CDLL(None, use_errno=True)
-
-    def native(self, text: str) -> Any:
-        """Text as the system takes it: UTF-8, whatever the locale says."""
-        return text.encode("utf-8", "surrogateescape")
-
-    def environment(self) -> dict[Any, Any]:
-        """This process's environment in native form."""
-        return dict(os.environb)
-
-    def sync(self, fd: int) -> None:
-        """Have the disk keep what was written to a file. macOS has a call of its own for that."""
-        if hasattr(self.fcntl, "F_FULLFSYNC"):
-            self.fcntl.fcntl(fd, self.fcntl.F_FULLFSYNC)
-        else:
-            getattr(os, "fdatasync", os.fsync)(fd)
-
-    def read_elsewhere(self, path: str, size: int) -> bytes:
-        """The beginning of a file, read by another process: this one loses its locks on it when it closes it."""
-        import subprocess
-        return subprocess.run(["head", "-c", str(size), path], stdout=subprocess.PIPE).stdout
-
-    def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
-        """Start `command` in a session of its own; return its process id, or raise OSError.
-
-        posix_spawn is twice as fast as subprocess. It can't set folder or umask, so the worker
-        takes them on for a moment; nothing is imported or opened by relative path meanwhile.
-        """
-        os.umask(umask)
-        try:
-            os.chdir(self.native(cwd))
-            # A shell would take a command that begins like an option for one.
-            command = " " + command if command[0] in "-+" else command
-            return self._spawn([*self.shell, self.native(command)], env,
-                               ((self.null, 0), (out, 1), (err, 2), (err, self.token_fd)))
-        finally:
-            os.chdir("/")
-            os.umask(0o077)
-
-    def _spawn(self, argv: list[Any], env: dict[Any, Any], streams: tuple[tuple[int, int], ...]) -> int:
-        try:
-            return os.posix_spawn(argv[0], argv, env, setsid=True, setsigdef=self.to_default, setsigmask=(),
-                                  file_actions=[(os.POSIX_SPAWN_DUP2, have, want) for have, want in streams])
-        except (NotImplementedError, AttributeError):  # no POSIX_SPAWN_SETSID: glibc before 2.26; PyPy
-            return self._fork_exec(argv, env, streams)
-
-    def _fork_exec(self, argv: list[Any], env: dict[Any, Any], streams: tuple[tuple[int, int], ...]) -> int:
-        import subprocess
-
-        def dup() -> None:
-            for have, want in streams:
-                os.dup2(have, want)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            for number in set(self.to_default) - {signal.SIGKILL, signal.SIGSTOP}:
-                signal.signal(number, signal.SIG_DFL)
-
-        child = subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False, preexec_fn=dup)
-        child.returncode = 0  # else Popen would reap it when it is forgotten here, and its exit code with it
-        return child.pid
-
-    def reap(self, pid: int) -> int | None:
-        """Collect dead children; the exit code of `pid` (negative: its signal) if it was among them.
-
-        Orphans of earlier runs come to a subreaper too. Sets `childless` if no child is left:
-        then a run that failed has left nothing behind, and nobody has to search for it. Raises
-        ChildProcessError if `pid` (0: none) is no child any more: somebody else has its exit code.
-        """
-        code = None
-        while True:
-            try:
-                dead, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                self.childless = self.subreaper
-                if code is None and pid:
-                    raise
-                return code
-            if dead == 0:
-                self.childless = False
-                return code
-            if dead == pid:
-                if status == 0:  # then nobody will ask for `childless`, and strangers can wait
-                    return 0
-                code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-    def reap_strangers(self, own: set[int]) -> None:
-        """As process 1 of a container: collect dead processes that are not multiprocessing's."""
-        while self.linux and os.getpid() == 1:
-            try:
-                info = os.waitid(  # type: ignore[attr-defined,unused-ignore]
-                    os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if info is None or info.si_pid in own:
-                return
-            os.waitpid(info.si_pid, os.WNOHANG)
-
-    def members(self, mark: str, files: Sequence[str], leader: Leader, known: dict[int, str]) -> dict[int, str]:
-        """The living processes of a run, each with the time it started.
-
-        `mark` is how its QUEUECTL_RUN begins (a NUL ends it), `files` its output files, `leader`
-        its first process, `known` those found before. A member carries QUEUECTL_RUN, can write to
-        the files, is in the leader's session, shares a session with a member or descends from one;
-        so also children that closed all descriptors and left the session are found. Processes of
-        other users and namespaces are not.
-        """
-        processes = self._from_proc(mark, files) if self.linux else self._from_ps(mark)
-        session = 0 if leader.is_a_stranger(processes.get(leader.pid)) else leader.pid
-        found = {pid for pid, entry in processes.items()
-                 if entry.marked or known.get(pid) == entry.started or (session and session == entry.session)}
-        while True:
-            sessions = {processes[pid].session for pid in found}
-            more = {pid for pid, entry in processes.items()
-                    if pid not in found and (entry.session in sessions or entry.parent in found)}
-            if not more:
-                return {pid: processes[pid].started for pid in self._from_the_top(found, processes)}
-            found |= more
-
-    def _from_the_top(self, found: set[int], processes: dict[int, _Process]) -> list[int]:
-        """Processes in the order in which they are to be signalled: ancestors before descendants.
-
-        A shell whose child dies first would go on with its next command. A parent starts before
-        its child; of those that started in the same tick the one with fewer ancestors is first.
-        """
-        def place(pid: int) -> tuple[int, int]:
-            depth, at = 0, pid
-            while processes[at].parent in found and depth < len(found):
-                depth, at = depth + 1, processes[at].parent
-            return int(processes[pid].started or 0), depth
-
-        return sorted(found, key=place)
-
-    def _from_proc(self, mark: str, files: Sequence[str]) -> dict[int, _Process]:
-        """Every process but this one, its session and process 1, from /proc."""
-        needle = b"QUEUECTL_RUN=%s" % mark.encode()
-        processes = {}
-        names = os.listdir("/proc")
-        if str(os.getpid()) not in names:
-            raise OSError(errno.ENOENT, "/proc does not show the processes here")
-        for name in names:
-            entry = _proc_stat(name) if name.isdigit() and int(name) not in (1, os.getpid()) else None
-            if entry and entry.session != os.getsid(0):
-                marked = needle in _proc_file(name, "environ") or _writes_to(name, files)
-                processes[int(name)] = entry._replace(marked=marked)
-        return processes
-
-    def _from_ps(self, mark: str) -> dict[int, _Process]:
-        """The same by ps(1), where there is no /proc; process groups stand in for sessions."""
-        import subprocess
-        listing = subprocess.run(["ps", "-A", "-E", "-ww", "-o", "pid=,ppid=,pgid=,stat=,command="],
-                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
-        processes = {}
-        for line in listing.decode("utf-8", "replace").splitlines():
-            pid, parent, group, state, command = (line.split(None, 4) + [""] * 5)[:5]
-            if pid.isdigit() and int(pid) not in (1, os.getpid()) and state[0] != "Z" and int(group) != os.getpgid(0):
-                marked = any((word + "\0").startswith("QUEUECTL_RUN=" + mark) for word in command.split())
-                processes[int(pid)] = _Process(int(parent), int(group), "", marked)
-        return processes
-
-    def end_process(self, pid: int, started: str, kill: bool) -> None:
-        """SIGTERM or SIGKILL to a member, if it still is the process that `members` saw."""
-        entry = _proc_stat(str(pid)) if self.linux else None
-        if self.linux and (entry is None or entry.started != started):
-            return  # gone, and its number perhaps given to a stranger
-        try:
-            os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
-            os.kill(pid, signal.SIGCONT)  # a stopped process would not hear SIGTERM
-        except (ProcessLookupError, PermissionError):
-            pass
-
-    def dismiss(self, pid: int, now: bool) -> None:
-        """Tell a worker of ours to go: after its job, or now."""
-        os.kill(pid, signal.SIGUSR1 if now else signal.SIGHUP)
-
-    # Files and messages.
-
-    def punch(self, fd: int, start: int, end: int) -> bool:
-        """Give back the disk space between two offsets while others go on writing at the end."""
-        libc = self._libc() if self.linux else None
-        if not libc:
-            return False
-        import ctypes
-        offset, length = ctypes.c_int64(start), ctypes.c_int64(end - start)
-        return bool(libc.fallocate(fd, 3, offset, length) == 0)  # PUNCH_HOLE | KEEP_SIZE
-
-    def say(self, text: str, stream: int = 1) -> None:
-        """What a worker or supervisor has to say; never waits: a full pipe or a stopped terminal holds up no job.
-
-        What the stream does not take now is not said. A stream that can be written takes 4096 bytes at least.
-        """
-        if stream not in self.polls:
-            import select
-            self.polls[stream] = select.poll()
-            self.polls[stream].register(stream, select.POLLOUT)
-        data = text.encode("utf-8", "replace")
-        try:
-            while data and self.polls[stream].poll(0):
-                data = data[os.write(stream, data[:4096]):]
-        except OSError:
-            pass  # the terminal is gone; the record in the database is what counts
-
-    def is_stopped(self, pid: int) -> bool:
-        """Whether a process is stopped, by SIGSTOP or a debugger; only as far as this can be seen."""
-        return _proc_file(str(pid), "stat").rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])
-
-    def stop(self, pid: int, life: str, now: bool) -> bool:
-        """Tell a supervisor to stop by signals, if it holds the life file `life`; whether it was told."""
-        if not _writes_to(str(pid), (life,)):
-            return False
-        for _ in range(1 + now):
-            os.kill(pid, signal.SIGTERM)
-            time.sleep(0.1)  # two at once would count as one
-        return True
-
-    def wake(self, pid: int, life: str) -> None:
-        """Let a worker or supervisor go on that was stopped, by Ctrl-Z for one: it holds the life file `life`."""
-        if self.is_stopped(pid) and _writes_to(str(pid), (life,)):
-            os.kill(pid, signal.SIGCONT)
-
-    def refuse_full(self, folder: str) -> None:
-        """Raise Unavailable where writing to SQLite's mapped index would end the process.
-
-        Where blocks are smaller than pages of memory, SQLite does not make sure that a page of
-        its index has all its blocks before it writes to it: on a full disk that is a SIGBUS.
-        """
-        disk = os.statvfs(folder)
-        if disk.f_bsize < 4096 and disk.f_bavail * disk.f_frsize < 1 << 20:
-            raise Unavailable("no space left in %s; free some and try again" % folder)
-
-    def give_to_owner(self, fd: int, path: str) -> None:
-        """What root has made beside another user's file is given to that user, as SQLite does with its own."""
-        owner = os.stat(path)
-        if self.user == 0 and os.fstat(fd).st_uid != owner.st_uid:
-            os.fchown(fd, owner.st_uid, owner.st_gid)
-
-    def distrust(self, path: str, above: bool = False) -> str:
-        """Why others could change the file or folder `path`, or nothing; raises FileNotFoundError.
-
-        A group that is known to have no member but this user and root may write it. In a folder
-        `above` that of the database others may make names of their own where it is sticky; and
-        there a group without a name, as containers are given for a volume, is no threat.
-        """
-        info = os.lstat(path)
-        if stat.S_ISLNK(info.st_mode):
-            return "%s is a symbolic link" % path
-        if info.st_uid not in (0, self.user):
-            return "%s belongs to another user (uid %d)" % (path, info.st_uid)
-        if above and info.st_mode & stat.S_ISVTX:
-            return ""
-        shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        private = shared == stat.S_IWGRP and self._is_private_group(info.st_gid, above) and not self._has_acl(path)
-        if private or not shared:
-            return ""
-        mend = "use a database in a folder of your own"
-        if info.st_uid == self.user and not info.st_mode & stat.S_ISVTX:
-            mend = "`chmod go-w %s` mends that" % shell_word(path)
-        return "%s can be written by others; %s" % (path, mend)
-
-    def _has_acl(self, path: str) -> bool:
-        """Whether a list says who may write: then the bits of the group are those of its mask."""
-        try:
-            return self.linux and bool(os.getxattr(path, "system.posix_acl_access"))  # type: ignore[attr-defined,unused-ignore]
-        except OSError:
-            return False
-
-    def _is_private_group(self, group: int, nameless: bool) -> bool:
-        """Whether no account but this user's and root's belongs to a group; if it has no name: `nameless`."""
-        grp: Any = __import__("grp")
-        pwd: Any = __import__("pwd")
-        accounts = pwd.getpwall()
-        own = {"root"}.union(account.pw_name for account in accounts if account.pw_uid == self.user)
-        members = {account.pw_name for account in accounts if account.pw_gid == group}
-        try:
-            members.update(grp.getgrgid(group).gr_mem)
-        except KeyError:
-            return nameless
-        return members <= own
-
-    def _mounts(self) -> Iterator[tuple[str, str]]:
-        """Each mount point with the type of its file system (known on Linux alone)."""
-        try:
-            with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
-                entries = [line.split(" ")[1:3] for line in mounts]
-        except OSError:
-            return
-        for point, kind in entries:
-            yield re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), point), kind
-
-    def is_mount_point(self, path: str) -> bool:
-        """Whether something is mounted at `path` itself."""
-        return any(point == path for point, _ in self._mounts())
-
-    def network_file_system(self, folder: str) -> str:
-        """The type of the network file system `folder` is on, or nothing."""
-        real = os.path.realpath(folder)
-        best = ("", "")
-        for point, kind in self._mounts():  # of equal mount points the last one covers the others
-            if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
-                best = (point, kind)
-        return best[1] if best[1] in NETWORK_FILE_SYSTEMS else ""
-
-
-class Bell:
-    """What a process sleeps on: anyone who knows the path can ring it, and so do its own signals.
-
-    A FIFO, held open for reading and writing, so that it neither ends nor blocks. A bell without
-    a path, or where the file system has no FIFOs, hears signals alone.
-    """
-
-    def __init__(self, path: str = "") -> None:
-        import select
-        self.write_end = -1
-        try:
-            if not path:
-                raise OSError
-            os.mkfifo(path, 0o600)
-            self.fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
-        except OSError:
-            self.fd, self.write_end = os.pipe()
-            os.set_blocking(self.fd, False)
-            os.set_blocking(self.write_end, False)
-        self._poll = select.poll()
-        self._poll.register(self.fd, select.POLLIN)
-
-    def hear_signals(self) -> None:
-        """From now on a signal that has a handler rings this bell too."""
-        signal.set_wakeup_fd(max(self.fd, self.write_end), warn_on_full_buffer=False)
-
-    def watch(self, fd: int) -> None:
-        self._poll.register(fd, 1)  # POLLIN
-
-    def forget(self, fd: int) -> None:
-        self._poll.unregister(fd)
-
-    def wait(self, seconds: float | None) -> bool:
-        """Sleep until the bell rings, a watched descriptor ends, or for `seconds`; True if rung.
-
-        All rings so far are taken together: look at everything afterwards, and none is lost.
-        """
-        if not self._poll.poll(None if seconds is None else max(0, int(seconds * 1000 + 0.999))):
-            return False
-        try:
-            return bool(os.read(self.fd, 65536))
-        except BlockingIOError:
-            return False
-
-
-def ring(path: str) -> None:
-    """Wake the process that sleeps on the bell `path`; nothing happens if nobody does."""
-    try:
-        fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
-    except OSError:
-        return
-    try:
-        if stat.S_ISFIFO(os.fstat(fd).st_mode):
-            os.write(fd, b"!")
-    except OSError:  # full: it was rung often enough
-        pass
-    finally:
-        os.close(fd)
-
-
-class Windows:
-    """Windows, where a run is a Job Object that ends with its worker, and sleeping is polling.
-
-    Locks are byte-range locks far behind the end of the file; they block nobody's reading.
-    Tokens are not needed: the kernel ends the job's processes when the worker's handle closes.
-    """
-
-    shell = ("cmd.exe", "/d", "/s", "/c")
-    longest_command = 8000
-    linux = False
-    start_method = "spawn"
-    user = 0  # the system's own rights are not looked at
-    LOCK_AT = 1 << 30
-
-    def __init__(self) -> None:
-        self.msvcrt: Any = __import__("msvcrt")
-        self.childless = False
-        self.runs: dict[int, tuple[Any, int]] = {}  # pid: (Popen, handle of the Job Object)
-
-    def try_lock(self, fd: int, shared: bool = False) -> bool:
-        os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
-        try:
-            self.msvcrt.locking(fd, self.msvcrt.LK_NBLCK, 1)
-            return True
-        except OSError:
-            return False
-
-    def read_at(self, fd: int, size: int, start: int) -> bytes:
-        os.lseek(fd, start, os.SEEK_SET)
-        return os.read(fd, size)
-
-    def write_at(self, fd: int, data: bytes, start: int) -> int:
-        os.lseek(fd, start, os.SEEK_SET)
-        return os.write(fd, data)
-
-    def unlock(self, fd: int) -> None:
-        os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
-        self.msvcrt.locking(fd, self.msvcrt.LK_UNLCK, 1)
-
-    def wait_lock(self, fd: int) -> None:
-        time.sleep(0.001 + os.urandom(1)[0] / 25600)  # jitter: nobody is queued
-
-    def held(self, path: str) -> bool:
-        try:
-            fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
-        except FileNotFoundError:
-            return False
-        try:
-            return not self.try_lock(fd)
-        finally:
-            os.close(fd)  # which frees the lock
-
-    def prepare_worker(self, supervisor: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console tells every process
-
-    def orphaned(self, supervisor: int, life: str) -> bool:
-        return not self.held(life)
-
-    def _kernel(self) -> Any:
-        ctypes: Any = __import__("ctypes")
-        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
-        kernel.CreateJobObjectW.restype = ctypes.c_void_p
-        return kernel
-
-    def native(self, text: str) -> Any:
-        return text
-
-    def environment(self) -> dict[Any, Any]:
-        return dict(os.environ)
-
-    def sync(self, fd: int) -> None:
-        os.fsync(fd)
-
-    def spawn(self, command: str, env: dict[Any, Any], cwd: str, umask: int, out: int, err: int) -> int:
-        """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
-        import subprocess
-        ctypes: Any = __import__("ctypes")
-        line = "%s \"%s\"" % (" ".join(self.shell), command)
-        process = subprocess.Popen(line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                   creationflags=0x4 | 0x200)  # SUSPENDED, NEW_PROCESS_GROUP
-        for _, old in self.runs.values():  # of runs that did not complete: nothing of them may live on
-            self._kernel().CloseHandle(ctypes.c_void_p(old))
-        self.runs.clear()
-        handle = self._kernel().CreateJobObjectW(None, None)
-        self._kill_on_close(handle, True)
-        owned = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined]
-        self._kernel().AssignProcessToJobObject(ctypes.c_void_p(handle), owned)
-        ctypes.WinDLL("ntdll").NtResumeProcess(owned)
-        self.runs[process.pid] = process, handle
-        return process.pid
-
-    def _kill_on_close(self, handle: int, kill: bool) -> None:
-        """Set JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE in JOBOBJECT_EXTENDED_LIMIT_INFORMATION (9)."""
-        ctypes: Any = __import__("ctypes")
-        info = ctypes.create_string_buffer(144)
-        info[16:20] = (0x2000 if kill else 0).to_bytes(4, "little")  # LimitFlags
-        self._kernel().SetInformationJobObject(ctypes.c_void_p(handle), 9, info, 144)
-
-    def reap(self, pid: int) -> int | None:
-        code = self.runs[pid][0].poll() if pid in self.runs else None
-        if code == 0:  # whatever a completed run left behind may live on
-            _, handle = self.runs.pop(pid)
-            self._kill_on_close(handle, False)
-            self._kernel().CloseHandle(__import__("ctypes").c_void_p(handle))
-        return None if code is None else int(code)
-
-    def members(self, mark: str, files: Sequence[str], leader: Leader, known: dict[int, str]) -> dict[int, str]:
-        """The run's Job Object while any process lives in it; nothing for other workers' runs."""
-        if leader.pid not in self.runs:
-            return {}
-        ctypes: Any = __import__("ctypes")
-        info = ctypes.create_string_buffer(48)  # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION (1)
-        self._kernel().QueryInformationJobObject(ctypes.c_void_p(self.runs[leader.pid][1]), 1, info, 48, None)
-        return {leader.pid: ""} if int.from_bytes(info[40:44], "little") else {}  # ActiveProcesses
-
-    def end_process(self, pid: int, started: str, kill: bool) -> None:
-        self._kernel().TerminateJobObject(__import__("ctypes").c_void_p(self.runs[pid][1]), 1)
-
-    def _nothing(self, *values: Any) -> None:
-        """What needs no doing here: workers poll the stop flag of their pool, for one."""
-
-    def read_elsewhere(self, path: str, size: int) -> bytes:
-        with open(path, "rb") as file:  # locks are lost here with their own handle alone
-            return file.read(size)
-
-    def place(self) -> str:
-        return ""
-
-    def descriptors(self) -> set[int]:
-        return set()
-
-    ticks = os.getpid
-    prepare_parent = refuse_full = give_to_owner = check_room = keep_standard_streams = reap_strangers = _nothing
-    dismiss = stop = wake = punch = is_mount_point = is_stopped = distrust = _nothing
-
-    def say(self, text: str, stream: int = 1) -> None:
-        try:
-            os.write(stream, text.encode("utf-8", "replace"))
-        except OSError:
-            pass
-
-    def network_file_system(self, folder: str) -> str:
-        return "a network share" if os.path.realpath(folder).startswith("\\\\") else ""
-
-
-class PollingBell(Bell):
-    """The bell where there are no FIFOs to wait on: it rings every 20 ms."""
-
-    def __init__(self, path: str = "") -> None:
-        self.fd = self.write_end = -1
-
-    def hear_signals(self) -> None:
-        pass
-
-    def watch(self, fd: int) -> None:
-        pass
-
-    forget = watch
-
-    def wait(self, seconds: float | None) -> bool:
-        time.sleep(0.02 if seconds is None else max(0.0, min(seconds, 0.02)))
-        return True
-
-
-WINDOWS = os.name == "nt"
-system: Any = Windows() if WINDOWS else Posix()
-make_bell: type[Bell] = PollingBell if WINDOWS else Bell
-NATIVE_JOB_VARIABLES = tuple(system.native(name) for name in JOB_VARIABLES)
-
-
-# What stands beside the database: the write mutex, and a folder with the files of its workers.
-# Their names begin with the name of their worker or pool, which is never used twice.
+# Paths.
 
 
 def mutex_path(db: str) -> str:
@@ -1652,7 +1738,7 @@ def folder_path(db: str) -> str:
     return db + ".d"
 
 
-# Workers are called POOL-NUMBER, so that no name is the beginning of another with a dot behind it.
+# Workers are called POOL-NUMBER: no name is the beginning of another with a dot behind it.
 
 
 def life_path(db: str, name: str) -> str:
@@ -1671,19 +1757,50 @@ def output_paths(db: str, worker: str, slot: int) -> tuple[str, str]:
 def names_beside(db: str, ending: str) -> list[str]:
     """The workers and pools that have a file with this ending in the folder."""
     try:
-        return [name[:len(name) - len(ending)] for name in os.listdir(folder_path(db)) if name.endswith(ending)]
+        files = os.listdir(folder_path(db))
     except OSError:  # there is none, or it can't be read: then nobody can be rung or asked
         return []
+    end = -len(ending) or None
+    return [file[:end] for file in files if file.endswith(ending)]
+
+
+def remove_files(db: str, name: str) -> None:
+    """Remove what a worker or pool that has ended left in the folder."""
+    files = [file for file in names_beside(db, "") if file.startswith(name + ".")]
+    files.sort(key=lambda file: file.endswith(".life"))  # that last: it tells of the rest
+    for file in files:
+        try:
+            os.unlink(os.path.join(folder_path(db), file))
+        except OSError:  # open on Windows, or the folder is read-only: the next sweep gets it
+            pass
+
+
+# Who lives, and is to wake up.
 
 
 def is_alive(db: str, name: str) -> bool:
     """Whether the worker or pool `name` lives: the kernel's word, by its life lock."""
-    return bool(system.held(life_path(db, name)))
+    return system.held(life_path(db, name))
 
 
 def anyone_alive(db: str) -> bool:
     """Whether any worker or pool of this database lives."""
     return any(is_alive(db, name) for name in names_beside(db, ".life"))
+
+
+def ring(path: str) -> None:
+    """Wake the process that sleeps on the bell `path`; nothing happens if nobody does."""
+    try:
+        fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
+    except OSError:
+        return
+    try:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.write(fd, b"!")
+    except OSError:  # full: it was rung often enough
+        pass
+    finally:
+        os.close(fd)
 
 
 def ring_all(db: str) -> None:
@@ -1698,17 +1815,19 @@ def ring_all(db: str) -> None:
 
 RUN_NOTE, TROUBLE_NOTE = 200, 300  # bytes
 RunNote = namedtuple("RunNote", "place seq run leader first last")
-RunNote.__doc__ = """`place` is what process ids are counted in; the rest but `seq` and `run` is a Leader."""
+RunNote.__doc__ = """`place` is what process ids are counted in, `seq` and `run` which run of which
+job it is, and the rest is a Leader."""
 
 
 def _note(life: int, start: int, size: int, text: str) -> None:
     try:
         write_at(life, start, text.encode("utf-8", "replace")[:size].ljust(size))
-    except OSError:  # the disk is full, or the file not yet there: what the note helps with is rare
+    except OSError:  # the disk is full, or the file not yet there: notes help in rare cases only
         pass
 
 
 def note_run(life: int, note: RunNote) -> None:
+    """Note as which process a run began, in the life file that is open as `life`."""
     _note(life, 0, RUN_NOTE, " ".join(map(str, note)))
 
 
@@ -1729,14 +1848,14 @@ def _read_life(db: str, name: str, start: int, size: int) -> str:
 
 
 def leader_of(db: str, worker: str, seq: int, run: int) -> Leader:
-    """The process that a run of a dead worker began as; NOBODY if that isn't known for sure any more."""
+    """The process that a run of a dead worker began as; NOBODY if that isn't known for sure."""
     fields = _read_life(db, worker, 0, RUN_NOTE).split()
     if len(fields) != len(RunNote._fields):
         return NOBODY
     note = RunNote(fields[0], *map(int, fields[1:]))
-    if (note.place, note.seq, note.run) != (system.place(), seq, run):
+    if note[:3] != (system.place(), seq, run):
         return NOBODY
-    return Leader(note.leader, note.first, note.last)
+    return Leader(*note[3:])
 
 
 def trouble_of(db: str, worker: str) -> str:
@@ -1744,24 +1863,20 @@ def trouble_of(db: str, worker: str) -> str:
     return _read_life(db, worker, RUN_NOTE, TROUBLE_NOTE)
 
 
-def remove_files(db: str, name: str) -> None:
-    """Remove what a worker or pool that has ended left in the folder."""
-    endings = [entry for entry in names_beside(db, "") if entry.startswith(name + ".")]
-    for entry in sorted(endings, key=lambda entry: entry.endswith(".life")):  # that last: it tells of the rest
-        try:
-            os.unlink(os.path.join(folder_path(db), entry))
-        except OSError:  # open on Windows, or the folder can't be written: the next sweep gets it
-            pass
+# The output of runs.
 
 
 def head_and_tail(fd: int, limit: int) -> bytes:
-    """The contents of an output file, at most `limit` bytes: its head and its tail, the gap marked."""
+    """The contents of an output file: if it has more than `limit` bytes its head and its tail.
+
+    Between the two stands how much was left out. Raises OSError.
+    """
     size = os.lseek(fd, 0, os.SEEK_END)
     if size <= limit:
-        return read_between(fd, 0, size) if size else b""
+        return read_between(fd, 0, size)
     half = limit // 2
-    return b"%s\n[queuectl: %d bytes left out here]\n%s" % (
-        read_between(fd, 0, half), size - 2 * half, read_between(fd, size - half, size))
+    gap = b"\n[queuectl: %d bytes left out here]\n" % (size - 2 * half)
+    return read_between(fd, 0, half) + gap + read_between(fd, size - half, size)
 
 
 class Slot:
@@ -1773,14 +1888,14 @@ class Slot:
     slot with a new number takes its place, so nobody's late output lands in another job's record.
     """
 
-    def __init__(self, db: str, worker: str, number: int) -> None:
+    def __init__(self, db: str, worker: str, number: int):
         self.number = number
         self.paths = output_paths(db, worker, number)
         self.fds: list[int] = []
         self.punched = [0, 0]  # up to which offset the middle was given back, for each stream
 
     def open(self) -> bool:
-        """Open the files and take the token; False if somebody still holds it."""
+        """Open the files and take the token; False if somebody still holds it. Raises OSError."""
         try:
             for path in self.paths:
                 self.fds.append(open_private(path, os.O_RDWR | os.O_APPEND))
@@ -1793,6 +1908,7 @@ class Slot:
         return False
 
     def close(self) -> None:
+        """Let go of the token, as far as it is this process's."""
         for fd in self.fds:
             os.close(fd)
         self.fds, self.punched = [], [0, 0]
@@ -1821,50 +1937,64 @@ class Slot:
         """Keep a run that prints without end from filling the disk; the bytes it has printed.
 
         Head and tail stay; what lies between them is given back to the file system once it is
-        more than `limit`. Where holes are not supported, the file is cut behind its head.
+        more than `limit` bytes. Where holes are not supported, the file is cut behind its head.
+        Raises OSError.
         """
-        total = 0
+        total, half = 0, limit // 2
         for index, fd in enumerate(self.fds):
             size = os.fstat(fd).st_size
             total += size
-            start, end = max(self.punched[index], limit // 2), (size - limit) // 4096 * 4096
-            if end - start > limit:
-                if system.punch(fd, start, end):
-                    self.punched[index] = end
-                elif not WINDOWS:
-                    os.ftruncate(fd, limit // 2)
+            start = max(self.punched[index], half)
+            end = (size - limit) // 4096 * 4096
+            if end - start <= limit:
+                continue
+            if system.punch(fd, start, end):
+                self.punched[index] = end
+            elif not WINDOWS:
+                os.ftruncate(fd, half)
         return total
 
     def empty(self) -> None:
+        """Throw the contents away. Raises OSError."""
         for fd in self.fds:
             if os.lseek(fd, 0, os.SEEK_END):
                 os.ftruncate(fd, 0)
 
     def clear(self, printed: bool) -> None:
-        """After the commit that recorded the run: empty the files, then let go of the token."""
+        """After the commit that recorded the run: empty the files, then let go of the token.
+
+        `printed` is whether there is anything in them. Raises OSError.
+        """
         if printed:
             self.empty()
         self.close()
 
-# ═══ SQL ═══ the schema, its migrations, every statement ═════════════════════════════════════
+
+# ═══ Schema ═══ the tables, their migrations, and the statements that several use ════════════
 #
-# Nothing newer than SQLite 3.8.3. Times are milliseconds since the epoch.
+# A statement that one method alone executes stands in that method (sections Database and Store).
+# Here stand the others, and those whose plans the tests look at. Nothing is newer than SQLite
+# 3.8.3. Times are milliseconds since the epoch.
 #
-# `ready` is 1 for a job that a worker may claim now. Jobs that wait for a time have ready = 0 and
-# that time in `due`, and are made ready when it comes: so the index that claims read, ordered
-# exactly as claims are, holds no job that can't be claimed. `runs` counts a job's runs for life,
-# `attempts` those since it was enqueued or retried. `worker`, `slot` and `locked_at` are set
-# while it is processing; what the output files of that run are called follows from them.
+# `ready` is 1 for a job that a worker may claim now. A job that waits for a time has ready = 0,
+# and that time in `due`; when it has come, the job is made ready. So the index that claims read,
+# ordered exactly as claims are, holds no job that can't be claimed. `runs` counts a job's runs
+# for life, `attempts` those since it was enqueued or retried. `worker`, `slot` and `locked_at`
+# are set while it is processing; they also tell what the output files of that run are called.
 #
 # The key of a run is the seq of its job * 2**24 + the run's number.
 #
-# A table of few rows keeps what would else be repeated in a million (contexts), another counts
-# the jobs of each queue by state, so that `status` need not. Triggers keep the counts; but
-# inserts are counted by Store.add, for a bulk as one.
+# `contexts` keeps once what would else be repeated in a million jobs. `queues` counts the jobs of
+# each queue by state, so that `status` need not. Triggers keep these counts; only what is
+# inserted is counted by Intake, once for a whole bulk.
+#
+# A row in `waits` stands until the awaited job is completed, or either of the two is forgotten;
+# so it stands also while both are dead.
 
 APPLICATION_ID = 0x71637431  # "qct1"
 
-MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit one that was released
+# The statements that lead from version N to N + 1. Never edit one that was released.
+MIGRATIONS = (
     (
         """CREATE TABLE contexts (
             id INTEGER PRIMARY KEY, cwd TEXT NOT NULL, path TEXT NOT NULL, umask INTEGER NOT NULL,
@@ -1917,41 +2047,53 @@ MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit o
         "CREATE TABLE control (epoch INTEGER NOT NULL)",  # counts changes that workers follow
         "INSERT INTO control VALUES (0)",
     ),
-    (  # queues can be paused and limited; the runs of a job stand together by their key, which saves an index
+    # Queues can be paused and limited. The runs of a job stand together by their key, which saves
+    # an index.
+    (
         "ALTER TABLE queues ADD COLUMN paused INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE queues ADD COLUMN concurrency INTEGER",
-        "ALTER TABLE control ADD COLUMN paused INTEGER NOT NULL DEFAULT 0",  # all queues, those to come too
+        # All queues, those to come too.
+        "ALTER TABLE control ADD COLUMN paused INTEGER NOT NULL DEFAULT 0",
         """CREATE TABLE new_runs (
             id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, state TEXT NOT NULL,
             started_at INTEGER NOT NULL, finished_at INTEGER NOT NULL, seconds REAL NOT NULL,
             exit_code INTEGER, error TEXT, worker TEXT NOT NULL, stdout BLOB, stderr BLOB)""",
-        """INSERT INTO new_runs SELECT job * 16777216 + run, attempt, state, started_at, finished_at, seconds,
-            exit_code, error, worker, stdout, stderr FROM runs ORDER BY job, run""",
+        ("INSERT INTO new_runs SELECT job * 16777216 + run, attempt, state, started_at, "
+         """finished_at, seconds,
+            exit_code, error, worker, stdout, stderr FROM runs ORDER BY job, run"""),
         "DROP TABLE runs",
         "ALTER TABLE new_runs RENAME TO runs",
     ),
-    (  # jobs wait for others, have keys, policies and whole environments; a context's key is never used again
+    # Jobs wait for others, have keys, policies and whole environments. A context's key is never
+    # used again.
+    (
         "ALTER TABLE jobs ADD COLUMN unique_key TEXT",
         "ALTER TABLE jobs ADD COLUMN policy TEXT",
         "ALTER TABLE jobs ADD COLUMN deferrals INTEGER NOT NULL DEFAULT 0",
         """CREATE UNIQUE INDEX jobs_unique ON jobs (unique_key)
             WHERE unique_key IS NOT NULL AND state <> 'completed' AND state <> 'dead'""",
-        """CREATE TABLE waits (
-            awaited INTEGER NOT NULL, job INTEGER NOT NULL, PRIMARY KEY (awaited, job)) WITHOUT ROWID""",
+        ("""CREATE TABLE waits (
+            awaited INTEGER NOT NULL, job INTEGER NOT NULL, """
+         "PRIMARY KEY (awaited, job)) WITHOUT ROWID"),
         "CREATE INDEX waits_job ON waits (job)",
-        """CREATE TABLE new_contexts (
-            id INTEGER PRIMARY KEY AUTOINCREMENT, cwd TEXT NOT NULL, path TEXT NOT NULL, umask INTEGER NOT NULL,
-            jobs INTEGER NOT NULL DEFAULT 0, environ TEXT NOT NULL, UNIQUE (cwd, path, umask, environ))""",
-        "INSERT INTO new_contexts (id, cwd, path, umask, environ) SELECT id, cwd, path, umask, '' FROM contexts",
+        ("""CREATE TABLE new_contexts (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, cwd TEXT NOT NULL, path TEXT NOT NULL, """
+         """umask INTEGER NOT NULL,
+            jobs INTEGER NOT NULL DEFAULT 0, environ TEXT NOT NULL, """
+         "UNIQUE (cwd, path, umask, environ))"),
+        ("INSERT INTO new_contexts (id, cwd, path, umask, environ) "
+         "SELECT id, cwd, path, umask, '' FROM contexts"),
         "DROP TABLE contexts",
         "ALTER TABLE new_contexts RENAME TO contexts",
-        # An environment goes with the last of its jobs; in the others of this table, jobs are not counted.
+        # An environment goes with the last of its jobs; in the others of this table, jobs are not
+        # counted.
         """CREATE TRIGGER jobs_forgotten AFTER DELETE ON jobs BEGIN
             DELETE FROM waits WHERE awaited = old.seq; DELETE FROM waits WHERE job = old.seq;
             UPDATE contexts SET jobs = jobs - 1 WHERE id = old.context AND jobs > 0;
             DELETE FROM contexts WHERE id = old.context AND jobs = 0 AND environ <> ''; END""",
     ),
-    (  # a queue has an id, by which a copy is told from the queue that it was copied from
+    # A queue has an id, by which a copy is told from the queue that it was copied from.
+    (
         "ALTER TABLE control ADD COLUMN identity TEXT NOT NULL DEFAULT ''",
         "UPDATE control SET identity = lower(hex(randomblob(4)))",
         # Pools of older programs, whose names don't begin with that id.
@@ -1970,237 +2112,157 @@ MIGRATIONS = (  # the statements that lead from version N to N + 1; never edit o
     ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
-
-GET_VERSION = "PRAGMA user_version"
-GET_APPLICATION = "PRAGMA application_id"
 SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
 SET_APPLICATION = "PRAGMA application_id = %d" % APPLICATION_ID
+GET_VERSION = "PRAGMA user_version"
+GET_APPLICATION = "PRAGMA application_id"
 COUNT_TABLES = "SELECT count(*) FROM sqlite_master"
-USE_WAL = "PRAGMA journal_mode = WAL"
-CONNECTION_PRAGMAS = ("PRAGMA journal_size_limit = 16777216", "PRAGMA trusted_schema = OFF") + (
-    ("PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1") if sys.platform == "darwin" else ())
-FULL_SYNC = "PRAGMA synchronous = FULL"
-NORMAL_SYNC = "PRAGMA synchronous = NORMAL"
-DATA_VERSION = "PRAGMA data_version"  # changes when another connection has committed
-FREE_PAGES = "PRAGMA freelist_count"
-ALL_PAGES = "PRAGMA page_count"
-VACUUM = "VACUUM"
 CHECKPOINT = "PRAGMA wal_checkpoint"
-BULK_CACHE = "PRAGMA cache_size = -40000"  # KiB
 
 BEGIN = "BEGIN IMMEDIATE"
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
-SAVEPOINT = "SAVEPOINT chunk"
-RELEASE = "RELEASE chunk"
-ROLLBACK_TO = "ROLLBACK TO chunk"
 
-FIND_CONTEXT = "SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ? AND environ = ?"
-ADD_CONTEXT = "INSERT INTO contexts (cwd, path, umask, environ) VALUES (?, ?, ?, ?)"
-GET_CONTEXT = "SELECT cwd, path, umask, environ FROM contexts WHERE id = ?"
-COUNT_IN_CONTEXT = """UPDATE contexts SET jobs = jobs + (
-    SELECT count(*) FROM jobs WHERE seq > ? AND context = contexts.id) WHERE id = ?"""
-FORGET_UNUSED = "DELETE FROM contexts WHERE jobs = 0 AND environ <> ''"
-ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
-COUNT_ADDED = "UPDATE queues SET pending = pending + ? WHERE name = ?"
-ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
-    timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at, delayed)
-    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-SET_SPECIAL = "UPDATE jobs SET unique_key = ?, policy = ? WHERE seq = ?"
-WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
-WITH_KEY = """SELECT seq, id, state FROM jobs
-    WHERE unique_key = ? AND state <> 'completed' AND state <> 'dead'"""
-LAST_SEQ = "SELECT seq FROM sqlite_sequence WHERE name = 'jobs'"
-
-READY_AT_ONCE = 10_000
-PULSE = "SELECT epoch, (SELECT min(due) FROM jobs WHERE ready = 0 AND due IS NOT NULL) FROM control"
-MAKE_READY = """UPDATE jobs SET ready = 1 WHERE seq IN (
-    SELECT seq FROM jobs WHERE ready = 0 AND due IS NOT NULL AND due <= ? ORDER BY due LIMIT %d)""" % READY_AT_ONCE
-MAKE_READY_AFTER_CLOCK_STEP = """UPDATE jobs SET ready = 1
-    WHERE state = 'failed' AND ready = 0 AND updated_at > ?"""
-DELAY_AGAIN = """UPDATE jobs SET due = due - updated_at + ?, run_at = run_at - updated_at + ?, updated_at = ?
-    WHERE delayed = 1 AND ready = 0 AND due IS NOT NULL AND state = 'pending' AND updated_at > ?"""
-CLAIM = """UPDATE jobs SET state = 'processing', ready = 0, due = NULL, attempts = attempts + 1,
-    runs = runs + 1, worker = ?, slot = ?, locked_at = ?, started_at = ?, updated_at = ?
-    WHERE seq = ?"""
-TAKE_TURN = "UPDATE pools SET jobs_left = jobs_left - 1 WHERE name = ? AND jobs_left > 0"
-COUNT_DEATH = "UPDATE pools SET died = died + 1 WHERE name = ?"
-
-RECORD_JOB = """UPDATE jobs SET state = ?, ready = ?, due = ?, attempts = ?, updated_at = ?,
-    finished_at = ?, exit_code = ?, last_error = ?, deferrals = deferrals + ?, cancel = 0, worker = NULL,
-    slot = NULL, locked_at = NULL WHERE seq = ? AND runs = ? AND state = 'processing'"""
-UNCOUNT_RUN = "UPDATE jobs SET runs = runs - 1 WHERE seq = ?"
-RECORD_RUN = "INSERT INTO runs VALUES (? * 16777216 + ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-IS_CANCELLED = "SELECT cancel FROM jobs WHERE seq = ?"
-ASK_CANCEL = "UPDATE jobs SET cancel = 1, updated_at = ? WHERE seq = ? AND state = 'processing'"
-CANCEL_WAITING = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, last_error = ?,
-    updated_at = ?, finished_at = ? WHERE seq = ? AND state IN ('pending', 'failed')"""
-RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', due = NULL, attempts = 0, deferrals = 0, updated_at = ?,
-    ready = NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq) WHERE """  # ignores those whose key is taken
-RETRY_ONE = RETRY + "seq = ? AND state IN ('completed', 'dead')"
-RETRY_ALL_DEAD = RETRY + "state = 'dead' AND queue = coalesce(?, queue) AND NOT EXISTS (SELECT 1 %s)"
-DELETE_JOB = """DELETE FROM jobs WHERE seq = ? AND state <> 'processing' AND NOT EXISTS (
-    SELECT 1 FROM waits JOIN jobs AS waiting ON waiting.seq = waits.job
-    WHERE awaited = jobs.seq AND waiting.state <> 'dead')"""
-
-# A row in `waits` stands until the awaited job is completed, or either is forgotten; so also while both are dead.
-ADD_WAIT = "INSERT OR IGNORE INTO waits (awaited, job) VALUES (?, ?)"
-HOLD = "UPDATE jobs SET ready = 0, due = NULL, chained = 1 WHERE seq = ?"
-_FOR_GONE = """FROM waits WHERE job = jobs.seq
-    AND NOT EXISTS (SELECT 1 FROM jobs AS awaited WHERE awaited.seq = waits.awaited)"""
-WAITS_FOR_GONE = "SELECT 1 FROM jobs WHERE seq = ? AND EXISTS (SELECT 1 %s)" % _FOR_GONE
-WAITING_FOR = "SELECT job FROM waits WHERE awaited = ?"
-END_WAITS = "DELETE FROM waits WHERE awaited = ?"
-LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?, due = CASE WHEN run_at > ? THEN run_at END
-    WHERE seq = ? AND state = 'pending' AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)"""
-_DEPENDENTS = """(WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHERE awaited = ?
-    UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq) SELECT seq FROM dependents)"""
-BURY = """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, updated_at = ?, finished_at = ?,
-    last_error = ? WHERE state = 'pending' AND seq """
-HOOKS_LEFT = """SELECT 1 FROM jobs WHERE state IN ('pending', 'processing', 'failed') AND queue = ?
-    AND env LIKE ? LIMIT 1"""
-HOOKED = "SELECT id, queue, command, state, attempts, max_retries, exit_code, last_error, updated_at FROM jobs "
-ONE_HOOKED = HOOKED + "WHERE seq = ?"
-TO_BURY = HOOKED + "WHERE state = 'pending' AND seq "
-THIS_ONE = "= ?"
-DEPENDENTS_OF = "IN " + _DEPENDENTS
-DEAD_DEPENDENTS = "SELECT seq FROM jobs WHERE state = 'dead' AND seq IN %s ORDER BY seq" % _DEPENDENTS
-AWAITED_BY = """SELECT seq, id, state, due FROM waits JOIN jobs ON jobs.seq = awaited WHERE job = ? ORDER BY seq"""
-WAITERS_OF = """SELECT seq, id FROM waits JOIN jobs ON jobs.seq = job WHERE awaited = ? AND state <> 'dead'
-    ORDER BY seq"""
-DEAD_CAUSES = """WITH RECURSIVE causes (seq) AS (SELECT ? UNION SELECT awaited FROM causes
-        JOIN waits ON job = causes.seq JOIN jobs ON jobs.seq = awaited WHERE state = 'dead')
-    SELECT id FROM causes JOIN jobs USING (seq) WHERE seq <> ? AND NOT EXISTS (SELECT 1 FROM waits
-        JOIN jobs AS other ON other.seq = awaited WHERE job = causes.seq AND other.state = 'dead') ORDER BY seq"""
-AWAITED_DEAD = """SELECT DISTINCT awaited.seq, awaited.id FROM waits JOIN jobs AS awaited ON awaited.seq = waits.awaited
-    JOIN jobs ON jobs.seq = waits.job WHERE awaited.state = 'dead' AND jobs.state = 'pending'"""
-RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 16777215"
-DELETE_RUNS = "DELETE " + RUNS_OF_JOB
-UNFINISHED_BETWEEN = """SELECT seq FROM jobs
-    WHERE state IN ('pending', 'processing', 'failed') AND seq BETWEEN ? AND ?"""
-END_OF = "SELECT id, state, last_error FROM jobs WHERE seq = ?"
-DIED_BETWEEN = """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead' AND seq > ? AND seq <= ?
-    AND updated_at >= ? AND queue = coalesce(?, queue) ORDER BY seq LIMIT 20"""
-STATE_OF_ID = "SELECT seq, state FROM jobs WHERE id = ?"
-ID_OF = "SELECT id FROM jobs WHERE seq = ?"
-STILL_SO = "SELECT 1 FROM jobs WHERE seq = ? AND state = ? AND updated_at <= ?"
-SOME_IN_STATE = """SELECT seq, queue, updated_at FROM jobs WHERE state = ? AND seq < ?
-    ORDER BY seq DESC LIMIT 500"""  # the newest first: what waits goes before what it waits for
-
-HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
-    backoff_base, context, env, policy, deferrals, chained, worker, slot, started_at, cancel FROM jobs
-    WHERE state = 'processing'"""
-HOLDERS = "SELECT DISTINCT worker FROM jobs WHERE state = 'processing'"
-ADD_POOL = "INSERT INTO pools (name, pid, started_at, workers, queues, jobs_left) VALUES (?, ?, ?, ?, ?, ?)"
-REMOVE_POOL = "DELETE FROM pools WHERE name = ?"
-ALL_POOLS = "SELECT name, pid, started_at, workers, queues, stop, died FROM pools ORDER BY started_at"
-GET_POOL = "SELECT stop, jobs_left, died FROM pools WHERE name = ?"
-ASK_STOP = "UPDATE pools SET stop = max(stop, ?) WHERE name = ?"
-ADD_WORKER = "INSERT INTO workers (name, pool, pid, started_at) VALUES (?, ?, ?, ?)"
-REMOVE_WORKER = "DELETE FROM workers WHERE name = ?"
-ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS started_at,
-    jobs.id AS job, jobs.command AS command, jobs.started_at AS job_started_at
-    FROM workers LEFT JOIN jobs ON jobs.state = 'processing' AND jobs.worker = workers.name
-    ORDER BY workers.started_at, workers.name"""
-
-NEXT_EPOCH = "UPDATE control SET epoch = epoch + 1"
 GET_IDENTITY = "SELECT identity FROM control"
 RENEW_IDENTITY = "UPDATE control SET identity = lower(hex(randomblob(4))), older = ''"
 KEEP_OLDER = """UPDATE control SET older = coalesce((SELECT group_concat(DISTINCT worker) FROM jobs
     WHERE state = 'processing'), '')"""
-GET_OLDER = "SELECT older FROM control"
-GIVE_BACK_ALL = """UPDATE jobs SET state = 'pending', ready = 1, attempts = max(attempts - 1, 0), cancel = 0,
-    worker = NULL, slot = NULL, locked_at = NULL WHERE state = 'processing'"""
-FORGET_WORKERS = ("DELETE FROM workers", "DELETE FROM pools")
-ALL_SETTINGS = "SELECT name, value FROM settings"
-SET_SETTING = "INSERT OR REPLACE INTO settings VALUES (?, ?)"
-UNSET_SETTING = "DELETE FROM settings WHERE name = ?"
 
-COUNTS = """SELECT total(pending), total(processing), total(completed), total(failed), total(dead)
-    FROM queues"""
-ALL_QUEUES = """SELECT name, concurrency, queues.paused OR control.paused AS paused, pending, processing, completed,
-    failed, dead FROM queues CROSS JOIN control ORDER BY name"""
-LIMITED_QUEUES = "SELECT name FROM queues WHERE concurrency IS NOT NULL"
-SET_CONCURRENCY = "UPDATE queues SET concurrency = ? WHERE name = ?"
-PAUSE_QUEUE = "UPDATE queues SET paused = ? WHERE name = ?"
-PAUSE_ALL = "UPDATE control SET paused = ?"
-RESUME_EACH = "UPDATE queues SET paused = 0"
-ALL_PAUSED = "SELECT paused FROM control"
-INTEGRITY = "PRAGMA integrity_check(5)"
-QUICK_CHECK = "PRAGMA quick_check(1)"
-RECOUNT = "SELECT queue, state, count(*) FROM jobs GROUP BY queue, state"
-EDIT = """UPDATE jobs SET priority = ?, run_at = ?, timeout_seconds = ?, max_retries = ?, queue = ?, ready = ?, due = ?,
-    updated_at = ? WHERE seq = ? AND state IN ('pending', 'failed')"""
+NEXT_EPOCH = "UPDATE control SET epoch = epoch + 1"
+PULSE = """SELECT epoch, (SELECT min(due) FROM jobs WHERE ready = 0 AND due IS NOT NULL)
+    FROM control"""
+ALL_POOLS = """SELECT name, pid, started_at, workers, queues, stop, died FROM pools
+    ORDER BY started_at"""
+ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS started_at,
+    jobs.id AS job, jobs.command AS command, jobs.started_at AS job_started_at
+    FROM workers LEFT JOIN jobs ON jobs.state = 'processing' AND jobs.worker = workers.name
+    ORDER BY workers.started_at, workers.name"""
+GET_POOL = "SELECT stop, jobs_left, died FROM pools WHERE name = ?"
+ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
 MOVE_COUNT = "UPDATE queues SET pending = pending + ?, failed = failed + ? WHERE name = ?"
-RUNNING_IN = "SELECT id FROM jobs WHERE state = 'processing' AND queue = ? ORDER BY seq LIMIT ?"
-AHEAD_OF = """SELECT count(*) FROM jobs JOIN queues ON queues.name = jobs.queue WHERE ready = 1 AND NOT paused
-    AND (concurrency IS NULL OR processing < concurrency)
-    AND (priority < ? OR (priority = ? AND seq < ?)) AND queue = coalesce(?, queue)"""
-RECENT_SECONDS = "SELECT avg(seconds) FROM (SELECT seconds FROM runs ORDER BY id DESC LIMIT 100)"
-STATES_BETWEEN = "SELECT state, count(*) FROM jobs WHERE seq BETWEEN ? AND ? AND queue = ? GROUP BY state"
-FIRST_IN = "SELECT min(seq) FROM jobs WHERE queue = ? AND state IN ('pending', 'processing', 'failed')"
-OLDEST_WAITING = "SELECT id, command, created_at, due FROM jobs WHERE state = 'pending' ORDER BY seq LIMIT 1"
+
+WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
+ID_OF = "SELECT id FROM jobs WHERE seq = ?"
+HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
+    backoff_base, context, env, policy, deferrals, chained, worker, slot, started_at, cancel
+    FROM jobs WHERE state = 'processing'"""
+OLDEST_WAITING = """SELECT id, command, created_at, due FROM jobs WHERE state = 'pending'
+    ORDER BY seq LIMIT 1"""
 NEXT_DUE = """SELECT id, command, due FROM jobs WHERE ready = 0 AND due IS NOT NULL
     ORDER BY due LIMIT 1"""
+RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 16777215"
+
+ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
+    timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at, delayed)
+    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+# A retry is ignored for a job whose key is taken.
+RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', due = NULL, attempts = 0, deferrals = 0,
+    updated_at = ?, ready = NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq) WHERE """
+HOOKED = """SELECT id, queue, command, state, attempts, max_retries, exit_code, last_error,
+    updated_at FROM jobs """
+WAITS_FOR_GONE = """FROM waits WHERE job = jobs.seq
+    AND NOT EXISTS (SELECT 1 FROM jobs AS awaited WHERE awaited.seq = waits.awaited)"""
+DEPENDENTS_OF = """IN (WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHERE awaited = ?
+    UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq)
+    SELECT seq FROM dependents)"""
 
 # CROSS JOIN keeps jobs the outer loop, in the order of its key.
-SELECT_JOBS = """SELECT seq, jobs.id AS id, command, state, queue, priority, run_at, timeout_seconds,
-    attempts, max_retries, backoff_base, cwd, env, policy, unique_key AS "unique", (SELECT group_concat(awaited.id)
-        FROM waits JOIN jobs AS awaited ON awaited.seq = waits.awaited WHERE waits.job = jobs.seq) AS after,
+SELECT_JOBS = """SELECT seq, jobs.id AS id, command, state, queue, priority, run_at,
+    timeout_seconds, attempts, max_retries, backoff_base, cwd, env, policy,
+    unique_key AS "unique", (SELECT group_concat(awaited.id) FROM waits
+        JOIN jobs AS awaited ON awaited.seq = waits.awaited WHERE waits.job = jobs.seq) AS after,
     created_at, updated_at, started_at, finished_at,
     CASE WHEN state = 'failed' THEN due END AS next_retry_at, exit_code, last_error,
     worker AS locked_by, locked_at, runs, slot, cancel, generated, context, due, ready
     FROM jobs CROSS JOIN contexts ON contexts.id = jobs.context """
-WHERE_SEQ = "WHERE seq = ?"
-WHERE_ID = "WHERE jobs.id = ?"
-WHERE_BETWEEN = "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT 1000"
-WHERE_PREFIX = "WHERE jobs.id >= ? AND jobs.id < ? AND generated = 1 LIMIT 6"
-RUNS_OF = """SELECT id % 16777216 AS run, attempt, state, started_at, finished_at,
-    seconds AS duration_seconds, exit_code, error, worker, stdout, stderr FROM runs
-    WHERE id > ? * 16777216 + ? AND id <= ? * 16777216 + 16777215 ORDER BY id LIMIT 20"""
-RUN_TIMES = "SELECT count(*), avg(seconds) " + RUNS_OF_JOB
 
 
 @lru_cache(16)
 def next_job(queues: int) -> str:
-    """The statement for the job that is next: of the first of each queue, the lowest (priority, seq).
+    """The statement for the job that is next: of each queue's first the lowest (priority, seq).
 
     `queues` is the number of names that are its parameters; 0 means all queues. Each costs one
-    seek in jobs_ready, however many jobs wait. A job that is processing counts against its queue's
-    limit until its run is recorded: so do those of dead workers, whose processes may still live.
+    seek in jobs_ready, however many jobs wait. A job that is processing counts against its
+    queue's limit until its run is recorded. So do those of dead workers: their processes may
+    still live.
     """
-    return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries, timeout_seconds,
-        backoff_base, context, env, policy, deferrals, chained FROM queues CROSS JOIN jobs ON seq = (
-            SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name ORDER BY priority, seq LIMIT 1)
+    among = ""
+    if queues:
+        among = "AND name IN (%s)" % ", ".join("?" * queues)
+    return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries,
+        timeout_seconds, backoff_base, context, env, policy, deferrals, chained
+        FROM queues CROSS JOIN jobs ON seq = (
+            SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name
+            ORDER BY priority, seq LIMIT 1)
         WHERE pending + failed > 0 AND NOT paused AND NOT (SELECT paused FROM control)
-            AND (concurrency IS NULL OR processing < concurrency) %s ORDER BY priority, seq LIMIT 1""" % (
-            "AND name IN (%s)" % ", ".join("?" * queues) if queues else "")
+            AND (concurrency IS NULL OR processing < concurrency) %s
+        ORDER BY priority, seq LIMIT 1""" % among
 
 
-def select_jobs(states: Sequence[str], queue: str | None, newest: bool, count: int) -> str:
-    """The statement for one page of jobs; its parameters: a seq to start from, states, queue.
+def select_jobs(states: Sequence[str], queue: str | None,
+                newest: bool, count: int) -> str:
+    """The statement for a page of `count` jobs; parameters: a seq to start from, states, queue.
 
     One state is read by its index; several by the key, which needs no sorting (`+` rules the
     index out).
     """
-    terms = ["seq < ?" if newest else "seq > ?"]
+    bound, order = ("<", "DESC") if newest else (">", "ASC")
+    where = "seq %s ?" % bound
     if states:
         column = "state" if len(states) == 1 else "+state"
-        terms.append("%s IN (%s)" % (column, ", ".join("?" * len(states))))
+        where += " AND %s IN (%s)" % (column, ", ".join("?" * len(states)))
     if queue is not None:
-        terms.append("queue = ?")
-    return "%s WHERE %s ORDER BY seq %s LIMIT %d" % (
-        SELECT_JOBS, " AND ".join(terms), "DESC" if newest else "ASC", count)
+        where += " AND queue = ?"
+    return "%s WHERE %s ORDER BY seq %s LIMIT %d" % (SELECT_JOBS, where, order, count)
 
 
-# ═══ Store ═══ the database: one method for each change of state ═════════════════════════════
+# ═══ Database ═══ the file: trust, opening, the mutex, commits, what is on disk, copies ══════
 #
-# Nobody but SQLite opens the database file: closing any other descriptor of it would drop the
-# locks SQLite holds. Every write goes through `transaction`.
+# Nobody but SQLite ever opens the database file. Closing any other descriptor of it would drop
+# the locks that SQLite holds on it. Its log and the lock file may be opened.
+#
+# Who writes takes these steps (Connection.begin and end):
+#
+#   1. The mutex: a lock on the lock file beside the database. The kernel keeps its queue: SQLite's
+#      own waiting is unfair, and deaf to signals. A write can't race a checkpoint, by which SQLite
+#      before 3.51.3 could lose commits. All that follows is done while it is held.
+#   2. Is it still the same file? What is written to a deleted or replaced one would be lost.
+#   3. Is there the mark of a failed sync? Then the log is written again, for a commit on top of
+#      frames that the disk has not got would be told as done, and be lost with them.
+#   4. The first time: is it a copy? Then it gets an id of its own, before anyone can take its
+#      workers for those of the original and end them.
+#   5. BEGIN IMMEDIATE, the statements, COMMIT. A deferred transaction would fail where it turns
+#      into a write, if another program had written meanwhile.
+#   6. The mark again. A worker syncs without the mutex: that may have failed after step 3.
+#   7. The mutex is freed, whatever went wrong before.
+#
+# Commands let COMMIT sync the log (synchronous=FULL). Workers don't (defer_sync): they call
+# `sync` when the mutex is free again and the next job runs already, and tell nothing before.
+#
+# A reader takes no mutex. Every answer is fetched whole: an open cursor would keep checkpoints
+# from finishing.
+#
+# Who opens takes the mutex only to migrate, or to look again where the first look found trouble:
+# perhaps the database was being made at that moment.
 
 PATIENCE = 30.0  # seconds a command waits to write before it gives up
 WAIT_TOLD = 5.0  # seconds after which it says that it waits
-NEVER = 1 << 62
+
+# Words in an error of SQLite; what that error means to the user, and what to do next.
+MEANINGS = (
+    ("locked|busy", Unavailable,
+     "%(path)s is locked by another program; try again when it has finished"),
+    ("full", Unavailable, "no space left for %(path)s; free some and try again"),
+    ("disk I/O", Unavailable,
+     "%(path)s can't be read or written (%(text)s); check the disk and its quota"),
+    ("readonly|read-only", Unavailable,
+     "%(path)s can't be written: it or its folder is read-only"),
+    ("not a database|encrypted", QueueError,
+     "%(path)s is not a queuectl database; nothing was changed, name another with --db"),
+    ("malformed", QueueError,
+     ("%(path)s is damaged (%(text)s); move it, %(path)s-wal and %(path)s-shm away together, "
+      "then `queuectl restore BACKUP` or start anew")),
+)
 
 
 def shortage_of_descriptors() -> str:
@@ -2215,28 +2277,23 @@ def shortage_of_descriptors() -> str:
 def translate(error: sqlite3.Error, path: str) -> QueueError:
     """What an error of SQLite means to the user, and what to do next."""
     text = str(error)
-    if "locked" in text or "busy" in text:
-        return Unavailable("%s is locked by another program; try again when it has finished" % path)
-    if "full" in text:
-        return Unavailable("no space left for %s; free some and try again" % path)
-    if "disk I/O" in text:
-        return Unavailable("%s can't be read or written (%s); check the disk and its quota" % (path, text))
-    if "readonly" in text or "read-only" in text:
-        return Unavailable("%s can't be written: it or its folder is read-only" % path)
-    if "not a database" in text or "encrypted" in text:
-        return QueueError("%s is not a queuectl database; nothing was changed, name another with --db" % path)
-    if "malformed" in text:
-        return QueueError("%s is damaged (%s); move it, %s-wal and %s-shm away together, then `queuectl "
-                          "restore BACKUP` or start anew" % (path, text, path, path))
-    if "unable to open" in text and os.path.exists(path):
-        return Unavailable("%s can't be opened: %s" % (path, shortage_of_descriptors() or "check that you may use it"))
-    if "unable to open" in text:
-        return QueueError("%s can't be opened; check that the path exists and that you may use it" % path)
-    return QueueError("%s: %s" % (path, text))
+    for words, kind, meaning in MEANINGS:
+        if re.search(words, text):
+            return kind(meaning % {"path": path, "text": text})
+    if "unable to open" not in text:
+        return QueueError("%s: %s" % (path, text))
+    if os.path.exists(path):
+        advice = shortage_of_descriptors() or "check that you may use it"
+        return Unavailable("%s can't be opened: %s" % (path, advice))
+    return QueueError("%s can't be opened; check that the path exists and that you may use it"
+                      % path)
 
 
 def open_as_it_is(path: str) -> sqlite3.Connection:
-    """A database for reading, without its log and without any lock (https://www.sqlite.org/uri.html)."""
+    """A database for reading, without its log and without any lock.
+
+    See https://www.sqlite.org/uri.html.
+    """
     for mark in "%?#":
         path = path.replace(mark, "%%%02x" % ord(mark))
     return sqlite3.connect("file:%s?immutable=1" % path, uri=True, isolation_level=None)
@@ -2246,8 +2303,8 @@ def value_in_file(path: str, statement: str) -> Any:
     """The first value that a statement finds in a database as it is; None if it can't be read."""
     db = open_as_it_is(path)
     try:
-        row = db.execute(statement).fetchone()
-        return row[0] if row else None
+        row = db.execute(statement).fetchone() or (None,)
+        return row[0]
     except sqlite3.Error:
         return None
     finally:
@@ -2260,11 +2317,17 @@ def is_queue(path: str) -> bool:
 
 
 def has_log(db: str) -> bool:
-    """Whether anything stands in the log beside a database. (Whoever closes it last removes the log, at any moment.)"""
+    """Whether anything stands in the log beside a database.
+
+    Whoever closes the database last removes the log, at any moment.
+    """
     try:
         return os.path.getsize(db + "-wal") > 0
     except FileNotFoundError:
         return False
+
+
+# What is refused: what others could have written, and where locks don't hold.
 
 
 def make_folder(folder: str) -> None:
@@ -2282,8 +2345,8 @@ def refuse_network(folder: str) -> None:
     """Raise QueueError if a folder is on a network file system, where SQLite's locks don't hold."""
     kind = system.network_file_system(folder)
     if kind:
-        raise QueueError("%s is on a network file system (%s), where locks can't be trusted; name a database "
-                         "on a local disk with --db" % (folder, kind))
+        raise QueueError("%s is on a network file system (%s), where locks can't be trusted; name "
+                         "a database on a local disk with --db" % (folder, kind))
 
 
 def _distrust(path: str) -> str:
@@ -2299,14 +2362,14 @@ def distrust_of(db: str) -> str:
     Who can write to the database, to what stands beside it or to its folder can have commands run
     as this user; and who can write to a folder above can put another in its place.
     """
-    folder = os.path.dirname(db)
-    reasons = [_distrust(path) for path in (db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db))]
+    beside = db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db)
+    reasons = [_distrust(path) for path in beside]
+    folder, above = os.path.dirname(db), False
     try:
-        reasons.append(system.distrust(folder))
-        folder = os.path.dirname(folder)
-        while folder != os.path.dirname(folder):  # who may write to / can replace Python itself
-            reasons.append(system.distrust(folder, True))
-            folder = os.path.dirname(folder)
+        # Who may write to / can replace Python itself.
+        while not above or folder != os.path.dirname(folder):
+            reasons.append(system.distrust(folder, above))
+            folder, above = os.path.dirname(folder), True
     except FileNotFoundError:  # moved away: whoever did that can put another there
         return "%s was moved away while it was looked at" % folder
     return next(filter(None, reasons), "")
@@ -2318,63 +2381,68 @@ def refuse_untrusted(db: str) -> None:
     Whatever executes a command of a database, or ends processes by what it says, asks here first.
     A folder that is not there is made: nobody can then put another in its place.
     """
-    make_folder(os.path.dirname(db))
-    refuse_network(os.path.dirname(db))
+    folder = os.path.dirname(db)
+    make_folder(folder)
+    refuse_network(folder)
     reason = distrust_of(db)
     if reason:
         raise QueueError("nothing that others could write is executed: %s" % reason)
 
 
-def at_line(line: int, problem: str) -> str:
-    """What is wrong with a job, and on which line of its file (0: it has none)."""
-    return "line %d: %s" % (line, problem) if line else problem
+def prepare_place(path: str) -> None:
+    """Before a database is made: a private folder, on a disk of this machine, and nobody uses it.
+
+    Raises QueueError if a worker of one that was here still lives, or if its log stands there.
+    """
+    folder = os.path.dirname(path)
+    make_folder(folder)
+    refuse_network(folder)
+    if anyone_alive(path):
+        raise QueueError("%s is gone, but workers of it still live; let them end before a new one "
+                         "is made" % path)
+    if os.path.exists(path + "-wal"):
+        raise QueueError("%s is gone, but its log stands there; `queuectl restore BACKUP`, or move "
+                         "%s-wal away" % (path, path))
 
 
-def serves(pool: dict[str, Any], queue: str) -> bool:
-    """Whether the workers of a pool take jobs of a queue."""
-    return not pool["queues"] or queue in (HOOK_QUEUE, *pool["queues"].split(","))
+def refuse_strange_file(path: str) -> None:
+    """Before a database is opened; raises QueueError for what SQLite would take for one.
+
+    It would make a new queue of an empty file, follow links, and keep a log for each name.
+    """
+    info, folder = os.stat(path), folder_path(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise QueueError("%s is not a file; name a database with --db" % path)
+    if info.st_nlink > 1:
+        raise QueueError("%s has %d names (hard links), each with a log and a lock of its own, "
+                         "which would damage it; `find / -xdev -samefile %s` lists them: remove "
+                         "the others, and make copies with `queuectl backup FILE`"
+                         % (path, info.st_nlink, shell_word(path)))
+    if system.is_mount_point(path):
+        raise QueueError("%s is mounted as a single file, so its log and its lock would stand "
+                         "elsewhere than for others; mount the folder that it is in" % path)
+    for beside in (path + "-wal", path + "-shm", path + "-journal", folder):
+        if is_link(beside):
+            raise QueueError("%s is a link, which is not followed; remove it" % beside)
+    if info.st_size == 0 and os.path.isdir(folder):
+        raise QueueError("%s is empty, but has been a queue before; restore a backup, or move it "
+                         "and %s away" % (path, folder))
 
 
-def _draw_ids(count: int) -> list[str]:
-    """Random ids: 40 bits, ten hex digits each."""
-    digits = os.urandom(5 * count).hex()
-    return [digits[at:at + 10] for at in range(0, 10 * count, 10)]
+def advice_on_owner(path: str) -> str:
+    """Whose a database's files are, and what to do, if they are another user's.
 
-
-def _job_row(draft: dict[str, Any], settings: dict[str, Any], context: int, now: int) -> tuple[Any, ...]:
-    """The values of ADD_JOB for a draft; what was not given takes the setting of this moment."""
-    run_at = draft["run_at"]
-    due = run_at if run_at is not None and run_at > now else None
-    given = {name: settings[name] if draft[name] is None else draft[name]
-             for name in ("priority", "timeout_seconds", "max_retries")}
-    return (draft["id"], 1 if draft["id"] is None else 0, draft["command"], draft["queue"] or "default",
-            given["priority"], 1 if due is None else 0, due, run_at, given["timeout_seconds"],
-            given["max_retries"], draft["backoff_base"], context,
-            json.dumps(draft["env"]) if draft["env"] else None, now, now, isinstance(run_at, Delayed))
-
-
-def wal_checksum(data: bytes, sums: tuple[int, int], order: str) -> tuple[int, int]:
-    """The checksum of SQLite's log over `data`, going on from `sums`; `order` is that of its 32-bit words."""
-    from struct import unpack
-    first, second = sums
-    words = iter(unpack("%s%dI" % (order, len(data) // 4), data))
-    for even, odd in zip(words, words):
-        first = (first + even + second) & 0xFFFFFFFF
-        second = (second + odd + first) & 0xFFFFFFFF
-    return first, second
-
-
-def _hook_env(job: dict[str, Any]) -> dict[str, str]:
-    """The variables by which a hook learns which job has ended, and how."""
-    shown = {"JOB_ID": job["id"], "QUEUE": job["queue"], "ATTEMPT": job["attempts"], "MAX_RETRIES": job["max_retries"],
-             "COMMAND": shorten(job["command"], 30000), "STATE": job["state"], "EXIT_CODE": job["exit_code"],
-             "ERROR": clean(job["last_error"] or "")}
-    return {"QUEUECTL_" + name: "" if value is None else str(value) for name, value in shown.items()}
-
-
-def _is_special(draft: dict[str, Any]) -> bool:
-    """Whether a draft has what few jobs have, and bulks are to be fast without."""
-    return bool(draft["after"] or draft["dead_on"]) or draft["unique"] is not None or draft["retry_after"] is not None
+    They were made by `sudo`, for instance.
+    """
+    folder = os.path.dirname(path)
+    for file in (folder, path, mutex_path(path)):
+        if not os.path.exists(file):
+            continue
+        owner = os.stat(file).st_uid
+        if owner != system.user:
+            return ("; %s belongs to the user with the id %d (`sudo chown -R %d %s` would give it "
+                    "to you)" % (file, owner, system.user, shell_word(folder)))
+    return ""
 
 
 class Identity:
@@ -2388,44 +2456,53 @@ class Identity:
     first write: so nobody who works on a copy ends the processes of the original.
     """
 
-    NOTE = b"%-8.8b %20d %20d\n"  # the queue's id, device and inode; 51 bytes
-
     def __init__(self, path: str, mutex: int) -> None:
         self.path, self.mutex = path, mutex
         self.queue = ""  # known once something was written
         self.next_look, self.index, self.changed_at = 0.0, 0, 0
         self.watched = [mutex]  # descriptors of files that must not be deleted while it is in use
-        self.replaced = False  # then even closing it may do harm: SQLite would write its log into another file
+        # Then even closing it may do harm: SQLite would write its log into another file.
+        self.replaced = False
         self.file = self._look()
 
     def _look(self) -> tuple[int, int]:
         try:
             info = os.stat(self.path)
         except FileNotFoundError:
-            raise QueueError("%s was deleted while it was in use; nothing more is written" % self.path) from None
+            raise self._trouble("was deleted") from None
         except OSError as error:
             raise Unavailable("%s can't be used: %s" % (self.path, error.strerror)) from error
         return info.st_dev, info.st_ino
 
+    def _trouble(self, what: str) -> QueueError:
+        return QueueError("%s %s while it was in use; nothing more is written" % (self.path, what))
+
     def check(self) -> None:
-        """Raise QueueError if the database or its lock file was deleted or replaced since it was opened."""
+        """Raise QueueError if the database was deleted or replaced since it was opened.
+
+        At most every tenth of a second it is also looked at whether the lock file or the index of
+        the log was deleted, and whether the database was overwritten.
+        """
         if self._look() != self.file:
-            raise QueueError("%s was replaced while it was in use; nothing more is written" % self.path)
+            raise self._trouble("was replaced")
         now = time.monotonic()
         if now < self.next_look:
             return
         self.next_look = now + 0.1
-        if not all(os.fstat(fd).st_nlink for fd in self.watched) or self._inode_of_index() != self.index:
+        linked = all(os.fstat(fd).st_nlink for fd in self.watched)
+        if not linked or self._inode_of_index() != self.index:
             self.replaced = True
-            raise QueueError("files beside %s were deleted while it was in use; nothing more is written" % self.path)
+            raise QueueError("files beside %s were deleted while it was in use; nothing more is "
+                             "written" % self.path)
         changed_at = os.stat(self.path).st_mtime_ns  # by a checkpoint, or by who overwrites it
-        if self.queue and self.changed_at not in (0, changed_at) and self._is_another(self.queue):
+        touched = self.changed_at not in (0, changed_at)
+        if self.queue and touched and self._is_another(self.queue):
             self.replaced = True
-            raise QueueError("%s was overwritten while it was in use; nothing more is written" % self.path)
+            raise self._trouble("was overwritten")
         self.changed_at = changed_at
 
     def watch(self, fd: int) -> None:
-        """From now on it is looked at whether this file, and the index of SQLite's log, are deleted."""
+        """From now on look whether this file, and the index of SQLite's log, are deleted."""
         self.watched.append(fd)
         self.index = self._inode_of_index()
 
@@ -2438,41 +2515,47 @@ class Identity:
             return -1
 
     def _noted(self) -> list[bytes]:
-        """The queue's id, the device and the inode that the lock file tells of; older programs told the last alone."""
+        """What the lock file tells: the queue's id, the device and the inode.
+
+        Older programs noted the inode alone.
+        """
         return read_between(self.mutex, 0, 51).split()
 
     def check_log(self) -> None:
-        """Raise QueueError for a database in the place of another whose workers live, or whose log stands there.
+        """Raise QueueError for a database in the place of another whose workers or log are there.
 
-        SQLite would mix that log with it. Devices may have other numbers after a restart of the machine.
+        SQLite would mix that log with it. Devices may have other numbers after a restart of the
+        machine.
         """
-        noted, log = self._noted(), has_log(self.path)
+        path, noted, log = self.path, self._noted(), has_log(self.path)
         overwritten = log and len(noted) == 3 and self._is_another(noted[0].decode())
         if log and self._lacks_index():
-            raise QueueError("%s-shm was removed while workers live; they stop when they see it" % self.path)
+            raise QueueError("%s-shm was removed while workers live; they stop when they see it"
+                             % path)
         if (not noted or self.same_file()) and not overwritten:
             return
-        if anyone_alive(self.path):
-            raise QueueError("%s was replaced while workers of the old one live; they stop when they see it"
-                             % self.path)
+        if anyone_alive(path):
+            raise QueueError("%s was replaced while workers of the old one live; they stop when "
+                             "they see it" % path)
         if log:
-            raise QueueError("%s was replaced, but a log stands beside it: move %s-wal and %s-shm away if they are the "
-                             "old one's, or remove %s if they were copied with it"
-                             % (self.path, self.path, self.path, mutex_path(self.path)))
+            raise QueueError("%s was replaced, but a log stands beside it: move %s-wal and %s-shm "
+                             "away if they are the old one's, or remove %s if they were copied "
+                             "with it" % (path, path, path, mutex_path(path)))
 
     def _lacks_index(self) -> bool:
         """Whether workers live, but the index of the log is gone.
 
         Whoever closes the database last removes the index, then the log; perhaps at this moment.
         """
+        path = self.path
         for _ in range(10):
-            if os.path.exists(self.path + "-shm") or not has_log(self.path) or not anyone_alive(self.path):
+            if os.path.exists(path + "-shm") or not has_log(path) or not anyone_alive(path):
                 return False
             time.sleep(0.05)
         return True
 
     def _is_another(self, queue: str) -> bool:
-        """Whether the database file was overwritten in place with that of another queue than the one noted.
+        """Whether the file was overwritten in place with another queue than the noted one.
 
         The file is read as it is, without its log. What is written to it meanwhile can make it
         look damaged, which tells nothing, but not three times like a whole other queue.
@@ -2483,10 +2566,12 @@ class Identity:
             time.sleep(0.05)
         return True
 
-    def settle(self, queue: str, renew: Callable[[], str] | None = None) -> None:
-        """Under the mutex, before the first write: note which queue this is; a copy is given a new id by `renew`.
+    def settle(self, queue: str,
+               renew: Callable[[], str] | None = None) -> None:
+        """Under the mutex, before the first write: note which queue this is.
 
-        Where workers live it is none: in a container the same file may have another device.
+        A copy is given a new id by `renew`. Where workers live it is no copy: in a container the
+        same file may have another device.
         """
         if self._noted() != self._note(queue).split():
             if renew and not anyone_alive(self.path):
@@ -2495,16 +2580,34 @@ class Identity:
         self.queue = queue
 
     def known(self, queue: str) -> str:
-        """`queue`, which is what the database says, unless it is a copy that has no id of its own yet."""
-        same = self._noted() == self._note(queue).split() or anyone_alive(self.path)
-        return queue if same else ""
+        """`queue`, as the database says, unless it is a copy that has no id of its own yet."""
+        differs = self._noted() != self._note(queue).split()
+        if differs and not anyone_alive(self.path):
+            return ""
+        return queue
 
     def _note(self, queue: str) -> bytes:
-        return self.NOTE % (queue.encode(), *self.file)
+        """The queue's id, device and inode; 51 bytes."""
+        return b"%-8.8b %20d %20d\n" % (queue.encode(), *self.file)
 
     def same_file(self) -> bool:
         """Whether the lock file tells of this file."""
         return self._noted()[-1:] == [b"%d" % self.file[1]]
+
+
+def wal_checksum(data: bytes, sums: tuple[int, int],
+                 order: str) -> tuple[int, int]:
+    """The checksum of SQLite's log over `data`, going on from `sums`.
+
+    `order` is the byte order (`<` or `>`) of its 32-bit words.
+    """
+    from struct import unpack
+    first, second = sums
+    words = iter(unpack("%s%dI" % (order, len(data) // 4), data))
+    for even, odd in zip(words, words):
+        first = (first + even + second) & 0xFFFFFFFF
+        second = (second + odd + first) & 0xFFFFFFFF
+    return first, second
 
 
 class Log:
@@ -2538,16 +2641,20 @@ class Log:
         """Whether a sync has failed, anybody's, and the log was not written again since."""
         return read_between(self.mutex, self.MARK_AT, self.MARK_AT + 1) == b"!"
 
-    def mark(self, failed: bool) -> None:
-        write_at(self.mutex, self.MARK_AT, b"!" if failed else b" ")
+    def mark(self, sign: bytes) -> None:
+        """Leave the mark (`!`), or take it away (a blank)."""
+        write_at(self.mutex, self.MARK_AT, sign)
 
     def sync(self) -> None:
-        """Have the disk keep all that was committed; raises OSError if it can't, having left the mark."""
+        """Have the disk keep all that was committed.
+
+        Raises OSError if it can't, having left the mark.
+        """
         self.open()
         try:
             system.sync(self.fd)
         except OSError:
-            self.mark(True)
+            self.mark(b"!")
             raise
 
     def write_again(self) -> None:
@@ -2557,12 +2664,15 @@ class Log:
         """
         end = self.cut()
         if not self._is_sound(end):
-            raise QueueError("the disk has lost a part of %s, which failed to be synced before: stop the workers, keep "
-                             "a copy of all files, and restore a backup" % self.path)
-        for start in range(0, end, 1 << 16):
-            write_at(self.fd, start, read_between(self.fd, start, min(end, start + (1 << 16))))
+            raise QueueError("the disk has lost a part of %s, which failed to be synced before: "
+                             "stop the workers, keep a copy of all files, and restore a backup"
+                             % self.path)
+        size = 1 << 16
+        for start in range(0, end, size):
+            part = read_between(self.fd, start, min(end, start + size))
+            write_at(self.fd, start, part)
         self.sync()
-        self.mark(False)
+        self.mark(b" ")
 
     def cut(self) -> int:
         """Under the mutex: end the log behind what was committed; the offset there.
@@ -2577,7 +2687,7 @@ class Log:
         return end
 
     def _frames_in_index(self) -> int:
-        """How many frames were committed, as SQLite's index of the log tells (mxFrame of its header).
+        """How many frames were committed, as SQLite's index of the log tells (mxFrame).
 
         Another process reads it: to close the file here would drop the locks that SQLite has on it.
         """
@@ -2590,7 +2700,7 @@ class Log:
         return self.FRAME_HEADER + int.from_bytes(read_between(self.fd, 8, 12), "big")
 
     def _is_sound(self, end: int) -> bool:
-        """Whether the frames up to the offset `end` can still be read as they were written, by their checksums."""
+        """Whether the frames up to the offset `end` read as they were written, by checksums."""
         size = self._frame_size()
         header = read_between(self.fd, 0, self.HEADER)
         order = ">" if header[3:4] == b"\x83" else "<"
@@ -2600,7 +2710,8 @@ class Log:
             if len(frame) < size or frame[8:16] != header[16:24]:
                 return False
             sums = wal_checksum(frame[:8] + frame[self.FRAME_HEADER:], sums, order)
-            if frame[16:24] != b"".join(each.to_bytes(4, "big") for each in sums):
+            found = int.from_bytes(frame[16:24], "big")
+            if found != sums[0] << 32 | sums[1]:
                 return False
         return True
 
@@ -2609,58 +2720,58 @@ class Log:
             os.close(self.fd)
 
 
-OPENED: list[Store] = []  # those that close_stores closes: Python would close one that nobody names any more
+class Guard:
+    """A `with` block: `enter` is called before it, `leave` after it with the error it ended by."""
+
+    def __init__(self, enter: Callable[[], None],
+                 leave: Callable[[BaseException | None], None]) -> None:
+        self.enter, self.leave = enter, leave
+
+    def __enter__(self) -> None:
+        self.enter()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.leave(error)
 
 
-def close_stores() -> bool:
-    """Close the stores before the process ends; if False it must end by os._exit, see Log."""
-    closed = [store.close() for store in list(OPENED)]
-    return all(closed)
+class Connection:
+    """The doors through which everything goes: one for writes, some for reads.
 
-
-class Store:
-    """The queue's database at `path`, made if it does not exist.
-
-    `patience` is how many seconds a write may wait; `tell` gets a line when it waits long.
-    `reading`: nothing is to be written; where there is no database it is an empty queue, and one
-    of an older schema is read from a copy in memory that is brought up to date. `as_it_is`: of an
-    older schema only what has not changed since is to be used. Raises QueueError if the database
-    can't be used, Unavailable if perhaps later it can.
+    What goes wrong there is raised as QueueError, or as Unavailable if it may pass.
     """
 
-    def __init__(self, path: str, patience: float = PATIENCE, tell: Callable[[str], None] | None = None,
-                 reading: bool = False, as_it_is: bool = False) -> None:
-        self.path, self.patience, self.tell = path, patience, tell
-        self.reading, self.as_it_is = reading, as_it_is
-        self.told = False
-        self.mutex = -1
-        self.deferring = False
-        self.source: sqlite3.Connection | None = None  # of an older schema, which `db` is a copy of
-        self.seen_in_source = -1
-        if sqlite3.sqlite_version_info < (3, 8, 3):
-            raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer" % sqlite3.sqlite_version)
-        try:
-            self._patiently(self._open)
-        except BaseException as error:
-            if self.mutex >= 0:
-                os.close(self.mutex)
-            if isinstance(error, OSError):
-                raise Unavailable("%s can't be used: %s%s" % (path, error.strerror, self._owner())) from error
-            raise
+    db: sqlite3.Connection
+    identity: Identity
+    log: Log
 
-    def _owner(self) -> str:
-        """Whose the files are, and what to do, if they are another user's; made by `sudo`, for instance."""
-        for file in (os.path.dirname(self.path), self.path, mutex_path(self.path)):
-            owner = os.stat(file).st_uid if os.path.exists(file) else system.user
-            if owner != system.user:
-                return "; %s belongs to the user with the id %d (`sudo chown -R %d %s` would give it to you)" % (
-                    file, owner, system.user, shell_word(os.path.dirname(self.path)))
-        return ""
+    def __init__(self, path: str, patience: float, tell: Tell | None) -> None:
+        self.path, self.patience, self.tell = path, patience, tell
+        self.folder = os.path.dirname(path)
+        self.told = False  # that it waits
+        self.mutex = -1  # the descriptor of the lock file; -1: it is not open, nothing is written
+        self.as_it_is = False
+        self.deferring = False
+
+    def _connect(self) -> None:
+        system.refuse_full(self.folder)
+        mask = os.umask(0o077)
+        try:
+            self.db = sqlite3.connect(self.path, timeout=TICK, isolation_level=None)
+        finally:
+            os.umask(mask)
+        self.execute("PRAGMA journal_size_limit = 16777216")
+        self.execute("PRAGMA trusted_schema = OFF")
+        if sys.platform == "darwin":  # where an fsync does not reach the disk
+            self.execute("PRAGMA fullfsync = 1")
+            self.execute("PRAGMA checkpoint_fullfsync = 1")
+        self.execute("PRAGMA synchronous = %s" % ("NORMAL" if self.deferring else "FULL"))
 
     def _trouble(self, error: sqlite3.Error) -> QueueError:
-        """What an error means; of a page that could not be read SQLite says the same as of a damaged one.
+        """What an error means.
 
-        Where a descriptor was lacking SQLite has opened the database for reading alone: that is mended.
+        Of a page that could not be read SQLite says the same as of a damaged one: that is looked
+        into. Where a descriptor was lacking it has opened the database for reading alone: that is
+        mended.
         """
         trouble = translate(error, self.path)
         if "readonly" in str(error) and os.access(self.path, os.W_OK):
@@ -2672,273 +2783,74 @@ class Store:
             return trouble
         for _ in range(3):
             try:
-                if self.db.execute(QUICK_CHECK).fetchall() == [("ok",)]:
+                if self.db.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]:
                     return Unavailable("%s could not be read for a moment" % self.path)
             except sqlite3.Error:
                 pass
         return trouble
 
+    # Reading.
+
     def _patiently(self, read: Callable[[], Any]) -> Any:
-        """What `read()` returns; tried again for `patience` seconds while another program has it locked.
+        """What `read()` returns; tried again for `patience` seconds while a program has it locked.
 
         SQLite itself locks all out while it reads the log that a crash has left.
         """
-        try:
-            return read()
-        except sqlite3.Error:  # looked into below; reading is mostly done here
-            deadline = time.monotonic() + self.patience
-        self.told = False
+        deadline = None
         while True:
             try:
                 return read()
             except sqlite3.Error as error:
+                if deadline is None:  # it is looked into if it fails again
+                    deadline, self.told = time.monotonic() + self.patience, False
+                    continue
                 trouble = self._trouble(error)
                 if "locked" not in str(error) or time.monotonic() >= deadline:
                     raise trouble from error
                 self._tell_wait(deadline)
                 time.sleep(0.02)
 
-    def _open(self) -> None:
-        new = not self._exists()
-        if new and self.reading:
-            self._open_nothing()
-            return
-        if new:
-            self._prepare_folder()
-        else:
-            self._check_file()
-        if self.mutex < 0:
-            try:
-                self.mutex = open_private(mutex_path(self.path), os.O_RDWR)
-            except OSError as error:
-                if not self.reading or error.errno not in (errno.EROFS, errno.EACCES):
-                    raise
-                self._open_unwritable(error)
-                return
-        self.log = Log(self.path, self.mutex)
-        if not new:
-            system.give_to_owner(self.mutex, self.path)
-            self.identity = Identity(self.path, self.mutex)
-            self._check_log()
-        self._connect()
-        if new or self._value(GET_VERSION) != SCHEMA_VERSION:
-            self._bring_up_to_date()
-        if new:
-            self.identity = Identity(self.path, self.mutex)
+    def rows(self, statement: str, *values: Any) -> list[Any]:
+        """All rows that a statement finds, as tuples."""
+        return self._patiently(  # type: ignore[no-any-return]
+            lambda: self.db.execute(statement, values).fetchall())
 
-    def _exists(self) -> bool:
-        try:
-            os.stat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+    def column(self, statement: str, *values: Any) -> list[Any]:
+        """The first value of each row."""
+        return [row[0] for row in self.rows(statement, *values)]
 
-    def _check_log(self) -> None:
-        try:
-            self.identity.check_log()
-        except QueueError:  # perhaps it is being made at this moment: look again when that is done
-            self._lock(time.monotonic() + self.patience)
-            try:
-                self.identity.check_log()
-            finally:
-                self._unlock()
+    def value(self, statement: str, *values: Any) -> Any:
+        """The first value of the first row; None if there is no row."""
+        return next(iter(self.column(statement, *values)), None)
 
-    def _open_unwritable(self, error: OSError) -> None:
-        """Read a database that can't be written as it is: without locks, and only if nothing waits in its log."""
-        if has_log(self.path):
-            raise error
-        self.db = open_as_it_is(self.path)
-        if self._checked_version() < SCHEMA_VERSION:
-            self.source = self.db
-            self._copy_source()
+    def dicts(self, statement: str, *values: Any) -> list[Row]:
+        """Each row with the names of its columns."""
+        def read() -> list[Row]:
+            cursor = self.db.execute(statement, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row)) for row in cursor.fetchall()]
 
-    def _open_nothing(self) -> None:
-        """An empty queue, in memory."""
-        if self.tell:
-            self.tell("there is no queue at %s" % self.path)
-        self.db = sqlite3.connect(":memory:", isolation_level=None)
-        self._run_migrations(0)
+        return self._patiently(read)  # type: ignore[no-any-return]
 
-    def _prepare_folder(self) -> None:
-        """Before a database is made: a private folder, on a disk of this machine, with no live worker."""
-        folder = os.path.dirname(self.path)
-        make_folder(folder)
-        refuse_network(folder)
-        if anyone_alive(self.path):
-            raise QueueError("%s is gone, but workers of it still live; let them end before a new one is made"
-                             % self.path)
-        if os.path.exists(self.path + "-wal"):
-            raise QueueError("%s is gone, but its log stands there; `queuectl restore BACKUP`, or move %s-wal away"
-                             % (self.path, self.path))
+    def first(self, statement: str, *values: Any) -> Row | None:
+        """The first row with the names of its columns; None if there is no row."""
+        return next(iter(self.dicts(statement, *values)), None)
 
-    def _check_file(self) -> None:
-        """Before a database is opened: SQLite would make a new queue of an empty file, and follow links."""
-        info = os.stat(self.path)
-        if not stat.S_ISREG(info.st_mode):
-            raise QueueError("%s is not a file; name a database with --db" % self.path)
-        if info.st_nlink > 1:
-            raise QueueError("%s has %d names (hard links), each with a log and a lock of its own, which would damage "
-                             "it; `find / -xdev -samefile %s` lists them: remove the others, and make copies with "
-                             "`queuectl backup FILE`" % (self.path, info.st_nlink, shell_word(self.path)))
-        if system.is_mount_point(self.path):
-            raise QueueError("%s is mounted as a single file, so its log and its lock would stand elsewhere than "
-                             "for others; mount the folder that it is in" % self.path)
-        for path in (self.path + "-wal", self.path + "-shm", self.path + "-journal", folder_path(self.path)):
-            if is_link(path):
-                raise QueueError("%s is a link, which is not followed; remove it" % path)
-        if info.st_size == 0 and os.path.isdir(folder_path(self.path)):
-            raise QueueError("%s is empty, but has been a queue before; restore a backup, or move it and %s away"
-                             % (self.path, folder_path(self.path)))
+    # Writing.
 
-    def _connect(self) -> None:
-        system.refuse_full(os.path.dirname(self.path))
-        mask = os.umask(0o077)
-        try:
-            self.db = sqlite3.connect(self.path, timeout=TICK, isolation_level=None)
-        finally:
-            os.umask(mask)
-        for pragma in CONNECTION_PRAGMAS:
-            self.db.execute(pragma)
-        self.db.execute(NORMAL_SYNC if self.deferring else FULL_SYNC)
+    def transaction(self) -> Guard:
+        """`with store.transaction():` is one write: all of it is committed, or nothing.
 
-    def _bring_up_to_date(self) -> None:
-        """Read a database of an older schema from a copy, or migrate it."""
-        version = self._checked_version()
-        if self.reading and version < SCHEMA_VERSION:
-            self.source = self.db
-            self._copy_source()
-        elif version < SCHEMA_VERSION and not (self.as_it_is and version):
-            self._migrate()
-
-    def _checked_version(self) -> int:
-        """The schema version of a database that is ours and not newer than this program."""
-        version = int(self._value(GET_VERSION))
-        if self._value(COUNT_TABLES) and self._value(GET_APPLICATION) != APPLICATION_ID:
-            raise QueueError("%s is a database of another program; name another with --db" % self.path)
-        if version > SCHEMA_VERSION:
-            raise QueueError("%s was made by a newer queuectl (schema %d, this one knows %d); use that one"
-                             % (self.path, version, SCHEMA_VERSION))
-        return version
-
-    def _copy_source(self) -> None:
-        """Copy a database of an older schema into memory, and bring the copy up to date."""
-        assert self.source is not None
-        self.seen_in_source = self._version_of(self.source)
-        self.db = sqlite3.connect(":memory:", isolation_level=None)
-        self.source.backup(self.db)
-        self._run_migrations(int(self._value(GET_VERSION)))
-        if self.mutex < 0 or self.identity.same_file():
-            self.db.execute(KEEP_OLDER)
-
-    def _migrate(self) -> None:
-        """Bring the schema to this version; many may try at once, one does it, whole or not at all."""
-        self._lock(time.monotonic() + self.patience)
-        mask = os.umask(0o077)
-        try:
-            version = self._checked_version()
-            if version == SCHEMA_VERSION:  # another has done it meanwhile
-                return
-            if version:
-                self._refuse_older_workers()
-                self.copy_to("%s.schema%d" % (self.path, version))  # the way back
-            elif self._value(USE_WAL) != "wal":
-                raise QueueError("%s is on a file system that SQLite's WAL can't use; name another "
-                                 "with --db" % self.path)
-            self._run_migrations(version)
-            self.identity = Identity(self.path, self.mutex)
-            if self.identity.same_file():  # no copy: what older workers left is its own
-                self.db.execute(KEEP_OLDER)
-            self.identity.settle(self._value(GET_IDENTITY))
-            self._value(CHECKPOINT)  # so that its id stands in the file itself
-            sync_folder(os.path.dirname(self.path))
-        finally:
-            os.umask(mask)
-            self._unlock()
-
-    def _refuse_older_workers(self) -> None:
-        alive = [str(entry["pid"]) for entry in [*self.pools(), *self.workers()] if entry["alive"]]
-        if alive or anyone_alive(self.path):
-            raise QueueError("workers of an older queuectl still use %s (%s); `queuectl worker stop` lets them finish, "
-                             "then try again" % (self.path, "pid " + ", ".join(alive) if alive else "in another place"))
-
-    def _run_migrations(self, version: int) -> None:
-        self.db.execute(BEGIN)
-        try:
-            for statements in MIGRATIONS[version:]:
-                for statement in statements:
-                    self.db.execute(statement)
-                checkpoint("migrating")
-            self.db.execute(SET_APPLICATION)
-            self.db.execute(SET_VERSION)
-            self.db.execute(COMMIT)
-        except sqlite3.Error:
-            if self.db.in_transaction:
-                self.db.execute(ROLLBACK)
-            raise
-
-    def _renew_identity(self) -> str:
-        self.db.execute(RENEW_IDENTITY)
-        self._value(CHECKPOINT)
-        return str(self._value(GET_IDENTITY))
-
-    def is_own(self, worker: str) -> bool:
-        """Whether a worker is of this queue, and not of one that it was copied from."""
-        if worker in str(self._value(GET_OLDER)).split(","):
-            return True
-        queue = str(self._value(GET_IDENTITY))
-        if self.mutex >= 0:
-            queue = self.identity.known(queue)
-        return bool(queue) and worker.startswith(queue + "-")
-
-    def queue_id(self) -> str:
-        """The id of this queue, which a copy gets by this at the latest."""
-        if not self.identity.queue:
-            with self.transaction():
-                pass
-        return self.identity.queue
-
-    def close(self) -> bool:
-        """Close the database; or, while the mark of a failed sync stands, leave that to the kernel (False)."""
-        if self.mutex < 0:
-            return True
-        try:
-            harmful = self.identity.replaced or self.log.failed()
-        except OSError:
-            harmful = True
-        if harmful:  # the last connection would copy the log into the database
-            OPENED.append(self)
-            return False
-        if self in OPENED:
-            OPENED.remove(self)
-        self.log.close()
-        (self.source or self.db).close()
-        os.close(self.mutex)
-        self.mutex = -1
-        return True
-
-    # The doors: one for writes, one for reads.
-
-    def transaction(self) -> Store:
-        """`with store.transaction():` is one write: the mutex, then BEGIN IMMEDIATE … COMMIT; all or nothing.
-
-        The mutex makes writers wait in a queue that the kernel keeps (SQLite's own waiting is
-        unfair and deaf to signals), and keeps writes from racing checkpoints, by which SQLite
-        before 3.51.3 could lose commits.
+        Raises Unavailable if it can't begin within `patience` seconds, or the disk can't take it.
         """
-        return self
+        return Guard(self.begin, self.end)
 
-    def __enter__(self) -> Store:
-        self.begin()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.end(commit=kind is None)
-        if isinstance(error, sqlite3.Error):
-            raise self._trouble(error) from error
+    def execute(self, statement: str, *values: Any) -> int:
+        """Change something; how many rows were changed."""
+        return self.db.execute(statement, values).rowcount
 
     def begin(self) -> None:
-        """Take the mutex and SQLite's write lock within `patience` seconds, or raise Unavailable."""
+        """Take the mutex and SQLite's write lock within `patience` seconds; raises Unavailable."""
         deadline = time.monotonic() + self.patience
         self.told = False
         while True:
@@ -2947,90 +2859,96 @@ class Store:
                 self.identity.check()
                 self._write_log_again()
                 if not (self.identity.queue or self.as_it_is):
-                    self.identity.settle(self._value(GET_IDENTITY), self._renew_identity)
-                self.db.execute(BEGIN)
+                    self.identity.settle(self.value(GET_IDENTITY), self._renew_identity)
+                self.execute(BEGIN)
                 return
-            except OSError as error:
+            except BaseException as error:
                 self._unlock()
-                raise self._unsynced(error) from error
-            except sqlite3.Error as error:  # a program that is not queuectl may hold the lock
-                self._unlock()
+                if isinstance(error, OSError):
+                    raise self._unsynced(error) from error
+                if not isinstance(error, sqlite3.Error):
+                    raise
                 trouble = self._trouble(error)
                 if not isinstance(trouble, Unavailable) or time.monotonic() >= deadline:
                     raise trouble from error
-                self._tell_wait(deadline)
-            except BaseException:
-                self._unlock()
-                raise
+                self._tell_wait(deadline)  # a program that is not queuectl may hold the lock
 
-    def _unlock(self) -> None:
+    def end(self, error: BaseException | None = None) -> None:
+        """Commit; or, if the transaction ended by an error, roll back."""
+        checkpoint("before commit")
+        try:
+            if error is None:
+                self.execute(COMMIT)
+                self._repair_after_commit()
+            else:
+                self.execute(ROLLBACK)
+        except sqlite3.Error as failure:
+            if self.db.in_transaction:
+                self.execute(ROLLBACK)
+            if "I/O" in str(failure):  # perhaps of a sync, and others' commits are forgotten too
+                self._note_failed_sync()
+            if error is None:
+                raise self._trouble(failure) from failure
+        except OSError as failure:
+            raise self._unsynced(failure) from failure
+        finally:
+            self._unlock()
+        if isinstance(error, sqlite3.Error):
+            raise self._trouble(error) from error
+
+    def _renew_identity(self) -> str:
+        self.execute(RENEW_IDENTITY)
+        self.value(CHECKPOINT)
+        return str(self.value(GET_IDENTITY))
+
+    # The mutex.
+
+    def alone(self) -> Guard:
+        """`with self.alone():` holds the mutex without a transaction."""
+        return Guard(self._lock, self._unlock)
+
+    def _lock(self, deadline: float = 0.0) -> None:
+        """Take the mutex until `deadline`, by default for `patience` seconds."""
+        deadline = deadline or time.monotonic() + self.patience
+        try:
+            while not system.try_lock(self.mutex):
+                if time.monotonic() >= deadline:
+                    raise Unavailable("another process has been writing to %s for %d s; try again "
+                                      "later" % (self.path, self.patience))
+                self._tell_wait(deadline)
+                system.wait_lock(self.mutex)
+        except OSError as error:
+            file = mutex_path(self.path)
+            raise Unavailable("%s can't be locked: %s" % (file, error.strerror)) from error
+
+    def _unlock(self, error: BaseException | None = None) -> None:
         """Free the mutex; this must not fail, for what was committed would be taken for failed."""
         try:
             system.unlock(self.mutex)
         except OSError:
             again = open_private(mutex_path(self.path), os.O_RDWR)
-            os.dup2(again, self.mutex, inheritable=False)  # which closes the descriptor that holds it
+            # This closes the descriptor that holds it.
+            os.dup2(again, self.mutex, inheritable=False)
             os.close(again)
 
-    def _lock(self, deadline: float) -> None:
-        try:
-            while not system.try_lock(self.mutex):
-                if time.monotonic() >= deadline:
-                    raise Unavailable("another process has been writing to %s for %d s; try again later"
-                                      % (self.path, self.patience))
-                self._tell_wait(deadline)
-                system.wait_lock(self.mutex)
-        except OSError as error:
-            raise Unavailable("%s can't be locked: %s" % (mutex_path(self.path), error.strerror)) from error
-
     def _tell_wait(self, deadline: float) -> None:
-        if self.tell and not self.told and time.monotonic() >= deadline - self.patience + WAIT_TOLD:
+        tell_at = deadline - self.patience + WAIT_TOLD
+        if self.tell and not self.told and time.monotonic() >= tell_at:
             self.tell("waiting for another process to finish writing to %s" % self.path)
             self.told = True
 
-    def end(self, commit: bool) -> None:
-        checkpoint("before commit")
-        try:
-            self.db.execute(COMMIT if commit else ROLLBACK)
-            if commit and not self.deferring:
-                self._repair_after_commit()
-        except sqlite3.Error as error:
-            if self.db.in_transaction:
-                self.db.execute(ROLLBACK)
-            if "I/O" in str(error):  # perhaps of a sync: what others committed before is forgotten with this
-                self._note_failed_sync()
-            if commit:
-                raise self._trouble(error) from error
-        except OSError as error:
-            raise self._unsynced(error) from error
-        finally:
-            self._unlock()
-
-    def _rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        """All rows at once: an open cursor would keep checkpoints from finishing."""
-        return self._patiently(lambda: self.db.execute(statement, values).fetchall())  # type: ignore[no-any-return]
-
-    def _value(self, statement: str, *values: Any) -> Any:
-        rows = self._rows(statement, *values)
-        return rows[0][0] if rows else None
-
-    def _dicts(self, statement: str, *values: Any) -> list[dict[str, Any]]:
-        def read() -> list[dict[str, Any]]:
-            cursor = self.db.execute(statement, values)
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row)) for row in cursor.fetchall()]
-
-        return self._patiently(read)  # type: ignore[no-any-return]
+    # What is on disk: see Log.
 
     def defer_sync(self) -> None:
-        """From now on a commit does not wait for the disk: a power cut may undo it, until `sync` has returned.
+        """From now on a commit does not wait for the disk.
 
-        With synchronous=FULL SQLite does the same inside COMMIT: it syncs its log. Done outside,
-        nobody waits for the mutex meanwhile, and a worker's next job runs already.
+        A power cut may undo it, until `sync` has returned. With synchronous=FULL SQLite does the
+        same inside COMMIT: it syncs its log. Done outside, nobody waits for the mutex meanwhile,
+        and a worker's next job runs already.
         """
         self.deferring = True
-        self.db.execute(NORMAL_SYNC)
-        self._value(COUNT_TABLES)  # which makes the log, if there was none
+        self.execute("PRAGMA synchronous = NORMAL")
+        self.value(COUNT_TABLES)  # which makes the log, if there was none
         # Before the first commit: who opens it after a sync has failed does not hear of that.
         self.identity.watch(self.log.open())
 
@@ -3046,18 +2964,17 @@ class Store:
             if not self.log.failed():
                 self.log.sync()
             if self.log.failed():
-                self._lock(time.monotonic() + self.patience)
-                try:
+                with self.alone():
                     self._write_log_again()
-                finally:
-                    self._unlock()
         except OSError as error:
             raise self._unsynced(error) from error
         except sqlite3.Error as error:
             raise self._trouble(error) from error
 
     def _repair_after_commit(self) -> None:
-        """What others committed before is perhaps not on disk, and so not what was committed now."""
+        """What others committed before is perhaps not on disk; then this commit is not either."""
+        if self.deferring:  # `sync` will see to it
+            return
         try:
             failed = self.log.failed()
         except OSError:  # SQLite has synced it, and who failed to sync will see to it
@@ -3067,7 +2984,7 @@ class Store:
 
     def _note_failed_sync(self) -> None:
         try:
-            self.log.mark(True)
+            self.log.mark(b"!")
             self.log.cut()
         except OSError:  # then whoever repairs the log does it
             pass
@@ -3077,14 +2994,130 @@ class Store:
                            % (self.log.path, error.strerror))
 
     def _write_log_again(self) -> None:
-        """Under the mutex, after a sync has failed: see Log."""
+        """Under the mutex, after a sync has failed."""
         if self.log.failed():  # nobody else has done it meanwhile
-            self.db.execute(COUNT_TABLES).fetchall()  # after a crash SQLite makes its index anew now
+            # After a crash SQLite makes its index anew now.
+            self.db.execute(COUNT_TABLES).fetchall()
             self.log.write_again()
 
-    def expect_bulk(self) -> None:
-        """Before many jobs are added: keep more of the index of ids in memory, which is hit everywhere."""
-        self.db.execute(BULK_CACHE)
+
+# Those that close_stores closes: Python would close one that nobody names any more.
+OPENED: list[Database] = []
+
+
+class Database(Connection):
+    """The queue's database at `path`, made if it does not exist.
+
+    `patience` is how many seconds a write may wait; `tell` gets a line when it waits long.
+    `reading`: nothing is to be written; where there is no database it is an empty queue, and one
+    of an older schema is read from a copy in memory that is brought up to date. `as_it_is`: of an
+    older schema only what has not changed since is to be used. Raises QueueError if the database
+    can't be used, Unavailable if perhaps later it can.
+    """
+
+    def __init__(self, path: str, patience: float = PATIENCE, tell: Tell | None = None,
+                 reading: bool = False, as_it_is: bool = False) -> None:
+        super().__init__(path, patience, tell)
+        self.reading, self.as_it_is = reading, as_it_is
+        self.source: sqlite3.Connection | None = None  # of an older schema; `db` is a copy of it
+        self.seen_in_source = -1
+        if sqlite3.sqlite_version_info < (3, 8, 3):
+            raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer"
+                             % sqlite3.sqlite_version)
+        try:
+            self._patiently(self._open)
+        except BaseException as error:
+            if self.mutex >= 0:
+                os.close(self.mutex)
+            if not isinstance(error, OSError):
+                raise
+            raise Unavailable("%s can't be used: %s%s" % (
+                path, error.strerror, advice_on_owner(path))) from error
+
+    # Opening.
+
+    def _open(self) -> None:
+        new = not self._exists()
+        if new and self.reading:
+            self._open_nothing()
+            return
+        if new:
+            prepare_place(self.path)
+        else:
+            refuse_strange_file(self.path)
+        try:
+            if self.mutex < 0:
+                self.mutex = open_private(mutex_path(self.path), os.O_RDWR)
+        except OSError as error:
+            if not self.reading or error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            self._open_unwritable(error)
+            return
+        self.log = Log(self.path, self.mutex)
+        if not new:
+            system.give_to_owner(self.mutex, self.path)
+            self.identity = Identity(self.path, self.mutex)
+            self._check_log()
+        self._connect()
+        if new or self.value(GET_VERSION) != SCHEMA_VERSION:
+            self._bring_up_to_date()
+        if new:
+            self.identity = Identity(self.path, self.mutex)
+
+    def _exists(self) -> bool:
+        try:
+            os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def _check_log(self) -> None:
+        try:
+            self.identity.check_log()
+        except QueueError:  # perhaps it is being made at this moment: look again when that is done
+            with self.alone():
+                self.identity.check_log()
+
+    def _open_unwritable(self, error: OSError) -> None:
+        """Read a database that can't be written as it is: without locks.
+
+        Raises `error` if anything waits in its log, which can't be read then.
+        """
+        if has_log(self.path):
+            raise error
+        self.db = open_as_it_is(self.path)
+        if self._checked_version() < SCHEMA_VERSION:
+            self._read_copy_of(self.db)
+
+    def _open_nothing(self) -> None:
+        """An empty queue, in memory."""
+        if self.tell:
+            self.tell("there is no queue at %s" % self.path)
+        self.db = sqlite3.connect(":memory:", isolation_level=None)
+        self._run_migrations(0)
+
+    def close(self) -> bool:
+        """Close the database; whether that was done.
+
+        While the mark of a failed sync stands, it is left to the kernel: the last connection would
+        copy the log into the database.
+        """
+        if self.mutex < 0:
+            return True
+        try:
+            harmful = self.identity.replaced or self.log.failed()
+        except OSError:
+            harmful = True
+        if harmful:
+            OPENED.append(self)
+            return False
+        if self in OPENED:
+            OPENED.remove(self)
+        self.log.close()
+        (self.source or self.db).close()
+        os.close(self.mutex)
+        self.mutex = -1
+        return True
 
     def changed(self) -> int:
         """A number that differs from the last one if anybody else has committed meanwhile.
@@ -3099,519 +3132,168 @@ class Store:
         if self.source is None:
             return self._version_of(self.db)
         if self._version_of(self.source) != self.seen_in_source:
-            self._copy_source()
+            self._read_copy_of(self.source)
         return self.seen_in_source
 
     def _version_of(self, db: sqlite3.Connection) -> int:
-        row = self._patiently(lambda: db.execute(DATA_VERSION).fetchone())
-        # None before SQLite 3.8.8: then everything is looked at each time.
-        return int(row[0]) if row else time.monotonic_ns()
+        """It changes when another connection has committed.
 
-    # Jobs come in.
-
-    def add(self, drafts: Iterable[dict[str, Any]], settings: dict[str, Any], path: str, umask: int,
-            now: int, skip_existing: bool = False, environ: str = "") -> tuple[int, int, list[int]]:
-        """Insert jobs, in a transaction; the seq before the first, that of the last one, and those that existed.
-
-        `path`, `umask` and `environ` (JSON, or empty) are those of whoever enqueues. Raises
-        QueueError if an id exists already, or a key is taken, unless `skip_existing`; and if a
-        job is to wait for one that does not exist.
+        SQLite before 3.8.8 does not know it; then everything is looked at each time.
         """
-        before = self._value(LAST_SEQ) or 0
-        self.existing: list[int] = []
-        self.causes: dict[int, str] = {}  # of dead jobs: for which one they died
-        contexts: dict[str, int] = {}
-        added: dict[str, int] = {}
-        chunk: list[tuple[Any, ...]] = []
-        lines: list[int] = []  # on which each of the chunk stands in its file (0: none)
-        for draft in drafts:
-            cwd = draft["cwd"]
-            if cwd not in contexts:
-                contexts[cwd] = self._context(cwd, path, umask, environ)
-            row = _job_row(draft, settings, contexts[cwd], now)
-            special = _is_special(draft)
-            if not special:
-                chunk.append(row)
-                lines.append(draft.get("line", 0))
-            if special or len(chunk) == 1000:
-                self._add_chunk(chunk, lines, added, skip_existing)
-                chunk, lines = [], []
-            if special:  # it may wait for one of these
-                self._add_special(draft, row, added, skip_existing, now, settings)
-        self._add_chunk(chunk, lines, added, skip_existing)
-        for queue, count in added.items():
-            self.db.execute(ADD_QUEUE, (queue,))
-            self.db.execute(COUNT_ADDED, (count, queue))
-        if environ:
-            self.db.executemany(COUNT_IN_CONTEXT, [(before, context) for context in contexts.values()])
-            self.db.execute(FORGET_UNUSED)
-        return before, self._value(LAST_SEQ) or 0, self.existing
+        row = self._patiently(lambda: db.execute("PRAGMA data_version").fetchone())
+        if row is None:
+            return time.monotonic_ns()
+        return int(row[0])
 
-    def _context(self, *values: Any) -> int:
-        return int(self._value(FIND_CONTEXT, *values) or self.db.execute(ADD_CONTEXT, values).lastrowid or 0)
+    # The schema: who only reads brings a copy up to date, who writes the file itself.
 
-    def _add_special(self, draft: dict[str, Any], row: tuple[Any, ...], added: dict[str, int], skip_existing: bool,
-                     now: int, settings: dict[str, Any]) -> None:
-        """Insert a job with a key, a policy, or others to wait for; if one of those is dead already, so is the job."""
-        line = draft.get("line", 0)
-        if not self._add_one(line, row, skip_existing, draft["unique"]):
+    def _bring_up_to_date(self) -> None:
+        version = self._checked_version()
+        if self.reading and version < SCHEMA_VERSION:
+            self._read_copy_of(self.db)
+        elif version < SCHEMA_VERSION and not (self.as_it_is and version):
+            with self.alone():
+                self._migrate()
+
+    def _checked_version(self) -> int:
+        """The schema version of a database that is ours and not newer than this program."""
+        version = int(self.value(GET_VERSION))
+        if self.value(COUNT_TABLES) and self.value(GET_APPLICATION) != APPLICATION_ID:
+            raise QueueError("%s is a database of another program; name another with --db"
+                             % self.path)
+        if version > SCHEMA_VERSION:
+            raise QueueError("%s was made by a newer queuectl (schema %d, this one knows %d); use "
+                             "that one" % (self.path, version, SCHEMA_VERSION))
+        return version
+
+    def _read_copy_of(self, source: sqlite3.Connection) -> None:
+        """Copy a database of an older schema into memory, and bring the copy up to date."""
+        self.source = source
+        self.seen_in_source = self._version_of(source)
+        self.db = sqlite3.connect(":memory:", isolation_level=None)
+        source.backup(self.db)
+        self._run_migrations(int(self.value(GET_VERSION)))
+        if self.mutex < 0 or self.identity.same_file():
+            self.execute(KEEP_OLDER)
+
+    def _migrate(self) -> None:
+        """Bring the schema to this version, under the mutex: whole or not at all.
+
+        Many may try at once: who comes later sees that it is done. Workers of an older program
+        would go on with the old schema: they have to end before.
+        """
+        version = self._checked_version()
+        if version == SCHEMA_VERSION:
             return
-        seq, queue = self._value(LAST_SEQ), row[3]
-        policy = {name: draft[name] for name in POLICY_FIELDS if draft[name] not in (None, [])}
-        self.db.execute(SET_SPECIAL, (draft["unique"], json.dumps(policy) if policy else None, seq))
+        mask = os.umask(0o077)
         try:
-            awaited = [self._awaited(name) for name in draft["after"] or ()]
-        except QueueError as error:
-            raise QueueError(at_line(line, "%s; what a job is to run after must stand before it" % error)) from None
-        if any(each == seq for each, _ in awaited):
-            raise QueueError(at_line(line, "a job can't wait for itself"))
-        added[queue] = added.get(queue, 0) + 1
-        self.db.execute(ADD_QUEUE, (queue,))  # the burial below is counted there
-        waits = [(each, seq) for each, state in awaited if state != COMPLETED]
-        self.db.executemany(ADD_WAIT, waits)
-        if waits:
-            self.db.execute(HOLD, (seq,))
-        for each in [each for each, state in awaited if state == DEAD][:1]:
-            self.causes[seq] = self._cause_of(each)
-            self._bury(THIS_ONE, self.causes[seq], seq, now, settings)
+            if version:
+                self._refuse_older_workers()
+                self.copy_to("%s.schema%d" % (self.path, version))  # the way back
+            elif self.value("PRAGMA journal_mode = WAL") != "wal":
+                raise QueueError("%s is on a file system that SQLite's WAL can't use; name another "
+                                 "with --db" % self.path)
+            self._run_migrations(version)
+            self.identity = Identity(self.path, self.mutex)
+            if self.identity.same_file():  # no copy: what older workers left is its own
+                self.execute(KEEP_OLDER)
+            self.identity.settle(self.value(GET_IDENTITY))
+            self.value(CHECKPOINT)  # so that its id stands in the file itself
+            sync_folder(self.folder)
+        finally:
+            os.umask(mask)
 
-    def _awaited(self, name: str) -> tuple[int, str]:
-        """Seq and state of a job that another is to run after."""
-        rows = self._rows(STATE_OF_ID, name)
-        if rows:
-            return rows[0]
-        job = self.find(name)
-        return job["seq"], job["state"]
+    def registered(self, statement: str) -> list[Row]:
+        """The pools or workers that a statement finds, each with `alive`."""
+        return [dict(entry, alive=is_alive(self.path, entry["name"]))
+                for entry in self.dicts(statement)]
 
-    def _cause_of(self, seq: int) -> str:
-        """The id of the first dead job for which a dead job died; known for those just added."""
-        if seq not in self.causes:
-            self.causes[seq] = (self.dead_causes(seq) or [self._value(ID_OF, seq)])[0]
-        return self.causes[seq]
+    def _refuse_older_workers(self) -> None:
+        entries = self.registered(ALL_POOLS) + self.registered(ALL_WORKERS)
+        alive = [str(entry["pid"]) for entry in entries if entry["alive"]]
+        if alive or anyone_alive(self.path):
+            where = "in another place"
+            if alive:
+                where = "pid " + ", ".join(alive)
+            raise QueueError("workers of an older queuectl still use %s (%s); `queuectl worker "
+                             "stop` lets them finish, then try again" % (self.path, where))
 
-    def _add_chunk(self, chunk: list[tuple[Any, ...]], lines: list[int], added: dict[str, int],
-                   skip_existing: bool) -> None:
-        """Insert rows together; if an id is taken, one by one, which finds out whose."""
-        drawn = iter(_draw_ids(sum(1 for row in chunk if row[1])))
-        rows = [(next(drawn), *row[1:]) if row[1] else row for row in chunk]
-        self.db.execute(SAVEPOINT)
+    def _run_migrations(self, version: int) -> None:
+        self.execute(BEGIN)
         try:
-            self.db.executemany(ADD_JOB, rows)
-        except sqlite3.IntegrityError:
-            self.db.execute(ROLLBACK_TO)
-            rows = [row for line, row in zip(lines, rows) if self._add_one(line, row, skip_existing)]
-        self.db.execute(RELEASE)
-        for row in rows:
-            added[row[3]] = added.get(row[3], 0) + 1
+            for statements in MIGRATIONS[version:]:
+                for statement in statements:
+                    self.execute(statement)
+                checkpoint("migrating")
+            self.execute(SET_APPLICATION)
+            self.execute(SET_VERSION)
+            self.execute(COMMIT)
+        except sqlite3.Error:
+            if self.db.in_transaction:
+                self.execute(ROLLBACK)
+            raise
 
-    def _add_one(self, line: int, row: tuple[Any, ...], skip_existing: bool, key: str | None = None) -> bool:
-        while row[1] and (row[0] is None or self._rows(WITH_ID, row[0])):
-            row = (_draw_ids(1)[0], *row[1:])
-        twins = self._rows(WITH_ID, row[0]) or self._rows(WITH_KEY, key)
-        if twins and not skip_existing:
-            raise QueueError(at_line(line, (
-                "a job with the id %s exists already; choose another, or use --if-exists skip" % row[0]
-                if twins[0][1] == row[0] else "a job with the key %s is %s: %s; --if-exists skip makes this a success"
-                % (clean(str(key)), twins[0][2], clean(twins[0][1])))))
-        if twins:
-            self.existing.append(twins[0][0])
-            return False
-        self.db.execute(ADD_JOB, row)
-        return True
+    # Which queue it is: see Identity.
 
-    # Jobs are claimed and recorded.
+    def is_own(self, worker: str) -> bool:
+        """Whether a worker is of this queue, and not of one that it was copied from."""
+        if worker in str(self.value("SELECT older FROM control")).split(","):
+            return True
+        queue = str(self.value(GET_IDENTITY))
+        if self.mutex >= 0:
+            queue = self.identity.known(queue)
+        return bool(queue) and worker.startswith(queue + "-")
 
-    def pulse(self) -> tuple[int, int | None]:
-        """What a worker looks at first: the epoch of settings and orders, and the earliest time a job waits for."""
-        epoch, due = self._rows(PULSE)[0]
-        return epoch, due
-
-    def next(self, queues: Sequence[str]) -> tuple[Any, ...] | None:
-        """The job that is next in these queues (none: all), as it would be claimed; None if there is none."""
-        rows = self._rows(next_job(len(queues)), *queues)
-        return rows[0] if rows else None
-
-    def ready(self, queues: Sequence[str], due: int | None, now: int) -> bool:
-        """Without the mutex: whether a job can be claimed now, `due` being the time that `pulse` told."""
-        return (due is not None and due <= now) or self.next(queues) is not None
-
-    def claim(self, worker: str, slot: int, queues: Sequence[str], due: int | None, now: int,
-              pool: str = "") -> Job | None:
-        """Claim the job that is next for a worker, in a transaction; None if there is none.
-
-        If `due`, the time that `pulse` told, has come, jobs are made ready before; where they are
-        very many, a part of them is made ready instead of a claim, so that the mutex is not held
-        for long. `pool` is given if its claims are counted against a --max-jobs.
-        """
-        if due is not None and due <= now and self.db.execute(MAKE_READY, (now,)).rowcount == READY_AT_ONCE:
-            return None
-        found = self.next(queues)
-        if found is None:
-            return None
-        if pool and found[3] != HOOK_QUEUE and not self.db.execute(TAKE_TURN, (pool,)).rowcount:
-            return None
-        self.db.execute(CLAIM, (worker, slot, now, now, now, found[0]))
-        return Job._make((*found, now))
-
-    def context(self, key: int) -> tuple[str, str, int, str]:
-        """Folder, PATH, umask and (as JSON, if it was kept) environment of whoever enqueued a job."""
-        cwd, path, umask, environ = self._rows(GET_CONTEXT, key)[0]
-        return cwd, path, umask, environ
-
-    def make_ready_after_clock_step(self, now: int) -> None:
-        """Retries that were put off by a clock that has since been set back are due now; delays begin anew."""
-        self.db.execute(MAKE_READY_AFTER_CLOCK_STEP, (now,))
-        self.db.execute(DELAY_AGAIN, (now,) * 4)
-
-    def hooks_left(self, queue: str) -> bool:
-        """Whether a hook of a job of this queue has not ended, and is not paused."""
-        mark = "%%%s%%" % json.dumps({"QUEUECTL_QUEUE": queue})[1:-1]
-        return bool(self._rows(HOOKS_LEFT, HOOK_QUEUE, mark)) and not self.queue(HOOK_QUEUE)["paused"]
-
-    def drained(self, queues: Sequence[str], now: int) -> bool:
-        """Whether no job of these queues (none: all) is due, failed or processing; paused ones don't count."""
-        if any(queue["processing"] or queue["failed"] for queue in self.queues()
-               if not queue["paused"] and (not queues or queue["name"] in queues)):
-            return False
-        return not self.ready(queues, self.pulse()[1], now)
-
-    def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str],
-               settings: dict[str, Any]) -> tuple[str, bool]:
-        """Record how a run ended, in a transaction; the job's new state, and whether others can start now.
-
-        If it is dead, `pools` are told. The jobs that `settings` ask for when a job ends are added.
-        Only if the job is still in that very run: otherwise somebody else has recorded it as lost,
-        and that stands; the state is "" then.
-        """
-        job = ended.job
-        state, attempts = settle(ended.ending, job.attempts, job.max_retries, ended.final)
-        by_itself = ended.ending != CANCELLED
-        if state in (PENDING, FAILED) and self.is_cancelled(job.seq):  # its worker has not heard of it in time
-            state, attempts, by_itself = DEAD, job.attempts, False
-        due = retry_at if state == FAILED else None
-        if not self.db.execute(RECORD_JOB, (
-                state, 1 if state == PENDING else 0, due, attempts, ended.finished_at, ended.finished_at,
-                ended.exit_code, ended.error, ended.ending == DEFERRED, job.seq, job.runs)).rowcount:
-            return "", False
-        if ended.ending == UNSTARTED:
-            self.db.execute(UNCOUNT_RUN, (job.seq,))
-        else:
-            self.db.execute(RECORD_RUN, (
-                job.seq, job.runs, job.attempts, ended.ending, job.started_at, ended.finished_at, ended.seconds,
-                ended.exit_code, ended.error, ended.worker, ended.stdout or None, ended.stderr or None))
-        if state not in ENDED:
-            return state, False
-        if state == DEAD and job.queue != HOOK_QUEUE:
-            self.db.executemany(COUNT_DEATH, [(pool,) for pool in pools])
-        hooked = self._hook(job.seq, settings, state == DEAD and by_itself)
-        return state, self._settle_waiters(job.seq, state, ended.finished_at) or hooked
-
-    def _hook(self, seq: int, settings: dict[str, Any], died: bool) -> bool:
-        if not (settings["on_end"] or (died and settings["on_dead"])):
-            return False
-        return self._add_hooks(self._dicts(ONE_HOOKED, seq), settings, died)
-
-    def _add_hooks(self, jobs: Sequence[dict[str, Any]], settings: dict[str, Any], died: bool) -> bool:
-        """Jobs have ended: add the jobs that `on_end`, and if they `died` by themselves `on_dead`, ask for.
-
-        In the transaction that records the end: so nobody's death goes untold, whoever is killed
-        now. They are jobs like others, but their own end makes none.
-        """
-        commands = [settings[name] for name in ["on_end"] + ["on_dead"] * died if settings[name]]
-        ended = [job for job in jobs if job["queue"] != HOOK_QUEUE]
-        if not commands or not ended:
-            return False
-        path = os.fsencode(os.environ.get("PATH", os.defpath)).decode("utf-8", "replace")
-        context = self._context(os.path.dirname(self.path), path, 0o077, "")
-        draft = dict(dict.fromkeys(GIVEN_FIELDS), queue=HOOK_QUEUE, priority=HOOK_PRIORITY, timeout_seconds=HOOK_TIME)
-        rows = [_job_row(dict(draft, command=command, env=_hook_env(job)), settings, context, job["updated_at"])
-                for job in ended for command in commands]
-        self._add_chunk(rows, [0] * len(rows), {}, False)
-        self.db.execute(ADD_QUEUE, (HOOK_QUEUE,))
-        self.db.execute(COUNT_ADDED, (len(rows), HOOK_QUEUE))
-        return True
-
-    def _settle_waiters(self, seq: int, state: str, now: int) -> bool:
-        """A job is completed or dead: let those go on that waited for it alone, or bury them; whether there are any."""
-        waiting = self._rows(WAITING_FOR, seq)
-        if waiting and state == DEAD:
-            self._bury(DEPENDENTS_OF, self._value(ID_OF, seq), seq, now, self.settings())
-        elif waiting:
-            self.db.execute(END_WAITS, (seq,))
-            self.db.executemany(LET_GO, [(now, now, job) for (job,) in waiting])
-        return bool(waiting)
-
-    def _bury(self, which: str, cause: str, seq: int, now: int, settings: dict[str, Any]) -> None:
-        """Let those jobs die that were to run after the dead one `cause`: `which` says which, of `seq`."""
-        error = "%s is dead, and this job was to run after it" % cause
-        buried = self._dicts(TO_BURY + which, seq) if settings["on_end"] else []
-        self.db.execute(BURY + which, (now, now, error, seq))
-        self._add_hooks([dict(job, state=DEAD, last_error=error, updated_at=now) for job in buried], settings, False)
-
-    def is_cancelled(self, seq: int) -> bool:
-        return bool(self._rows(IS_CANCELLED, seq) == [(1,)])
-
-    # Jobs are cancelled, retried and forgotten, in a transaction; each tells if it was done.
-
-    def cancel_waiting(self, seq: int, now: int) -> bool:
-        done = self.db.execute(CANCEL_WAITING, ("cancelled before it ran again", now, now, seq)).rowcount > 0
-        if done:
-            self._hook(seq, self.settings(), False)
-            self._settle_waiters(seq, DEAD, now)
-        return done
-
-    def ask_cancel(self, seq: int, now: int) -> bool:
-        return self.db.execute(ASK_CANCEL, (now, seq)).rowcount > 0
-
-    def retry(self, seq: int, now: int) -> bool:
-        return self.db.execute(RETRY_ONE, (now, seq)).rowcount > 0
-
-    def retry_all_dead(self, now: int, queue: str | None) -> int:
-        """Give every dead job of a queue (None: of all) a new start whose key is not taken; how many."""
-        before = self.counts()[DEAD]
-        self.db.execute(RETRY_ALL_DEAD % _FOR_GONE, (now, queue))
-        for seq, name in self._rows(AWAITED_DEAD):
-            self._bury(DEPENDENTS_OF, name, seq, now, self.settings())
-        return before - self.counts()[DEAD]
-
-    def dead_dependents(self, seq: int) -> list[int]:
-        """The dead jobs that were to run after a job, or after one of those."""
-        return [row[0] for row in self._rows(DEAD_DEPENDENTS, seq)]
-
-    def awaited_by(self, seq: int) -> list[dict[str, Any]]:
-        """The jobs that a job still waits for."""
-        return self._dicts(AWAITED_BY, seq)
-
-    def dead_causes(self, seq: int) -> list[str]:
-        """The ids of the dead jobs for which a job waits, or would, and which themselves wait for no dead one."""
-        return [row[0] for row in self._rows(DEAD_CAUSES, seq, seq)]
-
-    def waits_for_gone(self, seq: int) -> bool:
-        """Whether a job was to run after one that died and was forgotten."""
-        return bool(self._rows(WAITS_FOR_GONE, seq))
-
-    def waiters_of(self, seq: int) -> list[dict[str, Any]]:
-        """The jobs that wait for a job."""
-        return self._dicts(WAITERS_OF, seq)
-
-    def delete(self, seq: int) -> bool:
-        """Forget a job that is not running, and that no other waits for."""
-        done = self.db.execute(DELETE_JOB, (seq,)).rowcount > 0
-        if done:
-            self.db.execute(DELETE_RUNS, (seq, seq))
-        return done
-
-    def purge(self, state: str, before: int) -> int:
-        """Forget all jobs in `state` not changed since `before` (milliseconds), in small transactions; how many.
-
-        The jobs of a `run` under way are spared.
-        """
-        last, total, spared = NEVER, 0, self.queues_of_runs()
-        while last:
-            last, count = self.forget_some(state, before, last, spared)
-            total += count
-        return total
-
-    def forget_some(self, state: str, before: int, last: int, spared: Iterable[str]) -> tuple[int, int]:
-        """Of the next jobs in `state` below seq `last` forget those not changed since `before` (milliseconds).
-
-        Returns the seq that was reached (0: there are no more), and how many were forgotten. Jobs
-        of the queues `spared` are not. The mutex is taken only if there is anything to forget.
-        """
-        rows = self._rows(SOME_IN_STATE, state, last)
-        old = [seq for seq, queue, updated_at in rows if updated_at <= before and queue not in spared]
-        count = 0
-        if old:
+    def queue_id(self) -> str:
+        """The id of this queue, which a copy gets by this at the latest."""
+        if not self.identity.queue:
             with self.transaction():
-                count = sum(self.delete(seq) for seq in old if self._value(STILL_SO, seq, state, before))
-        return rows[-1][0] if rows else 0, count
+                pass
+        return self.identity.queue
+
+    # The whole file.
+
+    def expect_bulk(self) -> None:
+        """Before many jobs are added: keep more of the index of ids in memory.
+
+        Random ids hit it everywhere.
+        """
+        self.execute("PRAGMA cache_size = -40000")  # KiB
 
     def shrink(self) -> None:
         """Give disk space back after a purge, once a quarter of the file is free."""
-        if self._value(FREE_PAGES) * 4 > self._value(ALL_PAGES):
-            self._lock(time.monotonic() + self.patience)
-            try:
-                self.db.execute(VACUUM)
-            except sqlite3.Error as error:
-                raise translate(error, self.path) from error
-            finally:
-                self._unlock()
-
-    # Workers and pools come and go, and are told what to do.
-
-    def add_pool(self, name: str, workers: int, queues: Sequence[str], max_jobs: int | None, now: int) -> None:
-        self.db.execute(ADD_POOL, (name, os.getpid(), now, workers, ",".join(queues) or None, max_jobs))
-
-    def add_worker(self, name: str, pool: str, now: int) -> None:
-        self.db.execute(ADD_WORKER, (name, pool, os.getpid(), now))
-
-    def remove_pool(self, name: str) -> None:
-        self.db.execute(REMOVE_POOL, (name,))
-
-    def remove_worker(self, name: str) -> None:
-        self.db.execute(REMOVE_WORKER, (name,))
-
-    def deaths(self, pool: str) -> int:
-        """How many jobs have died in the hands of this pool."""
-        rows = self._rows(GET_POOL, pool)
-        return int(rows[0][2]) if rows else 0
-
-    def is_stopping(self, pool: str) -> bool:
-        """Whether a pool was told to stop."""
-        rows = self._rows(GET_POOL, pool)
-        return bool(rows) and rows[0][0] > 0
-
-    def turns_left(self, pool: str) -> bool:
-        rows = self._rows(GET_POOL, pool)
-        return bool(rows) and rows[0][1] != 0
-
-    def pools(self) -> list[dict[str, Any]]:
-        """Every pool that is registered, each with `alive`."""
-        return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_POOLS)]
-
-    def workers(self) -> list[dict[str, Any]]:
-        """Every worker that is registered, each with `alive` and the job it runs."""
-        return [dict(row, alive=is_alive(self.path, row["name"])) for row in self._dicts(ALL_WORKERS)]
-
-    def queues_of_runs(self) -> set[str]:
-        """The queues of every `run` under way: it counts its jobs at its end."""
-        return {pool["queues"] for pool in self.pools()
-                if pool["alive"] and is_run_queue(pool["queues"] or "")}
-
-    def ask_stop(self, pools: Iterable[str], level: int) -> None:
-        """Have pools stop soon (1) or now (2), in a transaction; ring their workers afterwards."""
-        for name in pools:
-            self.db.execute(ASK_STOP, (level, name))
-        self.db.execute(NEXT_EPOCH)
-
-    def holders(self) -> set[str]:
-        """The workers in whose name a job is processing."""
-        return {row[0] for row in self._rows(HOLDERS)}
-
-    def lost_jobs(self) -> list[dict[str, Any]]:
-        """Every job whose worker is dead."""
-        return [job for job in self._dicts(HELD_JOBS) if not is_alive(self.path, job["worker"])]
-
-    def control(self, pool: str, epoch: int) -> Control:
-        """What the workers of a pool follow since `epoch`."""
-        rows = self._rows(GET_POOL, pool)
-        limited = {row[0] for row in self._rows(LIMITED_QUEUES)}
-        return Control(epoch, self.settings(), rows[0][0] if rows else 1, limited)
-
-    def settings(self) -> dict[str, Any]:
-        """Every setting with the value that holds now."""
-        found = {name: json.loads(value) for name, value in self._rows(ALL_SETTINGS)}
-        return {name: found.get(name, default) for name, default in SETTINGS.items()}
-
-    def set_setting(self, name: str, value: Any) -> None:
-        self.db.execute(SET_SETTING, (name, json.dumps(value)))
-        self.db.execute(NEXT_EPOCH)
-
-    def unset_setting(self, name: str) -> None:
-        self.db.execute(UNSET_SETTING, (name,))
-        self.db.execute(NEXT_EPOCH)
-
-    # Queues are limited and paused, in a transaction.
-
-    def set_concurrency(self, queue: str, most: int | None) -> None:
-        """Let at most so many jobs of a queue run at once, over all pools; None: as many as there are workers."""
-        self.db.execute(ADD_QUEUE, (queue,))
-        self.db.execute(SET_CONCURRENCY, (most, queue))
-        self.db.execute(NEXT_EPOCH)
-
-    def pause(self, queue: str | None, paused: bool) -> None:
-        """Start no more jobs of a queue (None: of any, those to come included), or start them again."""
-        if queue is None:
-            self.db.execute(PAUSE_ALL, (paused,))
-            if not paused:
-                self.db.execute(RESUME_EACH)
-        else:
-            self.db.execute(ADD_QUEUE, (queue,))
-            self.db.execute(PAUSE_QUEUE, (paused, queue))
-        self.db.execute(NEXT_EPOCH)
-
-    def edit(self, job: dict[str, Any], changes: dict[str, Any], now: int) -> None:
-        """Change a waiting job, in a transaction: priority, run_at, timeout_seconds, max_retries, queue."""
-        new = {**job, **changes}
-        if "run_at" in changes and not job["after"]:
-            new["due"] = new["run_at"] if (new["run_at"] or 0) > now else None
-            new["ready"] = new["due"] is None
-        self.db.execute(EDIT, (*(new[name] for name in EDITABLE), new["ready"], new["due"], now, job["seq"]))
-        if new["queue"] != job["queue"]:
-            pending, failed = job["state"] == PENDING, job["state"] == FAILED
-            self.db.execute(ADD_QUEUE, (new["queue"],))
-            self.db.execute(MOVE_COUNT, (pending, failed, new["queue"]))
-            self.db.execute(MOVE_COUNT, (-pending, -failed, job["queue"]))
-
-    # What there is to see.
-
-    def queues(self) -> list[dict[str, Any]]:
-        """Every queue that ever had a job, a limit or a pause, with its number of jobs in each state."""
-        return self._dicts(ALL_QUEUES)
-
-    def queue(self, name: str) -> dict[str, Any]:
-        """One of `queues`, also if it never had a job."""
-        empty = {"name": name, "concurrency": None, "paused": self.all_paused(), **dict.fromkeys(STATES, 0)}
-        return next((queue for queue in self.queues() if queue["name"] == name), empty)
-
-    def running_in(self, queue: str, count: int) -> list[str]:
-        """The ids of the first few jobs of a queue that are processing."""
-        return [row[0] for row in self._rows(RUNNING_IN, queue, count)]
-
-    def ahead_of(self, job: dict[str, Any], everywhere: bool) -> int:
-        """How many jobs that can run now come before a job: in all queues, or in its own."""
-        return int(self._value(AHEAD_OF, job["priority"], job["priority"], job["seq"],
-                               None if everywhere else job["queue"]))
-
-    def recent_seconds(self) -> float:
-        """How many seconds the runs of the newest jobs took on average; 0 if there were none."""
-        return float(self._value(RECENT_SECONDS) or 0)
-
-    def serving(self, queue: str) -> list[dict[str, Any]]:
-        """The live workers that serve a queue."""
-        pools = {pool["name"] for pool in self.pools() if pool["alive"] and serves(pool, queue)}
-        return [worker for worker in self.workers() if worker["alive"] and worker["pool"] in pools]
-
-    def first_in(self, queue: str) -> int:
-        """The seq of the first unfinished job of a queue; 0 if there is none."""
-        return int(self._value(FIRST_IN, queue) or 0)
-
-    def states_between(self, queue: str, first: int, last: int) -> dict[str, int]:
-        """How many jobs of a queue from seq `first` to `last` are in each state."""
-        return {**dict.fromkeys(STATES, 0), **dict(self._rows(STATES_BETWEEN, first, last, queue))}
-
-    def all_paused(self) -> bool:
-        return bool(self._rows(ALL_PAUSED)[0][0])
-
-    def last_seq(self) -> int:
-        return int(self._value(LAST_SEQ) or 0)
-
-    def unfinished(self, first: int, last: int) -> set[int]:
-        """The seqs from `first` to `last` of jobs that have not ended."""
-        return {row[0] for row in self._rows(UNFINISHED_BETWEEN, first, last)}
-
-    def end_of(self, seq: int) -> tuple[str, str, str | None] | None:
-        """Id, state and last error of a job; None if it was forgotten."""
-        rows = self._rows(END_OF, seq)
-        return rows[0] if rows else None
-
-    def died(self, first: int, last: int, start: int, queue: str | None = None) -> list[dict[str, Any]]:
-        """The first few jobs after seq `first` up to `last`, of a queue or of all, that died at or after `start`."""
-        return self._dicts(DIED_BETWEEN, first, last, start, queue)
+        free = self.value("PRAGMA freelist_count")
+        if free * 4 > self.value("PRAGMA page_count"):
+            with self.alone():
+                try:
+                    self.execute("VACUUM")
+                except sqlite3.Error as error:
+                    raise translate(error, self.path) from error
 
     def backup(self, path: str) -> None:
-        """Copy the database into the file `path`, as another queue in which what was running is pending."""
-        self.copy_to(path, (GIVE_BACK_ALL, *FORGET_WORKERS, RENEW_IDENTITY))
+        """Copy the database into the file `path`, as another queue.
 
-    def copy_to(self, path: str, changes: Sequence[str] = ()) -> None:
-        """Copy the database as it is at this moment into a file, by SQLite's own online backup, and change the copy.
+        What was running is pending there. Raises QueueError if it can't be written.
+        """
+        self.copy_to(
+            path,
+            """UPDATE jobs SET state = 'pending', ready = 1, attempts = max(attempts - 1, 0),
+                cancel = 0, worker = NULL, slot = NULL, locked_at = NULL
+                WHERE state = 'processing'""",
+            "DELETE FROM workers",
+            "DELETE FROM pools",
+            RENEW_IDENTITY)
 
-        In one step: in several, each write of a worker between two of them would start it anew.
-        The file appears whole, or not at all.
+    def copy_to(self, path: str, *changes: str) -> None:
+        """Copy the database as it is at this moment into a file, and change the copy.
+
+        By SQLite's own online backup, in one step: in several, each write of a worker between two
+        of them would start it anew. The file appears whole, or not at all.
         """
         part = "%s.%d.part" % (path, os.getpid())
         try:
-            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            os.close(os.open(part, flags, 0o600))
             copy = sqlite3.connect(part, isolation_level=None)
             try:
                 self.db.backup(copy)
@@ -3630,92 +3312,923 @@ class Store:
                 if os.path.exists(leftover):
                     os.unlink(leftover)
 
+
+def close_stores() -> bool:
+    """Close the stores before the process ends; if False it must end by os._exit, see Log."""
+    closed = [store.close() for store in list(OPENED)]
+    return all(closed)
+
+
+# ═══ Store ═══ what is read of the queue, and one method for each change of state ════════════
+#
+# Four layers: Administration (workers, pools, settings, queues), Reading (jobs and runs), Endings
+# (what follows when a job has ended), Store (jobs change). Whatever changes anything is called in
+# a transaction, but for `purge` and `forget_some`, which make their own. So each change is whole,
+# whoever is killed meanwhile, and each is made only if the job is still in the state that it is
+# made from.
+#
+#   add      Jobs come in: one transaction, all or none. A job that waits for others is not ready
+#            until the transaction that records the last of those makes it so: nobody can miss it.
+#   claim    First the jobs whose time has come are made ready, then one is taken, in the
+#            transaction that records the worker's last run. Two workers can't take the same: the
+#            second begins after the first has committed. The worker holds the run's token before.
+#   record   WHERE runs = ? AND state = 'processing': a run is recorded once. A worker that was
+#            taken for lost, and goes on, changes nothing: its job was given back, and perhaps
+#            runs again. With the end of a job goes what follows from it: who waited is let go or
+#            dies too, and the jobs of on_end and on_dead are added. So no death goes untold.
+#   cancel   A running job is only marked. Its worker may miss the mark and record a failure: then
+#            `record` sees it, and the job is dead all the same.
+#   delete   WHERE state <> 'processing', and nobody waits for it: both could have changed since
+#            the user, or the sweep, looked.
+#
+# Who makes a job claimable, or changes what workers follow, rings their bells after its commit.
+# A ring before it would wake them to look at what was there before.
+#
+# Ranges of jobs: from `first` to `last`, both included; or those behind `before`, which is not
+# included itself, up to `last`, which is.
+
+NEVER = 1 << 62
+
+
+def at_line(line: int, problem: str) -> str:
+    """What is wrong with a job, and on which line of its file (0: it has none)."""
+    return "line %d: %s" % (line, problem) if line else problem
+
+
+def serves(pool: Row, queue: str) -> bool:
+    """Whether the workers of a pool take jobs of a queue."""
+    return not pool["queues"] or queue in (HOOK_QUEUE, *pool["queues"].split(","))
+
+
+class Administration(Database):
+    """Who works, by which settings, and which queues may run."""
+
+    # Workers and pools come and go, and are told what to do.
+
+    def add_pool(self, name: str, workers: int, queues: Names,
+                 max_jobs: int | None, now: int) -> None:
+        """Register a pool of this process: its queues (none: all) and its claims (None: no end)."""
+        self.execute(
+            """INSERT INTO pools (name, pid, started_at, workers, queues, jobs_left)
+                VALUES (?, ?, ?, ?, ?, ?)""",
+            name, os.getpid(), now, workers, ",".join(queues) or None, max_jobs)
+
+    def add_worker(self, name: str, pool: str, now: int) -> None:
+        """Register this process as a worker of a pool."""
+        self.execute("INSERT INTO workers (name, pool, pid, started_at) VALUES (?, ?, ?, ?)",
+                     name, pool, os.getpid(), now)
+
+    def remove_pool(self, name: str) -> None:
+        self.execute("DELETE FROM pools WHERE name = ?", name)
+
+    def remove_worker(self, name: str) -> None:
+        self.execute("DELETE FROM workers WHERE name = ?", name)
+
+    def _pool(self, name: str) -> Row:
+        return self.first(GET_POOL, name) or {"stop": 0, "jobs_left": 0, "died": 0}
+
+    def deaths(self, pool: str) -> int:
+        """How many jobs have died in the hands of this pool."""
+        return int(self._pool(pool)["died"])
+
+    def is_stopping(self, pool: str) -> bool:
+        """Whether a pool was told to stop."""
+        return bool(self._pool(pool)["stop"])
+
+    def turns_left(self, pool: str) -> bool:
+        """Whether a pool with --max-jobs may claim another."""
+        return bool(self._pool(pool)["jobs_left"] != 0)
+
+    def pools(self) -> list[Row]:
+        """Every pool that is registered, each with `alive`."""
+        return self.registered(ALL_POOLS)
+
+    def workers(self) -> list[Row]:
+        """Every worker that is registered, each with `alive` and the job it runs."""
+        return self.registered(ALL_WORKERS)
+
+    def serving(self, queue: str) -> list[Row]:
+        """The live workers that serve a queue."""
+        pools = {pool["name"] for pool in self.pools()
+                 if pool["alive"] and serves(pool, queue)}
+        return [worker for worker in self.workers()
+                if worker["alive"] and worker["pool"] in pools]
+
+    def queues_of_runs(self) -> set[str]:
+        """The queues of every `run` under way: it counts its jobs at its end."""
+        return {pool["queues"] for pool in self.pools()
+                if pool["alive"] and is_run_queue(pool["queues"] or "")}
+
+    def ask_stop(self, pools: Iterable[str], level: int) -> None:
+        """Have pools stop soon (1) or now (2); ring their workers afterwards."""
+        for name in pools:
+            self.execute("UPDATE pools SET stop = max(stop, ?) WHERE name = ?", level, name)
+        self.execute(NEXT_EPOCH)
+
+    def holders(self) -> set[str]:
+        """The workers in whose name a job is processing."""
+        return set(self.column("SELECT DISTINCT worker FROM jobs WHERE state = 'processing'"))
+
+    def lost_jobs(self) -> list[Row]:
+        """Every job whose worker is dead."""
+        return [job for job in self.dicts(HELD_JOBS)
+                if not is_alive(self.path, job["worker"])]
+
+    def control(self, pool: str, epoch: int) -> Control:
+        """What the workers of a pool follow since `epoch`; of one that is gone, they stop."""
+        orders = self.first(GET_POOL, pool) or {"stop": 1}
+        limited = self.column("SELECT name FROM queues WHERE concurrency IS NOT NULL")
+        return Control(epoch, self.settings(), orders["stop"], set(limited))
+
+    def settings(self) -> Settings:
+        """Every setting with the value that holds now."""
+        found = dict(self.rows("SELECT name, value FROM settings"))
+        given = {name: json.loads(value) for name, value in found.items()}
+        return {name: given.get(name, default) for name, default in SETTINGS.items()}
+
+    def set_setting(self, name: str, value: Any) -> None:
+        self.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", name, json.dumps(value))
+        self.execute(NEXT_EPOCH)
+
+    def unset_setting(self, name: str) -> None:
+        self.execute("DELETE FROM settings WHERE name = ?", name)
+        self.execute(NEXT_EPOCH)
+
+    # Queues are limited, paused and counted.
+
+    def set_concurrency(self, queue: str, most: int | None) -> None:
+        """Let at most so many jobs of a queue run at once, over all pools.
+
+        None: as many as there are workers.
+        """
+        self.execute(ADD_QUEUE, queue)
+        self.execute("UPDATE queues SET concurrency = ? WHERE name = ?", most, queue)
+        self.execute(NEXT_EPOCH)
+
+    def pause(self, queue: str | None, paused: bool) -> None:
+        """Start no more jobs of a queue, or start them again.
+
+        None: of any queue, those to come included.
+        """
+        if queue is None:
+            self.execute("UPDATE control SET paused = ?", paused)
+            if not paused:
+                self.execute("UPDATE queues SET paused = 0")
+        else:
+            self.execute(ADD_QUEUE, queue)
+            self.execute("UPDATE queues SET paused = ? WHERE name = ?", paused, queue)
+        self.execute(NEXT_EPOCH)
+
+    def all_paused(self) -> bool:
+        return bool(self.value("SELECT paused FROM control"))
+
+    def queues(self) -> list[Row]:
+        """Every queue that ever had a job, a limit or a pause, with its jobs in each state."""
+        return self.dicts(
+            """SELECT name, concurrency, queues.paused OR control.paused AS paused, pending,
+                processing, completed, failed, dead FROM queues CROSS JOIN control ORDER BY name""")
+
+    def queue(self, name: str) -> Row:
+        """One of `queues`, also if it never had a job."""
+        empty = {"name": name, "concurrency": None, "paused": self.all_paused(),
+                 **dict.fromkeys(STATES, 0)}
+        return next((queue for queue in self.queues() if queue["name"] == name), empty)
+
+    def count(self, states: Names, queue: str | None) -> int:
+        """How many jobs are in these states (none: all) and this queue (None: all)."""
+        found = [each for each in self.queues() if queue in (None, each["name"])]
+        return sum(each[state] for each in found for state in set(states or STATES))
+
     def counts(self) -> dict[str, int]:
         """The number of jobs in each state."""
-        return {state: int(count) for state, count in zip(STATES, self._rows(COUNTS)[0])}
+        totals = self.rows(
+            """SELECT total(pending), total(processing), total(completed), total(failed),
+                total(dead) FROM queues""")
+        return dict(zip(STATES, map(int, totals[0])))
 
     def damage(self) -> list[str]:
         """What SQLite's own check, and a recount of all jobs, find wrong with the database."""
-        found = [row[0] for row in self._rows(INTEGRITY) if row[0] != "ok"]
-        counted = {row[:2]: row[2] for row in self._rows(RECOUNT)}
+        found = [line for line in self.column("PRAGMA integrity_check(5)") if line != "ok"]
+        recount = "SELECT queue, state, count(*) FROM jobs GROUP BY queue, state"
+        counted = {(queue, state): count for queue, state, count in self.rows(recount)}
         for queue in self.queues():
-            found += ["queue %s has %d %s jobs, not %d" % (
-                queue["name"], counted.get((queue["name"], state), 0), state, queue[state])
-                for state in STATES if counted.get((queue["name"], state), 0) != queue[state]]
+            for state in STATES:
+                real = counted.get((queue["name"], state), 0)
+                if real != queue[state]:
+                    found.append("queue %s has %d %s jobs, not %d"
+                                 % (queue["name"], real, state, queue[state]))
         return found
 
-    def oldest_waiting(self) -> dict[str, Any] | None:
-        return next(iter(self._dicts(OLDEST_WAITING)), None)
 
-    def next_due(self) -> dict[str, Any] | None:
-        return next(iter(self._dicts(NEXT_DUE)), None)
+class Reading(Administration):
+    """What there is to see of the jobs and their runs; nothing here changes anything."""
 
-    def find(self, name: str) -> dict[str, Any]:
+    # Jobs, with all their fields.
+
+    def find(self, name: str) -> Row:
         """The job with this id, or with this unique prefix of an id that queuectl made.
 
         Raises QueueError if there is none, or more than one.
         """
-        exact = self._dicts(SELECT_JOBS + WHERE_ID, name)
-        if exact:
-            return exact[0]
-        like = self._dicts(SELECT_JOBS + WHERE_PREFIX, name, name + "\U0010ffff") if len(name) >= 4 else []
-        if len(like) == 1:
-            return like[0]
-        if like:
-            raise QueueError("%s could be %s%s; give more of the id" % (
-                clean(name), ", ".join(job["id"] for job in like[:5]), " or others" if len(like) > 5 else ""))
-        raise QueueError("there is no job %s; `queuectl list` shows them" % shorten(clean(name), 140))
+        found = self.dicts(SELECT_JOBS + "WHERE jobs.id = ?", name)
+        if not found and len(name) >= 4:
+            prefix = "WHERE jobs.id >= ? AND jobs.id < ? AND generated = 1 LIMIT 6"
+            found = self.dicts(SELECT_JOBS + prefix, name, name + "\U0010ffff")
+        if len(found) == 1:
+            return found[0]
+        if found:
+            some = ", ".join(job["id"] for job in found[:5])
+            more = " or others" if len(found) > 5 else ""
+            raise QueueError("%s could be %s%s; give more of the id" % (clean(name), some, more))
+        raise QueueError("there is no job %s; `queuectl list` shows them"
+                         % shorten(clean(name), 140))
 
-    def find_by_seq(self, seq: int) -> dict[str, Any] | None:
-        return next(iter(self._dicts(SELECT_JOBS + WHERE_SEQ, seq)), None)
+    def find_by_seq(self, seq: int) -> Row | None:
+        return self.first(SELECT_JOBS + "WHERE seq = ?", seq)
 
-    def newest(self, states: Sequence[str], queue: str | None, count: int) -> list[dict[str, Any]]:
+    def _page(self, states: Names, queue: str | None, start: int,
+              newest: bool, count: int) -> list[Row]:
+        values = [start, *states]
+        if queue is not None:
+            values.append(queue)
+        return self.dicts(select_jobs(states, queue, newest, count), *values)
+
+    def newest(self, states: Names, queue: str | None,
+               count: int) -> list[Row]:
         """The newest `count` jobs in these states (none: all) and this queue, newest last."""
-        values = [NEVER, *states] + ([] if queue is None else [queue])
-        return self._dicts(select_jobs(states, queue, True, count), *values)[::-1]
+        return self._page(states, queue, NEVER, True, count)[::-1]
 
-    def jobs(self, states: Sequence[str], queue: str | None) -> Iterator[dict[str, Any]]:
+    def jobs(self, states: Names, queue: str | None) -> Iterator[Row]:
         """All jobs in these states (none: all) and this queue, oldest first, a page at a time."""
-        seq = 0
+        seq, size = 0, 1000
         while True:
-            values = [seq, *states] + ([] if queue is None else [queue])
-            page = self._dicts(select_jobs(states, queue, False, 1000), *values)
+            page = self._page(states, queue, seq, False, size)
             yield from page
-            if len(page) < 1000:
+            if len(page) < size:
                 return
             seq = page[-1]["seq"]
 
-    def runs(self, seq: int, last: int = 0) -> Iterator[dict[str, Any]]:
-        """The recorded runs of a job after run `last`, with their output, oldest first, a page at a time."""
+    def jobs_between(self, before: int, last: int) -> Iterator[Row]:
+        """The jobs behind seq `before` up to `last`, in the order they came."""
+        while before < last:
+            page = self.dicts(
+                SELECT_JOBS + "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT 1000", before, last)
+            if not page:
+                return
+            yield from page
+            before = page[-1]["seq"]
+
+    # Runs.
+
+    def runs(self, seq: int, last: int = 0) -> Iterator[Row]:
+        """The recorded runs of a job after run `last`, with their output, oldest first."""
         while True:
-            page = self._dicts(RUNS_OF, seq, last, seq)
+            page = self.dicts(
+                """SELECT id % 16777216 AS run, attempt, state, started_at, finished_at,
+                    seconds AS duration_seconds, exit_code, error, worker, stdout, stderr FROM runs
+                    WHERE id > ? * 16777216 + ? AND id <= ? * 16777216 + 16777215
+                    ORDER BY id LIMIT 20""", seq, last, seq)
             yield from page
             if not page:
                 return
             last = page[-1]["run"]
 
-    def jobs_between(self, first: int, last: int) -> Iterator[dict[str, Any]]:
-        """The jobs after seq `first` up to `last`, in the order they came."""
-        while first < last:
-            page = self._dicts(SELECT_JOBS + WHERE_BETWEEN, first, last)
-            if not page:
-                return
-            yield from page
-            first = page[-1]["seq"]
-
-    def count(self, states: Sequence[str], queue: str | None) -> int:
-        """How many jobs are in these states (none: all) and this queue (None: all)."""
-        return sum(each[state] for each in self.queues() if queue in (None, each["name"])
-                   for state in set(states or STATES))
-
     def run_times(self, seq: int) -> tuple[int, float]:
         """How many runs of a job are recorded, and their average in seconds."""
-        count, average = self._rows(RUN_TIMES, seq, seq)[0]
+        count, average = self.rows("SELECT count(*), avg(seconds) " + RUNS_OF_JOB, seq, seq)[0]
         return count, average or 0.0
 
+    def recent_seconds(self) -> float:
+        """How many seconds the runs of the newest jobs took on average; 0 if there were none."""
+        return float(self.value(
+            """SELECT avg(seconds)
+                FROM (SELECT seconds FROM runs ORDER BY id DESC LIMIT 100)""") or 0)
 
-def open_trusted(db: str, file: tuple[int, int] | None = None, tell: Callable[[str], None] | None = None,
-                 patience: float = PATIENCE) -> Store:
+    # What a worker looks at.
+
+    def pulse(self) -> tuple[int, int | None]:
+        """What it looks at first: the epoch of settings and orders, and the next time.
+
+        That is the earliest for which a job waits (milliseconds), None if there is none.
+        """
+        epoch, due = self.rows(PULSE)[0]
+        return epoch, due
+
+    def next(self, queues: Names) -> tuple[Any, ...] | None:
+        """The job that is next in these queues (none: all); None if there is none.
+
+        It is told as it would be claimed: the fields of Job up to `chained`.
+        """
+        return next(iter(self.rows(next_job(len(queues)), *queues)), None)
+
+    def ready(self, queues: Names, due: int | None, now: int) -> bool:
+        """Without the mutex: whether a job can be claimed now; `due` is what `pulse` told."""
+        return (due is not None and due <= now) or self.next(queues) is not None
+
+    def drained(self, queues: Names, now: int) -> bool:
+        """Whether no job of these queues (none: all) is due, failed or processing.
+
+        Those of paused queues don't count.
+        """
+        for queue in self.queues():
+            served = not queues or queue["name"] in queues
+            if served and not queue["paused"] and (queue["processing"] or queue["failed"]):
+                return False
+        return not self.ready(queues, self.pulse()[1], now)
+
+    def hooks_left(self, queue: str) -> bool:
+        """Whether a hook of a job of this queue has not ended, and is not paused."""
+        mark = "%%%s%%" % json.dumps({"QUEUECTL_QUEUE": queue})[1:-1]
+        left = self.rows(
+            """SELECT 1 FROM jobs WHERE state IN ('pending', 'processing', 'failed')
+                AND queue = ? AND env LIKE ? LIMIT 1""", HOOK_QUEUE, mark)
+        return bool(left) and not self.queue(HOOK_QUEUE)["paused"]
+
+    def context(self, key: int) -> tuple[str, str, int, str]:
+        """Of whoever enqueued a job: folder, PATH, umask and (JSON, if kept) environment."""
+        found = "SELECT cwd, path, umask, environ FROM contexts WHERE id = ?"
+        cwd, path, umask, environ = self.rows(found, key)[0]
+        return cwd, path, umask, environ
+
+    def is_cancelled(self, seq: int) -> bool:
+        return bool(self.value("SELECT cancel FROM jobs WHERE seq = ?", seq) == 1)
+
+    # Who waits for whom.
+
+    def awaited_by(self, seq: int) -> list[Row]:
+        """The jobs that a job still waits for."""
+        return self.dicts(
+            """SELECT seq, id, state, due FROM waits JOIN jobs ON jobs.seq = awaited
+                WHERE job = ? ORDER BY seq""", seq)
+
+    def waiters_of(self, seq: int) -> list[Row]:
+        """The jobs that wait for a job."""
+        return self.dicts(
+            """SELECT seq, id FROM waits JOIN jobs ON jobs.seq = job
+                WHERE awaited = ? AND state <> 'dead' ORDER BY seq""", seq)
+
+    def dead_dependents(self, seq: int) -> list[int]:
+        """The dead jobs that were to run after a job, or after one of those."""
+        return self.column("SELECT seq FROM jobs WHERE state = 'dead' AND seq %s ORDER BY seq"
+                           % DEPENDENTS_OF, seq)
+
+    def dead_causes(self, seq: int) -> list[str]:
+        """The ids of the dead jobs for which a job waits, or would.
+
+        Only of those that wait for no dead one themselves.
+        """
+        return self.column(
+            """WITH RECURSIVE causes (seq) AS (SELECT ? UNION SELECT awaited FROM causes
+                    JOIN waits ON job = causes.seq JOIN jobs ON jobs.seq = awaited
+                    WHERE state = 'dead')
+                SELECT id FROM causes JOIN jobs USING (seq) WHERE seq <> ? AND NOT EXISTS (
+                    SELECT 1 FROM waits JOIN jobs AS other ON other.seq = awaited
+                    WHERE job = causes.seq AND other.state = 'dead') ORDER BY seq""", seq, seq)
+
+    def waits_for_gone(self, seq: int) -> bool:
+        """Whether a job was to run after one that died and was forgotten."""
+        return bool(self.rows("SELECT 1 FROM jobs WHERE seq = ? AND EXISTS (SELECT 1 %s)"
+                              % WAITS_FOR_GONE, seq))
+
+    # How far it is, and what is next.
+
+    def running_in(self, queue: str, count: int) -> list[str]:
+        """The ids of the first few jobs of a queue that are processing."""
+        return self.column(
+            """SELECT id FROM jobs WHERE state = 'processing' AND queue = ?
+                ORDER BY seq LIMIT ?""", queue, count)
+
+    def ahead_of(self, job: Row, everywhere: bool) -> int:
+        """How many jobs that can run now come before a job: in all queues, or in its own."""
+        queue = None if everywhere else job["queue"]
+        return int(self.value(
+            """SELECT count(*) FROM jobs JOIN queues ON queues.name = jobs.queue
+                WHERE ready = 1 AND NOT paused
+                AND (concurrency IS NULL OR processing < concurrency)
+                AND (priority < ? OR (priority = ? AND seq < ?)) AND queue = coalesce(?, queue)""",
+            job["priority"], job["priority"], job["seq"], queue))
+
+    def first_in(self, queue: str) -> int:
+        """The seq of the first unfinished job of a queue; 0 if there is none."""
+        return int(self.value(
+            """SELECT min(seq) FROM jobs WHERE queue = ?
+                AND state IN ('pending', 'processing', 'failed')""", queue) or 0)
+
+    def last_seq(self) -> int:
+        """The seq of the job that came last, be it forgotten; 0 if there was none."""
+        return int(self.value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'") or 0)
+
+    def states_between(self, queue: str, first: int,
+                       last: int) -> dict[str, int]:
+        """How many jobs of a queue from seq `first` to `last` are in each state."""
+        found = self.rows(
+            """SELECT state, count(*) FROM jobs WHERE seq BETWEEN ? AND ? AND queue = ?
+                GROUP BY state""", first, last, queue)
+        return {**dict.fromkeys(STATES, 0), **dict(found)}
+
+    def unfinished(self, first: int, last: int) -> set[int]:
+        """The seqs from `first` to `last` of jobs that have not ended."""
+        return set(self.column(
+            """SELECT seq FROM jobs WHERE state IN ('pending', 'processing', 'failed')
+                AND seq BETWEEN ? AND ?""", first, last))
+
+    def died(self, before: int, last: int, start: int,
+             queue: str | None = None) -> list[Row]:
+        """The first few jobs behind seq `before` up to `last` that died.
+
+        Those of one queue (None: of all) that died at or after `start` (milliseconds).
+        """
+        return self.dicts(
+            """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead'
+                AND seq > ? AND seq <= ? AND updated_at >= ? AND queue = coalesce(?, queue)
+                ORDER BY seq LIMIT 20""", before, last, start, queue)
+
+    def end_of(self, seq: int) -> tuple[str, str, str | None] | None:
+        """Id, state and last error of a job; None if it was forgotten."""
+        rows = self.rows("SELECT id, state, last_error FROM jobs WHERE seq = ?", seq)
+        return next(iter(rows), None)
+
+    def oldest_waiting(self) -> Row | None:
+        return self.first(OLDEST_WAITING)
+
+    def next_due(self) -> Row | None:
+        return self.first(NEXT_DUE)
+
+
+def _draw_ids(count: int) -> list[str]:
+    """Random ids: 40 bits, ten hex digits each."""
+    digits = os.urandom(5 * count).hex()
+    return [digits[at:at + 10] for at in range(0, 10 * count, 10)]
+
+
+def as_json(value: Any) -> str | None:
+    """The JSON of what few jobs have."""
+    return json.dumps(value) if value else None
+
+
+def is_special(draft: Draft) -> bool:
+    """Whether a draft has what few jobs have, and bulks are to be fast without."""
+    given = draft["unique"], draft["retry_after"]
+    return bool(draft["after"] or draft["dead_on"]) or given != (None, None)
+
+
+class Intake:
+    """Jobs that come in together, in one transaction.
+
+    They are inserted by the thousand: one at a time would take twice as long. `caller` is the PATH,
+    umask and environment (JSON, or empty) of whoever enqueues. Jobs whose id or key is taken are
+    refused; with `skip_existing` they are left out, and the seqs of those that were there before
+    are in `existing`.
+    """
+
+    def __init__(self, store: Reading, settings: Settings, caller: tuple[str, int, str],
+                 now: int, skip_existing: bool = False) -> None:
+        self.store, self.settings, self.caller = store, settings, caller
+        self.now, self.skip_existing = now, skip_existing
+        self.contexts: dict[str, Any] = {}  # their keys, by folder
+        self.chunk: list[Draft] = []  # drafts that are not inserted yet
+        self.added: dict[str, int] = {}  # how many, by queue
+        self.existing: list[int] = []
+        self.causes: dict[int, str] = {}  # of dead jobs: the id of the one for which they died
+
+    def look_up_context(self, cwd: str) -> None:
+        """Before a draft of this folder is inserted."""
+        if cwd in self.contexts:
+            return
+        values = cwd, *self.caller
+        found = self.store.value(
+            "SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ? AND environ = ?",
+            *values)
+        self.contexts[cwd] = found or self.store.db.execute(
+            "INSERT INTO contexts (cwd, path, umask, environ) VALUES (?, ?, ?, ?)",
+            values).lastrowid
+
+    def _row(self, draft: Draft, id_: str) -> tuple[Any, ...]:
+        """The values of ADD_JOB; what was not given takes the setting of this moment."""
+        priority, timeout, max_retries = (
+            self.settings[name] if draft[name] is None else draft[name]
+            for name in ("priority", "timeout_seconds", "max_retries"))
+        run_at, due = draft["run_at"], None
+        if (run_at or 0) > self.now:
+            due = run_at
+        return (
+            id_, draft["id"] is None, draft["command"], draft["queue"] or "default",
+            priority, due is None, due, run_at, timeout, max_retries, draft["backoff_base"],
+            self.contexts[draft["cwd"]], as_json(draft["env"]),
+            self.now, self.now, isinstance(run_at, Delayed))
+
+    def count(self, draft: Draft) -> None:
+        queue = draft["queue"] or "default"
+        self.added[queue] = self.added.get(queue, 0) + 1
+
+    def insert_chunk(self) -> None:
+        """Insert the chunk at once; if an id is taken, one by one, which finds out whose."""
+        db = self.store.db
+        drawn = iter(_draw_ids(sum(draft["id"] is None for draft in self.chunk)))
+        names = [draft["id"] or next(drawn) for draft in self.chunk]
+        db.execute("SAVEPOINT chunk")
+        try:
+            db.executemany(ADD_JOB, map(self._row, self.chunk, names))
+        except sqlite3.IntegrityError:
+            db.execute("ROLLBACK TO chunk")
+            pairs = zip(self.chunk, names)
+            self.chunk = [draft for draft, name in pairs if self.insert(draft, name)]
+        db.execute("RELEASE chunk")
+        for draft in self.chunk:
+            self.count(draft)
+        self.chunk = []
+
+    def insert(self, draft: Draft, name: str = "") -> bool:
+        """Insert one job, as `name` if it was drawn already; False if it is skipped."""
+        name = name or draft["id"]
+        while draft["id"] is None and (not name or self.store.rows(WITH_ID, name)):
+            name = _draw_ids(1)[0]
+        key = draft["unique"]
+        twin = self.store.first(WITH_ID, name) or self.store.first(
+            """SELECT seq, id, state FROM jobs
+                WHERE unique_key = ? AND state <> 'completed' AND state <> 'dead'""", key)
+        if not twin:
+            self.store.execute(ADD_JOB, *self._row(draft, name))
+            return True
+        if self.skip_existing:
+            self.existing.append(twin["seq"])
+            return False
+        problem = ("a job with the id %s exists already; choose another, or use --if-exists skip"
+                   % name)
+        if twin["id"] != name:
+            problem = "a job with the key %s is %s: %s; --if-exists skip makes this a success" % (
+                clean(str(key)), twin["state"], clean(twin["id"]))
+        raise QueueError(at_line(draft.get("line", 0), problem))
+
+    def finish(self) -> None:
+        """Insert what is left, and have the queues count all that were added."""
+        self.insert_chunk()
+        for queue, count in self.added.items():
+            self.store.execute(ADD_QUEUE, queue)
+            self.store.execute("UPDATE queues SET pending = pending + ? WHERE name = ?",
+                               count, queue)
+
+
+def hook_env(job: Row) -> dict[str, str]:
+    """The variables by which a hook learns which job has ended, and how."""
+    shown = {
+        "JOB_ID": job["id"], "QUEUE": job["queue"],
+        "ATTEMPT": job["attempts"], "MAX_RETRIES": job["max_retries"],
+        "COMMAND": shorten(job["command"], 30000), "STATE": job["state"],
+        "EXIT_CODE": job["exit_code"], "ERROR": clean(job["last_error"] or "")}
+    return {"QUEUECTL_" + name: "" if value is None else str(value)
+            for name, value in shown.items()}
+
+
+class Endings(Reading):
+    """What follows when a job has ended, in the transaction that records its end."""
+
+    def follow_up(self, seq: int, state: str, by_itself: bool, settings: Settings,
+                  now: int) -> bool:
+        """A job is completed or dead; whether others can start now, or died too.
+
+        The jobs that `settings` ask for are added: by on_end, and by on_dead if it died
+        `by_itself`: not if it was cancelled. Those that waited for it alone go on, or die too.
+        """
+        hooked, died = False, state == DEAD and by_itself
+        if settings["on_end"] or (died and settings["on_dead"]):
+            ended = self.dicts(HOOKED + "WHERE seq = ?", seq)
+            hooked = self._add_hooks(ended, settings, died, now)
+        waiting = self.column("SELECT job FROM waits WHERE awaited = ?", seq)
+        if waiting and state == DEAD:
+            name = self.value(ID_OF, seq)
+            self.bury(DEPENDENTS_OF, name, seq, now, self.settings())
+        elif waiting:
+            self.execute("DELETE FROM waits WHERE awaited = ?", seq)
+            self.db.executemany(
+                """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?,
+                    due = CASE WHEN run_at > ? THEN run_at END
+                    WHERE seq = ? AND state = 'pending'
+                    AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)""",
+                [(now, now, job) for job in waiting])
+        return hooked or bool(waiting)
+
+    def bury(self, which: str, cause: str, seq: int, now: int,
+             settings: Settings) -> None:
+        """Let those jobs die that were to run after the dead one with the id `cause`.
+
+        `which` is the end of a statement that says which: `= ?` or DEPENDENTS_OF, of `seq`.
+        """
+        error = "%s is dead, and this job was to run after it" % cause
+        buried = []
+        if settings["on_end"]:
+            buried = self.dicts(HOOKED + "WHERE state = 'pending' AND seq " + which, seq)
+        self.execute(
+            """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, updated_at = ?,
+                finished_at = ?, last_error = ? WHERE state = 'pending' AND seq """ + which,
+            now, now, error, seq)
+        ended = [dict(job, state=DEAD, last_error=error) for job in buried]
+        self._add_hooks(ended, settings, False, now)
+
+    def _add_hooks(self, jobs: list[Row], settings: Settings,
+                   died: bool, now: int) -> bool:
+        """Add the jobs that on_end asks for, and on_dead if these `died`; whether there are any.
+
+        They are jobs like others, but their own end makes none.
+        """
+        commands = settings["on_end"], died and settings["on_dead"]
+        ended = [job for job in jobs if job["queue"] != HOOK_QUEUE]
+        if not ended or not any(commands):
+            return False
+        path = os.fsencode(os.environ.get("PATH", os.defpath))
+        caller = path.decode("utf-8", "replace"), 0o077, ""
+        draft = dict(
+            dict.fromkeys(GIVEN_FIELDS), queue=HOOK_QUEUE, cwd=self.folder,
+            priority=HOOK_PRIORITY, timeout_seconds=HOOK_TIME)
+        intake = Intake(self, settings, caller, now)
+        intake.look_up_context(self.folder)
+        intake.chunk = [dict(draft, command=command, env=hook_env(job))
+                        for job in ended for command in commands if command]
+        intake.finish()
+        return True
+
+
+READY_AT_ONCE = 10_000
+
+
+class Store(Endings):
+    """The queue at `path`: one method for each change of a job's state, called in a transaction.
+
+    Arguments and errors: see Database. Times are in milliseconds since the epoch.
+    """
+
+    # Jobs come in.
+
+    def add(self, drafts: Iterable[Draft], settings: Settings, path: str, umask: int,
+            now: int, skip_existing: bool = False,
+            environ: str = "") -> tuple[int, int, list[int]]:
+        """Insert jobs; the seq before the first, that of the last, and those that existed.
+
+        `path`, `umask` and `environ` (JSON, or empty) are those of whoever enqueues. Raises
+        QueueError if an id exists already, or a key is taken, unless `skip_existing`; and if a
+        job is to wait for one that does not exist.
+        """
+        before = self.last_seq()
+        intake = Intake(self, settings, (path, umask, environ), now, skip_existing)
+        for draft in drafts:
+            intake.look_up_context(draft["cwd"])
+            special = is_special(draft)
+            if not special:
+                intake.chunk.append(draft)
+            if special or len(intake.chunk) == 1000:
+                intake.insert_chunk()
+            if special:  # it may wait for one of these
+                self._add_special(intake, draft)
+        intake.finish()
+        if environ:
+            self.db.executemany(
+                """UPDATE contexts SET jobs = jobs + (SELECT count(*) FROM jobs
+                    WHERE seq > ? AND context = contexts.id) WHERE id = ?""",
+                [(before, context) for context in intake.contexts.values()])
+            self.execute("DELETE FROM contexts WHERE jobs = 0 AND environ <> ''")
+        return before, self.last_seq(), intake.existing
+
+    def _add_special(self, intake: Intake, draft: Draft) -> None:
+        """Insert a job with a key, a policy, or others to wait for.
+
+        If one of those is dead already, so is the job.
+        """
+        if not intake.insert(draft):
+            return
+        seq = self.last_seq()
+        policy = {name: draft[name] for name in POLICY_FIELDS
+                  if draft[name] not in (None, [])}
+        self.execute("UPDATE jobs SET unique_key = ?, policy = ? WHERE seq = ?",
+                     draft["unique"], as_json(policy), seq)
+        awaited = self._awaited(draft, seq)
+        intake.count(draft)
+        self.execute(ADD_QUEUE, draft["queue"] or "default")  # the burial below is counted there
+        waits = [(job["seq"], seq) for job in awaited if job["state"] != COMPLETED]
+        self.db.executemany("INSERT OR IGNORE INTO waits (awaited, job) VALUES (?, ?)", waits)
+        if waits:
+            self.execute("UPDATE jobs SET ready = 0, due = NULL, chained = 1 WHERE seq = ?", seq)
+        dead = [job["seq"] for job in awaited if job["state"] == DEAD]
+        if dead:
+            known, first = intake.causes, dead[0]
+            if first not in known:
+                causes = self.dead_causes(first) or self.column(ID_OF, first)
+                known[first] = causes[0]
+            known[seq] = known[first]
+            self.bury("= ?", known[seq], seq, intake.now, intake.settings)
+
+    def _awaited(self, draft: Draft, seq: int) -> list[Row]:
+        """The jobs that the one at `seq` is to run after: their seq and state."""
+        line, state_of = draft.get("line", 0), "SELECT seq, state FROM jobs WHERE id = ?"
+        try:
+            awaited = [self.first(state_of, name) or self.find(name)
+                       for name in draft["after"] or ()]
+        except QueueError as error:
+            problem = "%s; what a job is to run after must stand before it" % error
+            raise QueueError(at_line(line, problem)) from None
+        if any(job["seq"] == seq for job in awaited):
+            raise QueueError(at_line(line, "a job can't wait for itself"))
+        return awaited
+
+    # Jobs are claimed and recorded.
+
+    def claim(self, worker: str, slot: int, queues: Names, due: int | None,
+              now: int, pool: str = "") -> Job | None:
+        """Claim the job that is next in these queues (none: all); None if there is none.
+
+        If `due`, the time that `pulse` told, has come, jobs are made ready before; where they are
+        very many, a part of them is made ready instead of a claim, so that the mutex is not held
+        for long. `pool` is given if its claims are counted against a --max-jobs.
+        """
+        if due is not None and due <= now:
+            made_ready = self.execute(
+                """UPDATE jobs SET ready = 1 WHERE seq IN (SELECT seq FROM jobs
+                    WHERE ready = 0 AND due IS NOT NULL AND due <= ? ORDER BY due LIMIT %d)"""
+                % READY_AT_ONCE, now)
+            if made_ready == READY_AT_ONCE:
+                return None
+        found = self.next(queues)
+        if found is None:
+            return None
+        job = Job._make((*found, now))
+        if pool and job.queue != HOOK_QUEUE:
+            turn = self.execute(
+                """UPDATE pools SET jobs_left = jobs_left - 1
+                    WHERE name = ? AND jobs_left > 0""", pool)
+            if not turn:
+                return None
+        self.execute(
+            """UPDATE jobs SET state = 'processing', ready = 0, due = NULL,
+                attempts = attempts + 1, runs = runs + 1, worker = ?, slot = ?, locked_at = ?,
+                started_at = ?, updated_at = ? WHERE seq = ?""",
+            worker, slot, now, now, now, job.seq)
+        return job
+
+    def make_ready_after_clock_step(self, now: int) -> None:
+        """Make due the retries that were put off by a clock that has since been set back.
+
+        Delays begin anew.
+        """
+        self.execute(
+            """UPDATE jobs SET ready = 1
+                WHERE state = 'failed' AND ready = 0 AND updated_at > ?""", now)
+        self.execute(
+            """UPDATE jobs SET due = due - updated_at + ?, run_at = run_at - updated_at + ?,
+                updated_at = ? WHERE delayed = 1 AND ready = 0 AND due IS NOT NULL
+                AND state = 'pending' AND updated_at > ?""", now, now, now, now)
+
+    def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str],
+               settings: Settings) -> tuple[str, bool]:
+        """Record how a run ended; the job's new state, and whether others can start now.
+
+        If it is dead, `pools` are told. The jobs that `settings` ask for when a job ends are added.
+        Only if the job is still in that very run: otherwise somebody else has recorded it as lost,
+        and that stands; the state is "" then.
+        """
+        job, now = ended.job, ended.finished_at
+        state, attempts = settle(ended.ending, job.attempts, job.max_retries, ended.final)
+        by_itself = ended.ending != CANCELLED
+        if state not in ENDED and self.is_cancelled(job.seq):  # its worker has not heard of it
+            state, attempts, by_itself = DEAD, job.attempts, False
+        if not self._leave_run(ended, state, attempts, retry_at):
+            return "", False
+        self._keep_run(ended)
+        if state not in ENDED:
+            return state, False
+        if state == DEAD and job.queue != HOOK_QUEUE:
+            for pool in pools:
+                self.execute("UPDATE pools SET died = died + 1 WHERE name = ?", pool)
+        return state, self.follow_up(job.seq, state, by_itself, settings, now)
+
+    def _leave_run(self, ended: Ended, state: str, attempts: int,
+                   retry_at: int | None) -> int:
+        """Give a job its new state, if it is still in the run that ended."""
+        job, now = ended.job, ended.finished_at
+        due = retry_at if state == FAILED else None
+        return self.execute(
+            """UPDATE jobs SET state = ?, ready = ?, due = ?, attempts = ?, updated_at = ?,
+                finished_at = ?, exit_code = ?, last_error = ?, deferrals = deferrals + ?,
+                cancel = 0, worker = NULL, slot = NULL, locked_at = NULL
+                WHERE seq = ? AND runs = ? AND state = 'processing'""",
+            state, state == PENDING, due, attempts, now, now, ended.exit_code, ended.error,
+            ended.ending == DEFERRED, job.seq, job.runs)
+
+    def _keep_run(self, ended: Ended) -> None:
+        """Keep what is shown of a run; where there was no room for it, it was none."""
+        job = ended.job
+        if ended.ending == UNSTARTED:
+            self.execute("UPDATE jobs SET runs = runs - 1 WHERE seq = ?", job.seq)
+            return
+        self.execute(
+            "INSERT INTO runs VALUES (? * 16777216 + ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            job.seq, job.runs, job.attempts, ended.ending, job.started_at, ended.finished_at,
+            ended.seconds, ended.exit_code, ended.error, ended.worker,
+            ended.stdout or None, ended.stderr or None)
+
+    # Jobs are cancelled, retried, changed and forgotten; each tells if it was done.
+
+    def cancel_waiting(self, seq: int, now: int) -> bool:
+        """Let a job die that waits."""
+        done = self.execute(
+            """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, last_error = ?,
+                updated_at = ?, finished_at = ?
+                WHERE seq = ? AND state IN ('pending', 'failed')""",
+            "cancelled before it ran again", now, now, seq)
+        if done:
+            self.follow_up(seq, DEAD, False, self.settings(), now)
+        return bool(done)
+
+    def ask_cancel(self, seq: int, now: int) -> bool:
+        """Have the worker of a running job end it."""
+        return bool(self.execute(
+            """UPDATE jobs SET cancel = 1, updated_at = ?
+                WHERE seq = ? AND state = 'processing'""", now, seq))
+
+    def retry(self, seq: int, now: int) -> bool:
+        """Give a job that has ended a new start, if its key is not taken."""
+        return bool(self.execute(
+            RETRY + "seq = ? AND state IN ('completed', 'dead')", now, seq))
+
+    def retry_all_dead(self, now: int, queue: str | None) -> int:
+        """Give every dead job of a queue (None: of all) a new start; how many.
+
+        Not those whose key is taken, and not those that waited for one that is forgotten.
+        """
+        before = self.counts()[DEAD]
+        self.execute(
+            RETRY + "state = 'dead' AND queue = coalesce(?, queue) AND NOT EXISTS (SELECT 1 %s)"
+            % WAITS_FOR_GONE, now, queue)
+        still_dead = self.rows(
+            """SELECT DISTINCT awaited.seq, awaited.id FROM waits
+                JOIN jobs AS awaited ON awaited.seq = waits.awaited
+                JOIN jobs ON jobs.seq = waits.job
+                WHERE awaited.state = 'dead' AND jobs.state = 'pending'""")
+        for seq, name in still_dead:
+            self.bury(DEPENDENTS_OF, name, seq, now, self.settings())
+        return before - self.counts()[DEAD]
+
+    def edit(self, job: Row, changes: Draft, now: int) -> None:
+        """Change a waiting job: priority, run_at, timeout_seconds, max_retries, queue."""
+        new = {**job, **changes}
+        if "run_at" in changes and not job["after"]:
+            new["ready"] = (new["run_at"] or 0) <= now
+            new["due"] = None if new["ready"] else new["run_at"]
+        values = [new[name] for name in (*EDITABLE, "ready", "due")]
+        self.execute(
+            """UPDATE jobs SET priority = ?, run_at = ?, timeout_seconds = ?, max_retries = ?,
+                queue = ?, ready = ?, due = ?, updated_at = ?
+                WHERE seq = ? AND state IN ('pending', 'failed')""", *values, now, job["seq"])
+        if new["queue"] != job["queue"]:
+            pending, failed = job["state"] == PENDING, job["state"] == FAILED
+            self.execute(ADD_QUEUE, new["queue"])
+            self.execute(MOVE_COUNT, pending, failed, new["queue"])
+            self.execute(MOVE_COUNT, -pending, -failed, job["queue"])
+
+    def delete(self, seq: int) -> bool:
+        """Forget a job that is not running, and that no other waits for."""
+        done = self.execute(
+            """DELETE FROM jobs WHERE seq = ? AND state <> 'processing' AND NOT EXISTS (
+                SELECT 1 FROM waits JOIN jobs AS waiting ON waiting.seq = waits.job
+                WHERE awaited = jobs.seq AND waiting.state <> 'dead')""", seq)
+        if done:
+            self.execute("DELETE " + RUNS_OF_JOB, seq, seq)
+        return bool(done)
+
+    def purge(self, state: str, before: int) -> int:
+        """Forget all jobs in `state` not changed since the time `before`; how many.
+
+        In small transactions of its own. The jobs of a `run` under way are spared.
+        """
+        last, total, spared = NEVER, 0, self.queues_of_runs()
+        while last:
+            last, count = self.forget_some(state, before, last, spared)
+            total += count
+        return total
+
+    def forget_some(self, state: str, before: int, last: int,
+                    spared: Iterable[str]) -> tuple[int, int]:
+        """Of the next jobs in `state` below seq `last`, forget those unchanged since `before`.
+
+        Returns the seq that was reached (0: there are no more), and how many were forgotten. Jobs
+        of the queues `spared` are not. The newest go first: what waits before what it waits for.
+        The mutex is taken only if there is anything to forget.
+        """
+        rows = self.rows(
+            """SELECT seq, queue, updated_at FROM jobs WHERE state = ? AND seq < ?
+                ORDER BY seq DESC LIMIT 500""", state, last)
+        if not rows:
+            return 0, 0
+        old = [seq for seq, queue, changed in rows if changed <= before and queue not in spared]
+        count = 0
+        if old:
+            still_so = "SELECT 1 FROM jobs WHERE seq = ? AND state = ? AND updated_at <= ?"
+            with self.transaction():
+                count = sum(self.delete(seq) for seq in old
+                            if self.value(still_so, seq, state, before))
+        return rows[-1][0], count
+
+
+def open_trusted(db: str, file: tuple[int, int] | None = None,
+                 tell: Tell | None = None, patience: float = PATIENCE) -> Store:
     """The store of a database from which something is to be executed.
 
     `file` is its identity where it was checked before: it must be the same. Raises QueueError if
@@ -3728,6 +4241,9 @@ def open_trusted(db: str, file: tuple[int, int] | None = None, tell: Callable[[s
         store.close()
         raise QueueError("%s was replaced while it was in use; nothing of it is executed" % db)
     return store
+
+
+# A backup is restored: a copy of it is put in the database's place.
 
 
 def copy_backup(backup: str, part: str) -> None:
@@ -3755,10 +4271,10 @@ def fold_log(db: str) -> None:
 
 def keep_aside(db: str) -> str:
     """Give a database, and a log that could not be folded in, a second name; the name."""
-    number = 1
-    while any(os.path.exists("%s.replaced%d%s" % (db, number, ending)) for ending in ("", "-wal")):
+    number, kept = 1, db + ".replaced1"
+    while os.path.exists(kept) or os.path.exists(kept + "-wal"):
         number += 1
-    kept = "%s.replaced%d" % (db, number)
+        kept = "%s.replaced%d" % (db, number)
     os.link(db, kept)
     if os.path.exists(db + "-wal"):
         os.rename(db + "-wal", kept + "-wal")
@@ -3768,7 +4284,7 @@ def keep_aside(db: str) -> str:
 
 
 def put_in_place(backup: str, db: str) -> str:
-    """Put a copy of a backup in a database's place; under which name what it replaces is kept, or nothing.
+    """Put a copy of a backup in a database's place; the name of what it replaces, or nothing.
 
     Under the mutex. The old log is folded into the old database first, for it would be mixed with
     the new one; where that can't be, it is kept beside it. There is a database at every moment:
@@ -3780,7 +4296,8 @@ def put_in_place(backup: str, db: str) -> str:
     try:
         system.wait_lock(mutex)
         if not system.try_lock(mutex):
-            raise Unavailable("another process is writing to %s; try again when it has finished" % db)
+            raise Unavailable("another process is writing to %s; try again when it has finished"
+                              % db)
         part, kept = db + ".restored", ""
         copy_backup(backup, part)
         if os.path.exists(db):
@@ -3797,6 +4314,9 @@ def put_in_place(backup: str, db: str) -> str:
 
 # ═══ Runner ═══ one run of one job ═══════════════════════════════════════════════════════════
 
+if TYPE_CHECKING:
+    Pause = Callable[[float], object]  # sleeps up to so many seconds
+FOREVER = float("inf")  # seconds
 SHORTEST_LOOK, LONGEST_LOOK = 0.02, 0.5  # seconds between looks at a run's output
 LONGEST_PAUSE = 0.25  # seconds between looks at processes that were told to end
 
@@ -3806,53 +4326,53 @@ def run_name(worker: str, seq: int, run: int) -> str:
     return "%s-%d-%d" % (worker, seq, run)
 
 
-class Members:
-    """The processes of one run; called, it finds those that live, from the top, each with the time it started.
+def members_of(mark: str, files: Sequence[str],
+               leader: Leader = NOBODY) -> Callable[[], Living]:
+    """A function that finds the living processes of one run; arguments as for `system.members`.
 
     It remembers whom it has found: a child whose only tie to the run was its parent stays a
     member when that parent is gone.
     """
+    known: Living = {}
 
-    def __init__(self, mark: str, files: Sequence[str], leader: Leader = NOBODY) -> None:
-        """As for `system.members`."""
-        self.mark, self.files, self.leader = mark, files, leader
-        self.known: dict[int, str] = {}
-
-    def __call__(self) -> dict[int, str]:
-        found: dict[int, str] = system.members(self.mark, self.files, self.leader, self.known)
-        self.known.update(found)
+    def find() -> Living:
+        found = system.members(mark, files, leader, known)
+        known.update(found)
         return found
 
+    return find
 
-def end_processes(members: Callable[[], dict[int, str]], grace: float,
-                  pause: Callable[[float], object], patience: float | None = None) -> bool:
-    """End the processes that `members` finds: SIGTERM, after `grace` seconds SIGKILL, until none is left.
 
-    `members` is asked again each time, for they may start others meanwhile. `pause` sleeps up to
-    the given seconds. Gives up, and returns False, `patience` seconds after the first SIGKILL;
-    without it never.
+def end_processes(members: Callable[[], Living], grace: float, pause: Pause,
+                  patience: float = FOREVER) -> bool:
+    """End the processes that `members` finds: SIGTERM, after `grace` seconds SIGKILL.
+
+    `members` is asked again until it finds none, for they may start others meanwhile. Gives up,
+    and returns False, `patience` seconds after the first SIGKILL.
     """
     start = time.monotonic()
     nap = 0.005
-    told: set[tuple[int, str]] = set()
+    asked: set[tuple[int, str]] = set()
     while True:
+        found = None  # they can't be looked for now: they may all live
         try:
-            left = members()
-        except OSError:  # they can't be looked for now: they may all live
-            if patience is not None and time.monotonic() - start >= grace + patience:
-                return False
+            found = members()
+        except OSError:
+            pass
+        age = time.monotonic() - start
+        if found == {}:
+            return True
+        if age >= grace + patience:
+            return False
+        if found is None:
             pause(LONGEST_PAUSE)
             continue
-        age = time.monotonic() - start
-        if not left:
-            return True
-        if patience is not None and age >= grace + patience:
-            return False
-        for pid, started in left.items():
-            if age >= grace or (pid, started) not in told:
-                system.end_process(pid, started, age >= grace)
-                told.add((pid, started))
-        pause(min(nap, max(grace - age, 0.001)) if age < grace else nap)
+        for member in found.items():
+            if age >= grace or member not in asked:
+                system.end_process(*member, age >= grace)
+                asked.add(member)
+        left = max(grace - age, 0.001) if age < grace else nap
+        pause(min(nap, left))
         nap = min(nap * 2, LONGEST_PAUSE)
 
 
@@ -3860,13 +4380,16 @@ def end_processes(members: Callable[[], dict[int, str]], grace: float,
 Surroundings = namedtuple("Surroundings", "cwd umask env")
 
 
+def native_items(texts: dict[str, str]) -> Env:
+    return {system.native(name): system.native(value) for name, value in texts.items()}
+
+
 class Run:
     """One run of a claimed job: its shell, its deadline, its output, its end."""
 
-    def __init__(self, job: Job, worker: str, slot: Slot) -> None:
-        self.job = job
-        self.slot = slot
-        self.worker = worker
+    def __init__(self, job: Job, worker: str, slot: Slot, limit: int):
+        """`slot` is open and takes its output, of which up to `limit` bytes a stream are kept."""
+        self.job, self.worker, self.slot, self.limit = job, worker, slot, limit
         self.name = run_name(worker, job.seq, job.runs)
         self.pid = 0
         self.leader = NOBODY
@@ -3874,33 +4397,35 @@ class Run:
         self.short = False  # whether it could not start because the machine has no room for it
         self.exit_code: int | None = None
         self.began = time.monotonic()
-        self.deadline = self.began + job.timeout_seconds if job.timeout_seconds else None
+        self.deadline = self.began + (job.timeout_seconds or FOREVER)
         self.printed = 0
         self.look_every = SHORTEST_LOOK
         self.next_look = self.began + SHORTEST_LOOK
 
     def start(self, surroundings: Surroundings, db: str) -> str:
         """Start the command in its surroundings; why it could not, or ""."""
-        job = self.job
         cwd, umask, env = surroundings
-        env = dict(env)
-        env.update(zip(NATIVE_JOB_VARIABLES, map(system.native, (
-            job.id, str(job.attempts), str(job.max_retries), job.queue, db, self.name))))
-        if job.env:  # that of a hook has the variables of the job which has ended
-            own = json.loads(job.env)
-            own.pop("QUEUECTL_RUN", None)
-            env.update([(system.native(name), system.native(value)) for name, value in own.items()])
+        env = {**env, **self._variables(db)}
         try:
             first = system.ticks()
-            self.pid = system.spawn(job.command, env, cwd, umask, *self.slot.fds)
+            self.pid = system.spawn(self.job.command, env, cwd, umask,
+                                    *self.slot.fds)
             self.leader = Leader(self.pid, first, system.ticks())
+            return ""
         except OSError as error:
-            self.short = error.errno in (*SHORTAGES, errno.EIO)
-            where = ""
             if error.filename == system.native(cwd):
-                self.short, where = False, " in the folder %s" % cwd
-            return "can't start%s: %s" % (where, error.strerror)
-        return ""
+                return "can't start in the folder %s: %s" % (cwd, error.strerror)
+            self.short = error.errno in (*SHORTAGES, errno.EIO)
+            return "can't start: %s" % error.strerror
+
+    def _variables(self, db: str) -> Env:
+        """The job's own part of its environment."""
+        job = self.job
+        values = job.id, job.attempts, job.max_retries, job.queue, db
+        given = dict(zip(JOB_VARIABLES, map(str, values)))
+        given.update(json.loads(job.env or "{}"))  # a hook's tells of the job that has ended
+        given["QUEUECTL_RUN"] = self.name
+        return native_items(given)
 
     def has_ended(self) -> bool:
         """Whether the shell has ended; `exit_code` (negative: its signal) is known from then on."""
@@ -3913,54 +4438,84 @@ class Run:
             self.lost = True
         return self.exit_code is not None or self.lost
 
-    def overdue(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
-
     def patience(self) -> float:
         """Seconds for which the worker may sleep without harm to this run."""
-        until = self.next_look if self.deadline is None else min(self.next_look, self.deadline)
-        return max(0.0, until - time.monotonic())
+        return max(0.0, min(self.next_look, self.deadline) - time.monotonic())
 
-    def bound_output(self, limit: int) -> None:
-        """Look at the output if it is time to: often while it grows fast, seldom while it does not."""
+    def bound_output(self) -> None:
+        """Look at the output if it is time to: often while it grows fast, seldom while not."""
         now = time.monotonic()
         if now < self.next_look:
             return
+        before = self.printed
         try:
-            printed = self.slot.bound(limit)
-        except OSError:  # looked at again soon
-            printed = self.printed
-        grown, self.printed = printed - self.printed, printed
-        self.look_every = SHORTEST_LOOK if grown > limit // 4 else min(self.look_every * 2, LONGEST_LOOK)
+            self.printed = self.slot.bound(self.limit)
+        except OSError:
+            pass  # looked at again soon
+        self.look_every = min(self.look_every * 2, LONGEST_LOOK)
+        if self.printed - before > self.limit // 4:
+            self.look_every = SHORTEST_LOOK
         self.next_look = now + self.look_every
 
-    def end(self, grace: float, pause: Callable[[float], object]) -> None:
-        """End the shell and everything it started, wherever that went."""
-        members = Members(self.name + "\0", self.slot.paths, self.leader)
+    def end(self, grace: float, pause: Pause) -> None:
+        """End the shell and everything it started, wherever that went; see `end_processes`."""
+        members = members_of(self.name + "\0", self.slot.paths, self.leader)
 
-        def living() -> dict[int, str]:
+        def living() -> Living:
             self.has_ended()  # the dead are collected, and the exit code of the shell is not lost
             return members()
 
         end_processes(living, grace, pause)
 
-    def end_leftovers(self, grace: float, pause: Callable[[float], object]) -> None:
+    def end_leftovers(self, grace: float, pause: Pause) -> None:
         """After a run that did not complete: nothing of it may live beside the next one."""
         if not system.childless:
             self.end(grace, pause)
 
-    def ended(self, ending: str, error: str | None, limit: int) -> Ended:
+    def result(self, ending: str, error: str | None = None) -> Ended:
         """What there is to record; the reason of a failure ends with the last line of stderr."""
-        stdout, stderr = self.slot.read(limit)
+        stdout, stderr = self.slot.read(self.limit)
         why = last_line(stderr) if error else ""
+        if why:
+            error = "%s: %s" % (error, why)
         code = None if ending == STOPPED else self.exit_code
-        return Ended(self.job, ending, code, "%s: %s" % (error, why) if why else error,
-                     to_millis(time.time()), time.monotonic() - self.began, stdout, stderr, self.worker)
+        return Ended(self.job, ending, code, error, now_millis(),
+                     time.monotonic() - self.began, stdout, stderr, self.worker)
 
 
 # ═══ Worker ═══ claim, run, record; recovery of what dead workers held ═══════════════════════
+#
+# What a worker does for a job, and in which order. All the time it holds its life lock, from the
+# transaction that registers it until its process has ended: the others ask that lock if it lives.
+#
+#     take the next run's token     flock of the slot's two output files
+#     ┌ mutex, BEGIN IMMEDIATE
+#     │ record the last run         only if the job is still in that very run
+#     │ claim the next job          in this worker's name, with the slot's number
+#     └ COMMIT, mutex
+#     start the command             its processes inherit the token
+#     note its first process        in the life file
+#     sync the log                  some milliseconds later, while the command runs
+#     tell how the last run ended, empty its output files, let go of its token
+#     wait: for the end of the shell, the deadline, a cancellation, an order to stop
+#
+# * The token is taken before the commit, which notes the number of its slot. From the commit on,
+#   whoever finds this worker dead asks that slot whether the run still lives. A claim whose token
+#   could not be taken (no descriptor is left, a daemon keeps the files) would look like a run that
+#   has ended.
+# * The last run is recorded and the next job claimed in one commit, under one mutex. So the last
+#   token and the next are held at once, which takes two slots; while records are not on disk yet,
+#   some more.
+# * The sync comes before telling, and before the output files are emptied. A power cut may undo a
+#   commit until then: nobody has heard of it, and the job runs again.
+# * A job that another was to run after may have been recorded by another worker, whose commit is
+#   not on disk yet. So before it starts, the log is synced.
+# * The first process is noted when it has just begun: while it is young it can't have left its
+#   session, by which alone a job is found that has given up its descriptors and environment.
+# * Handlers of signals set `leave` and ring the bell. Whoever waits drains the bell first and
+#   looks at everything then, so nothing is lost that happens between the look and the sleep.
 
-SHUTDOWN_CODES = (-15, -9, 143, 137)  # SIGTERM and SIGKILL, or what a shell or program makes of them
+SHUTDOWN_CODES = (-15, -9, 143, 137)  # SIGTERM and SIGKILL, or what programs make of them
 SHARED_SYNC = 4  # records that may share a sync of the disk, where jobs are short
 SYNC_WAIT = 0.005  # seconds a record waits for others to share its sync
 LONGEST_REST = 30.0  # seconds for which a worker rests while the machine has no room for a job
@@ -3969,13 +4524,18 @@ LAST_PATIENCE = 0.4  # seconds that who leaves waits to write that it is gone
 CLOCK_STEP = 1.0  # seconds the wall clock must be set back by before retries are looked at again
 
 
-def retry_time(job: Any, ending: str, settings: dict[str, Any], now: int) -> int:
-    """When a job runs again whose run failed, or asked to be tried later, at `now` (milliseconds)."""
+def retry_time(job: Any, ending: str,
+               settings: dict[str, Any], now: int) -> int:
+    """When a job runs again that failed, or asked to be tried later, at `now`; in milliseconds."""
     if ending == DEFERRED:
         return now + to_millis(policy_of(job).get("retry_after", settings["retry_after"]))
-    base = settings["backoff_base"] if job.backoff_base is None else job.backoff_base
-    chance = int.from_bytes(os.urandom(4), "big") / 2**32 if settings["backoff_jitter"] else 0.0
-    return now + to_millis(backoff(base, job.attempts, settings["backoff_max"], settings["backoff_jitter"], chance))
+    base = job.backoff_base
+    if base is None:
+        base = settings["backoff_base"]
+    jitter, chance = settings["backoff_jitter"], 0.0
+    if jitter:
+        chance = int.from_bytes(os.urandom(4), "big") / 2**32
+    return now + to_millis(backoff(base, job.attempts, settings["backoff_max"], jitter, chance))
 
 
 def _pool_of(worker: str) -> str:
@@ -3983,81 +4543,113 @@ def _pool_of(worker: str) -> str:
 
 
 def original_of(worker: str) -> str:
-    """How the name of a worker begins: with the id of its queue, or where it is older with its pool's."""
+    """How a worker's name begins: with the id of its queue, or that of its pool where it is old."""
     return worker.rsplit("-", 2)[0]
 
 
-def _lost_run(job: Job, lost: dict[str, Any], stdout: bytes, stderr: bytes) -> Ended:
-    """What there is to record of a run whose worker died."""
-    now = to_millis(time.time())
-    ending, error = LOST, "the worker %s was lost while it ran this job" % lost["worker"]
-    if not lost["own"]:
-        ending, error = STOPPED, "it ran in the queue that this one was copied from"
-    elif lost["stopping"]:
-        ending, error = STOPPED, "ended with its worker while the pool was stopping, to be run again"
-    if lost["cancel"]:
-        ending, error = CANCELLED, "cancelled"
-    seconds = max(0, now - lost["started_at"]) / 1000
-    return Ended(job, ending, None, error, now, seconds, stdout, stderr, lost["worker"])
+# Recovery gives back what dead workers held. What is held, and in which order:
+#
+#     recovery lock                 one process at a time; the others leave it the work
+#       look for lost jobs          processing, and the life lock of their worker is free
+#       end what is left of them    SIGTERM, grace, SIGKILL; all of them together, without the mutex
+#       for each lost job
+#         look again                if anything still lives, the job stays as it is
+#         take the token            if it is held by whom we can't see, likewise
+#         mutex: record the run     only if the job is still in that very run
+#         let go of the token
+#         sync, remove its output, tell
+#       mutex: forget dead workers and pools, and their files
+#     ring every worker
+#
+# * Ending processes takes seconds. The write mutex must not be held so long, hence the lock.
+# * A recoverer may be killed at any moment. The job is then as it was, or recorded; what it left
+#   of files goes with the other files of the dead worker.
+# * Between the look and the record somebody may cancel the job. The record looks again, in its
+#   transaction, and changes nothing if the job is no longer in that very run.
+# * The dead are forgotten in a transaction, for workers are born in one: a life file whose lock
+#   is not taken yet is never seen.
 
 
-def _recover_job(store: Store, lost: dict[str, Any], orphans: Members, tell: Callable[[str], None],
-                 pool: str) -> bool:
-    """Record one lost run whose orphans were ended; whether it was: some could perhaps not be."""
-    job = Job._make(lost[field] for field in Job._fields)
-    slot = Slot(store.path, lost["worker"], lost["slot"])
-    settings = store.settings()
-    checkpoint("recovering")
-    given_up = lost["cancel"] and not lost["own"]  # whoever cancels a job of the original doesn't wait for that
-    if not given_up and orphans():
-        return False
-    if not slot.open() and not given_up:  # the token is held: in another container, or by another user
-        return False
-    try:
-        outputs = slot.read(settings["max_output_bytes"]) if slot.fds else (b"", b"")
-        ended = _lost_run(job, lost, *outputs)
-        with store.transaction():
-            state, _ = store.record(ended, retry_time(job, LOST, settings, ended.finished_at),
-                                    {pool, _pool_of(lost["worker"])}, settings)
-    finally:
-        slot.close()  # a token kept here by mistake would keep the job from ever being given back
-    checkpoint("recovered")
-    store.sync()  # before the output is thrown away
-    if not given_up:
-        slot.remove()
-    if state:
-        tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
-            job.id, lost["worker"], job.attempts, max(1, job.max_retries), state))
-    return bool(state)
+class LostRun:
+    """A job whose worker is dead, and what is left of its run."""
 
+    def __init__(self, store: Store, row: dict[str, Any]):
+        """`row` is one of `store.lost_jobs()`."""
+        self.store, self.row, self.worker = store, row, row["worker"]
+        self.job = job = Job._make(row[field] for field in Job._fields)
+        self.slot = Slot(store.path, self.worker, row["slot"])
+        self.stopping = False
+        self.own = store.is_own(self.worker)
+        if not self.own:
+            # This is a copy of the queue whose worker it was. As long as there are any processes
+            # of that queue, the job may be running there.
+            self.orphans = members_of(original_of(self.worker) + "-", ())
+            return
+        self.stopping = store.is_stopping(_pool_of(self.worker))
+        leader = leader_of(store.path, self.worker, job.seq, job.runs)
+        mark = run_name(self.worker, job.seq, job.runs) + "\0"
+        self.orphans = members_of(mark, self.slot.paths, leader)
 
-def _with_orphans(store: Store, job: dict[str, Any]) -> tuple[dict[str, Any], Members]:
-    """A job whose worker is dead, with `own` and whether its pool was `stopping`, and what is left of its run.
+    def give_back(self, tell: Callable[[str], None], pool: str) -> bool:
+        """Record it, now that its orphans were ended; False if some could not be.
 
-    If this is a copy of the queue whose worker it was, these are all processes of that queue:
-    as long as there are any, the job may be running there.
-    """
-    files = output_paths(store.path, job["worker"], job["slot"])
-    if not store.is_own(job["worker"]):
-        return dict(job, own=False), Members(original_of(job["worker"]) + "-", ())
-    stopping = store.is_stopping(_pool_of(job["worker"]))
-    mark = run_name(job["worker"], job["seq"], job["runs"]) + "\0"
-    leader = leader_of(store.path, job["worker"], job["seq"], job["runs"])
-    return dict(job, own=True, stopping=stopping), Members(mark, files, leader)
+        `tell` and `pool` are as for `recover`.
+        """
+        job, settings = self.job, self.store.settings()
+        checkpoint("recovering")
+        # Whoever cancels a job of the original doesn't wait for its run there to end.
+        given_up = self.row["cancel"] and not self.own
+        if not given_up and self.orphans():
+            return False
+        if not self.slot.open() and not given_up:  # held in another container, or by another user
+            return False
+        try:
+            result = self._result(settings["max_output_bytes"])
+            retry_at = retry_time(job, LOST, settings, result.finished_at)
+            pools = {pool, _pool_of(self.worker)}
+            with self.store.transaction():
+                state, _ = self.store.record(result, retry_at, pools, settings)
+        finally:
+            self.slot.close()  # kept by mistake it would keep the job from ever being given back
+        checkpoint("recovered")
+        self.store.sync()  # before the output is thrown away
+        if not given_up:
+            self.slot.remove()
+        if state:
+            tell("%s was lost with its worker %s (attempt %d of %d); it is %s now" % (
+                job.id, self.worker, job.attempts, max(1, job.max_retries), state))
+        return bool(state)
+
+    def _result(self, limit: int) -> Ended:
+        """What there is to record."""
+        stdout, stderr = b"", b""
+        if self.slot.fds:
+            stdout, stderr = self.slot.read(limit)
+        now = now_millis()
+        ending, error = LOST, "the worker %s was lost while it ran this job" % self.worker
+        if self.row["cancel"]:
+            ending, error = CANCELLED, "cancelled"
+        elif not self.own:
+            ending, error = STOPPED, "it ran in the queue that this one was copied from"
+        elif self.stopping:
+            ending = STOPPED
+            error = "ended with its worker while the pool was stopping, to be run again"
+        seconds = max(0, now - self.job.started_at) / 1000
+        return Ended(self.job, ending, None, error, now, seconds,
+                     stdout, stderr, self.worker)
 
 
 def _forget_dead(store: Store) -> None:
-    """Remove dead workers and pools, and their files, unless a job is still held in their name.
-
-    In a transaction: names are born in one, so a life lock that is not yet locked is not seen.
-    """
-    names = set(names_beside(store.path, ".life")).union(
-        entry["name"] for entry in [*store.pools(), *store.workers()])
+    """Remove dead workers and pools, and their files, unless a job is still held in their name."""
+    names = set(names_beside(store.path, ".life"))
+    for entry in store.pools() + store.workers():
+        names.add(entry["name"])
     if all(is_alive(store.path, name) for name in names):
         return
     with store.transaction():
         keep = {job["worker"] for job in store.lost_jobs()}
-        keep |= {_pool_of(name) for name in names if is_alive(store.path, name)}  # `stop` reaches them through it
+        # A dead pool is kept while any of its workers lives: `stop` reaches them through it.
+        keep |= {_pool_of(name) for name in names if is_alive(store.path, name)}
         for name in names - keep:
             if not is_alive(store.path, name):
                 store.remove_worker(name)
@@ -4065,15 +4657,13 @@ def _forget_dead(store: Store) -> None:
                 remove_files(store.path, name)
 
 
-def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str], None], pool: str = "") -> int:
+def recover(store: Store, pause: Pause, tell: Callable[[str], None],
+            pool: str = "") -> int:
     """Give back what dead workers held, after ending what is left of it; how many jobs.
 
-    `pause` sleeps up to the given seconds, `tell` gets a line. If that uses up a job's tries, it
-    has died in the hands of `pool` too. Raises QueueError if the database can't be trusted: by
-    what it says, processes are ended.
-
-    One process at a time does this, under a lock of its own: ending processes takes seconds, and
-    the write mutex must not be held so long. Who finds it taken leaves the work to the other.
+    `tell` gets a line for each. A job whose tries are used up by that has died in the hands of
+    `pool` too. Raises QueueError if the database can't be trusted: by what it says, processes are
+    ended. Raises Unavailable or OSError if it can't be done now.
     """
     folder = folder_path(store.path)
     if not os.path.isdir(folder) and not store.lost_jobs():
@@ -4088,38 +4678,40 @@ def recover(store: Store, pause: Callable[[float], object], tell: Callable[[str]
         if not system.try_lock(lock):
             return 0
         store.queue_id()
-        lost = [_with_orphans(store, job) for job in store.lost_jobs()]
-        own = [orphans for job, orphans in lost if job["own"]]
-        # All of them together: that takes one grace, not one each.
-        end_processes(lambda: {pid: started for orphans in own for pid, started in orphans().items()},
-                      store.settings()["kill_grace_seconds"], pause, 1.0)
-        done = [_recover_job(store, job, orphans, tell, pool) for job, orphans in lost]
+        lost = [LostRun(store, row) for row in store.lost_jobs()]
+        own = [run.orphans for run in lost if run.own]  # those of the original are left alone
+        end_processes(
+            lambda: {pid: started for orphans in own for pid, started in orphans().items()},
+            store.settings()["kill_grace_seconds"], pause, 1.0)
+        count = sum([run.give_back(tell, pool) for run in lost])
         _forget_dead(store)
     finally:
         os.close(lock)
-    count = sum(done)
     if count:
         ring_all(store.path)
     return count
 
 
-SWEEP_TIME, SWEEP_REST = 0.1, 60.0  # seconds of work in one second; seconds between rounds, at least
-YOUNGEST_SWEPT = 5.0  # seconds for which ended jobs are kept at least, for somebody may be waiting for them
-STEADY_TIME = 60.0  # seconds for which the clock must have gone as the machine's own before it is believed
+# Sweeping forgets jobs that have ended long ago.
+
+SWEEP_TIME, SWEEP_REST = 0.1, 60.0  # seconds of work in one second; between rounds, at least
+YOUNGEST_SWEPT = 5.0  # seconds for which ended jobs are kept at least: somebody may wait for them
+STEADY_TIME = 60.0  # seconds for which the clock must have gone as the machine's own does
 
 
-def _sweep_on(store: Store, keep: dict[str, float], place: dict[str, int]) -> dict[str, int]:
-    """Go on with a round; for each state that is not done, the seq of the last job that was looked at."""
+def _sweep_on(store: Store, keep: dict[str, float],
+              place: dict[str, int]) -> dict[str, int]:
+    """Go on with a round from a place; the place that was reached."""
     spared = store.queues_of_runs()
     end = time.monotonic() + SWEEP_TIME
     while place:
         state = next(iter(place))
-        if state not in keep:  # unset meanwhile
-            place[state] = 0
-        else:
+        last = place.pop(state)
+        if state in keep:  # else it was unset meanwhile
             before = to_millis(time.time() - keep[state])
-            place[state], _ = store.forget_some(state, before, place[state], spared)
-        place = {state: seq for state, seq in place.items() if seq}
+            last, _ = store.forget_some(state, before, last, spared)
+            if last:
+                place = {state: last, **place}
         if time.monotonic() >= end:
             break
     return place
@@ -4139,38 +4731,53 @@ def _steady_clock(noted: Any) -> tuple[bool, list[float]]:
     return STEADY_TIME == 0, now  # it was set, or the machine started anew
 
 
-def sweep(store: Store, settings: dict[str, Any]) -> None:
-    """Forget jobs that ended longer ago than `keep_completed` and `keep_dead` say: for SWEEP_TIME, then go on later.
+def _sweep_from_note(store: Store, keep: dict[str, float], file: int) -> None:
+    """Go on where the note in the file says that the last worker stopped, and note where this does.
 
-    One worker at a time does that, under a lock; its file keeps the place, since when the clock was
-    steady, and by its date the end of the last round. The longer jobs are kept, the longer is the
-    rest: a hundredth of that.
+    The note has the `place` in the round: for each state that is not done, the seq of the last
+    job that was looked at. There is none before the first round, and it is empty when a round is
+    done, since the date of the file. `clock` is since when the clock was steady.
+    """
+    note = json.loads(read_between(file, 0, 200) or b"{}")
+    place = note.get("place")
+    steady, clock = _steady_clock(note.get("clock"))
+    age = time.time() - os.fstat(file).st_mtime
+    rest = max(SWEEP_REST, min(keep.values()) / 100)
+    if place == {} and 0 <= age < rest:
+        return
+    if steady:
+        note["place"] = _sweep_on(store, keep, place or dict.fromkeys(keep, NEVER))
+    elif clock == note.get("clock"):
+        return
+    note["clock"] = clock
+    os.ftruncate(file, 0)
+    write_at(file, 0, json.dumps(note).encode())
+
+
+def sweep(store: Store, settings: dict[str, Any]) -> None:
+    """Forget jobs that ended longer ago than `keep_completed` and `keep_dead` say.
+
+    Works for SWEEP_TIME, then leaves off until it is called again. One worker at a time does that,
+    under a lock. The longer jobs are kept, the longer it rests between two rounds: a hundredth of
+    that. Raises QueueError, OSError or ValueError if it can't be done now.
     """
     keep = {state: max(YOUNGEST_SWEPT, settings["keep_" + state]) for state in ENDED
             if settings["keep_" + state] is not None}
     if not keep:
         return
-    lock = open_private(os.path.join(folder_path(store.path), "sweep.lock"), os.O_RDWR)
+    file = open_private(os.path.join(folder_path(store.path), "sweep.lock"), os.O_RDWR)
     try:
-        if not system.try_lock(lock):
-            return
-        noted = json.loads(read_between(lock, 0, 200) or b"{}")
-        place = noted.get("place")
-        steady, clock = _steady_clock(noted.get("clock"))
-        if place == {} and 0 <= time.time() - os.fstat(lock).st_mtime < max(SWEEP_REST, min(keep.values()) / 100):
-            return
-        if steady:
-            place = _sweep_on(store, keep, place or dict.fromkeys(keep, NEVER))
-        elif clock == noted.get("clock"):
-            return
-        os.ftruncate(lock, 0)
-        write_at(lock, 0, json.dumps({"place": place, "clock": clock}).encode())
+        if system.try_lock(file):
+            _sweep_from_note(store, keep, file)
     finally:
-        os.close(lock)
+        os.close(file)
+
+
+# Workers.
 
 
 def take_life(db: str, name: str) -> int:
-    """Take the life lock of a worker or pool, in the transaction that registers it."""
+    """Take the life lock of a worker or pool, in the transaction that registers it; its file."""
     os.makedirs(folder_path(db), 0o700, exist_ok=True)
     fd = open_private(life_path(db, name), os.O_RDWR)
     try:
@@ -4183,9 +4790,10 @@ def take_life(db: str, name: str) -> int:
 
 
 Order = namedtuple("Order", "db file pool number queues drain limited run supervisor fds")
-Order.__doc__ = """What the supervisor tells a worker: the database, which file that was, its pool, its
-number there, the queues it serves (none: all), whether to drain, whether --max-jobs was given, whether it serves a
-`run`, the supervisor's process id, and the descriptors it inherits but must not keep."""
+Order.__doc__ = """What the supervisor tells a worker: the database, which file that was, its pool,
+its number there, the queues it serves (none: all), whether to drain, whether --max-jobs was given,
+whether it serves a `run`, the supervisor's process id, and the descriptors it inherits but must
+not keep."""
 
 
 def signal_name(number: int) -> str:
@@ -4195,248 +4803,96 @@ def signal_name(number: int) -> str:
         return str(number)
 
 
-class Worker:
-    """Claims jobs and runs them, one at a time, until it is told to stop.
+class Records:
+    """What a worker knows; how it tells, commits, and has the disk keep what it has recorded.
 
-    Signal handlers only set flags and ring the bell; the loops look at the flags.
+    A worker has four layers: on this one rest Turns (between two runs), on them Runs (one run),
+    on them Worker (its life).
     """
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __init__(self, order: Order):
+        self.order, self.db, self.pool = order, order.db, order.pool
         self.name = "%s-%d" % (order.pool, order.number)
         self.queues = (*order.queues, HOOK_QUEUE) if order.queues else ()
-        self.supervisor_life = life_path(order.db, order.pool)
+        self.store: Store
+        self.bell = make_bell()
+        self.epoch, self.settings = -1, SETTINGS
+        self.limited: set[str] = set()  # the queues that have a limit of jobs running at once
+        # Its life.
         self.leave = 0  # 1: after the running job, 2: now
         self.dismissed = False  # by a signal of its own, while the pool goes on
-        self.life = -1
-        self.bell = make_bell()
-        self.place = system.place()
-        self.lines = ""
-        self.trouble = ""  # what was told last of what keeps it from working
-        self.shortages, self.rest_until = 0, 0.0
-        self.sync_failed = False
-        self.retry_at: int | None = None  # of the run that was recorded last
-        self.slots = 0
-        self.spare: list[Slot] = []
-        self.next_slot: Slot | None = None
-        self.running: Slot
-        self.control = Control(-1, SETTINGS, 0, set())
-        self.surroundings: dict[int, Surroundings] = {}
-        self.unsynced = False  # whether a record may not be on disk yet
-        self.used: list[tuple[Slot, bool]] = []  # slots of recorded runs, and whether they printed anything
-        self.seen = -1  # the last data version that was looked at
-        self.next_due: int | None = None
+        self.life = -1  # the descriptor that holds its life lock
+        self.seen = -1  # the last data version that was looked at; -1: look at everything again
+        self.next_due: int | None = None  # milliseconds
         self.next_patrol = self.next_sweep = 0.0
         self.unpatrolled = True
         self.clock = time.time() - time.monotonic()
+        self.place = system.place()
+        # What it tells.
+        self.lines = ""  # once what they tell of is on disk
+        self.trouble = ""  # what was told last of what keeps it from working
+        self.rest_until, self.shortages = 0.0, 0
+        # What it has recorded.
+        self.unsynced = False  # whether a record may not be on disk yet
+        self.sync_failed = False  # whether the last try to change that has failed
+        self.retry_at: int | None = None  # of the run that was recorded last
+        # Where output goes.
+        self.slots = 0  # how many there were
+        self.spare: list[Slot] = []
+        self.next_slot: Slot | None = None  # whose token is held for the next run
+        self.running: Slot
+        self.used: list[tuple[Slot, bool]] = []  # of unsynced records, and whether they printed
+        self.surroundings: dict[int, Surroundings] = {}  # by the key of their context
 
-    def handle_signals(self) -> None:
-        """From here on: SIGHUP lets the running job finish, SIGUSR1 does not, SIGTERM is private."""
-        for name, handler in (("SIGTERM", self._dismiss), ("SIGINT", self._dismiss), ("SIGHUP", self._leave),
-                              ("SIGUSR1", self._leave_now), ("SIGCHLD", lambda signum, frame: None)):
-            if hasattr(signal, name) and not (WINDOWS and name == "SIGINT"):
-                signal.signal(getattr(signal, name), handler)
-        self.bell.hear_signals()
-        if not WINDOWS:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # What it says.
 
-    def _dismiss(self, signum: int, frame: FrameType | None) -> None:
-        self.dismissed = True
-        self.leave = max(self.leave, 1)
+    def say(self, text: str) -> None:
+        """Say a line as soon as what was recorded is on disk."""
+        self.lines += self._line(text)
 
-    def _leave(self, signum: int, frame: FrameType | None) -> None:
-        self.leave = max(self.leave, 1)
+    def announce(self, text: str) -> None:
+        """Say something at once, whatever waits to be said."""
+        self._write(self._line(as_called(text)))
 
-    def _leave_now(self, signum: int, frame: FrameType | None) -> None:
-        self.leave = 2
+    def _line(self, text: str) -> str:
+        now = show_time(now_millis())
+        return "%s worker %d: %s\n" % (now, self.order.number, text)
 
-    # Its life.
+    def _write(self, lines: str) -> None:
+        if self.order.run and os.isatty(1):  # in place of the line that shows the progress
+            lines = "\r\033[K" + lines
+        system.say(lines)
 
-    def work(self) -> int:
-        """Work until told to stop; the exit code tells the supervisor why it ended."""
-        self.store = self._open()
-        self.commit(self._register)
-        self.follow(self.store.pulse()[0])
-        self._recover()  # first: what is left of a lost run must not go on while others lock the database
-        self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
-        self._loop()
-        self._sync_at_last()
-        self._deregister()
-        return EXIT_INTERRUPTED if self.leave == 2 else EXIT_DISMISSED if self.dismissed else EXIT_OK
+    def tell_trouble(self, text: str) -> None:
+        """Say at once what keeps this worker from working, and note it; nothing: it works again."""
+        if text != self.trouble:
+            self.trouble = text
+            note_trouble(self.life, text)
+            if text:
+                self.announce(text)
 
-    def _open(self) -> Store:
-        """The database, as soon as it can be opened."""
-        while True:
-            try:
-                store = open_trusted(self.order.db, self.order.file, patience=TICK)
-                store.defer_sync()
-                return store
-            except (Unavailable, OSError) as error:
-                if self.leave:
-                    raise
-                self._tell_trouble(str(error))
-                self.bell.wait(TICK)
-
-    def _sync_at_last(self) -> None:
-        """What was recorded is to be on disk before it leaves, unless it has to leave now."""
-        self._make_sure()
-        while self.unsynced and self.leave < 2:
-            self.bell.wait(SYNC_AGAIN)
-            self._make_sure()
-
-    def _register(self) -> None:
-        """Life lock, bell and row come into being in one transaction: nobody sees a half-born worker."""
-        if self.life < 0:
-            self.life = take_life(self.order.db, self.name)
-            self.store.identity.watch(self.life)
-            note_trouble(self.life, "")  # which takes the space for all notes
-            self.bell = make_bell(bell_path(self.order.db, self.name))
-            self.bell.hear_signals()
-        checkpoint("being born")
-        self.store.add_worker(self.name, self.order.pool, to_millis(time.time()))
-
-    def _deregister(self) -> None:
-        """Leave nothing behind; where that fails, whoever looks after dead workers does it."""
-        self.store.patience = LAST_PATIENCE
-        try:
-            with self.store.transaction():
-                self.store.remove_worker(self.name)
-            remove_files(self.order.db, self.name)
-        except (QueueError, OSError):
-            pass
-
-    def _loop(self) -> None:
-        while not self.leave:
-            if self.sync_failed:
-                self._make_sure()
-            news = self._has_news()
-            if self.unpatrolled and time.monotonic() >= self.next_patrol:
-                self._patrol()
-            self._sweep()
-            if news and self._may_claim():
-                job = self.turn(None)
-                while job is not None:
-                    job = self.turn(self.execute(job))
-                self._rest()
-            elif self._is_done():
-                self.leave = max(self.leave, 1)
-            elif not self.leave:
-                self._idle()
-
-    def _has_news(self) -> bool:
-        """After the bell: whether anybody has committed anything, or a time has come."""
-        if self._orphaned():
-            self.leave = max(self.leave, 1)
-        try:
-            seen = self.store.changed()
-        except Unavailable:
-            return False
-        if seen == self.seen and (self.next_due is None or time.time() * 1000 < self.next_due):
-            return False
-        self.seen = seen
-        self.unpatrolled = True
-        return True
-
-    def _may_claim(self) -> bool:
-        """Whether there is a job to claim: found out by reading, for writers have to wait for each other."""
-        if self.sync_failed or time.monotonic() < self.rest_until:
-            self.seen = -1  # look again
-            return False
-        try:
-            epoch, self.next_due = self.store.pulse()
-            self.follow(epoch)
-            ready = self.store.ready(self.queues, self.next_due, to_millis(time.time()))
-            return ready and not self.leave and not self._used_up()
-        except Unavailable:
-            self.seen = -1  # look again
-            return False
-
-    def _orphaned(self) -> bool:
-        return bool(system.orphaned(self.order.supervisor, self.supervisor_life))
-
-    def _used_up(self) -> bool:
-        return self.order.limited and not self.store.turns_left(self.order.pool)
-
-    def _is_done(self) -> bool:
-        try:
-            now = to_millis(time.time())
-            if self.order.run:
-                queue = self.order.queues[0]
-                return not self.store.count(UNFINISHED, queue) and not self.store.hooks_left(queue)
-            return self._used_up() or bool(self.order.drain and self.store.drained(self.queues, now))
-        except Unavailable:
-            return False
-
-    def _rest(self) -> None:
-        """After work: look again before sleeping, for own commits are no news, and tell who drains."""
-        self.seen = -1
-        self._make_sure()
-        if self.order.drain or self.order.limited or self.order.run:
-            ring_all(self.order.db)
-
-    def _idle(self) -> None:
-        """Sleep until the bell, a signal, or the exact time of the next retry or schedule."""
-        pause = self.control.settings["poll_interval_ms"] / 1000
-        if self.next_due is not None:
-            pause = min(pause, max(0.0, self.next_due / 1000 - time.time()))
-        if self.rest_until:
-            pause = min(pause, max(0.01, self.rest_until - time.monotonic()))
-        if self.bell.wait(pause):
-            system.reap(0)  # daemons that earlier jobs left behind end as children of this worker
-        if self._clock_was_set_back():
-            self.commit(lambda: self.store.make_ready_after_clock_step(to_millis(time.time())))
-            self.seen = -1
-
-    def _clock_was_set_back(self) -> bool:
-        """Whether the wall clock was set back since this was asked last."""
-        before, self.clock = self.clock, time.time() - time.monotonic()
-        return self.clock < before - CLOCK_STEP
-
-    def _patrol(self) -> None:
-        """Now and then, while anybody else runs jobs: has a worker died whose supervisor died too?"""
-        began = time.monotonic()
-        try:
-            others = self.store.holders() - {self.name}
-            self.unpatrolled = bool(others)
-            if not all(is_alive(self.order.db, name) for name in others):
-                self._recover()
-        except Unavailable:
-            pass  # what can't be done now is still there at the next patrol
-        now = time.monotonic()  # an orphan that can't be ended takes seconds: as many for work
-        self.next_patrol = now + max(1.0, self.control.settings["poll_interval_ms"] / 1000, now - began)
-
-    def _sweep(self) -> None:
-        if time.monotonic() >= self.next_sweep:
-            self.next_sweep = time.monotonic() + 1.0
-            try:
-                sweep(self.store, self.control.settings)
-            except (QueueError, OSError, ValueError):
-                pass  # it is not urgent, and who needs the database next says what is wrong with it
-
-    def _recover(self) -> None:
-        try:
-            if recover(self.store, self.bell.wait, self.say, self.order.pool):
-                self.seen = -1
-                self.flush()
-        except (Unavailable, OSError):
-            self.unpatrolled = True
+    # What it follows, and what it commits.
 
     def follow(self, epoch: int) -> None:
         """Take on settings that have changed since the epoch before, and the order to stop."""
-        if epoch == self.control.epoch:
+        if epoch == self.epoch:
             return
-        self.control = self.store.control(self.order.pool, epoch)
-        if self.control.stop > self.leave:
-            self.leave = self.control.stop
-            self.say("told to stop%s" % (" now" if self.leave == 2 else ""))
+        self.epoch, self.settings, stop, self.limited = self.store.control(
+            self.pool, epoch)
+        if stop > self.leave:
+            self.leave = stop
+            self.say("told to stop" + " now" * (stop == 2))
 
     def commit(self, change: Callable[[], Any], holding: str = "") -> Any:
-        """Make a change in a transaction, trying until it is committed, whatever keeps it from that.
+        """Make a change in a transaction, again and again until it is committed; what it returns.
 
-        Raises Unavailable only if the worker is told to leave: with an outcome in its hands
-        (`holding`, the id of the job) only if it is to leave now.
+        `holding` is the id of the job whose outcome the change records, or nothing. Raises
+        Unavailable or OSError only if the worker is told to leave; while it is `holding` an
+        outcome, only if it is to leave now.
         """
-        told = time.monotonic() + (0 if holding else WAIT_TOLD)
+        why, told_from = "", time.monotonic() + WAIT_TOLD
+        if holding:
+            why, told_from = "the outcome of %s waits to be recorded: " % holding, 0.0
         while True:
             try:
                 if self.sync_failed:
@@ -4444,69 +4900,36 @@ class Worker:
                 with self.store.transaction():
                     result = change()
                 if time.monotonic() >= self.rest_until:
-                    self._tell_trouble("")
+                    self.tell_trouble("")
                 return result
             except (Unavailable, OSError) as error:
-                if self.leave > (1 if holding else 0):
+                if self.leave == 2 or (self.leave and not holding):
                     raise
-                if time.monotonic() >= told:
-                    self._tell_trouble(
-                        ("the outcome of %s waits to be recorded: " % holding if holding else "") + str(error))
+                if time.monotonic() >= told_from:
+                    self.tell_trouble(why + str(error))
                 self.bell.wait(SYNC_AGAIN if self.sync_failed else TICK)
 
-    # A turn: record, claim, run.
-
-    def turn(self, ended: Ended | None) -> Job | None:
-        """Record how the last run ended and claim the next job, in one commit.
-
-        The token of the next run is held before: from the commit on, whoever finds the job
-        claimed and this worker dead must be able to tell whether the run still lives.
-        """
-        checkpoint("before turn")
-        slot = self.next_slot = self.next_slot or self._open_slot()
-        state, freed, job = self.commit(lambda: self._turn(ended, slot), ended.job.id if ended else "")
-        checkpoint("recorded")
-        self.unsynced = True
-        if ended:
-            self.used.append((self.running, bool(ended.stdout or ended.stderr)))
-            self._tell_end(ended, state)
-            if freed or state == FAILED or (ended.job.queue in self.control.limited and not self.order.run):
-                ring_all(self.order.db)  # another may take what waited for it or its place, or wake for its retry
-        if slot is None:
-            self._make_sure()
-            self.bell.wait(1.0)
-        elif job is not None:
-            self.running, self.next_slot = slot, None
-        return job  # type: ignore[no-any-return]
-
-    def _turn(self, ended: Ended | None, slot: Slot | None) -> tuple[str, bool, Job | None]:
-        state, freed = "", False
-        if self._clock_was_set_back():
-            self.store.make_ready_after_clock_step(to_millis(time.time()))
-        epoch, due = self.store.pulse()
-        self.follow(epoch)
-        if ended:
-            if ended.ending != COMPLETED:
-                self.retry_at = retry_time(ended.job, ended.ending, self.control.settings, ended.finished_at)
-            state, freed = self.store.record(ended, self.retry_at, (self.order.pool,), self.control.settings)
-        now = time.monotonic()
-        if slot is None or self.leave or self.rest_until > now or now >= self.next_patrol or self._orphaned():
-            return state, freed, None
-        job = self.store.claim(self.name, slot.number, self.queues, due, to_millis(time.time()),
-                               self.order.pool if self.order.limited else "")
-        if job and job.context not in self.surroundings:
-            self._look_around(job.context)
-        return state, freed, job
-
-    def _make_sure(self) -> None:
-        """Have the disk keep what was recorded; only then it is told, and the output files are emptied.
+    def sync_records(self) -> None:
+        """Have the disk keep what was recorded; then tell of it, and empty its output files.
 
         Done while the next job runs already, and where jobs are very short for a few of them at
-        once: waiting for the disk would cost them a tenth of their rate.
+        once: waiting for the disk would cost them a tenth of their rate. While the disk takes
+        nothing, `sync_failed` is set, and nothing is told, thrown away or claimed.
         """
-        self.flush()
-        if self.unsynced:
+        try:
+            if self.unsynced:
+                self.store.sync()
+        except Unavailable as error:
+            self.sync_failed = True
+            self.tell_trouble(str(error))
             return
+        if self.sync_failed:
+            self.sync_failed = False
+            self.tell_trouble("")
+        self.unsynced = False
+        if self.lines:
+            self._write(self.lines)
+            self.lines = ""
         for slot, printed in self.used:
             try:
                 slot.clear(printed)
@@ -4515,177 +4938,459 @@ class Worker:
                 slot.remove()
         self.used.clear()
 
-    def _open_slot(self) -> Slot | None:
-        """A slot with its token in hand; None if there is no room for one, and so for no run."""
-        while True:
-            if not self.spare:
-                self.spare.append(Slot(self.order.db, self.name, self.slots))
-                self.slots += 1
-            try:
-                if self.spare[0].open():
-                    self.spare[0].empty()  # of what a daemon wrote after its job was recorded, and ended since
-                    return self.spare.pop(0)
-            except OSError as error:
-                self.rest_until = time.monotonic() + 1.0
-                self._tell_trouble("no job can be claimed: %s" % error)
-                return None
-            self.spare.pop(0).remove()  # a daemon that an earlier job left behind keeps it
 
-    def execute(self, job: Job) -> Ended:
-        """Run a claimed job to its end, whatever that is."""
-        run = Run(job, self.name, self.running)
-        surroundings = self.surroundings[job.context]
-        checkpoint("claimed")
-        if job.chained:  # what it waited for was perhaps recorded by another, and is not on disk yet
-            self.unsynced = True
-            self._make_sure()
-        if self.sync_failed:
-            return self._rest_from(run, "can't start: the disk can't be synced")
-        problem = run.start(surroundings, self.order.db)
-        note_run(self.life, RunNote(self.place, job.seq, job.runs, *run.leader))
-        if run.short:
-            return self._rest_from(run, problem)
-        self.shortages = 0
-        if not self.order.run:
-            self.say("started %s (pid %s, attempt %d of %d): %s" % (
-                job.id, run.pid or "none", job.attempts, max(1, job.max_retries), shorten(clean(job.command), 100)))
-        checkpoint("spawned")
-        if len(self.used) >= SHARED_SYNC:
-            self._make_sure()
-        limit = self.control.settings["max_output_bytes"]
-        return run.ended(FAILED, problem, limit) if problem else self._attend(run, limit)
+class Turns(Records):
+    """Between two runs: the last one is recorded and the next job claimed, in one commit."""
 
-    def _rest_from(self, run: Run, problem: str) -> Ended:
-        """Give back a job for which the machine has no room now, and claim none for a while."""
-        pause = min(LONGEST_REST, 2.0 ** self.shortages)
-        self.shortages += 1
-        self.rest_until = time.monotonic() + pause
-        self._tell_trouble("%s %s; the next try is in %s" % (run.job.id, problem, show_duration(pause)))
-        return run.ended(UNSTARTED, problem, 0)
+    def record_and_claim(self, result: Ended | None) -> Job | None:
+        """Record how the last run ended (None: there was none) and claim the next job, if any.
 
-    def _tell_trouble(self, text: str) -> None:
-        """Say at once what keeps this worker from working, and note it for `status`; nothing: it works again."""
-        if text != self.trouble:
-            self.trouble = text
-            note_trouble(self.life, text)
-            if text:
-                self.announce(text)
+        Raises Unavailable or OSError as `commit` does.
+        """
+        checkpoint("before turn")
+        if self.next_slot is None:
+            self.next_slot = self._open_slot()
+        slot = self.next_slot
+        holding = result.job.id if result else ""
+        state, freed, job = self.commit(lambda: self._record_and_claim(result), holding)
+        checkpoint("recorded")
+        self.unsynced = True
+        if result:
+            self.used.append((self.running, bool(result.stdout or result.stderr)))
+            self._tell_end(result, state)
+            limited = result.job.queue in self.limited and not self.order.run
+            if freed or limited or state == FAILED:
+                ring_all(self.db)  # another may take what waited for it, its place or retry
+        if slot is None:
+            self.sync_records()
+            self.bell.wait(1.0)
+        elif job is not None:
+            self.running, self.next_slot = slot, None
+        return job  # type: ignore[no-any-return]
+
+    def _record_and_claim(self, result: Ended | None) -> tuple[str, bool, Job | None]:
+        """In the transaction: the recorded job's new state, if others can start now, and a job."""
+        state, freed, job = "", False, None
+        if self.clock_was_set_back():
+            self.start_delays_anew()
+        epoch, due = self.store.pulse()
+        self.follow(epoch)
+        settings, pools = self.settings, [self.pool]
+        if result:
+            if result.ending != COMPLETED:
+                self.retry_at = retry_time(result.job, result.ending, settings, result.finished_at)
+            state, freed = self.store.record(result, self.retry_at, pools, settings)
+        if self.next_slot and self._may_go_on():
+            job = self._claim(self.next_slot.number, due)
+        return state, freed, job
+
+    def _may_go_on(self) -> bool:
+        """Whether to claim another job, and not leave, rest, or look after others first."""
+        now = time.monotonic()
+        if self.leave or now < self.rest_until or now >= self.next_patrol:
+            return False
+        return not self.orphaned()
+
+    def _claim(self, slot: int, due: int | None) -> Job | None:
+        pool = self.pool if self.order.limited else ""
+        job = self.store.claim(self.name, slot, self.queues, due,
+                               now_millis(), pool)
+        if job and job.context not in self.surroundings:
+            self._look_around(job.context)
+        return job
 
     def _look_around(self, context: int) -> None:
-        """Read where the jobs of a context run, with the claim: from then on nothing may fail but their start."""
+        """Read where the jobs of a context run, with the claim: later it must not fail."""
         cwd, path, umask, environ = self.store.context(context)
-        env = system.environment() if not environ else {
-            system.native(name): system.native(value) for name, value in json.loads(environ).items()}
+        env = system.environment()
+        if environ:
+            env = native_items(json.loads(environ))
         env[system.native("PATH")] = system.native(path)
         if len(self.surroundings) > 100:
             self.surroundings.clear()
         self.surroundings[context] = Surroundings(cwd, umask, env)
 
-    def _attend(self, run: Run, limit: int) -> Ended:
+    def _open_slot(self) -> Slot | None:
+        """A slot with its token in hand; None if there is no room for one, and so for no run."""
+        while True:
+            if not self.spare:
+                self.spare.append(Slot(self.db, self.name, self.slots))
+                self.slots += 1
+            slot = self.spare[0]
+            try:
+                if slot.open():
+                    slot.empty()  # of what a daemon wrote after its job's record, and ended since
+                    return self.spare.pop(0)
+            except OSError as error:
+                self.rest_until = time.monotonic() + 1.0
+                self.tell_trouble("no job can be claimed: %s" % error)
+                return None
+            self.spare.pop(0).remove()  # a daemon that an earlier job left behind keeps it
+
+    def orphaned(self) -> bool:
+        """Whether the supervisor has died."""
+        life = life_path(self.db, self.pool)
+        return system.orphaned(self.order.supervisor, life)
+
+    def clock_was_set_back(self) -> bool:
+        """Whether the wall clock was set back since this was asked last."""
+        before, self.clock = self.clock, time.time() - time.monotonic()
+        return self.clock < before - CLOCK_STEP
+
+    def start_delays_anew(self) -> None:
+        """In a transaction, after the clock was set back: what it had put off is due."""
+        self.store.make_ready_after_clock_step(now_millis())
+
+    def _tell_end(self, result: Ended, state: str) -> None:
+        if self.order.run:
+            return
+        outcome = {"": "was recorded as lost by another process: ", FAILED: "failed",
+                   PENDING: "went back into the queue", DEAD: "is dead"}.get(state, state)
+        line = "%s %s after %s" % (result.job.id, outcome, show_duration(result.seconds))
+        if result.error is not None:
+            line += ": " + clean(result.error)
+        if state == FAILED:
+            line += "; next try at " + show_time(self.retry_at or 0)
+        self.say(line)
+
+
+class Runs(Turns):
+    """One run of a claimed job: start it, wait for it, end it if need be, judge it."""
+
+    def execute(self, job: Job) -> Ended:
+        """Run a claimed job to its end, whatever that is."""
+        run = Run(job, self.name, self.running, self.settings["max_output_bytes"])
+        checkpoint("claimed")
+        if job.chained:  # what it waited for is perhaps another's record, and not on disk yet
+            self.unsynced = True
+            self.sync_records()
+        if self.sync_failed:
+            return self._put_off(run, "can't start: the disk can't be synced")
+        problem = run.start(self.surroundings[job.context], self.db)
+        note_run(self.life, RunNote(self.place, job.seq, job.runs,
+                                    *run.leader))
+        if run.short:
+            return self._put_off(run, problem)
+        self.shortages = 0
+        self._tell_start(run)
+        checkpoint("spawned")
+        if len(self.used) >= SHARED_SYNC:
+            self.sync_records()
+        if problem:
+            return run.result(FAILED, problem)
+        return self._attend(run)
+
+    def _tell_start(self, run: Run) -> None:
+        if not self.order.run:
+            job = run.job
+            self.say("started %s (pid %s, attempt %d of %d): %s" % (
+                job.id, run.pid or "none", job.attempts, max(1, job.max_retries),
+                shorten(clean(job.command), 100)))
+
+    def _put_off(self, run: Run, problem: str) -> Ended:
+        """Give back a job for which the machine has no room now, and claim none for a while."""
+        pause = min(LONGEST_REST, 2.0 ** self.shortages)
+        self.shortages += 1
+        self.rest_until = time.monotonic() + pause
+        self.tell_trouble("%s %s; the next try is in %s"
+                          % (run.job.id, problem, show_duration(pause)))
+        return run.result(UNSTARTED, problem)
+
+    def _attend(self, run: Run) -> Ended:
         """Sleep until the run ends, or until there is a reason to end it."""
         while True:
             self.bell.wait(min(run.patience(), self._sync_wait()))
             if run.has_ended():
-                return self._judge(run, limit)
+                return self._judge(run)
             if self.unsynced:
-                self._make_sure()
+                self.sync_records()
             ending, error = self._interruption(run)
             if ending:
-                run.end(self.control.settings["kill_grace_seconds"], self.bell.wait)
-                return run.ended(ending, error, limit)
-            run.bound_output(limit)
+                run.end(self.settings["kill_grace_seconds"], self.bell.wait)
+                return run.result(ending, error)
+            run.bound_output()
 
     def _sync_wait(self) -> float:
         """Seconds until the disk is to be synced."""
         if not self.unsynced:
-            return float("inf")
+            return FOREVER
         return SYNC_AGAIN if self.sync_failed else SYNC_WAIT
 
     def _interruption(self, run: Run) -> tuple[str, str]:
         """Why a run must end now, as its ending and the reason, or two empty strings."""
-        if run.overdue():
+        if time.monotonic() >= run.deadline:
             return FAILED, "timed out after %ss" % show_number(run.job.timeout_seconds)
         try:
-            seen = self.store.changed()
-            if seen != self.seen:
-                self.seen = seen
-                self.follow(self.store.pulse()[0])
-                self.flush()
-                if self.store.is_cancelled(run.job.seq):
-                    return CANCELLED, "cancelled"
+            if self._was_cancelled(run.job):
+                return CANCELLED, "cancelled"
         except (QueueError, OSError):
             pass  # the run goes on; what is wrong with the database shows when it is recorded
-        return (STOPPED, "ended with its worker, to be run again") if self.leave == 2 else ("", "")
+        if self.leave == 2:
+            return STOPPED, "ended with its worker, to be run again"
+        return "", ""
 
-    def _judge(self, run: Run, limit: int) -> Ended:
+    def _was_cancelled(self, job: Job) -> bool:
+        """Look at what others have committed, if anything: orders, settings, and a cancellation."""
+        seen = self.store.changed()
+        if seen == self.seen:
+            return False
+        self.seen = seen
+        self.follow(self.store.pulse()[0])
+        self.sync_records()
+        return self.store.is_cancelled(job.seq)
+
+    def _judge(self, run: Run) -> Ended:
         """What the end of its shell means for a run."""
-        if run.lost:
-            run.end_leftovers(self.control.settings["kill_grace_seconds"], self.bell.wait)
-            return run.ended(LOST, "its exit code was lost", limit)
         code = run.exit_code or 0
-        if code == 0:
-            return run.ended(COMPLETED, None, limit)
-        grace = self.control.settings["kill_grace_seconds"]
-        run.end_leftovers(grace, self.bell.wait)
-        if code in SHUTDOWN_CODES:
-            deadline = time.monotonic() + 0.1  # whoever ends all of us at once may have hit the job first
-            while not self.leave and time.monotonic() < deadline:
-                self.bell.wait(deadline - time.monotonic())
-            if self.leave:
-                return run.ended(STOPPED, "ended with its worker, to be run again", limit)
-        error = "exit code %d" % code if code > 0 else "ended by signal %s" % signal_name(-code)
-        most, final = self.control.settings["max_deferrals"], code in policy_of(run.job).get("dead_on", ())
-        if code == TRY_LATER and not final and run.job.deferrals < most:
-            return run.ended(DEFERRED, "%s, to be tried again later (%d of %d times)" % (
-                error, run.job.deferrals + 1, most), limit)
-        return run.ended(FAILED, error + ", which is final" * final, limit)._replace(final=final)
+        if code == 0 and not run.lost:
+            return run.result(COMPLETED)
+        run.end_leftovers(self.settings["kill_grace_seconds"], self.bell.wait)
+        if run.lost:
+            return run.result(LOST, "its exit code was lost")
+        if code in SHUTDOWN_CODES and self._is_to_leave():
+            return run.result(STOPPED, "ended with its worker, to be run again")
+        error = "exit code %d" % code
+        if code < 0:
+            error = "ended by signal %s" % signal_name(-code)
+        if code in policy_of(run.job).get("dead_on", ()):
+            return run.result(FAILED, error + ", which is final")._replace(final=True)
+        most = self.settings["max_deferrals"]
+        if code == TRY_LATER and run.job.deferrals < most:
+            return run.result(DEFERRED, "%s, to be tried again later (%d of %d times)"
+                              % (error, run.job.deferrals + 1, most))
+        return run.result(FAILED, error)
 
-    # What it says.
+    def _is_to_leave(self) -> bool:
+        """Whether this worker is told to leave within a tenth of a second.
 
-    def _tell_end(self, ended: Ended, state: str) -> None:
-        outcome = {"": "was recorded as lost by another process: ", PENDING: "went back into the queue",
-                   FAILED: "failed", DEAD: "is dead"}.get(state, state)
-        if self.order.run:
-            return
-        rest = "" if ended.error is None else ": %s" % clean(ended.error)
-        if state == FAILED:
-            rest += "; next try at %s" % show_time(self.retry_at or 0)
-        self.say("%s %s after %s%s" % (ended.job.id, outcome, show_duration(ended.seconds), rest))
+        Whoever ends all of us at once may have hit the job before its worker.
+        """
+        deadline = time.monotonic() + 0.1
+        while not self.leave and time.monotonic() < deadline:
+            self.bell.wait(deadline - time.monotonic())
+        return self.leave > 0
 
-    def say(self, text: str) -> None:
-        self.lines += self._line(text)
 
-    def announce(self, text: str) -> None:
-        """Say something at once, whatever waits to be said."""
-        system.say(self._clear() + self._line(as_called(text)))
+class Worker(Runs):
+    """Claims jobs and runs them, one at a time, until it is told to stop.
 
-    def _line(self, text: str) -> str:
-        return "%s worker %d: %s\n" % (show_time(to_millis(time.time())), self.order.number, text)
+    Signal handlers only set flags and ring the bell; the loops look at the flags.
+    """
 
-    def _clear(self) -> str:
-        """What takes away the line that shows the progress of a `run`."""
-        return "\r\033[K" if self.order.run and os.isatty(1) else ""
+    def handle_signals(self) -> None:
+        """From now on SIGHUP lets the running job finish, SIGUSR1 does not, SIGTERM is private."""
+        for name, handler in (
+                ("SIGTERM", self._dismiss), ("SIGINT", self._dismiss), ("SIGHUP", self._leave_soon),
+                ("SIGUSR1", self._leave_now), ("SIGCHLD", lambda *_: None)):
+            if hasattr(signal, name) and not (WINDOWS and name == "SIGINT"):
+                signal.signal(getattr(signal, name), handler)
+        self.bell.hear_signals()
+        system.let_through()
 
-    def flush(self) -> None:
-        """Say it, once what it tells of is on disk."""
-        self._sync()
-        if self.lines and not self.unsynced:
-            system.say(self._clear() + self.lines)
-            self.lines = ""
+    def _dismiss(self, *_: object) -> None:
+        self.dismissed = True
+        self._leave_soon()
 
-    def _sync(self) -> None:
-        """Have the disk keep what was committed. While it does not, nothing of it is told or thrown away."""
-        if self.unsynced:
+    def _leave_soon(self, *_: object) -> None:
+        self.leave = max(self.leave, 1)
+
+    def _leave_now(self, *_: object) -> None:
+        self.leave = 2
+
+    # From its birth to its end.
+
+    def work(self) -> int:
+        """Work until told to stop; the exit code tells the supervisor why it ended."""
+        self.store = self._open()
+        self.commit(self._register)
+        self.follow(self.store.pulse()[0])
+        # First: what is left of a lost run must not go on while others lock the database.
+        self._recover()
+        self.commit(self.start_delays_anew)
+        self._loop()
+        self._sync_at_last()
+        self._deregister()
+        if self.leave == 2:
+            return EXIT_INTERRUPTED
+        return EXIT_DISMISSED if self.dismissed else EXIT_OK
+
+    def _open(self) -> Store:
+        """The database, as soon as it can be opened."""
+        while True:
             try:
-                self.store.sync()
-            except Unavailable as error:
-                self.sync_failed = True
-                self._tell_trouble(str(error))
-                return
-        if self.sync_failed:
-            self.sync_failed = False
-            self._tell_trouble("")
-        self.unsynced = False
+                store = open_trusted(self.db, self.order.file, patience=TICK)
+                store.defer_sync()
+                return store
+            except (Unavailable, OSError) as error:
+                if self.leave:
+                    raise
+                self.tell_trouble(str(error))
+                self.bell.wait(TICK)
+
+    def _register(self) -> None:
+        """In one transaction life lock, bell and row come to be: nobody sees a half-born worker."""
+        if self.life < 0:
+            self.life = take_life(self.db, self.name)
+            self.store.identity.watch(self.life)
+            note_trouble(self.life, "")  # which takes the space for all notes
+            self.bell = make_bell(bell_path(self.db, self.name))
+            self.bell.hear_signals()
+        checkpoint("being born")
+        self.store.add_worker(self.name, self.pool, now_millis())
+
+    def _sync_at_last(self) -> None:
+        """What was recorded is to be on disk before it leaves, unless it has to leave now."""
+        self.sync_records()
+        while self.unsynced and self.leave < 2:
+            self.bell.wait(SYNC_AGAIN)
+            self.sync_records()
+
+    def _deregister(self) -> None:
+        """Leave nothing behind; where that fails, whoever looks after dead workers does it."""
+        self.store.patience = LAST_PATIENCE
+        try:
+            with self.store.transaction():
+                self.store.remove_worker(self.name)
+            remove_files(self.db, self.name)
+        except (QueueError, OSError):
+            pass
+
+    # The loop, in which it runs jobs or sleeps.
+
+    def _loop(self) -> None:
+        while not self.leave:
+            if self.sync_failed:
+                self.sync_records()
+            news = self._has_news()
+            if self.unpatrolled and time.monotonic() >= self.next_patrol:
+                self._patrol()
+            self._sweep()
+            if news and self._may_claim():
+                job = self.record_and_claim(None)
+                while job is not None:
+                    job = self.record_and_claim(self.execute(job))
+                self._rest()
+            elif self._is_done():
+                self._leave_soon()
+            elif not self.leave:
+                self._idle()
+
+    def _has_news(self) -> bool:
+        """After the bell: whether anybody has committed anything, or a time has come."""
+        if self.orphaned():
+            self._leave_soon()
+        try:
+            seen = self.store.changed()
+        except Unavailable:
+            return False
+        due = self.next_due is not None and time.time() * 1000 >= self.next_due
+        if seen == self.seen and not due:
+            return False
+        self.seen = seen
+        self.unpatrolled = True
+        return True
+
+    def _may_claim(self) -> bool:
+        """Whether there is a job to claim, found out by reading: writers wait for each other.
+
+        The claim reads the same again, under the mutex: another may have been faster.
+        """
+        if not self.sync_failed and time.monotonic() >= self.rest_until:
+            try:
+                epoch, self.next_due = self.store.pulse()
+                self.follow(epoch)
+                ready = self.store.ready(self.queues, self.next_due, now_millis())
+                return ready and not self.leave and not self._used_up()
+            except Unavailable:
+                pass
+        self.seen = -1
+        return False
+
+    def _used_up(self) -> bool:
+        return self.order.limited and not self.store.turns_left(self.pool)
+
+    def _is_done(self) -> bool:
+        """Whether a `run`, a drain or --max-jobs leaves nothing more to do."""
+        try:
+            if self.order.run:
+                queue = self.order.queues[0]
+                return not self.store.count(UNFINISHED, queue) and not self.store.hooks_left(queue)
+            if self._used_up():
+                return True
+            return self.order.drain and self.store.drained(self.queues, now_millis())
+        except Unavailable:
+            return False
+
+    def _rest(self) -> None:
+        """After work: look again before sleeping, for own commits are no news; tell who drains."""
+        self.seen = -1
+        self.sync_records()
+        if self.order.drain or self.order.limited or self.order.run:
+            ring_all(self.db)
+
+    def _idle(self) -> None:
+        """Sleep until the bell, a signal, or the exact time of the next retry or schedule."""
+        pause = self.settings["poll_interval_ms"] / 1000
+        if self.next_due is not None:
+            pause = min(pause, max(0.0, self.next_due / 1000 - time.time()))
+        if self.rest_until:
+            pause = min(pause, max(0.01, self.rest_until - time.monotonic()))
+        if self.bell.wait(pause):
+            system.reap(0)  # daemons that earlier jobs left behind end as children of this worker
+        if self.clock_was_set_back():
+            self.commit(self.start_delays_anew)
+            self.seen = -1
+
+    # What it does for others.
+
+    def _patrol(self) -> None:
+        """Now and then, while others run jobs: has a worker died whose supervisor died too?"""
+        began = time.monotonic()
+        try:
+            others = self.store.holders() - {self.name}
+            self.unpatrolled = bool(others)
+            if not all(is_alive(self.db, name) for name in others):
+                self._recover()
+        except Unavailable:
+            pass  # what can't be done now is still there at the next patrol
+        now = time.monotonic()
+        interval = self.settings["poll_interval_ms"] / 1000
+        # An orphan that can't be ended takes seconds: as many are for work.
+        self.next_patrol = now + max(1.0, interval, now - began)
+
+    def _recover(self) -> None:
+        try:
+            if recover(self.store, self.bell.wait, self.say, self.pool):
+                self.seen = -1
+                self.sync_records()
+        except (Unavailable, OSError):
+            self.unpatrolled = True
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        if now < self.next_sweep:
+            return
+        self.next_sweep = now + 1.0
+        try:
+            sweep(self.store, self.settings)
+        except (QueueError, OSError, ValueError):
+            pass  # it is not urgent, and who needs the database next says what is wrong with it
+
+
+def _exit_code(worker: Worker) -> int:
+    """Let a worker work to its end; why it ended, for the supervisor."""
+    try:
+        return worker.work()
+    except (QueueError, OSError) as error:
+        worker.announce(str(error))
+        if isinstance(error, Unavailable):  # what it can't write now, others will
+            return (EXIT_TROUBLED, EXIT_OK, EXIT_INTERRUPTED)[worker.leave]
+        return EXIT_TROUBLED if isinstance(error, OSError) else EXIT_FAILED
+    except Exception:
+        import traceback
+        system.say(traceback.format_exc(), 2)
+        return EXIT_BUG
+
 
 def worker_main(order: Order) -> NoReturn:
     """What a worker process does from its first instruction on."""
@@ -4700,21 +5405,8 @@ def worker_main(order: Order) -> NoReturn:
         system.say("queuectl: a worker can't start: %s\n" % error, 2)
         os._exit(EXIT_TROUBLED)
     worker.handle_signals()
-    try:
-        code = worker.work()
-    except QueueError as error:
-        worker.announce(str(error))
-        code = EXIT_FAILED
-        if isinstance(error, Unavailable):  # what it can't write now, others will
-            code = (EXIT_TROUBLED, EXIT_OK, EXIT_INTERRUPTED)[worker.leave]
-    except OSError as error:
-        worker.announce(str(error))
-        code = EXIT_TROUBLED
-    except Exception:
-        import traceback
-        system.say(traceback.format_exc(), 2)
-        code = EXIT_BUG
-    worker.flush()
+    code = _exit_code(worker)
+    worker.sync_records()
     if not close_stores():
         os._exit(code)
     sys.exit(code)
@@ -4885,29 +5577,44 @@ def emit_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 # ═══ Pool ═══ the supervisor: start, watch, replace and stop workers ═════════════════════════
+#
+# Who holds what. The supervisor holds the pool's life lock and a bell that hears signals alone. It
+# never has the database open while it forks: a forked copy of a locked descriptor keeps the lock
+# after its owner's death. For the same reason a worker first closes the life file it inherited.
+#
+# How a stop travels. `worker stop`, Ctrl-C or a closing terminal is a signal to the supervisor.
+# Its handler counts, and the bell wakes the loop. The loop passes the stop on to each worker, by
+# SIGHUP (after the running job) or, the second time, by SIGUSR1 (now); then it records the stop.
+# The record is for those whom no signal reaches: a job that is killed from then on has not failed,
+# but was ended with its pool; and on Windows workers hear of the stop by it alone. Signals come
+# before the record, for a database that can't be written must not hold up a stop.
+#
+# When a supervisor dies, its workers finish their jobs and go too: on Linux the kernel sends each
+# a SIGHUP, and before each claim they look whether it is still their parent.
 
 QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing delay
 LONGEST_DELAY = 1.0
 
 
 class Pool:
-    """Worker processes under one supervisor, until all of them have ended.
+    """Worker processes under one supervisor, until all of them have ended."""
 
-    The supervisor never touches the database while it forks: a forked copy of a locked file
-    keeps the lock after its owner's death.
-    """
+    def __init__(self, db: str, name: str, count: int, queues: Sequence[str],
+                 drain: bool = False, max_jobs: int | None = None, look: Any = None):
+        """`look` is the Batch of a `run`, if the pool serves one.
 
-    def __init__(self, db: str, name: str, count: int, queues: Sequence[str], drain: bool = False,
-                 max_jobs: int | None = None, look: Any = None) -> None:
-        """`look`, the Batch of a `run`, reports now and then, and says in how many seconds again."""
+        `report` is called now and then and says in how many seconds again; its `clear` takes the
+        line away that shows the progress.
+        """
         self.db, self.name, self.count = db, name, count
-        self.look, self.next_look = look, 0.0
         self.queues, self.drain, self.max_jobs = tuple(queues), drain, max_jobs
-        self.number = 0
+        self.batch, self.next_look = look, 0.0
+        self.number = 0  # of the worker that was started last
         self.workers: dict[Any, float] = {}  # each process with the time it was started
         self.openings: list[float] = []  # when workers that died are to be replaced
-        self.quick_deaths = 0
-        self.stops = self.told = 0
+        self.quick_deaths = 0  # in a row
+        self.stops = 0  # how often it was told to stop
+        self.passed_on = 0  # what of that the workers were told: 1: soon, 2: now
         self.code = EXIT_OK
 
     def run(self) -> int:
@@ -4925,8 +5632,8 @@ class Pool:
             self.bell.wait(self._patience())
             self._stop()
             self._collect()
-            if self.look and time.monotonic() >= self.next_look:
-                self.next_look = time.monotonic() + self.look.report()
+            if self.batch and time.monotonic() >= self.next_look:
+                self.next_look = time.monotonic() + self.batch.report()
         return self._farewell()
 
     def _register(self) -> None:
@@ -4934,25 +5641,27 @@ class Pool:
         self.file = store.identity.file
         with store.transaction():
             self.life = take_life(self.db, self.name)
-            store.add_pool(self.name, self.count, self.queues, self.max_jobs, to_millis(time.time()))
+            store.add_pool(self.name, self.count, self.queues, self.max_jobs, now_millis())
         store.close()
 
     def _handle_signals(self) -> None:
         self.bell.hear_signals()
-        if not WINDOWS:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the caller may have blocked some
+        system.let_through()  # the caller may have blocked some
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
-                signal.signal(number, self._on_hangup if name == "SIGHUP" else self._on_stop)
+            if number is None or signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup stays in force
+            signal.signal(number, self._on_hangup if name == "SIGHUP" else self._on_stop)
         if not WINDOWS:
-            signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+            signal.signal(signal.SIGCHLD, lambda *_: None)
 
-    def _on_stop(self, signum: int, frame: FrameType | None) -> None:
+    def _on_stop(self, *_: object) -> None:
         self.stops += 1
 
-    def _on_hangup(self, signum: int, frame: FrameType | None) -> None:
+    def _on_hangup(self, *_: object) -> None:
         self.stops = max(self.stops, 1)  # a closing terminal may say it more than once
+
+    # Workers are started.
 
     def _hire(self) -> None:
         """Start the workers that are due."""
@@ -4964,15 +5673,12 @@ class Pool:
 
     def _start_worker(self) -> None:
         self.number += 1
-        inherited = [fd for fd in (self.life, self.bell.fd, self.bell.write_end) if fd >= 0]
-        fds = tuple(inherited) if system.start_method == "fork" else ()
-        order = Order(self.db, self.file, self.name, self.number, self.queues, self.drain, self.max_jobs is not None,
-                      self.look is not None, os.getpid(), fds)
-        process = self.context.Process(target=worker_main, args=(order,), name="worker %d" % self.number)
-        mask = None if WINDOWS else signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        process = self.context.Process(
+            target=worker_main, args=(self._order(),), name="worker %d" % self.number)
+        mask = system.hold_signals()  # until it has handlers of its own, a signal to it must wait
         before = system.descriptors()
         try:
-            process.start()  # until it has handlers of its own, a signal to it must wait
+            process.start()
         except OSError as error:
             for fd in system.descriptors() - before:  # multiprocessing has left them open
                 os.close(fd)
@@ -4980,44 +5686,60 @@ class Pool:
             self.openings.append(time.monotonic() + LONGEST_DELAY)
             return
         finally:
-            if mask is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            system.let_through(mask)
         self.workers[process] = time.monotonic()
         self.bell.watch(process.sentinel)
 
+    def _order(self) -> Order:
+        """What the next worker is told."""
+        inherited = [self.life, self.bell.fd, self.bell.write_end]
+        if system.start_method != "fork":
+            inherited = []
+        return Order(
+            self.db, self.file, self.name, self.number, self.queues, self.drain,
+            limited=self.max_jobs is not None, run=self.batch is not None,
+            supervisor=os.getpid(), fds=[fd for fd in inherited if fd >= 0])
+
     def _tell(self, text: str) -> None:
-        if self.look:
-            self.look.clear()
+        if self.batch:
+            self.batch.clear()
         system.say("queuectl: %s\n" % as_called(text), 2)
 
     def _patience(self) -> float | None:
-        times = self.openings + ([self.next_look] if self.look else [])
-        return max(0.0, min(times) - time.monotonic()) if times else None
+        """Seconds until something is due; None: nothing is."""
+        times = list(self.openings)
+        if self.batch:
+            times.append(self.next_look)
+        if not times:
+            return None
+        return max(0.0, min(times) - time.monotonic())
+
+    # Workers are told to stop.
 
     def _stop(self) -> None:
         """Pass on what signals have asked for: the first lets jobs finish, the second does not."""
-        if self.told >= min(self.stops, 2):
+        level = min(self.stops, 2)
+        if level <= self.passed_on:
             return
-        self.told = min(self.stops, 2)
-        self.openings = []
+        self.passed_on, self.openings = level, []
         for process in self.workers:
-            system.dismiss(process.pid, self.told == 2)
-        self._tell("ending the running jobs now" if self.told == 2 else
-                   "stopping: running jobs finish first; once more to end them now")
-        self._note_stop()
+            system.dismiss(process.pid, level == 2)
+        text = "stopping: running jobs finish first; once more to end them now"
+        if level == 2:
+            text = "ending the running jobs now"
+        self._tell(text)
+        self._record_stop()
 
-    def _note_stop(self) -> None:
-        """Have it on record that the pool is told to stop: jobs that are killed from now on did not fail.
-
-        Where there are no signals, workers hear of it by this alone.
-        """
+    def _record_stop(self) -> None:
         try:
             store = Store(self.db, LAST_PATIENCE)
             with store.transaction():
-                store.ask_stop([self.name], self.told)
+                store.ask_stop([self.name], self.passed_on)
             store.close()
         except QueueError:
             pass
+
+    # Workers have ended.
 
     def _collect(self) -> None:
         """Take note of workers that have ended, and replace those that should not have."""
@@ -5034,17 +5756,23 @@ class Pool:
     def _delay(self, code: int, age: float) -> float:
         """Seconds until a worker that ended with `code` after `age` seconds is replaced."""
         if code != EXIT_DISMISSED:
-            self._tell("a worker died (%s); it is replaced" % (
-                "exit code %d" % code if code > 0 else signal_name(-code)))
+            why = "exit code %d" % code
+            if code < 0:
+                why = signal_name(-code)
+            self._tell("a worker died (%s); it is replaced" % why)
         if code == EXIT_TROUBLED:
             return LONGEST_DELAY
-        self.quick_deaths = self.quick_deaths + 1 if age < QUICK_DEATH else 0
-        return min(LONGEST_DELAY, 0.1 * 2 ** min(self.quick_deaths - 1, 10)) if self.quick_deaths > 1 else 0.0
+        self.quick_deaths += 1
+        if age >= QUICK_DEATH:
+            self.quick_deaths = 0
+        if self.quick_deaths < 2:
+            return 0.0
+        return min(LONGEST_DELAY, 0.1 * 2.0 ** min(self.quick_deaths - 1, 10))
 
     def _farewell(self) -> int:
         """Turn off the light: what killed workers held is given back, the pool forgotten.
 
-        Where that can't be written now, whoever comes next does it.
+        Where that can't be written now, whoever comes next does it. Returns the exit code.
         """
         died = 0
         try:
@@ -5062,10 +5790,9 @@ class Pool:
         except QueueError as error:
             self._tell(str(error))
             return max(self.code, EXIT_FAILED)
-        return self.code or (EXIT_FAILED if self.drain and died else EXIT_OK)
-
-
-HANDLED = () if WINDOWS else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
+        if self.drain and died:
+            return self.code or EXIT_FAILED
+        return self.code
 
 
 # ═══ Views ═══ rows to text or JSON: pure functions ══════════════════════════════════════════
@@ -5349,10 +6076,6 @@ def open_store(db: str, **how: bool) -> Store:
     if reason:
         complain("nothing of this queue will be executed: %s" % reason)
     return store
-
-
-def now_millis() -> int:
-    return to_millis(time.time())
 
 
 def whole(name: str, most: int) -> Callable[[str], int]:
@@ -7306,7 +8029,7 @@ sys.path.insert(0, os.path.join(prefix, "lib", "queuectl"))
 from queuectl import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
 """
 PREFIX = option("--prefix DIR",
                 "the command is DIR/bin/queuectl, what it needs is in DIR/lib/queuectl (~/.local)",
