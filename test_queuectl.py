@@ -358,7 +358,6 @@ def standing_in(folder: Path, env: Mapping[str, str]) -> Iterator[None]:
     os.environ.clear()
     os.environ.update(env)
     sys.argv[0] = "queuectl"
-    queuectl.help_width.cache_clear()
     try:
         yield
     finally:
