@@ -2077,11 +2077,12 @@ def select_jobs(states: Sequence[str], queue: str | None,
 #   2. Is it still the same file? What is written to a deleted or replaced one would be lost.
 #   3. Is there the mark of a failed sync? Then the log is written again, for a commit on top of
 #      frames that the disk has not got would be told as done, and be lost with them.
-#   4. The first time: is it a copy? Then it gets an id of its own, before anyone can take its
-#      workers for those of the original and end them.
+#   4. The first time: is it a copy? Then it gets an id of its own, so that nobody who works on the
+#      copy ends the processes of the original.
 #   5. BEGIN IMMEDIATE, the statements, COMMIT. A deferred transaction would fail where it turns
 #      into a write, if another program had written meanwhile.
-#   6. The mark again. A worker syncs without the mutex: that may have failed after step 3.
+#   6. The mark again. A worker syncs without the mutex: that may have failed after step 3, and
+#      then this commit stands on frames that the disk has not got.
 #   7. The mutex is freed, whatever went wrong before.
 #
 # Commands let COMMIT sync the log (synchronous=FULL). Workers don't (defer_sync): they call
@@ -2594,8 +2595,8 @@ class Connection:
     log: Log
     mutex = -1  # the descriptor of the lock file; -1: it is not open, nothing is written
     told = False  # that it waits
-    deferring = False  # a commit does not wait for the disk
-    as_it_is = False
+    deferring = False  # then a commit does not wait for the disk
+    as_it_is = False  # see Database
 
     def __init__(self, path: str, patience: float, tell: Tell | None) -> None:
         self.path, self.patience, self.tell = path, patience, tell
