@@ -1988,8 +1988,8 @@ class Slot:
 # each queue by state, so that `status` need not. Triggers keep these counts; only what is
 # inserted is counted by Intake, once for a whole bulk.
 #
-# A row in `waits` stands until the awaited job is completed, or either of the two is forgotten;
-# so it stands also while both are dead.
+# A row in `waits` stands until the awaited job is completed, or the waiting one is forgotten. So
+# it stands also while both are dead, and when an awaited job that died has been forgotten.
 
 APPLICATION_ID = 0x71637431  # "qct1"
 
@@ -2229,11 +2229,12 @@ def select_jobs(states: Sequence[str], queue: str | None,
 #   2. Is it still the same file? What is written to a deleted or replaced one would be lost.
 #   3. Is there the mark of a failed sync? Then the log is written again, for a commit on top of
 #      frames that the disk has not got would be told as done, and be lost with them.
-#   4. The first time: is it a copy? Then it gets an id of its own, before anyone can take its
-#      workers for those of the original and end them.
+#   4. The first time: is it a copy? Then it gets an id of its own, so that nobody who works on the
+#      copy ends the processes of the original.
 #   5. BEGIN IMMEDIATE, the statements, COMMIT. A deferred transaction would fail where it turns
 #      into a write, if another program had written meanwhile.
-#   6. The mark again. A worker syncs without the mutex: that may have failed after step 3.
+#   6. The mark again. A worker syncs without the mutex: that may have failed after step 3, and
+#      then this commit stands on frames that the disk has not got.
 #   7. The mutex is freed, whatever went wrong before.
 #
 # Commands let COMMIT sync the log (synchronous=FULL). Workers don't (defer_sync): they call
@@ -2626,13 +2627,14 @@ class Log:
 
     MARK_AT = 63  # in the lock file, behind the note of Identity
     HEADER, FRAME_HEADER = 32, 24  # bytes
+    fd = -1  # it is opened when it is needed
 
     def __init__(self, path: str, mutex: int) -> None:
         self.path, self.mutex = path + "-wal", mutex
         self.index = path + "-shm"
-        self.fd = -1
 
     def open(self) -> int:
+        """The descriptor of the log."""
         if self.fd < 0:
             self.fd = open_beside(self.path, os.O_RDWR)
         return self.fd
@@ -2743,14 +2745,14 @@ class Connection:
     db: sqlite3.Connection
     identity: Identity
     log: Log
+    mutex = -1  # the descriptor of the lock file; -1: it is not open, nothing is written
+    told = False  # that it waits
+    deferring = False  # then a commit does not wait for the disk
+    as_it_is = False  # see Database
 
     def __init__(self, path: str, patience: float, tell: Tell | None) -> None:
         self.path, self.patience, self.tell = path, patience, tell
         self.folder = os.path.dirname(path)
-        self.told = False  # that it waits
-        self.mutex = -1  # the descriptor of the lock file; -1: it is not open, nothing is written
-        self.as_it_is = False
-        self.deferring = False
 
     def _connect(self) -> None:
         system.refuse_full(self.folder)
@@ -3015,12 +3017,13 @@ class Database(Connection):
     can't be used, Unavailable if perhaps later it can.
     """
 
+    source: sqlite3.Connection | None = None  # of an older schema; `db` is a copy of it
+    seen_in_source = -1
+
     def __init__(self, path: str, patience: float = PATIENCE, tell: Tell | None = None,
                  reading: bool = False, as_it_is: bool = False) -> None:
         super().__init__(path, patience, tell)
         self.reading, self.as_it_is = reading, as_it_is
-        self.source: sqlite3.Connection | None = None  # of an older schema; `db` is a copy of it
-        self.seen_in_source = -1
         if sqlite3.sqlite_version_info < (3, 8, 3):
             raise QueueError("this Python has SQLite %s, queuectl needs 3.8.3 or newer"
                              % sqlite3.sqlite_version)
@@ -3379,9 +3382,11 @@ class Administration(Database):
                      name, pool, os.getpid(), now)
 
     def remove_pool(self, name: str) -> None:
+        """Forget a pool that has ended."""
         self.execute("DELETE FROM pools WHERE name = ?", name)
 
     def remove_worker(self, name: str) -> None:
+        """Forget a worker that has ended."""
         self.execute("DELETE FROM workers WHERE name = ?", name)
 
     def _pool(self, name: str) -> Row:
@@ -3447,10 +3452,12 @@ class Administration(Database):
         return {name: given.get(name, default) for name, default in SETTINGS.items()}
 
     def set_setting(self, name: str, value: Any) -> None:
+        """Let a checked value hold from now on; ring the workers afterwards."""
         self.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", name, json.dumps(value))
         self.execute(NEXT_EPOCH)
 
     def unset_setting(self, name: str) -> None:
+        """Let the default hold again; ring the workers afterwards."""
         self.execute("DELETE FROM settings WHERE name = ?", name)
         self.execute(NEXT_EPOCH)
 
@@ -3480,6 +3487,7 @@ class Administration(Database):
         self.execute(NEXT_EPOCH)
 
     def all_paused(self) -> bool:
+        """Whether all queues are paused, those to come included."""
         return bool(self.value("SELECT paused FROM control"))
 
     def queues(self) -> list[Row]:
@@ -3544,6 +3552,7 @@ class Reading(Administration):
                          % shorten(clean(name), 140))
 
     def find_by_seq(self, seq: int) -> Row | None:
+        """A job with all its fields; None if it was forgotten."""
         return self.first(SELECT_JOBS + "WHERE seq = ?", seq)
 
     def _page(self, states: Names, queue: str | None, start: int,
@@ -3651,7 +3660,8 @@ class Reading(Administration):
         return cwd, path, umask, environ
 
     def is_cancelled(self, seq: int) -> bool:
-        return bool(self.value("SELECT cancel FROM jobs WHERE seq = ?", seq) == 1)
+        """Whether somebody asked for the end of a running job."""
+        return bool(self.value("SELECT cancel FROM jobs WHERE seq = ?", seq))
 
     # Who waits for whom.
 
@@ -3749,9 +3759,11 @@ class Reading(Administration):
         return next(iter(rows), None)
 
     def oldest_waiting(self) -> Row | None:
+        """The first job that is pending."""
         return self.first(OLDEST_WAITING)
 
     def next_due(self) -> Row | None:
+        """The job that waits for the earliest time."""
         return self.first(NEXT_DUE)
 
 
@@ -3775,7 +3787,7 @@ def is_special(draft: Draft) -> bool:
 class Intake:
     """Jobs that come in together, in one transaction.
 
-    They are inserted by the thousand: one at a time would take twice as long. `caller` is the PATH,
+    They are inserted by the thousand, which is faster than each alone. `caller` is the PATH,
     umask and environment (JSON, or empty) of whoever enqueues. Jobs whose id or key is taken are
     refused; with `skip_existing` they are left out, and the seqs of those that were there before
     are in `existing`.
@@ -3803,7 +3815,7 @@ class Intake:
             "INSERT INTO contexts (cwd, path, umask, environ) VALUES (?, ?, ?, ?)",
             values).lastrowid
 
-    def _row(self, draft: Draft, id_: str) -> tuple[Any, ...]:
+    def _row(self, draft: Draft, job_id: str) -> tuple[Any, ...]:
         """The values of ADD_JOB; what was not given takes the setting of this moment."""
         priority, timeout, max_retries = (
             self.settings[name] if draft[name] is None else draft[name]
@@ -3812,12 +3824,13 @@ class Intake:
         if (run_at or 0) > self.now:
             due = run_at
         return (
-            id_, draft["id"] is None, draft["command"], draft["queue"] or "default",
+            job_id, draft["id"] is None, draft["command"], draft["queue"] or "default",
             priority, due is None, due, run_at, timeout, max_retries, draft["backoff_base"],
             self.contexts[draft["cwd"]], as_json(draft["env"]),
             self.now, self.now, isinstance(run_at, Delayed))
 
     def count(self, draft: Draft) -> None:
+        """Remember that it was inserted."""
         queue = draft["queue"] or "default"
         self.added[queue] = self.added.get(queue, 0) + 1
 
@@ -3972,13 +3985,13 @@ class Store(Endings):
         intake = Intake(self, settings, (path, umask, environ), now, skip_existing)
         for draft in drafts:
             intake.look_up_context(draft["cwd"])
-            special = is_special(draft)
-            if not special:
-                intake.chunk.append(draft)
-            if special or len(intake.chunk) == 1000:
-                intake.insert_chunk()
-            if special:  # it may wait for one of these
+            if is_special(draft):
+                intake.insert_chunk()  # it may wait for one of these
                 self._add_special(intake, draft)
+                continue
+            intake.chunk.append(draft)
+            if len(intake.chunk) == 1000:
+                intake.insert_chunk()
         intake.finish()
         if environ:
             self.db.executemany(
