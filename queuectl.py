@@ -7554,32 +7554,64 @@ def own_command() -> list[str]:
     return [sys.executable, launcher if installed else script]
 
 
-# What `python -c` is given, with the descriptor of compiled code, its file and arguments: it runs
-# that as the module queuectl. Nothing is imported from the folder it runs in.
-RUN_COMPILED = (
-    'import marshal, sys; sys.path[:] = filter(None, sys.path); '
-    'file = open(int(sys.argv[1]), "rb"); code = marshal.load(file); file.close(); '
-    'del sys.argv[:2]; sys.modules["queuectl"] = module = type(sys)("queuectl"); '
-    'module.__file__ = sys.argv[0]; exec(code, module.__dict__); raise SystemExit(module.main())')
+# Runs the compiled script, its last constant, as the module queuectl with the words behind its own
+# path. Nothing is imported from the folder that Python takes for its own; nor, as installed, by -S.
+RUN_COMPILED = """\
+import sys
+if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]
+import os
+file, *sys.argv = sys.argv
+os.close(int(os.path.basename(file)))
+code = sys._getframe().f_code.co_consts[-1]
+sys.modules["queuectl"] = module = type(sys)("queuectl")
+module.__file__ = code.co_filename
+exec(code, module.__dict__)
+raise SystemExit(module.main())
+"""
+
+
+def compiled_script() -> bytes:
+    """This script as a .pyc file, b"" if it is none.
+
+    What it was compiled to is in the outermost frame, unless a debugger or the like runs it.
+    """
+    import marshal
+    from importlib.util import MAGIC_NUMBER
+    frame = sys._getframe()
+    while frame.f_back:
+        frame = frame.f_back
+    if frame.f_code.co_filename != globals().get("__file__"):
+        return b""
+    code = compile(RUN_COMPILED, "<string>", "exec")
+    code = code.replace(co_consts=(*code.co_consts, frame.f_code))
+    return MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+
+
+def go_on_as(program: bytes) -> None:
+    """Become a Python that runs a .pyc file; returns if that can't be had."""
+    import subprocess
+    try:
+        fd = os.memfd_create("queuectl", 0)  # type: ignore[attr-defined,unused-ignore]
+        path = "/proc/self/fd/%d" % fd
+        with open(fd, "wb"):
+            with open(path, "wb") as file:
+                file.write(program)
+            flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+            os.execv(sys.executable, [sys.executable, "-S", *flags, path, *sys.argv])
+    except (AttributeError, OSError, ValueError):  # no such function, no room, no path of Python's
+        pass
 
 
 def start_compiled() -> None:
     """Where this is a script, go on as a new program in this process that is not compiled again.
 
     Python keeps a script's syntax tree in memory for as long as it runs: more than all the rest of
-    a pool. What the script was compiled to is in the outermost frame.
+    a pool. Where that can't be had, the pool goes on as it is.
     """
-    import marshal
-    as_script = __name__ == "__main__" and not sys.modules["__main__"].__spec__
-    if not as_script or not hasattr(os, "memfd_create"):
-        return
-    frame = sys._getframe()
-    while frame.f_back:
-        frame = frame.f_back
-    fd = os.memfd_create("queuectl", 0)
-    os.write(fd, marshal.dumps(frame.f_code))
-    os.lseek(fd, 0, os.SEEK_SET)
-    os.execv(sys.executable, [sys.executable, "-c", RUN_COMPILED, str(fd), *sys.argv])
+    program = compiled_script()
+    if program and sys.implementation.name == "cpython":
+        go_on_as(program)
 
 
 def start_words(args: Any) -> list[str]:

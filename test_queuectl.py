@@ -2245,16 +2245,45 @@ def test_install_says_what_is_in_the_way(q: Queue) -> None:
 @linux
 def test_a_pool_that_is_a_script_does_not_keep_what_it_was_compiled_from(q: Queue) -> None:
     """It goes on in the same process as compiled code; nothing is imported from the folder that it runs in."""
-    (q.work / "types.py").write_text("raise SystemExit('imported from here')")
-    (q.work / "os.py").write_text("raise SystemExit('imported from here')")
+    for name in ("linecache", "os", "types"):
+        (q.work / f"{name}.py").write_text("raise SystemExit('imported from here')")
     q.program = SCRIPT
     pool = q.pool()
     words = read_proc(str(pool.process.pid), "cmdline").split(b"\0")
-    assert words[1] == b"-c" and words[4:7] == [os.fsencode(PROGRAM), b"worker", b"start"]
+    at = words.index(os.fsencode(PROGRAM))
+    assert words[at - 1].startswith(b"/proc/self/fd/") and words[at + 1 : at + 3] == [b"worker", b"start"]
     assert not any(b"memfd" in link for link in links(str(pool.process.pid)))
     q.wait_state(q.add("true"), "completed")
     assert pool.stop() == 0 and str(q.db) in pool.out
     assert not list(PROGRAM.parent.glob("__pycache__/queuectl.*"))
+
+
+@linux
+def test_a_pool_that_is_a_script_keeps_the_options_of_python(q: Queue) -> None:
+    (q.work / "sitecustomize.py").write_text("raise SystemExit('imported in spite of -I')")
+    q.program = (sys.executable, "-I", "-X", "utf8", "-W", "ignore", PROGRAM)
+    pool = q.pool(env={"PYTHONPATH": q.work})
+    words = read_proc(str(pool.process.pid), "cmdline").split(b"\0")
+    assert {b"-I", b"utf8", b"-Wignore"} <= set(words)
+    assert pool.stop() == 0
+
+
+@linux
+@pytest.mark.parametrize(
+    "start",
+    [
+        "ulimit -f 500; exec {python} {program}",
+        "unset PATH; exec -a python3 {python} {program}",  # which then does not know its own path
+        'exec {python} -c \'import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name="__main__")\' {program}',
+        "cd gone; rmdir ../gone; exec {python} {program}",
+    ],
+)
+def test_a_script_works_also_where_it_can_not_go_on_as_compiled_code(q: Queue, start: str) -> None:
+    (q.work / "gone").mkdir()
+    q.add("true", "--cwd", "/")
+    script = start.format(python=shlex.quote(sys.executable), program=shlex.quote(str(PROGRAM)))
+    q.bash(script + " worker start --max-jobs 1")
+    assert q.counts() == {"completed": 1}
 
 
 @linux
