@@ -7928,6 +7928,19 @@ def cmd_restore(args: Any) -> None:
         complain("what stood in its place is kept as %s" % kept)
 
 
+def home_folder(instead: str) -> str:
+    """The user's home, which is not made.
+
+    Raises QueueError where none is known, or it isn't there (yet); `instead` is what to name.
+    """
+    home = os.path.expanduser("~")
+    given = os.environ.get("HOME")
+    if given == "" or not os.path.isabs(home) or not os.path.isdir(home):
+        raise QueueError("there is no home folder (HOME is %s); name %s"
+                         % (json.dumps(given), instead))
+    return home
+
+
 # A shell reads the second and third line as a command, Python as a string: so the path of Python
 # may have blanks and any length. Site-packages only slow the start (-S); queuectl uses none.
 LAUNCHER = """\
@@ -7944,34 +7957,63 @@ from queuectl import main
 if __name__ == "__main__":
     raise SystemExit(main())
 """
-PREFIX = option(
-    "--prefix", metavar="DIR", default="~/.local", type=os.path.expanduser,
-    help="the command is DIR/bin/queuectl, what it needs is in DIR/lib/queuectl (~/.local)")
+MARK = b'os.path.join(prefix, "lib", "queuectl")'  # every launcher that was ever made has it
+COMMAND, LIBRARY = "bin/queuectl", "lib/queuectl"
 
 
-def put_program(bin_folder: str, lib_folder: str) -> None:
-    """Install, or upgrade while the old one runs: each file is replaced at one go."""
-    import py_compile
-    import shutil
-    launcher, module = bin_folder + "/queuectl", lib_folder + "/queuectl.py"
-    cache = lib_folder + "/__pycache__"
-    os.makedirs(lib_folder, exist_ok=True)
-    os.makedirs(bin_folder, exist_ok=True)
-    shutil.copyfile(own_file(), module + ".new")
-    os.replace(module + ".new", module)
-    shutil.rmtree(cache, ignore_errors=True)  # the old one, which is never checked for changes
-    py_compile.compile(
-        module, "%s/queuectl.%s.pyc" % (cache, sys.implementation.cache_tag), doraise=True,
-        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-    with open(launcher + ".new", "w") as file:
-        file.write(LAUNCHER % join_words([sys.executable]))
-    os.chmod(launcher + ".new", 0o755)
-    os.replace(launcher + ".new", launcher)
+def prefix_folder(text: str) -> Any:
+    """The Path that --prefix names; raises QueueError if it is in a home that isn't there."""
+    from pathlib import Path
+    if not text:
+        raise UsageError("--prefix needs a folder")
+    if text.startswith("~"):
+        home_folder("a folder with --prefix")
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+PREFIX = option("--prefix", metavar="DIR", default="~/.local", type=prefix_folder,
+                help="the command is DIR/bin/queuectl, the rest in DIR/lib/queuectl (~/.local)")
+
+
+def check_own(prefix: Any) -> None:
+    """Raise QueueError if there is a link, or a file that `install` has not made, in its place."""
+    for path in (prefix / COMMAND, prefix / LIBRARY):
+        if path.is_symlink() or (path.is_file() and MARK not in path.read_bytes()):
+            raise QueueError("%s is not what `install` makes; move it away, or name another "
+                             "folder with --prefix" % path)
+
+
+def compiled(program: bytes) -> bytes:
+    """A .pyc file, which is used as long as the .py file beside it is this program."""
+    import marshal
+    from importlib.util import MAGIC_NUMBER, source_hash
+    code = marshal.dumps(compile(program, COMMAND, "exec"))
+    return MAGIC_NUMBER + b"\3\0\0\0" + source_hash(program) + code
+
+
+def put_program(prefix: Any) -> None:
+    """Install, or upgrade while the old one runs: all is written before any is put in its place."""
+    import tempfile
+    program = (prefix / own_file()).read_bytes()
+    cache = prefix / LIBRARY / "__pycache__"
+    files = {
+        prefix / COMMAND: os.fsencode(LAUNCHER % join_words([sys.executable])),
+        cache / ("queuectl.%s.pyc" % sys.implementation.cache_tag): compiled(program),
+        prefix / LIBRARY / "queuectl.py": program}
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        new = cache / folder
+        for path, data in files.items():
+            (new / path.name).write_bytes(data)
+        (new / "queuectl").chmod(0o755)
+        for path in files:
+            (new / path.name).replace(path)
 
 
 INSTALLED = """\
-installed: %s/queuectl
-If the shell does not find it, put this into ~/.profile: export PATH=%s:"$PATH"
+installed: %s/bin/queuectl
+If the shell does not find it, put this into ~/.profile: export PATH=%s/bin:"$PATH"
 Completion, for ~/.bashrc: eval "$(queuectl completion)"
 """
 
@@ -7979,26 +8021,37 @@ Completion, for ~/.bashrc: eval "$(queuectl completion)"
 @subcommand("install", "put the command `queuectl` on the path, compiled", PREFIX,
             examples="\nqueuectl install\nqueuectl install --prefix /usr/local\n")
 def cmd_install(args: Any) -> None:
-    folder = args.prefix + "/bin"
+    if not re.fullmatch(r"[^\\\udc80-\udcff]+", sys.executable):  # no string of Python holds it
+        raise QueueError("no command can name this Python, %s; install with another"
+                         % quoted(sys.executable))
+    check_own(args.prefix)
     os.umask(0o022)
     try:
-        put_program(folder, args.prefix + "/lib/queuectl")
+        put_program(args.prefix)
     except OSError as error:
         raise QueueError("can't install in %s: %s; --prefix names another folder"
                          % (args.prefix, error)) from None
-    emit_text(INSTALLED % (folder, join_words([os.path.abspath(folder)])))
+    folder = str(args.prefix)
+    emit_text(INSTALLED % (clean(folder), clean(join_words([folder]))))
 
 
 @subcommand("uninstall", "remove what `install` made", PREFIX,
             examples="\nqueuectl uninstall\nqueuectl uninstall --prefix /usr/local\n")
 def cmd_uninstall(args: Any) -> None:
     import shutil
-    launcher = args.prefix + "/bin/queuectl"
-    if not os.path.exists(launcher):
-        raise QueueError("there is no %s" % launcher)
-    shutil.rmtree(args.prefix + "/lib/queuectl", ignore_errors=True)
-    os.remove(launcher)
-    emit("removed: " + launcher)
+    check_own(args.prefix)
+    launcher, library = args.prefix / COMMAND, args.prefix / LIBRARY
+    found = [path for path in (launcher, library / "queuectl.py") if path.exists()]
+    for path in found:
+        path.unlink()
+    shutil.rmtree(library / "__pycache__", ignore_errors=True)
+    try:
+        library.rmdir()
+    except OSError:  # it isn't there, or what is left in it isn't ours
+        pass
+    if not found:
+        raise QueueError("there is no %s; --prefix names another folder" % launcher)
+    emit("removed: %s" % launcher)
 
 
 def unit_word(text: str) -> str:
@@ -8331,19 +8384,6 @@ def own_name() -> str:
     return "queuectl" if found else join_words([path])
 
 
-def home_folder() -> str:
-    """The user's home, which is not made.
-
-    Raises QueueError where none is known, or it isn't there (yet).
-    """
-    home = os.path.expanduser("~")
-    given = os.environ.get("HOME")
-    if given == "" or not os.path.isabs(home) or not os.path.isdir(home):
-        raise QueueError("there is no home folder (HOME is %s); name a database with --db or "
-                         "QUEUECTL_DB" % json.dumps(given))
-    return home
-
-
 def database_path(given: str | None, needed: bool) -> str:
     """The database: `given` with --db, or that of the environment, or the one at home.
 
@@ -8359,7 +8399,8 @@ def database_path(given: str | None, needed: bool) -> str:
         CALLED[0] += " --db " + join_words([given])
     path = given or os.environ.get("QUEUECTL_DB") or ""
     if needed and not path:
-        path = os.path.join(home_folder(), ".queuectl", "queue.db")
+        path = os.path.join(home_folder("a database with --db or QUEUECTL_DB"),
+                            ".queuectl", "queue.db")
     try:
         return os.path.realpath(os.path.expanduser(check_text("--db", path)))
     except UnicodeEncodeError:

@@ -2222,12 +2222,13 @@ def test_install_puts_a_command_on_the_path(q: Queue) -> None:
 def test_install_upgrades_under_a_live_pool_and_is_undone(q: Queue) -> None:
     prefix = ("--prefix", q.folder)
     q("install", *prefix)
-    old = q.folder / "lib/queuectl/__pycache__/queuectl.cpython-30.pyc"  # left by another Python: stale, once upgraded
-    old.touch()
     launcher = q.folder / "bin/queuectl"
     q.program = (launcher,)
     pool = q.pool()
-    assert q("install", *prefix).code == 0 and not old.exists()
+    module = q.folder / "lib/queuectl/queuectl.py"
+    module.write_text(module.read_text().replace(f'"{queuectl.VERSION}"', '"old"'))  # the compiled one is stale now
+    assert q("--version").out == "queuectl old\n"
+    assert q.run([*SCRIPT, "install", *prefix]).code == 0
     q.wait_state(q.add("true"), "completed")
     assert q("--version").out == f"queuectl {queuectl.VERSION}\n"
     assert q("uninstall", *prefix).out == f"removed: {launcher}\n"
@@ -2240,6 +2241,58 @@ def test_install_upgrades_under_a_live_pool_and_is_undone(q: Queue) -> None:
 def test_install_says_what_is_in_the_way(q: Queue) -> None:
     (q.folder / "lib").write_text("a file")
     assert "--prefix" in q.fails("install", "--prefix", q.folder).err
+
+
+def test_install_and_uninstall_leave_alone_what_is_not_theirs(q: Queue) -> None:
+    """A command of the same name, files in the library's folder, and whatever a link leads to."""
+    mine, photos, linked = q.folder / "mine", q.folder / "photos", q.folder / "linked"
+    for path in (mine / "bin/queuectl", photos / "lib/queuectl/1.jpg", q.work / "file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    for link, target in (("bin/queuectl", "file"), ("lib/queuectl", ".")):
+        (linked / link).parent.mkdir(parents=True)
+        (linked / link).symlink_to(q.work / target)
+    before = files_in(q.folder)
+    for prefix in (mine, linked):
+        for command in ("install", "uninstall"):
+            assert "move it away" in q.fails(command, "--prefix", prefix).err
+    q("install", "--prefix", photos)
+    q("uninstall", "--prefix", photos)
+    assert files_in(q.folder) == before
+
+
+def test_an_install_that_was_cut_off_can_be_undone_and_repeated(q: Queue) -> None:
+    place = q.folder / "place"
+    install = f"queuectl install --prefix {shlex.quote(str(place))}"
+    q.program = (sys.executable, "-B", PROGRAM)
+    q("install", "--prefix", place)
+    biggest = max(map(len, files_in(place).values()))
+    (place / "bin/queuectl").unlink()  # as if it had been killed before that
+    q("uninstall", "--prefix", place)
+    assert not (place / "lib/queuectl").exists()
+    for size in (100, biggest // 1024):  # KiB that a file may have
+        check_error(q.bash(f"ulimit -f {size}; {install}", code=1))
+        assert not files_in(place)
+    assert q.bash(" | ".join([install] * 4)).err == "" and len(files_in(place)) == 3  # at the same time
+
+
+def test_install_where_no_command_can_be_made(q: Queue) -> None:
+    """Nothing is made without a home, at no folder, from a pipe, or for a Python whose path no launcher can hold."""
+    before = files_in(q.folder)
+    for home in ("", "/nonexistent"):
+        assert "--prefix" in q.fails("install", env={"HOME": home}).err
+    q.fails("install", "--prefix", "", code=2)
+    check_error(q.run([sys.executable, "-", "install", "--prefix", "place"], stdin=PROGRAM.read_text()))
+    for python in (q.work / "a\\xb", os.fsencode(q.work) + b"/caf\xe9", ""):
+        code = f"import sys; sys.executable = {os.fsdecode(python)!r}; import queuectl; sys.exit(queuectl.main())"
+        words = [sys.executable, "-c", code, "install", "--prefix", "place"]
+        check_error(q.run(words, env={"PYTHONPATH": PROGRAM.parent, "PATH": ""}))
+    assert files_in(q.folder) == before and not (q.work / "place").exists()
+
+
+def test_install_shows_no_control_characters(q: Queue) -> None:
+    for command in ("install", "uninstall"):
+        assert "\x1b" not in q(command, "--prefix", q.work / "\x1b[31m").out
 
 
 @linux
@@ -2272,7 +2325,7 @@ def test_a_pool_that_is_a_script_keeps_the_options_of_python(q: Queue) -> None:
 @pytest.mark.parametrize(
     "start",
     [
-        "ulimit -f 500; exec {python} {program}",
+        "ulimit -f 200; exec {python} {program}",
         "unset PATH; exec -a python3 {python} {program}",  # which then does not know its own path
         'exec {python} -c \'import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name="__main__")\' {program}',
         "cd gone; rmdir ../gone; exec {python} {program}",
