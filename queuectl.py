@@ -7677,33 +7677,64 @@ def own_command() -> list[str]:
     return [sys.executable, script]
 
 
-# What `python -c` is given, with the descriptor of compiled code, its file and arguments: it runs
-# that as the module queuectl. Nothing is imported from the folder it runs in.
-RUN_COMPILED = (
-    'import marshal, sys; sys.path[:] = filter(None, sys.path); '
-    'file = open(int(sys.argv[1]), "rb"); code = marshal.load(file); file.close(); '
-    'del sys.argv[:2]; sys.modules["queuectl"] = module = type(sys)("queuectl"); '
-    'module.__file__ = sys.argv[0]; exec(code, module.__dict__); raise SystemExit(module.main())')
+# Runs the compiled script, its last constant, as the module queuectl with the words behind its own
+# path. Nothing is imported from the folder that Python takes for its own; nor, as installed, by -S.
+RUN_COMPILED = """\
+import sys
+if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]
+import os
+file, *sys.argv = sys.argv
+os.close(int(os.path.basename(file)))
+code = sys._getframe().f_code.co_consts[-1]
+sys.modules["queuectl"] = module = type(sys)("queuectl")
+module.__file__ = code.co_filename
+exec(code, module.__dict__)
+raise SystemExit(module.main())
+"""
+
+
+def compiled_script() -> bytes:
+    """This script as a .pyc file, b"" if it is none.
+
+    What it was compiled to is in the outermost frame, unless a debugger or the like runs it.
+    """
+    import marshal
+    from importlib.util import MAGIC_NUMBER
+    frame = sys._getframe()
+    while frame.f_back:
+        frame = frame.f_back
+    if frame.f_code.co_filename != globals().get("__file__"):
+        return b""
+    code = compile(RUN_COMPILED, "<string>", "exec")
+    code = code.replace(co_consts=(*code.co_consts, frame.f_code))
+    return MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+
+
+def go_on_as(program: bytes) -> None:
+    """Become a Python that runs a .pyc file; returns if that can't be had."""
+    import subprocess
+    try:
+        fd = os.memfd_create("queuectl", 0)  # type: ignore[attr-defined,unused-ignore]
+        path = "/proc/self/fd/%d" % fd
+        with open(fd, "wb"):
+            with open(path, "wb") as file:
+                file.write(program)
+            flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+            os.execv(sys.executable, [sys.executable, "-S", *flags, path, *sys.argv])
+    except (AttributeError, OSError, ValueError):  # no such function, no room, no path of Python's
+        pass
 
 
 def start_compiled() -> None:
     """Where this is a script, go on as a new program in this process that is not compiled again.
 
     Python keeps a script's syntax tree in memory for as long as it runs: more than all the rest of
-    a pool. What the script was compiled to is in the outermost frame.
+    a pool. Where that can't be had, the pool goes on as it is.
     """
-    import marshal
-    as_script = __name__ == "__main__" and not sys.modules["__main__"].__spec__
-    if not as_script or not hasattr(os, "memfd_create"):
-        return
-    frame = sys._getframe()
-    while frame.f_back:
-        frame = frame.f_back
-    fd = os.memfd_create("queuectl", 0)
-    os.write(fd, marshal.dumps(frame.f_code))
-    os.lseek(fd, 0, os.SEEK_SET)
-    words = [sys.executable, "-c", RUN_COMPILED, str(fd), *sys.argv]
-    os.execv(sys.executable, words)
+    program = compiled_script()
+    if program and sys.implementation.name == "cpython":
+        go_on_as(program)
 
 
 def start_words(args: Any) -> list[str]:
@@ -8028,6 +8059,19 @@ def cmd_restore(args: Any) -> None:
         complain("what stood in its place is kept as %s" % kept)
 
 
+def home_folder(instead: str) -> str:
+    """The user's home, which is not made.
+
+    Raises QueueError where none is known, or it isn't there (yet); `instead` is what to name.
+    """
+    home = os.path.expanduser("~")
+    given = os.environ.get("HOME")
+    if given == "" or not os.path.isabs(home) or not os.path.isdir(home):
+        raise QueueError("there is no home folder (HOME is %s); name %s"
+                         % (json.dumps(given), instead))
+    return home
+
+
 # A shell reads the second and third line as a command, Python as a string: so the path of Python
 # may have blanks and any length. Site-packages only slow the start (-S); queuectl uses none.
 LAUNCHER = """\
@@ -8044,34 +8088,64 @@ from queuectl import main
 if __name__ == "__main__":
     raise SystemExit(main())
 """
+MARK = b'os.path.join(prefix, "lib", "queuectl")'  # every launcher that was ever made has it
+COMMAND, LIBRARY = "bin/queuectl", "lib/queuectl"
+
+
+def prefix_folder(text: str) -> Any:
+    """The Path that --prefix names; raises QueueError if it is in a home that isn't there."""
+    from pathlib import Path
+    if not text:
+        raise UsageError("--prefix needs a folder")
+    if text.startswith("~"):
+        home_folder("a folder with --prefix")
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
 PREFIX = option("--prefix DIR",
-                "the command is DIR/bin/queuectl, what it needs is in DIR/lib/queuectl (~/.local)",
-                default="~/.local", type=os.path.expanduser)
+                "the command is DIR/bin/queuectl, the rest in DIR/lib/queuectl (~/.local)",
+                default="~/.local", type=prefix_folder)
 
 
-def put_program(bin_folder: str, lib_folder: str) -> None:
-    """Install, or upgrade while the old one runs: each file is replaced at one go."""
-    import py_compile
-    import shutil
-    launcher, module = bin_folder + "/queuectl", lib_folder + "/queuectl.py"
-    cache = lib_folder + "/__pycache__"
-    os.makedirs(lib_folder, exist_ok=True)
-    os.makedirs(bin_folder, exist_ok=True)
-    shutil.copyfile(own_file(), module + ".new")
-    os.replace(module + ".new", module)
-    shutil.rmtree(cache, ignore_errors=True)  # the old one, which is never checked for changes
-    py_compile.compile(
-        module, "%s/queuectl.%s.pyc" % (cache, sys.implementation.cache_tag), doraise=True,
-        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-    with open(launcher + ".new", "w") as file:
-        file.write(LAUNCHER % join_words([sys.executable]))
-    os.chmod(launcher + ".new", 0o755)
-    os.replace(launcher + ".new", launcher)
+def check_own(prefix: Any) -> None:
+    """Raise QueueError if there is a link, or a file that `install` has not made, in its place."""
+    for path in (prefix / COMMAND, prefix / LIBRARY):
+        if path.is_symlink() or (path.is_file() and MARK not in path.read_bytes()):
+            raise QueueError("%s is not what `install` makes; move it away, or name another "
+                             "folder with --prefix" % path)
+
+
+def compiled(program: bytes) -> bytes:
+    """A .pyc file, which is used as long as the .py file beside it is this program."""
+    import marshal
+    from importlib.util import MAGIC_NUMBER, source_hash
+    code = marshal.dumps(compile(program, COMMAND, "exec"))
+    return MAGIC_NUMBER + b"\3\0\0\0" + source_hash(program) + code
+
+
+def put_program(prefix: Any) -> None:
+    """Install, or upgrade while the old one runs: all is written before any is put in its place."""
+    import tempfile
+    program = (prefix / own_file()).read_bytes()
+    cache = prefix / LIBRARY / "__pycache__"
+    files = {
+        prefix / COMMAND: os.fsencode(LAUNCHER % join_words([sys.executable])),
+        cache / ("queuectl.%s.pyc" % sys.implementation.cache_tag): compiled(program),
+        prefix / LIBRARY / "queuectl.py": program}
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        new = cache / folder
+        for path, data in files.items():
+            (new / path.name).write_bytes(data)
+        (new / "queuectl").chmod(0o755)
+        for path in files:
+            (new / path.name).replace(path)
 
 
 INSTALLED = """\
-installed: %s/queuectl
-If the shell does not find it, put this into ~/.profile: export PATH=%s:"$PATH"
+installed: %s/bin/queuectl
+If the shell does not find it, put this into ~/.profile: export PATH=%s/bin:"$PATH"
 Completion, for ~/.bashrc: eval "$(queuectl completion)"
 """
 
@@ -8081,14 +8155,18 @@ Completion, for ~/.bashrc: eval "$(queuectl completion)"
     "\nqueuectl install\nqueuectl install --prefix /usr/local\n",
     PREFIX)
 def cmd_install(args: Any) -> None:
-    folder = args.prefix + "/bin"
+    if not re.fullmatch(r"[^\\\udc80-\udcff]+", sys.executable):  # no string of Python holds it
+        raise QueueError("no command can name this Python, %s; install with another"
+                         % quoted(sys.executable))
+    check_own(args.prefix)
     os.umask(0o022)
     try:
-        put_program(folder, args.prefix + "/lib/queuectl")
+        put_program(args.prefix)
     except OSError as error:
         raise QueueError("can't install in %s: %s; --prefix names another folder"
                          % (args.prefix, error)) from None
-    emit_text(INSTALLED % (folder, join_words([os.path.abspath(folder)])))
+    folder = str(args.prefix)
+    emit_text(INSTALLED % (clean(folder), clean(join_words([folder]))))
 
 
 @subcommand(
@@ -8097,12 +8175,19 @@ def cmd_install(args: Any) -> None:
     PREFIX)
 def cmd_uninstall(args: Any) -> None:
     import shutil
-    launcher = args.prefix + "/bin/queuectl"
-    if not os.path.exists(launcher):
-        raise QueueError("there is no %s" % launcher)
-    shutil.rmtree(args.prefix + "/lib/queuectl", ignore_errors=True)
-    os.remove(launcher)
-    emit("removed: " + launcher)
+    check_own(args.prefix)
+    launcher, library = args.prefix / COMMAND, args.prefix / LIBRARY
+    found = [path for path in (launcher, library / "queuectl.py") if path.exists()]
+    for path in found:
+        path.unlink()
+    shutil.rmtree(library / "__pycache__", ignore_errors=True)
+    try:
+        library.rmdir()
+    except OSError:  # it isn't there, or what is left in it isn't ours
+        pass
+    if not found:
+        raise QueueError("there is no %s; --prefix names another folder" % launcher)
+    emit("removed: %s" % launcher)
 
 
 def unit_word(text: str) -> str:
@@ -8443,19 +8528,6 @@ def own_name() -> str:
     return "queuectl" if found else join_words([path])
 
 
-def home_folder() -> str:
-    """The user's home, which is not made.
-
-    Raises QueueError where none is known, or it isn't there (yet).
-    """
-    home, given = os.path.expanduser("~"), os.environ.get("HOME")
-    known = os.path.isabs(home) and os.path.isdir(home)
-    if given == "" or not known:
-        raise QueueError("there is no home folder (HOME is %s); name a database with --db or "
-                         "QUEUECTL_DB" % json.dumps(given))
-    return home
-
-
 def database_path(given: str | None, needed: bool) -> str:
     """The database: `given` with --db, or that of the environment, or the one at home.
 
@@ -8471,7 +8543,8 @@ def database_path(given: str | None, needed: bool) -> str:
         CALLED[0] += " --db " + join_words([given])
     path = given or os.environ.get("QUEUECTL_DB") or ""
     if needed and not path:
-        path = os.path.join(home_folder(), ".queuectl", "queue.db")
+        path = os.path.join(home_folder("a database with --db or QUEUECTL_DB"),
+                            ".queuectl", "queue.db")
     try:
         return os.path.realpath(os.path.expanduser(check_text("--db", path)))
     except UnicodeEncodeError:

@@ -42,8 +42,10 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 import unicodedata
-from contextlib import closing, contextmanager
+import warnings
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -61,7 +63,8 @@ def python_with_pytest() -> str:
     if subprocess.call([python, "-c", "import pytest"], stderr=subprocess.DEVNULL) if folder.exists() else True:
         print(f"{sys.executable} has no pytest; it is installed in {folder}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "pytest"], check=True)
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "0", "pytest"]
+        subprocess.run(pip, check=True, stderr=subprocess.PIPE)
     return python
 
 
@@ -71,9 +74,11 @@ def run_tests(args: Sequence[str]) -> NoReturn:
     try:
         python = python_with_pytest()
     except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"there is no pytest, and it could not be installed (no network, or no venv): {error}")
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").splitlines()
+        sys.exit(f"there is no pytest, and it could not be installed (no network, or no venv): {[error, *said][-1]}")
+    named = any("test_queuectl.py" in arg for arg in args)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    os.execv(python, [python, "-m", "pytest", *PYTEST, "test_queuectl.py", *args])
+    os.execv(python, [python, "-m", "pytest", *PYTEST, *([] if named else ["test_queuectl.py"]), *args])
 
 
 if __name__ == "__main__":
@@ -661,12 +666,19 @@ class Reporter:
     """In a fork, in the terminal reporter's place: sends how a test went, instead of showing it."""
 
     def __init__(self, config: pytest.Config, reports: Connection) -> None:
-        self.config, self.reports = config, reports
+        self.config, self.reports, self.live = config, reports, False
         self._tw = config.get_terminal_writer()  # by which pytest formats what an assertion compares
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         hook = self.config.hook
         self.reports.send(hook.pytest_report_to_serializable(config=self.config, report=report))
+
+    def pytest_warning_recorded(self, warning_message: Any, when: str, nodeid: str, location: Any) -> None:
+        if self.live:  # else pytest repeats what it has shown before there were forks
+            told = warning_message  # which may hold what can't be sent
+            message = warnings.WarningMessage(str(told.message), told.category, told.filename, told.lineno)
+            known = {"warning_message": message, "when": when, "nodeid": nodeid, "location": location}
+            self.reports.send(("warning", known))
 
 
 def run_ordered(session: pytest.Session, orders: Connection, reports: Connection) -> None:
@@ -675,6 +687,7 @@ def run_ordered(session: pytest.Session, orders: Connection, reports: Connection
     reporter = Reporter(session.config, reports)
     plugins.unregister(plugins.getplugin("terminalreporter"))
     plugins.register(reporter, "terminalreporter")
+    reporter.live = True
     capture: Any = plugins.getplugin("capturemanager")
     capture.stop_global_capturing()  # its files are those of all forks
     capture.start_global_capturing()
@@ -685,48 +698,158 @@ def run_ordered(session: pytest.Session, orders: Connection, reports: Connection
         following = orders.recv()
         nextitem = None if following is None else session.items[following]
         session.config.hook.pytest_runtest_protocol(item=session.items[number], nextitem=nextitem)
+        if following is None:
+            reports.send("idle")
+            following = orders.recv()
         number = following
-    reports.send("done")
 
 
-def fork_runner(session: pytest.Session) -> tuple[Connection, Connection]:
-    """Start one; where its reports come from, and where its orders go."""
-    orders, give = multiprocessing.Pipe(False)
-    take, reports = multiprocessing.Pipe(False)
-    if os.fork():
-        orders.close()
-        reports.close()  # so the end of a fork is the end of its reports
-        return take, give
+def be_runner(session: pytest.Session, orders: Connection, reports: Connection) -> NoReturn:
+    """The life of a fork: also if it is interrupted, its test leaves nothing behind."""
+
+    def interrupted(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: what follows is the test's teardown
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupted)
     try:
         run_ordered(session, orders, reports)
+    except (KeyboardInterrupt, EOFError, BrokenPipeError):  # pytest itself ends, or is gone
+        pass
+    except BaseException:
+        reports.send(("error", traceback.format_exc()))
     finally:
-        os._exit(0)
+        try:
+            session._setupstate.teardown_exact(None)
+        finally:
+            os._exit(0)
+
+
+class Runner:
+    """In pytest: a fork that runs tests; `running` and `following` are the numbers of those it was given."""
+
+    def __init__(self, session: pytest.Session, others: Sequence[Runner], number: int) -> None:
+        orders, self.give = multiprocessing.Pipe(False)
+        self.take, reports = multiprocessing.Pipe(False)
+        self.running: int | None = None
+        self.error = ""
+        self.pid = os.fork()
+        if not self.pid:
+            for runner in (*others, self):  # so the end of pytest is the end of its orders
+                runner.close()
+            be_runner(session, orders, reports)
+        orders.close()
+        reports.close()  # so the end of a fork is the end of its reports
+        self.order(number)
+
+    def order(self, number: int | None) -> None:
+        self.following = number
+        with suppress(BrokenPipeError):  # it has died, which the end of its reports will tell
+            self.give.send(number)
+
+    def close(self) -> None:
+        self.take.close()
+        self.give.close()
+
+    def interrupt(self) -> None:
+        self.close()
+        kill(self.pid, signal.SIGINT)
+
+    def reap(self) -> int:
+        """Wait until it has ended, for as long as the end of a test may take; its wait status."""
+        deadline = time.monotonic() + 15
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return status
+            if time.monotonic() > deadline:
+                kill(self.pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+
+def how_it_ended(status: int) -> str:
+    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
+
+
+class Foreman:
+    """In pytest: has the tests run by forks, and tells how they went."""
+
+    def __init__(self, session: pytest.Session) -> None:
+        self.session, self.hook = session, session.config.hook
+        self.waiting = list(range(len(session.items)))[::-1]
+        self.runners: dict[Any, Runner] = {}
+
+    def next(self) -> int | None:
+        stop = self.session.shouldfail or self.session.shouldstop
+        return self.waiting.pop() if self.waiting and not stop else None
+
+    def start(self) -> None:
+        number = self.next()
+        if number is not None:
+            self.session.config.get_terminal_writer().flush()
+            runner = Runner(self.session, list(self.runners.values()), number)
+            self.runners[runner.take] = runner
+
+    def hear(self, runner: Runner, word: Any) -> None:
+        if word == "ready":
+            runner.running = runner.following
+            # With -x what follows is not known before this test has passed.
+            runner.order(None if self.session.config.option.maxfail else self.next())
+        elif word == "idle":
+            runner.running = None
+            runner.order(self.next())
+        elif isinstance(word, dict):
+            report = self.hook.pytest_report_from_serializable(config=self.session.config, data=word)
+            self.hook.pytest_runtest_logreport(report=report)
+        elif word[0] == "warning":
+            self.hook.pytest_warning_recorded.call_historic(kwargs=word[1])
+        else:
+            runner.error = word[1]
+
+    def bury(self, runner: Runner) -> None:
+        """It has ended: that is a failure of the test that it ran; the one that was to follow is given to another."""
+        del self.runners[runner.take]
+        runner.close()
+        status = runner.reap()
+        given = [number for number in (runner.running, runner.following) if number is not None]
+        if given:
+            item = self.session.items[given[0]]
+            how = runner.error or f"the process that ran this test has ended ({how_it_ended(status)})"
+            report = pytest.TestReport(item.nodeid, item.location, {}, "failed", how, "call")
+            self.hook.pytest_runtest_logreport(report=report)
+            self.waiting += given[1:]
+            self.start()
+
+    def run(self) -> None:
+        try:
+            for _ in range(2 * cores()):
+                self.start()
+            while self.runners:
+                for take in multiprocessing.connection.wait(list(self.runners)):
+                    runner = self.runners[take]
+                    try:
+                        self.hear(runner, runner.take.recv())
+                    except EOFError:
+                        self.bury(runner)
+        finally:
+            for runner in self.runners.values():
+                runner.interrupt()
+            for runner in self.runners.values():
+                runner.reap()
 
 
 def pytest_runtestloop(session: pytest.Session) -> object:
     """Run the tests in two forks a core, for they often wait; None, for pytest's own loop, where that is no use."""
-    options, count = session.config.option, min(2 * cores(), len(session.items))
-    if count < 2 or options.collectonly or options.usepdb or options.capture == "no" or session.testsfailed:
+    options = session.config.option
+    shown = session.config.pluginmanager.hasplugin("terminalreporter")
+    few = len(session.items) < 2
+    if few or not shown or options.collectonly or options.usepdb or options.capture == "no" or session.testsfailed:
         return None
-    numbers, hook = iter(range(len(session.items))), session.config.hook
-    runners = dict(fork_runner(session) for _ in range(count))
-    for give in runners.values():
-        give.send(next(numbers))
-    while runners:
-        for take in multiprocessing.connection.wait(list(runners)):
-            try:
-                word = take.recv()  # type: ignore[union-attr]
-            except EOFError:
-                pytest.exit("a process that ran tests has died", 3)
-            if word == "ready":
-                runners[take].send(None if session.shouldfail else next(numbers, None))  # type: ignore[index]
-            elif word == "done":
-                del runners[take]  # type: ignore[arg-type]
-            else:
-                report = hook.pytest_report_from_serializable(config=session.config, data=word)
-                hook.pytest_runtest_logreport(report=report)
+    Foreman(session).run()
     if session.shouldfail:
         raise session.Failed(session.shouldfail)
+    if session.shouldstop:
+        raise session.Interrupted(session.shouldstop)
     return True
 
 
@@ -1337,6 +1460,81 @@ def test_importing_it_runs_nothing_and_leaves_the_heavy_modules_alone() -> None:
     )
     if sys.version_info < (3, 12):
         assert done.stdout == b"[]\n"
+
+
+# The runner of these tests itself.
+
+TINY = """
+import os, pathlib, pytest, time, warnings
+log = pathlib.Path("log").open("a", buffering=1)
+
+@pytest.fixture
+def tidy():
+    yield
+    print("torn down", file=log)
+
+@pytest.mark.parametrize("n", range(40))
+def test_fine(n): print("ran", file=log)
+def test_dies(): os.kill(os.getpid(), 9)
+def test_exits(): pytest.exit("enough")
+def test_warns(): warnings.warn("beware of the dog")
+
+@pytest.mark.parametrize("n", range(40))
+def test_fails(n):
+    print("ran", file=log)
+    time.sleep(0.1)
+    assert 0
+
+@pytest.mark.parametrize("n", range(40))
+def test_waits(tidy, n):
+    print("began", file=log)
+    while not os.path.exists("go"):
+        time.sleep(0.02)
+"""
+
+
+def run_tiny(q: Queue, *args: str) -> Background:
+    """These tests, by this file's runner, in the background."""
+    (q.work / "test_tiny.py").write_text(TINY)
+    path = f"{PROGRAM.parent}:{Path(pytest.__file__).parent.parent}"
+    words = [sys.executable, "-m", "pytest", *PYTEST, "test_tiny.py", "-k", *args]
+    return q.launch(words, env={"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+
+
+def test_the_runner_tells_of_a_fork_that_has_died(q: Queue) -> None:
+    run = run_tiny(q, "fine or dies or exits or warns")
+    assert run.wait(60) == 1
+    assert "2 failed, 41 passed" in run.out and "beware of the dog" in run.out
+    assert re.search(r"_ test_dies _.*signal 9", run.out, re.DOTALL) and "Exit: enough" in run.out
+
+
+def test_the_runner_stops_at_the_first_failure(q: Queue) -> None:
+    assert run_tiny(q, "fails", "-x").wait(60) == 1
+    assert len(q.lines("log")) <= 2 * cores()  # those that had begun
+
+
+def test_the_runner_leaves_a_run_without_a_terminal_to_pytest(q: Queue) -> None:
+    assert run_tiny(q, "fine", "-p", "no:terminal").wait(60) == 0
+    assert q.lines("log") == ["ran"] * 40
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_of_the_tests_that_is_cut_off_leaves_nothing_behind(q: Queue, number: int) -> None:
+    run = run_tiny(q, "waits")
+    wait_for(lambda: len(q.lines("log")) == 2 * cores(), what="each fork to run a test")
+    run.signal(number)
+    run.wait()
+    if number == signal.SIGKILL:
+        q.touch("go")
+    wait_for(lambda: not q.processes(), what="the forks to be gone")
+    assert q.lines("log").count("torn down") == q.lines("log").count("began")
+
+
+def test_one_test_can_be_asked_for(q: Queue) -> None:
+    name = "test_queuectl.py::test_functions_are_short"
+    done = q.run([sys.executable, Path(__file__), name, "--collect-only", "-q"], env={"HOME": os.environ.get("HOME")})
+    assert [line for line in done.out.splitlines() if "::" in line] == [name], done
 
 
 # =====================================================================================================
@@ -2221,12 +2419,13 @@ def test_install_puts_a_command_on_the_path(q: Queue) -> None:
 def test_install_upgrades_under_a_live_pool_and_is_undone(q: Queue) -> None:
     prefix = ("--prefix", q.folder)
     q("install", *prefix)
-    old = q.folder / "lib/queuectl/__pycache__/queuectl.cpython-30.pyc"  # left by another Python: stale, once upgraded
-    old.touch()
     launcher = q.folder / "bin/queuectl"
     q.program = (launcher,)
     pool = q.pool()
-    assert q("install", *prefix).code == 0 and not old.exists()
+    module = q.folder / "lib/queuectl/queuectl.py"
+    module.write_text(module.read_text().replace(f'"{queuectl.VERSION}"', '"old"'))  # the compiled one is stale now
+    assert q("--version").out == "queuectl old\n"
+    assert q.run([*SCRIPT, "install", *prefix]).code == 0
     q.wait_state(q.add("true"), "completed")
     assert q("--version").out == f"queuectl {queuectl.VERSION}\n"
     assert q("uninstall", *prefix).out == f"removed: {launcher}\n"
@@ -2241,19 +2440,100 @@ def test_install_says_what_is_in_the_way(q: Queue) -> None:
     assert "--prefix" in q.fails("install", "--prefix", q.folder).err
 
 
+def test_install_and_uninstall_leave_alone_what_is_not_theirs(q: Queue) -> None:
+    """A command of the same name, files in the library's folder, and whatever a link leads to."""
+    mine, photos, linked = q.folder / "mine", q.folder / "photos", q.folder / "linked"
+    for path in (mine / "bin/queuectl", photos / "lib/queuectl/1.jpg", q.work / "file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    for link, target in (("bin/queuectl", "file"), ("lib/queuectl", ".")):
+        (linked / link).parent.mkdir(parents=True)
+        (linked / link).symlink_to(q.work / target)
+    before = files_in(q.folder)
+    for prefix in (mine, linked):
+        for command in ("install", "uninstall"):
+            assert "move it away" in q.fails(command, "--prefix", prefix).err
+    q("install", "--prefix", photos)
+    q("uninstall", "--prefix", photos)
+    assert files_in(q.folder) == before
+
+
+def test_an_install_that_was_cut_off_can_be_undone_and_repeated(q: Queue) -> None:
+    place = q.folder / "place"
+    install = f"queuectl install --prefix {shlex.quote(str(place))}"
+    q.program = (sys.executable, "-B", PROGRAM)
+    q("install", "--prefix", place)
+    biggest = max(map(len, files_in(place).values()))
+    (place / "bin/queuectl").unlink()  # as if it had been killed before that
+    q("uninstall", "--prefix", place)
+    assert not (place / "lib/queuectl").exists()
+    for size in (100, biggest // 1024):  # KiB that a file may have
+        check_error(q.bash(f"ulimit -f {size}; {install}", code=1))
+        assert not files_in(place)
+    assert q.bash(" | ".join([install] * 4)).err == "" and len(files_in(place)) == 3  # at the same time
+
+
+def test_install_where_no_command_can_be_made(q: Queue) -> None:
+    """Nothing is made without a home, at no folder, from a pipe, or for a Python whose path no launcher can hold."""
+    before = files_in(q.folder)
+    for home in ("", "/nonexistent"):
+        assert "--prefix" in q.fails("install", env={"HOME": home}).err
+    q.fails("install", "--prefix", "", code=2)
+    check_error(q.run([sys.executable, "-", "install", "--prefix", "place"], stdin=PROGRAM.read_text()))
+    for python in (q.work / "a\\xb", os.fsencode(q.work) + b"/caf\xe9", ""):
+        code = f"import sys; sys.executable = {os.fsdecode(python)!r}; import queuectl; sys.exit(queuectl.main())"
+        words = [sys.executable, "-c", code, "install", "--prefix", "place"]
+        check_error(q.run(words, env={"PYTHONPATH": PROGRAM.parent, "PATH": ""}))
+    assert files_in(q.folder) == before and not (q.work / "place").exists()
+
+
+def test_install_shows_no_control_characters(q: Queue) -> None:
+    for command in ("install", "uninstall"):
+        assert "\x1b" not in q(command, "--prefix", q.work / "\x1b[31m").out
+
+
 @linux
 def test_a_pool_that_is_a_script_does_not_keep_what_it_was_compiled_from(q: Queue) -> None:
     """It goes on in the same process as compiled code; nothing is imported from the folder that it runs in."""
-    (q.work / "types.py").write_text("raise SystemExit('imported from here')")
-    (q.work / "os.py").write_text("raise SystemExit('imported from here')")
+    for name in ("linecache", "os", "types"):
+        (q.work / f"{name}.py").write_text("raise SystemExit('imported from here')")
     q.program = SCRIPT
     pool = q.pool()
     words = read_proc(str(pool.process.pid), "cmdline").split(b"\0")
-    assert words[1] == b"-c" and words[4:7] == [os.fsencode(PROGRAM), b"worker", b"start"]
+    at = words.index(os.fsencode(PROGRAM))
+    assert words[at - 1].startswith(b"/proc/self/fd/") and words[at + 1 : at + 3] == [b"worker", b"start"]
     assert not any(b"memfd" in link for link in links(str(pool.process.pid)))
     q.wait_state(q.add("true"), "completed")
     assert pool.stop() == 0 and str(q.db) in pool.out
     assert not list(PROGRAM.parent.glob("__pycache__/queuectl.*"))
+
+
+@linux
+def test_a_pool_that_is_a_script_keeps_the_options_of_python(q: Queue) -> None:
+    (q.work / "sitecustomize.py").write_text("raise SystemExit('imported in spite of -I')")
+    q.program = (sys.executable, "-I", "-X", "utf8", "-W", "ignore", PROGRAM)
+    pool = q.pool(env={"PYTHONPATH": q.work})
+    words = read_proc(str(pool.process.pid), "cmdline").split(b"\0")
+    assert {b"-I", b"utf8", b"-Wignore"} <= set(words)
+    assert pool.stop() == 0
+
+
+@linux
+@pytest.mark.parametrize(
+    "start",
+    [
+        "ulimit -f 200; exec {python} {program}",
+        "unset PATH; exec -a python3 {python} {program}",  # which then does not know its own path
+        'exec {python} -c \'import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name="__main__")\' {program}',
+        "cd gone; rmdir ../gone; exec {python} {program}",
+    ],
+)
+def test_a_script_works_also_where_it_can_not_go_on_as_compiled_code(q: Queue, start: str) -> None:
+    (q.work / "gone").mkdir()
+    q.add("true", "--cwd", "/")
+    script = start.format(python=shlex.quote(sys.executable), program=shlex.quote(str(PROGRAM)))
+    q.bash(script + " worker start --max-jobs 1")
+    assert q.counts() == {"completed": 1}
 
 
 @linux
