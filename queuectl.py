@@ -10,13 +10,15 @@ Nothing but Python 3.8 or newer is needed: copy this file and run it.
     queuectl.py worker start --count 4        work on it with four processes
     queuectl.py status                        see how it goes
 
-A job is always in one of five states:
+A job is always in one of six states:
 
     pending ──> processing ──> completed              (exit code 0)
        ^            │
        │            ├────────> failed ──> processing  (after its backoff)
        │            │
        └────────────┴────────> dead                   (no try left: `dlq retry`)
+
+and `cancelled`: what a person took out, what expired, and what was to run after it.
 
 How a job flows. `enqueue` inserts a row, commits, and rings the bell of every
 worker. A worker locks the files that will take the run's output (these locks
@@ -37,19 +39,19 @@ bells, the output of current runs, the locks of recovery and of sweeping).
 
 Contents, in reading order; a section calls only those above it:
 
-    Vocabulary   states, exit codes, errors, settings and their limits
-    Values       durations, times, backoff, job input: pure functions
-    Platform     processes, locks, bells and the disk; POSIX and Windows
-    Files        what stands beside the database: paths, bells, life files, output
+    Vocabulary   states, the fields of a job, exit codes, errors, settings and limits
+    Values       durations, times, backoff, checks of job input: pure functions
+    Platform     processes, signals, locks, bells and the disk; POSIX and Windows
+    Files        what stands beside the database: paths, bells, life files, output of live runs
     Schema       the tables, their migrations, and the statements that several use
     Database     the file: trust, opening, the mutex, commits, what is on disk, copies
-    Store        what is read of the queue, and one method for each change of state
-    Runner       one run of one job
-    Worker       claim, run, record; recovery of what dead workers held
+    Store        what is read of the queue, jobs and the runs kept; each change of state
+    Runner       one run's processes: start, bound and end them
+    Worker       claim, run, record; when a run must end; recovery after dead workers
     Console      what is printed: where, how wide, with what escaped
     Pool         the supervisor: start, watch, replace and stop workers
     Views        rows to text or JSON: pure functions
-    Commands     what a user types, each beside its options
+    Commands     what a user types, each beside its options: reading, changing, working, setup
     main         arguments in, exit code out
 """
 from __future__ import annotations
@@ -79,7 +81,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any, BinaryIO, Callable, Iterable, Iterator, NoReturn, Sequence
 
-# ═══ Vocabulary ═══ states, exit codes, errors, settings and their limits ════════════════════
+# ═══ Vocabulary ═══ states, the fields of a job, exit codes, errors, settings and limits ═════
 
 VERSION = "1.0.0"
 
@@ -90,13 +92,16 @@ if TYPE_CHECKING:
     Names = Sequence[str]  # of queues or states
     Tell = Callable[[str], None]
 
-PENDING, PROCESSING, COMPLETED, FAILED, DEAD = STATES = (
-    "pending", "processing", "completed", "failed", "dead")
+PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
+    "pending", "processing", "completed", "failed", "dead", "cancelled")
 UNFINISHED = PENDING, PROCESSING, FAILED
-WAITING, ENDED = (PENDING, FAILED), (COMPLETED, DEAD)
-# How a run can end besides completed and failed: queuectl itself ended it to shut down, its
-# worker was lost, somebody cancelled the job, or it asked to be tried again later.
-STOPPED, LOST, CANCELLED, DEFERRED = "stopped", "lost", "cancelled", "deferred"
+WAITING, ENDED = (PENDING, FAILED), (COMPLETED, DEAD, CANCELLED)
+# A job ends in vain if it fails too often, if a person takes it out, or if it was to run after one
+# of those.
+IN_VAIN = DEAD, CANCELLED
+# How a run can end besides completed, failed and cancelled: queuectl itself ended it to shut down,
+# its worker was lost, or it asked to be tried again later.
+STOPPED, LOST, DEFERRED = "stopped", "lost", "deferred"
 UNSTARTED = "unstarted"  # the machine had no room for it: that was no run, and nothing is recorded
 TRY_LATER = 75  # the exit code that asks for it: EX_TEMPFAIL of sysexits.h
 
@@ -105,17 +110,24 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_TIMED_OUT, EXIT_INTERRUPTED = 0
 EXIT_DISMISSED, EXIT_TROUBLED = 10, 11
 
 # The fields of a job as users see them, in the order they are shown in. What ends in `_at` is a
-# time: milliseconds since the epoch, and ISO 8601 in JSON.
+# time: milliseconds since the epoch, and ISO 8601 in JSON. A new field also goes to GIVEN_FIELDS
+# (and EDITABLE), LIMITS and _checked_field, MIGRATIONS, ADD_JOB and Intake._row, SELECT_JOBS and
+# FIELD_OPTIONS; if its run needs it, to Job, next_job and HELD_JOBS.
 FIELDS = ("id", "command", "state", "queue", "priority", "run_at", "timeout_seconds", "attempts",
-          "max_retries", "backoff_base", "cwd", "env", "after", "unique", "retry_after", "dead_on",
-          "created_at", "updated_at", "started_at", "finished_at", "next_retry_at", "exit_code",
+          "max_retries", "backoff_base", "cwd", "env", "after", "after_any", "unique",
+          "retry_after", "dead_on", "expires_at", "created_at", "updated_at", "started_at",
+          "finished_at", "next_retry_at", "exit_code",
           "last_error", "locked_by", "locked_at")
-EDITABLE = ("priority", "run_at", "timeout_seconds", "max_retries", "queue")
+# Columns that `edit` changes to what is given.
+EDITABLE = ("command", "queue", "priority", "run_at", "timeout_seconds", "max_retries",
+            "backoff_base", "expires_at")
 # What exit codes mean for a job. These are kept together, for few jobs have any.
 POLICY_FIELDS = ("retry_after", "dead_on")
 GIVEN_FIELDS = ("id", "command", "queue", "priority", "run_at", "timeout_seconds",
-                "max_retries", "backoff_base", "cwd", "env", "after", "unique", *POLICY_FIELDS)
-ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at"}
+                "max_retries", "backoff_base", "cwd", "env", "after", "after_any", "unique",
+                "expires_at", *POLICY_FIELDS)
+ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at",
+           "expires": "expires_at"}
 
 RUN_QUEUE = "run-%s"  # the queues that `run` makes: run-1, run-2, …
 HOOK_QUEUE = "on-dead"  # where the jobs wait that `on_dead` and `on_end` make; every pool serves it
@@ -123,7 +135,7 @@ HOOK_TIME, HOOK_PRIORITY = 60.0, 0  # their time-out in seconds, and that they g
 
 # The environment variables a job is given; nobody else may set them.
 JOB_VARIABLES = ("QUEUECTL_JOB_ID", "QUEUECTL_ATTEMPT", "QUEUECTL_MAX_RETRIES",
-                 "QUEUECTL_QUEUE", "QUEUECTL_DB", "QUEUECTL_RUN")
+                 "QUEUECTL_QUEUE", "QUEUECTL_DB", "QUEUECTL_RUN", "QUEUECTL_SLOT")
 
 CENTURY = 100 * 365.25 * 86400.0  # seconds; longer durations are taken for mistakes
 NAME_LENGTH = 128
@@ -143,7 +155,7 @@ LIMITS = {
     "max_output_bytes": Limit("whole number", 1024, 64 * 1024 * 1024, 1024 * 1024),
     "retry_after": Limit("duration", 0, CENTURY, 60.0),
     "max_deferrals": Limit("whole number", 0, 10**6, 100),
-    "keep_completed": Limit("duration", 0, CENTURY),
+    "keep_completed": Limit("duration", 0, CENTURY, 30 * 86400.0),
     "keep_dead": Limit("duration", 0, CENTURY),
     "on_dead": Limit("shell command"),
     "on_end": Limit("shell command"),
@@ -155,7 +167,7 @@ LIMITS.update(
 )
 
 
-def checkpoint(place: str) -> None:
+def test_point(place: str) -> None:
     """Nothing. Tests put a function here that kills the process at one of these places."""
 
 
@@ -194,16 +206,21 @@ class Unavailable(QueueError):
 
 # A claimed job, as its worker knows it; `seq` is its place in the order of arrival.
 Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
-                        "backoff_base context env policy deferrals chained started_at")
+                        "backoff_base context env policy deferrals chained place started_at")
 # How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
 # `seconds` was measured by the monotonic clock; `final`: its exit code says not to try again.
-Ended = namedtuple("Ended", "job ending exit_code error finished_at seconds stdout stderr worker "
-                            "final", defaults=[False])
+RunResult = namedtuple("RunResult", "job ending exit_code error finished_at seconds stdout stderr "
+                                    "worker final", defaults=[False])
+# Which jobs a command is for: those that fit all of what is given. `states` and `queues` are names
+# (none: all), `grep` stands in the command or id, `error` in the last error; `since` and `before`
+# (milliseconds) are when a job ended or, where it has not, was last changed.
+Selection = namedtuple("Selection", "states queues grep error since before",
+                       defaults=((), (), None, None, None, None))
 # What running workers follow: settings, and whether their pool is to stop (0, 1: soon, 2: now);
 # `limited` are the queues that have a limit of jobs running at once.
 Control = namedtuple("Control", "epoch settings stop limited")
 
-# ═══ Values ═══ durations, times, backoff, job input: pure functions, the clock a parameter ══
+# ═══ Values ═══ durations, times, backoff, checks of job input: pure functions ═══════════════
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Patterns are compiled when they are first needed: each would take a millisecond at every start.
@@ -340,7 +357,7 @@ class Delayed(int):
 LAST_TIME = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 
 
-def parse_time(text: Any, now: int) -> int:
+def parse_time(text: Any, now: int, name: str = "run_at") -> int:
     """Milliseconds since the epoch from ISO 8601 (UTC where no offset stands) or `now+5m`.
 
     `now` is in milliseconds. A fraction of a millisecond is rounded up: a job never starts before
@@ -356,8 +373,8 @@ def parse_time(text: Any, now: int) -> int:
             return moment
     except (ValueError, OverflowError):
         pass
-    raise UsageError("run_at must be a time such as 2026-01-31T10:00:00Z (UTC) or +5m, not %s"
-                     % quoted(text))
+    raise UsageError("%s must be a time such as 2026-01-31T10:00:00Z (UTC) or +5m, not %s"
+                     % (name, quoted(text)))
 
 
 @lru_cache(16)
@@ -400,8 +417,8 @@ def backoff(base: float, attempts: int, longest: float, jitter: float,
     return delay * (1 + jitter * chance)
 
 
-def settle(ending: str, attempts: int, max_retries: int,
-           final: bool = False) -> tuple[str, int]:
+def next_state(ending: str, attempts: int, max_retries: int,
+               final: bool = False) -> tuple[str, int]:
     """The job's next state and its attempts, after the run `attempts` ended as `ending`.
 
     A run that queuectl ended to shut down gives its attempt back, and so do one that asked to be
@@ -412,9 +429,28 @@ def settle(ending: str, attempts: int, max_retries: int,
     if ending in (STOPPED, DEFERRED, UNSTARTED):
         attempts = max(0, attempts - 1)
         return FAILED if ending == DEFERRED else PENDING, attempts
-    if ending == CANCELLED or final or attempts >= max_retries:
+    if ending == CANCELLED:
+        return CANCELLED, attempts
+    if final or attempts >= max_retries:
         return DEAD, attempts
     return FAILED, attempts
+
+
+# What differs between errors that have one cause: quoted text, paths and names of files,
+# hexadecimal and other numbers.
+VARYING = (
+    r"""'[^']*'|"[^"]*"|`[^`]*`"""
+    r"|(?:[A-Za-z]:)?(?:[\w.+~@%-]*[/\\])+[\w.+~@%-]*"
+    r"|\b[\w+-]+\.[A-Za-z]\w{0,7}\b(?!\()"
+    r"|\b0x[0-9a-fA-F]+\b|\b(?=[0-9a-f]*\d)[0-9a-f]{7,}\b"
+    r"|\d+(?:[.,:]\d+)*")
+
+
+def cause_of(error: str) -> str:
+    """What errors of one cause have in common: what varies is `…`, how the run ended stays."""
+    ending = re.match(r"(exit code|signal|killed by signal) \d+", error)
+    head = ending.group() if ending else ""
+    return head + re.sub(VARYING, "…", error[len(head):])
 
 
 def is_run_queue(name: str) -> bool:
@@ -628,7 +664,7 @@ def check_env(env: Any, hook: bool = False) -> dict[str, str]:
 
 def check_setting(name: str, value: str) -> Any:
     """The value of setting `name` that the text `value` stands for, or UsageError."""
-    if value == "none" and SETTINGS[name] is None:
+    if value == "none" and (SETTINGS[name] is None or name == "keep_completed"):
         return None
     if name in ("on_dead", "on_end"):
         if not check_text(name, value).strip():
@@ -659,9 +695,9 @@ def _checked_field(key: str, name: str, value: Any, now: int, hook: bool) -> Any
     """The value of field `name` of a job, which was given as `key`."""
     if key == "delay":
         return Delayed(now + to_millis(checked("delay", value)))
-    if name == "run_at":
-        return parse_time(value, now)
-    if name == "after":
+    if name in ("run_at", "expires_at"):
+        return parse_time(value, now, key)
+    if name in ("after", "after_any"):
         return check_list(name, value, check_name)
     if name == "dead_on":
         return check_list(name, value, checked)
@@ -698,6 +734,13 @@ def draft_of(fields: Row, now: int, longest: int) -> Row:
     if hook and "state" not in fields:
         raise UsageError("the queue %s is for what on_dead and on_end ask for; name another"
                          % HOOK_QUEUE)
+    if is_run_queue(draft["queue"] or ""):
+        if "state" not in fields:
+            raise UsageError("the queue %s is that of a run; name another" % draft["queue"])
+        draft["queue"] = None
+    draft["moved"] = "state" in fields  # then it may have waited for what was left behind
+    if fields.get("state") in ENDED:  # what was over there has no claim to the key, and no hurry
+        draft["unique"] = draft["expires_at"] = None
     draft["command"] = check_command(draft["command"] or "", longest)
     return draft
 
@@ -800,7 +843,7 @@ def read_job(text: str, now: int, longest: int, options: Row) -> Row:
     return draft_of({**fields, **options}, now, longest)
 
 
-# ═══ Platform ═══ processes, locks, bells and the disk; POSIX and Windows ════════════════════
+# ═══ Platform ═══ processes, signals, locks, bells and the disk; POSIX and Windows ═══════════
 #
 # The only section that knows the operating system. `Posix` and `Windows` are twins with one
 # signature; `system`, at its end, is the one in use. `Bell` and `PollingBell` are twins too.
@@ -1641,7 +1684,7 @@ system: Posix = Windows() if WINDOWS else Posix()  # type: ignore[assignment]
 make_bell = PollingBell if WINDOWS else Bell
 
 
-# ═══ Files ═══ what stands beside the database: paths, bells, life files, output ═════════════
+# ═══ Files ═══ what stands beside the database: paths, bells, life files, output of live runs ═
 #
 # The write mutex `queue.db.lock`, and the folder `queue.db.d`. In the folder each worker and pool
 # has a life file, whose lock says that it lives and in which workers leave notes; a worker has a
@@ -1879,7 +1922,7 @@ def head_and_tail(fd: int, limit: int) -> bytes:
     return read_between(fd, 0, half) + gap + read_between(fd, size - half, size)
 
 
-class Slot:
+class OutputFiles:
     """The two files that take a run's output; the locks on them are the run's token.
 
     A worker has several: it must hold the next run's token before the commit that records the last
@@ -2110,6 +2153,94 @@ MIGRATIONS = (
             UPDATE contexts SET jobs = jobs - 1 WHERE id = old.context AND jobs > 0;
             DELETE FROM contexts WHERE id = old.context AND jobs = 0 AND environ <> ''; END""",
     ),
+    # Cancelled is a state of its own. What a job was to run after stays known when it is met.
+    # An environment is kept once for all folders, and both go with the last job that has them; so
+    # does a queue. A job may have to begin by some time, and has a place among those that run.
+    (
+        "ALTER TABLE queues ADD COLUMN cancelled INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE jobs ADD COLUMN after_ids TEXT",
+        "ALTER TABLE jobs ADD COLUMN after_any_ids TEXT",
+        "ALTER TABLE jobs ADD COLUMN expires_at INTEGER",
+        "ALTER TABLE jobs ADD COLUMN place INTEGER",
+        # Whether a job is met by any end of the one that it waits for.
+        "ALTER TABLE waits ADD COLUMN either INTEGER NOT NULL DEFAULT 0",
+        # The number of the last `run`; whether jobs that ended in vain are to take others along.
+        "ALTER TABLE control ADD COLUMN runs INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE control ADD COLUMN unsettled INTEGER NOT NULL DEFAULT 0",
+        """UPDATE control SET runs = coalesce((SELECT max(CAST(substr(name, 5) AS INTEGER)) FROM queues
+            WHERE name GLOB 'run-[0-9]*' AND NOT substr(name, 5) GLOB '*[^0-9]*'
+            AND length(name) < 14), 0)""",
+        "DROP INDEX jobs_unique",
+        """CREATE UNIQUE INDEX jobs_unique ON jobs (unique_key) WHERE unique_key IS NOT NULL
+            AND state <> 'completed' AND state <> 'dead' AND state <> 'cancelled'""",
+        """CREATE INDEX jobs_expiring ON jobs (expires_at)
+            WHERE expires_at IS NOT NULL AND state = 'pending' AND runs = 0""",
+        "CREATE INDEX jobs_in_vain ON jobs (finished_at) WHERE state = 'dead'",
+        "CREATE INDEX queues_busy ON queues (name) WHERE pending + failed > 0",
+        "DROP TRIGGER jobs_counted",
+        """CREATE TRIGGER jobs_counted AFTER UPDATE OF state ON jobs BEGIN
+            UPDATE queues SET
+                pending = pending + (new.state = 'pending') - (old.state = 'pending'),
+                processing = processing + (new.state = 'processing') - (old.state = 'processing'),
+                completed = completed + (new.state = 'completed') - (old.state = 'completed'),
+                failed = failed + (new.state = 'failed') - (old.state = 'failed'),
+                dead = dead + (new.state = 'dead') - (old.state = 'dead'),
+                cancelled = cancelled + (new.state = 'cancelled') - (old.state = 'cancelled')
+            WHERE name = new.queue; END""",
+        "DROP TRIGGER jobs_discounted",
+        """CREATE TRIGGER jobs_discounted AFTER DELETE ON jobs BEGIN
+            UPDATE queues SET
+                pending = pending - (old.state = 'pending'),
+                completed = completed - (old.state = 'completed'),
+                failed = failed - (old.state = 'failed'), dead = dead - (old.state = 'dead'),
+                cancelled = cancelled - (old.state = 'cancelled')
+            WHERE name = old.queue;
+            DELETE FROM queues WHERE name = old.queue AND concurrency IS NULL AND NOT paused
+                AND pending + processing + completed + failed + dead + cancelled = 0; END""",
+        """DELETE FROM queues WHERE concurrency IS NULL AND NOT paused
+            AND pending + processing + completed + failed + dead + cancelled = 0""",
+        """UPDATE jobs SET after_ids = (SELECT group_concat(awaited.id) FROM waits
+            JOIN jobs AS awaited ON awaited.seq = waits.awaited WHERE waits.job = jobs.seq)
+            WHERE seq IN (SELECT job FROM waits)""",
+        # A stderr may say the same, but the text of such an error begins otherwise.
+        """UPDATE jobs SET state = 'cancelled' WHERE state = 'dead' AND (
+            last_error IN ('cancelled', 'cancelled before it ran again')
+            OR substr(last_error, 1, 11) = 'cancelled: ')""",
+        # And those that died because of those alone: that wait for none that is dead or gone, and
+        # for none that died of such a job.
+        """CREATE TEMP TABLE doomed (seq INTEGER PRIMARY KEY)""",
+        """INSERT INTO doomed WITH RECURSIVE doomed_ones (seq) AS (
+            SELECT seq FROM jobs WHERE state = 'dead' AND (
+                NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)
+                OR EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq
+                    AND NOT EXISTS (SELECT 1 FROM jobs AS awaited WHERE awaited.seq = waits.awaited)))
+            UNION SELECT job FROM waits JOIN doomed_ones ON awaited = doomed_ones.seq)
+            SELECT seq FROM doomed_ones""",
+        """UPDATE jobs SET state = 'cancelled',
+            last_error = replace(last_error, ' is dead, and', ' was cancelled, and')
+            WHERE state = 'dead' AND seq NOT IN (SELECT seq FROM doomed)""",
+        "DROP TABLE doomed",
+        "DROP TRIGGER jobs_forgotten",
+        "CREATE TABLE environments (id INTEGER PRIMARY KEY, environ TEXT NOT NULL UNIQUE)",
+        """INSERT INTO environments (environ)
+            SELECT DISTINCT environ FROM contexts WHERE environ <> ''""",
+        """CREATE TABLE new_contexts (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, environment INTEGER NOT NULL,
+            cwd TEXT NOT NULL, path TEXT NOT NULL, umask INTEGER NOT NULL, jobs INTEGER NOT NULL,
+            UNIQUE (environment, cwd, path, umask))""",
+        """INSERT INTO new_contexts SELECT contexts.id, coalesce(environments.id, 0), cwd, path, umask, used
+            FROM (SELECT context, count(*) AS used FROM jobs GROUP BY context)
+            JOIN contexts ON contexts.id = context LEFT JOIN environments USING (environ)""",
+        "DROP TABLE contexts",
+        "ALTER TABLE new_contexts RENAME TO contexts",
+        """CREATE TRIGGER jobs_forgotten AFTER DELETE ON jobs BEGIN
+            DELETE FROM waits WHERE job = old.seq;
+            UPDATE contexts SET jobs = jobs - 1 WHERE id = old.context;
+            DELETE FROM contexts WHERE id = old.context AND jobs = 0; END""",
+        """CREATE TRIGGER contexts_forgotten AFTER DELETE ON contexts BEGIN
+            DELETE FROM environments WHERE id = old.environment AND NOT EXISTS (
+                SELECT 1 FROM contexts WHERE environment = old.environment); END""",
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
@@ -2129,8 +2260,10 @@ KEEP_OLDER = """UPDATE control SET older = coalesce((SELECT group_concat(DISTINC
     WHERE state = 'processing'), '')"""
 
 NEXT_EPOCH = "UPDATE control SET epoch = epoch + 1"
-PULSE = """SELECT epoch, (SELECT min(due) FROM jobs WHERE ready = 0 AND due IS NOT NULL)
-    FROM control"""
+PULSE = """SELECT epoch, (SELECT min(due) FROM jobs WHERE ready = 0 AND due IS NOT NULL),
+    (SELECT min(expires_at) FROM jobs INDEXED BY jobs_expiring
+        WHERE expires_at IS NOT NULL AND state = 'pending' AND runs = 0),
+    unsettled FROM control"""
 ALL_POOLS = """SELECT name, pid, started_at, workers, queues, stop, died FROM pools
     ORDER BY started_at"""
 ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS started_at,
@@ -2139,12 +2272,15 @@ ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS s
     ORDER BY workers.started_at, workers.name"""
 GET_POOL = "SELECT stop, jobs_left, died FROM pools WHERE name = ?"
 ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
+FORGET_QUEUE = """DELETE FROM queues WHERE name = ? AND concurrency IS NULL AND NOT paused
+    AND pending + processing + completed + failed + dead + cancelled = 0"""
 MOVE_COUNT = "UPDATE queues SET pending = pending + ?, failed = failed + ? WHERE name = ?"
 
 WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
+ERROR_OF_DEAD = "SELECT last_error FROM jobs WHERE id = ? AND state = 'dead'"
 ID_OF = "SELECT id FROM jobs WHERE seq = ?"
 HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
-    backoff_base, context, env, policy, deferrals, chained, worker, slot, started_at, cancel
+    backoff_base, context, env, policy, deferrals, chained, place, worker, slot, started_at, cancel
     FROM jobs WHERE state = 'processing'"""
 OLDEST_WAITING = """SELECT id, command, created_at, due FROM jobs WHERE state = 'pending'
     ORDER BY seq LIMIT 1"""
@@ -2153,24 +2289,26 @@ NEXT_DUE = """SELECT id, command, due FROM jobs WHERE ready = 0 AND due IS NOT N
 RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 16777215"
 
 ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
-    timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at, delayed)
-    VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at, delayed,
+    expires_at) VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 # A retry is ignored for a job whose key is taken.
-RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', due = NULL, attempts = 0, deferrals = 0,
-    updated_at = ?, ready = NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq) WHERE """
-HOOKED = """SELECT id, queue, command, state, attempts, max_retries, exit_code, last_error,
+RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', attempts = 0, deferrals = 0, updated_at = ?,
+    expires_at = CASE WHEN expires_at > ? THEN expires_at END,
+    ready = coalesce(run_at, 0) <= ? AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq),
+    due = CASE WHEN run_at > ? AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq) THEN run_at END
+    WHERE seq = ? AND state IN ('completed', 'dead', 'cancelled')"""
+LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?,
+    due = CASE WHEN run_at > ? THEN run_at END WHERE seq = ? AND state = 'pending'
+    AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)"""
+HOOKED = """SELECT seq, id, queue, command, state, attempts, max_retries, exit_code, last_error,
     updated_at FROM jobs """
 WAITS_FOR_GONE = """FROM waits WHERE job = jobs.seq
     AND NOT EXISTS (SELECT 1 FROM jobs AS awaited WHERE awaited.seq = waits.awaited)"""
-DEPENDENTS_OF = """IN (WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHERE awaited = ?
-    UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq)
-    SELECT seq FROM dependents)"""
 
 # CROSS JOIN keeps jobs the outer loop, in the order of its key.
 SELECT_JOBS = """SELECT seq, jobs.id AS id, command, state, queue, priority, run_at,
     timeout_seconds, attempts, max_retries, backoff_base, cwd, env, policy,
-    unique_key AS "unique", (SELECT group_concat(awaited.id) FROM waits
-        JOIN jobs AS awaited ON awaited.seq = waits.awaited WHERE waits.job = jobs.seq) AS after,
+    unique_key AS "unique", after_ids AS after, after_any_ids AS after_any, expires_at,
     created_at, updated_at, started_at, finished_at,
     CASE WHEN state = 'failed' THEN due END AS next_retry_at, exit_code, last_error,
     worker AS locked_by, locked_at, runs, slot, cancel, generated, context, due, ready
@@ -2186,34 +2324,54 @@ def next_job(queues: int) -> str:
     queue's limit until its run is recorded. So do those of dead workers: their processes may
     still live.
     """
-    among = ""
+    from_busy, among = "INDEXED BY queues_busy", ""  # thousands of queues may have finished
     if queues:
-        among = "AND name IN (%s)" % ", ".join("?" * queues)
+        from_busy, among = "", "AND name IN (%s)" % ", ".join("?" * queues)
     return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries,
         timeout_seconds, backoff_base, context, env, policy, deferrals, chained
-        FROM queues CROSS JOIN jobs ON seq = (
+        FROM queues %s CROSS JOIN jobs ON seq = (
             SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name
             ORDER BY priority, seq LIMIT 1)
         WHERE pending + failed > 0 AND NOT paused AND NOT (SELECT paused FROM control)
             AND (concurrency IS NULL OR processing < concurrency) %s
-        ORDER BY priority, seq LIMIT 1""" % among
+        ORDER BY priority, seq LIMIT 1""" % (from_busy, among)
 
 
-def select_jobs(states: Sequence[str], queue: str | None,
-                newest: bool, count: int) -> str:
-    """The statement for a page of `count` jobs; parameters: a seq to start from, states, queue.
+# When a job ended or, where it has not, was last changed.
+TIME_OF = """CASE WHEN state IN ('completed', 'dead', 'cancelled') THEN finished_at
+    ELSE updated_at END"""
+
+
+def terms_of(selection: Selection) -> tuple[str, list[Any]]:
+    """What a job must be to be selected: the end of a WHERE, which begins with AND, and its values.
 
     One state is read by its index; several by the key, which needs no sorting (`+` rules the
     index out).
     """
+    state = "state" if len(selection.states) == 1 else "+state"
+    terms, values = "", []
+    for column, names in ((state, selection.states), ("queue", selection.queues)):
+        if names:
+            terms += " AND %s IN (%s)" % (column, ", ".join("?" * len(names)))
+            values += names
+    for term, value in (
+            ("instr(command || char(10) || jobs.id, ?)", selection.grep),
+            ("instr(last_error, ?)", selection.error),
+            (TIME_OF + " >= ?", selection.since),
+            (TIME_OF + " <= ?", selection.before)):
+        if value is not None:
+            terms += " AND " + term
+            values.append(value)
+    return terms, values
+
+
+def select_jobs(selection: Selection, newest: bool, count: int) -> tuple[str, list[Any]]:
+    """The statement for a page of `count` jobs, and its values behind the seq to start from."""
     bound, order = ("<", "DESC") if newest else (">", "ASC")
-    where = "seq %s ?" % bound
-    if states:
-        column = "state" if len(states) == 1 else "+state"
-        where += " AND %s IN (%s)" % (column, ", ".join("?" * len(states)))
-    if queue is not None:
-        where += " AND queue = ?"
-    return "%s WHERE %s ORDER BY seq %s LIMIT %d" % (SELECT_JOBS, where, order, count)
+    terms, values = terms_of(selection)
+    statement = "%s WHERE seq %s ?%s ORDER BY seq %s LIMIT %d" % (
+        SELECT_JOBS, bound, terms, order, count)
+    return statement, values
 
 
 # ═══ Database ═══ the file: trust, opening, the mutex, commits, what is on disk, copies ══════
@@ -2763,6 +2921,9 @@ class Connection:
             os.umask(mask)
         self.execute("PRAGMA journal_size_limit = 16777216")
         self.execute("PRAGMA trusted_schema = OFF")
+        # Some builds write zeros over all that is deleted, through the log: a purge then takes
+        # minutes. FAST does so where it costs no extra write.
+        self.execute("PRAGMA secure_delete = FAST")
         if sys.platform == "darwin":  # where an fsync does not reach the disk
             self.execute("PRAGMA fullfsync = 1")
             self.execute("PRAGMA checkpoint_fullfsync = 1")
@@ -2877,7 +3038,7 @@ class Connection:
 
     def end(self, error: BaseException | None = None) -> None:
         """Commit; or, if the transaction ended by an error, roll back."""
-        checkpoint("before commit")
+        test_point("before commit")
         try:
             if error is None:
                 self.execute(COMMIT)
@@ -3227,7 +3388,7 @@ class Database(Connection):
             for statements in MIGRATIONS[version:]:
                 for statement in statements:
                     self.execute(statement)
-                checkpoint("migrating")
+                test_point("migrating")
             self.execute(SET_APPLICATION)
             self.execute(SET_VERSION)
             self.execute(COMMIT)
@@ -3322,13 +3483,13 @@ def close_stores() -> bool:
     return all(closed)
 
 
-# ═══ Store ═══ what is read of the queue, and one method for each change of state ════════════
+# ═══ Store ═══ what is read of the queue, jobs and the runs kept; each change of state ═══════
 #
-# Four layers: Administration (workers, pools, settings, queues), Reading (jobs and runs), Endings
-# (what follows when a job has ended), Store (jobs change). Whatever changes anything is called in
-# a transaction, but for `purge` and `forget_some`, which make their own. So each change is whole,
-# whoever is killed meanwhile, and each is made only if the job is still in the state that it is
-# made from.
+# Five layers: Administration (workers, pools, settings, queues), Reading (jobs and runs), Endings
+# (what follows when a job has ended), Editing (what is changed by hand), Store (jobs change).
+# Whatever changes anything is called in a transaction; `settle`, `change_each` and `forget_some`
+# make their own, many short ones. So each change is whole, whoever is killed meanwhile, and each
+# is made only if the job is still in the state that it is made from.
 #
 #   add      Jobs come in: one transaction, all or none. A job that waits for others is not ready
 #            until the transaction that records the last of those makes it so: nobody can miss it.
@@ -3338,9 +3499,12 @@ def close_stores() -> bool:
 #   record   WHERE runs = ? AND state = 'processing': a run is recorded once. A worker that was
 #            taken for lost, and goes on, changes nothing: its job was given back, and perhaps
 #            runs again. With the end of a job goes what follows from it: who waited is let go or
-#            dies too, and the jobs of on_end and on_dead are added. So no death goes untold.
+#            dies too, and the jobs of on_end and on_dead are added. So no death goes untold. The
+#            run is kept with its output (_keep_run).
 #   cancel   A running job is only marked. Its worker may miss the mark and record a failure: then
-#            `record` sees it, and the job is dead all the same.
+#            `record` sees it, and the job is cancelled all the same.
+#   settle   A job that ends in vain takes along those that were to run after it, a part of them in
+#            its own transaction. A mark there says that there are more, for whoever goes on.
 #   delete   WHERE state <> 'processing', and nobody waits for it: both could have changed since
 #            the user, or the sweep, looked.
 #
@@ -3393,7 +3557,7 @@ class Administration(Database):
         return self.first(GET_POOL, name) or {"stop": 0, "jobs_left": 0, "died": 0}
 
     def deaths(self, pool: str) -> int:
-        """How many jobs have died in the hands of this pool."""
+        """How many jobs have ended in vain in the hands of this pool."""
         return int(self._pool(pool)["died"])
 
     def is_stopping(self, pool: str) -> bool:
@@ -3470,6 +3634,7 @@ class Administration(Database):
         """
         self.execute(ADD_QUEUE, queue)
         self.execute("UPDATE queues SET concurrency = ? WHERE name = ?", most, queue)
+        self.execute(FORGET_QUEUE, queue)
         self.execute(NEXT_EPOCH)
 
     def pause(self, queue: str | None, paused: bool) -> None:
@@ -3479,39 +3644,48 @@ class Administration(Database):
         """
         if queue is None:
             self.execute("UPDATE control SET paused = ?", paused)
-            if not paused:
-                self.execute("UPDATE queues SET paused = 0")
         else:
             self.execute(ADD_QUEUE, queue)
             self.execute("UPDATE queues SET paused = ? WHERE name = ?", paused, queue)
+            self.execute(FORGET_QUEUE, queue)
         self.execute(NEXT_EPOCH)
+
+    def new_run(self) -> str:
+        """A name for the queue of a `run`, which no queue has or ever had."""
+        while True:
+            self.execute("UPDATE control SET runs = runs + 1")
+            name: str = RUN_QUEUE % self.value("SELECT runs FROM control")
+            if not self.rows("SELECT 1 FROM queues WHERE name = ?", name):
+                return name
 
     def all_paused(self) -> bool:
         """Whether all queues are paused, those to come included."""
         return bool(self.value("SELECT paused FROM control"))
 
     def queues(self) -> list[Row]:
-        """Every queue that ever had a job, a limit or a pause, with its jobs in each state."""
+        """Every queue that has a job, a limit or a pause, with its jobs in each state."""
         return self.dicts(
             """SELECT name, concurrency, queues.paused OR control.paused AS paused, pending,
-                processing, completed, failed, dead FROM queues CROSS JOIN control ORDER BY name""")
+                processing, completed, failed, dead, cancelled
+                FROM queues CROSS JOIN control ORDER BY name""")
 
     def queue(self, name: str) -> Row:
-        """One of `queues`, also if it never had a job."""
+        """One of `queues`, also if it has no job."""
         empty = {"name": name, "concurrency": None, "paused": self.all_paused(),
                  **dict.fromkeys(STATES, 0)}
         return next((queue for queue in self.queues() if queue["name"] == name), empty)
 
-    def count(self, states: Names, queue: str | None) -> int:
-        """How many jobs are in these states (none: all) and this queue (None: all)."""
-        found = [each for each in self.queues() if queue in (None, each["name"])]
-        return sum(each[state] for each in found for state in set(states or STATES))
+    def count(self, selection: Selection) -> int:
+        """How many jobs there are in the states (none: all) and queues (none: all) selected."""
+        found = [each for each in self.queues()
+                 if not selection.queues or each["name"] in selection.queues]
+        return sum(each[state] for each in found for state in set(selection.states or STATES))
 
     def counts(self) -> dict[str, int]:
         """The number of jobs in each state."""
         totals = self.rows(
             """SELECT total(pending), total(processing), total(completed), total(failed),
-                total(dead) FROM queues""")
+                total(dead), total(cancelled) FROM queues""")
         return dict(zip(STATES, map(int, totals[0])))
 
     def damage(self) -> list[str]:
@@ -3555,27 +3729,47 @@ class Reading(Administration):
         """A job with all its fields; None if it was forgotten."""
         return self.first(SELECT_JOBS + "WHERE seq = ?", seq)
 
-    def _page(self, states: Names, queue: str | None, start: int,
-              newest: bool, count: int) -> list[Row]:
-        values = [start, *states]
-        if queue is not None:
-            values.append(queue)
-        return self.dicts(select_jobs(states, queue, newest, count), *values)
+    def _page(self, selection: Selection, start: int, newest: bool, count: int) -> list[Row]:
+        statement, values = select_jobs(selection, newest, count)
+        return self.dicts(statement, start, *values)
 
-    def newest(self, states: Names, queue: str | None,
-               count: int) -> list[Row]:
-        """The newest `count` jobs in these states (none: all) and this queue, newest last."""
-        return self._page(states, queue, NEVER, True, count)[::-1]
+    def newest(self, selection: Selection, count: int) -> list[Row]:
+        """The newest `count` jobs that are selected, newest last."""
+        return self._page(selection, NEVER, True, count)[::-1]
 
-    def jobs(self, states: Names, queue: str | None) -> Iterator[Row]:
-        """All jobs in these states (none: all) and this queue, oldest first, a page at a time."""
+    def jobs(self, selection: Selection) -> Iterator[Row]:
+        """All jobs that are selected, oldest first, a page at a time."""
         seq, size = 0, 1000
         while True:
-            page = self._page(states, queue, seq, False, size)
+            page = self._page(selection, seq, False, size)
             yield from page
             if len(page) < size:
                 return
             seq = page[-1]["seq"]
+
+    def last_to_die(self, selection: Selection, count: int) -> list[Row]:
+        """The `count` jobs of a selection of dead ones that died last, the last one first."""
+        terms, values = terms_of(selection._replace(states=()))
+        return self.dicts(
+            SELECT_JOBS + "WHERE state = 'dead'%s ORDER BY finished_at DESC, seq DESC LIMIT %d"
+            % (terms, count), *values)
+
+    def look(self, selection: Selection) -> tuple[Any, Any]:
+        """The jobs that are selected now: their seqs, and when each was last changed.
+
+        Two arrays: a million jobs take 16 MB.
+        """
+        from array import array
+        seqs, times = array("q"), array("q")
+        terms, values = terms_of(selection)
+        page: Any = [(0,)]
+        while page:
+            page = self.rows(
+                "SELECT seq, updated_at FROM jobs WHERE seq > ?%s ORDER BY seq LIMIT 10000"
+                % terms, page[-1][0], *values)
+            seqs.extend(seq for seq, _ in page)
+            times.extend(changed for _, changed in page)
+        return seqs, times
 
     def jobs_between(self, before: int, last: int) -> Iterator[Row]:
         """The jobs behind seq `before` up to `last`, in the order they came."""
@@ -3615,13 +3809,15 @@ class Reading(Administration):
 
     # What a worker looks at.
 
-    def pulse(self) -> tuple[int, int | None]:
-        """What it looks at first: the epoch of settings and orders, and the next time.
+    def pulse(self) -> tuple[int, int | None, bool]:
+        """What it looks at first: the epoch of settings and orders, the next time, unsettled jobs.
 
-        That is the earliest for which a job waits (milliseconds), None if there is none.
+        The time is the earliest for which a job waits, or at which one expires (milliseconds; None:
+        there is none). Unsettled: see Endings.
         """
-        epoch, due = self.rows(PULSE)[0]
-        return epoch, due
+        epoch, due, expiry, unsettled = self.rows(PULSE)[0]
+        times = [each for each in (due, expiry) if each is not None]
+        return epoch, min(times, default=None), bool(unsettled)
 
     def next(self, queues: Names) -> tuple[Any, ...] | None:
         """The job that is next in these queues (none: all); None if there is none.
@@ -3655,13 +3851,16 @@ class Reading(Administration):
 
     def context(self, key: int) -> tuple[str, str, int, str]:
         """Of whoever enqueued a job: folder, PATH, umask and (JSON, if kept) environment."""
-        found = "SELECT cwd, path, umask, environ FROM contexts WHERE id = ?"
-        cwd, path, umask, environ = self.rows(found, key)[0]
+        cwd, path, umask, environ = self.rows(
+            """SELECT cwd, path, umask, coalesce(environ, '') FROM contexts
+                LEFT JOIN environments ON environments.id = environment
+                WHERE contexts.id = ?""", key)[0]
         return cwd, path, umask, environ
 
-    def is_cancelled(self, seq: int) -> bool:
-        """Whether somebody asked for the end of a running job."""
-        return bool(self.value("SELECT cancel FROM jobs WHERE seq = ?", seq))
+    def orders_of(self, seq: int) -> tuple[bool, float | None]:
+        """Whether a job is to be cancelled, and the time-out of its run in seconds (None: none)."""
+        found = self.rows("SELECT cancel, timeout_seconds FROM jobs WHERE seq = ?", seq)
+        return (found[0][0] == 1, found[0][1]) if found else (False, None)
 
     # Who waits for whom.
 
@@ -3675,25 +3874,30 @@ class Reading(Administration):
         """The jobs that wait for a job."""
         return self.dicts(
             """SELECT seq, id FROM waits JOIN jobs ON jobs.seq = job
-                WHERE awaited = ? AND state <> 'dead' ORDER BY seq""", seq)
+                WHERE awaited = ? AND state IN ('pending', 'processing', 'failed')
+                ORDER BY seq""", seq)
 
-    def dead_dependents(self, seq: int) -> list[int]:
-        """The dead jobs that were to run after a job, or after one of those."""
-        return self.column("SELECT seq FROM jobs WHERE state = 'dead' AND seq %s ORDER BY seq"
-                           % DEPENDENTS_OF, seq)
+    def dependents_in_vain(self, seq: int) -> list[int]:
+        """The dead or cancelled jobs that were to run after a job, or after one of those."""
+        return self.column(
+            """WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHERE awaited = ?
+                    UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq)
+                SELECT seq FROM jobs WHERE state IN ('dead', 'cancelled')
+                AND seq IN (SELECT seq FROM dependents) ORDER BY seq""", seq)
 
-    def dead_causes(self, seq: int) -> list[str]:
-        """The ids of the dead jobs for which a job waits, or would.
+    def causes_in_vain(self, seq: int) -> list[str]:
+        """The ids of the dead or cancelled jobs for which a job waits, or would.
 
-        Only of those that wait for no dead one themselves.
+        Only of those that wait for no such job themselves.
         """
         return self.column(
             """WITH RECURSIVE causes (seq) AS (SELECT ? UNION SELECT awaited FROM causes
                     JOIN waits ON job = causes.seq JOIN jobs ON jobs.seq = awaited
-                    WHERE state = 'dead')
+                    WHERE state IN ('dead', 'cancelled'))
                 SELECT id FROM causes JOIN jobs USING (seq) WHERE seq <> ? AND NOT EXISTS (
                     SELECT 1 FROM waits JOIN jobs AS other ON other.seq = awaited
-                    WHERE job = causes.seq AND other.state = 'dead') ORDER BY seq""", seq, seq)
+                    WHERE job = causes.seq AND other.state IN ('dead', 'cancelled'))
+                ORDER BY seq""", seq, seq)
 
     def waits_for_gone(self, seq: int) -> bool:
         """Whether a job was to run after one that died and was forgotten."""
@@ -3718,40 +3922,15 @@ class Reading(Administration):
                 AND (priority < ? OR (priority = ? AND seq < ?)) AND queue = coalesce(?, queue)""",
             job["priority"], job["priority"], job["seq"], queue))
 
-    def first_in(self, queue: str) -> int:
-        """The seq of the first unfinished job of a queue; 0 if there is none."""
-        return int(self.value(
-            """SELECT min(seq) FROM jobs WHERE queue = ?
-                AND state IN ('pending', 'processing', 'failed')""", queue) or 0)
-
     def last_seq(self) -> int:
         """The seq of the job that came last, be it forgotten; 0 if there was none."""
         return int(self.value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'") or 0)
-
-    def states_between(self, queue: str, first: int,
-                       last: int) -> dict[str, int]:
-        """How many jobs of a queue from seq `first` to `last` are in each state."""
-        found = self.rows(
-            """SELECT state, count(*) FROM jobs WHERE seq BETWEEN ? AND ? AND queue = ?
-                GROUP BY state""", first, last, queue)
-        return {**dict.fromkeys(STATES, 0), **dict(found)}
 
     def unfinished(self, first: int, last: int) -> set[int]:
         """The seqs from `first` to `last` of jobs that have not ended."""
         return set(self.column(
             """SELECT seq FROM jobs WHERE state IN ('pending', 'processing', 'failed')
                 AND seq BETWEEN ? AND ?""", first, last))
-
-    def died(self, before: int, last: int, start: int,
-             queue: str | None = None) -> list[Row]:
-        """The first few jobs behind seq `before` up to `last` that died.
-
-        Those of one queue (None: of all) that died at or after `start` (milliseconds).
-        """
-        return self.dicts(
-            """SELECT id, command, attempts, last_error FROM jobs WHERE state = 'dead'
-                AND seq > ? AND seq <= ? AND updated_at >= ? AND queue = coalesce(?, queue)
-                ORDER BY seq LIMIT 20""", before, last, start, queue)
 
     def end_of(self, seq: int) -> tuple[str, str, str | None] | None:
         """Id, state and last error of a job; None if it was forgotten."""
@@ -3780,8 +3959,8 @@ def as_json(value: Any) -> str | None:
 
 def is_special(draft: Draft) -> bool:
     """Whether a draft has what few jobs have, and bulks are to be fast without."""
-    given = draft["unique"], draft["retry_after"]
-    return bool(draft["after"] or draft["dead_on"]) or given != (None, None)
+    lists = draft["after"], draft["after_any"], draft["dead_on"]
+    return any(lists) or (draft["unique"], draft["retry_after"]) != (None, None)
 
 
 class Intake:
@@ -3798,22 +3977,31 @@ class Intake:
         self.store, self.settings, self.caller = store, settings, caller
         self.now, self.skip_existing = now, skip_existing
         self.contexts: dict[str, Any] = {}  # their keys, by folder
+        self.users: dict[str, int] = {}  # how many jobs were added, by folder
         self.chunk: list[Draft] = []  # drafts that are not inserted yet
         self.added: dict[str, int] = {}  # how many, by queue
         self.existing: list[int] = []
-        self.causes: dict[int, str] = {}  # of dead jobs: the id of the one for which they died
 
     def look_up_context(self, cwd: str) -> None:
         """Before a draft of this folder is inserted."""
         if cwd in self.contexts:
             return
-        values = cwd, *self.caller
+        path, umask, environ = self.caller
+        values = cwd, path, umask, self._environment(environ)
         found = self.store.value(
-            "SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ? AND environ = ?",
-            *values)
+            """SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ?
+                AND environment = ?""", *values)
         self.contexts[cwd] = found or self.store.db.execute(
-            "INSERT INTO contexts (cwd, path, umask, environ) VALUES (?, ?, ?, ?)",
-            values).lastrowid
+            """INSERT INTO contexts (cwd, path, umask, environment, jobs)
+                VALUES (?, ?, ?, ?, 0)""", values).lastrowid
+
+    def _environment(self, environ: str) -> Any:
+        """The key of an environment, which is kept once for all folders; 0 for none."""
+        if not environ:
+            return 0
+        found = self.store.value("SELECT id FROM environments WHERE environ = ?", environ)
+        return found or self.store.db.execute(
+            "INSERT INTO environments (environ) VALUES (?)", (environ,)).lastrowid
 
     def _row(self, draft: Draft, job_id: str) -> tuple[Any, ...]:
         """The values of ADD_JOB; what was not given takes the setting of this moment."""
@@ -3827,12 +4015,13 @@ class Intake:
             job_id, draft["id"] is None, draft["command"], draft["queue"] or "default",
             priority, due is None, due, run_at, timeout, max_retries, draft["backoff_base"],
             self.contexts[draft["cwd"]], as_json(draft["env"]),
-            self.now, self.now, isinstance(run_at, Delayed))
+            self.now, self.now, isinstance(run_at, Delayed), draft["expires_at"])
 
     def count(self, draft: Draft) -> None:
         """Remember that it was inserted."""
-        queue = draft["queue"] or "default"
+        queue, cwd = draft["queue"] or "default", draft["cwd"]
         self.added[queue] = self.added.get(queue, 0) + 1
+        self.users[cwd] = self.users.get(cwd, 0) + 1
 
     def insert_chunk(self) -> None:
         """Insert the chunk at once; if an id is taken, one by one, which finds out whose."""
@@ -3859,7 +4048,8 @@ class Intake:
         key = draft["unique"]
         twin = self.store.first(WITH_ID, name) or self.store.first(
             """SELECT seq, id, state FROM jobs
-                WHERE unique_key = ? AND state <> 'completed' AND state <> 'dead'""", key)
+                WHERE unique_key = ? AND state <> 'completed' AND state <> 'dead'
+                AND state <> 'cancelled'""", key)
         if not twin:
             self.store.execute(ADD_JOB, *self._row(draft, name))
             return True
@@ -3874,12 +4064,16 @@ class Intake:
         raise QueueError(at_line(draft.get("line", 0), problem))
 
     def finish(self) -> None:
-        """Insert what is left, and have the queues count all that were added."""
+        """Insert what is left, and have queues and contexts count all that were added."""
         self.insert_chunk()
         for queue, count in self.added.items():
             self.store.execute(ADD_QUEUE, queue)
             self.store.execute("UPDATE queues SET pending = pending + ? WHERE name = ?",
                                count, queue)
+        for cwd, key in self.contexts.items():
+            self.store.execute("UPDATE contexts SET jobs = jobs + ? WHERE id = ?",
+                               self.users.get(cwd, 0), key)
+            self.store.execute("DELETE FROM contexts WHERE id = ? AND jobs = 0", key)
 
 
 def hook_env(job: Row) -> dict[str, str]:
@@ -3893,50 +4087,114 @@ def hook_env(job: Row) -> dict[str, str]:
             for name, value in shown.items()}
 
 
+# Why a job was taken along by one that is dead or cancelled, whose id stands before it.
+TAKEN_ALONG = {
+    DEAD: " is dead, and this job was to run after it",
+    CANCELLED: " was cancelled, and this job was to run after it"}
+# Seconds that a change of many jobs may hold the mutex at a time, and rests between two times: who
+# waits for the mutex would else hardly ever get it.
+SLICE, BREATH = 0.2, 0.01
+
+
+def why_along(awaited: Row) -> str:
+    """The error of a job that was to run after one that ended in vain: which the first of all was."""
+    reason, error = TAKEN_ALONG[awaited["state"]], awaited["last_error"] or ""
+    return error if error.endswith(reason) else awaited["id"] + reason
+
+
 class Endings(Reading):
-    """What follows when a job has ended, in the transaction that records its end."""
+    """What follows when a job has ended, in the transaction that records its end.
+
+    A job that ends in vain, dead or cancelled, takes along those that were to run after it, and
+    those after them. These may be a hundred thousand, and writers must not wait so long: so a part
+    of them is left for transactions of its own (`settle`), and a mark in the database, `unsettled`,
+    says so. Should the process be killed meanwhile, a worker sees the mark and goes on. Until then
+    they wait for a job that is never completed, so nobody can claim them.
+    """
+
+    unsettled = False  # whether the last job that ended here has yet to take others along
 
     def follow_up(self, seq: int, state: str, by_itself: bool, settings: Settings,
                   now: int) -> bool:
-        """A job is completed or dead; whether others can start now, or died too.
+        """A job has ended; whether others can start now, or were taken along.
 
         The jobs that `settings` ask for are added: by on_end, and by on_dead if it died
-        `by_itself`: not if it was cancelled. Those that waited for it alone go on, or die too.
+        `by_itself`. Those that waited for it alone go on, or are taken along.
         """
         hooked, died = False, state == DEAD and by_itself
         if settings["on_end"] or (died and settings["on_dead"]):
             ended = self.dicts(HOOKED + "WHERE seq = ?", seq)
             hooked = self._add_hooks(ended, settings, died, now)
-        waiting = self.column("SELECT job FROM waits WHERE awaited = ?", seq)
-        if waiting and state == DEAD:
-            name = self.value(ID_OF, seq)
-            self.bury(DEPENDENTS_OF, name, seq, now, self.settings())
-        elif waiting:
-            self.execute("DELETE FROM waits WHERE awaited = ?", seq)
-            self.db.executemany(
-                """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?,
-                    due = CASE WHEN run_at > ? THEN run_at END
-                    WHERE seq = ? AND state = 'pending'
-                    AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)""",
-                [(now, now, job) for job in waiting])
-        return hooked or bool(waiting)
+        met = self._meet(seq, state, now)
+        waiting = bool(self.rows("SELECT 1 FROM waits WHERE awaited = ? LIMIT 1", seq))
+        if waiting:
+            self._take_along(self.dicts(HOOKED + "WHERE seq = ?", seq), settings, now)
+        return hooked or met or waiting
 
-    def bury(self, which: str, cause: str, seq: int, now: int,
-             settings: Settings) -> None:
-        """Let those jobs die that were to run after the dead one with the id `cause`.
+    def _meet(self, seq: int, state: str, now: int) -> bool:
+        """Let go on who waited for such an end of a job, and for nothing else; whether any did."""
+        completed = state == COMPLETED
+        waiting = self.column("SELECT job FROM waits WHERE awaited = ? AND (either OR ?)",
+                              seq, completed)
+        if waiting:
+            self.execute("DELETE FROM waits WHERE awaited = ? AND (either OR ?)", seq, completed)
+            self.db.executemany(LET_GO, [(now, now, job) for job in waiting])
+        return bool(waiting)
 
-        `which` is the end of a statement that says which: `= ?` or DEPENDENTS_OF, of `seq`.
-        """
-        error = "%s is dead, and this job was to run after it" % cause
-        buried = []
-        if settings["on_end"]:
-            buried = self.dicts(HOOKED + "WHERE state = 'pending' AND seq " + which, seq)
+    def _take_along(self, doomed: list[Row], settings: Settings, now: int) -> None:
+        """Let the jobs end in vain that were to run after these, and after those, for SLICE."""
+        end = time.monotonic() + SLICE
+        while doomed:
+            awaited = doomed[-1]
+            waiting = self.dicts(
+                HOOKED + """WHERE state = 'pending' AND seq IN (SELECT job FROM waits
+                    WHERE awaited = ? AND NOT either) LIMIT 500""", awaited["seq"])
+            if not waiting:
+                doomed.pop()
+            for job in waiting:
+                job.update(state=awaited["state"], last_error=why_along(awaited))
+                self.end_in_vain(job, settings, now)
+                doomed.append(job)
+            if time.monotonic() >= end:
+                break
+        self.unsettled = bool(doomed)
+        if doomed:
+            self.execute("UPDATE control SET unsettled = 1")
+
+    def end_in_vain(self, job: Row, settings: Settings, now: int) -> None:
+        """Give a job that waits the state and the error that `job` has now."""
         self.execute(
-            """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, updated_at = ?,
-                finished_at = ?, last_error = ? WHERE state = 'pending' AND seq """ + which,
-            now, now, error, seq)
-        ended = [dict(job, state=DEAD, last_error=error) for job in buried]
-        self._add_hooks(ended, settings, False, now)
+            """UPDATE jobs SET state = ?, ready = 0, due = NULL, last_error = ?, updated_at = ?,
+                finished_at = ? WHERE seq = ?""",
+            job["state"], job["last_error"], now, now, job["seq"])
+        self._count_in_vain(job["queue"])
+        if settings["on_end"]:
+            self._add_hooks([job], settings, False, now)
+        self._meet(job["seq"], job["state"], now)
+
+    def _count_in_vain(self, queue: str) -> None:
+        """Have drains of a queue tell by their exit code that not all was completed."""
+        self.execute(
+            """UPDATE pools SET died = died + 1
+                WHERE queues IS NULL OR instr(',' || queues || ',', ?)""", ",%s," % queue)
+
+    def settle(self, now: int) -> bool:
+        """In transactions of its own: let all end that are still to be taken along.
+
+        Whether there were any.
+        """
+        found = False
+        while self.value("SELECT unsettled FROM control"):
+            with self.transaction():
+                doomed = self.dicts(  # as they are now: others may have settled or retried some
+                    HOOKED + """WHERE +state IN ('dead', 'cancelled') AND seq IN (
+                        SELECT awaited FROM waits JOIN jobs ON seq = job
+                        WHERE NOT either AND state = 'pending') LIMIT 500""")
+                found = found or bool(doomed)
+                self.execute("UPDATE control SET unsettled = ?", bool(doomed))
+                self._take_along(doomed, self.settings(), now)
+            time.sleep(BREATH)
+        return found
 
     def _add_hooks(self, jobs: list[Row], settings: Settings,
                    died: bool, now: int) -> bool:
@@ -3961,10 +4219,135 @@ class Endings(Reading):
         return True
 
 
+class Editing(Endings):
+    """What a job waits for, and how it is changed by hand."""
+
+    def _known(self, names: list[str], moved: Any) -> list[str]:
+        """What a job is to wait for: of one `moved` here from another queue not what it has met."""
+        return [name for name in names if not moved or self.first(WITH_ID, name)]
+
+    def set_waits(self, seq: int, after: Sequence[str], after_any: Sequence[str],
+                  settings: Settings, now: int, pending: bool = True) -> None:
+        """Have a job wait for others, and note which. Raises QueueError if one is unknown.
+
+        Of those in `after` each must be completed; of those in `after_any` each must have ended.
+        A `pending` job is held back until then, or ends with the first that ended in vain.
+        """
+        awaited = [self._awaited(name, seq) for name in after]
+        either = [self._awaited(name, seq) for name in after_any]
+        waits = [(job["seq"], seq, 0) for job in awaited if job["state"] != COMPLETED]
+        waits += [(job["seq"], seq, 1) for job in either if job["state"] not in ENDED]
+        self.db.executemany(
+            "INSERT OR IGNORE INTO waits (awaited, job, either) VALUES (?, ?, ?)", waits)
+        self.execute("UPDATE jobs SET after_ids = ?, after_any_ids = ? WHERE seq = ?",
+                     ",".join(job["id"] for job in awaited) or None,
+                     ",".join(job["id"] for job in either) or None, seq)
+        if waits:
+            self.execute("UPDATE jobs SET ready = 0, chained = 1 WHERE seq = ?", seq)
+        if waits and pending:
+            self.execute("UPDATE jobs SET due = NULL WHERE seq = ?", seq)
+        for job in awaited:
+            if pending and job["state"] in IN_VAIN:
+                own = self.dicts(HOOKED + "WHERE seq = ?", seq)[0]
+                own.update(state=job["state"], last_error=why_along(job))
+                self.end_in_vain(own, settings, now)
+                break
+
+    def _awaited(self, name: str, seq: int) -> Row:
+        """A job that the one at `seq` is to run after."""
+        found = self.first("SELECT seq, id, state, last_error FROM jobs WHERE id = ?", name)
+        job = found or self.find(name)
+        if job["seq"] == seq:
+            raise QueueError("a job can't wait for itself")
+        return job
+
+    def edit(self, job: Row, changes: Draft, settings: Settings, now: int) -> None:
+        """Change given fields of a job that waits or has ended.
+
+        Of a running one `changes` may have the time-out alone. Raises QueueError if the job would
+        wait for itself, or if its key is taken.
+        """
+        seq, new = job["seq"], {**job, **changes}
+        columns = [name for name in EDITABLE if name in changes]
+        assignments = "".join("%s = ?, " % name for name in columns)
+        self.execute("UPDATE jobs SET %supdated_at = ? WHERE seq = ?" % assignments,
+                     *(new[name] for name in columns), now, seq)
+        self._edit_apart(job, changes)
+        if new["queue"] != job["queue"]:
+            state = job["state"]
+            self.execute(ADD_QUEUE, new["queue"])
+            for queue, step in ((new["queue"], 1), (job["queue"], -1)):
+                self.execute("UPDATE queues SET %s = %s + ? WHERE name = ?" % (state, state),
+                             step, queue)
+            self.execute(FORGET_QUEUE, job["queue"])
+        if "after" in changes or "after_any" in changes:
+            self._wait_anew(job, new, settings, now)
+        elif "run_at" in changes and (job["ready"] or job["due"] is not None):
+            self.execute("UPDATE jobs SET ready = ?, due = ? WHERE seq = ?",
+                         (new["run_at"] or 0) <= now, new["run_at"], seq)
+        if job["state"] == FAILED and job["attempts"] >= max(1, new["max_retries"]):
+            self._die(seq, settings, now)
+
+    def _edit_apart(self, job: Row, changes: Draft) -> None:
+        """Change what is not kept as it is given: key, policy, environment and folder."""
+        seq = job["seq"]
+        if "unique" in changes:
+            key = changes["unique"]
+            try:
+                self.execute("UPDATE jobs SET unique_key = ? WHERE seq = ?", key, seq)
+            except sqlite3.IntegrityError:
+                raise QueueError("another job with the key %s waits or runs" % key) from None
+        if "env" in changes:
+            env = {**json.loads(job["env"] or "{}"), **(changes["env"] or {})}
+            self.execute("UPDATE jobs SET env = ? WHERE seq = ?", as_json(env), seq)
+        policy = {name: changes[name] for name in POLICY_FIELDS if name in changes}
+        if policy:
+            policy = {**json.loads(job["policy"] or "{}"), **policy}
+            kept = {name: value for name, value in policy.items() if value not in (None, [])}
+            self.execute("UPDATE jobs SET policy = ? WHERE seq = ?", as_json(kept), seq)
+        if "cwd" in changes:
+            intake = Intake(self, {}, self.context(job["context"])[1:], 0)
+            intake.users = {changes["cwd"]: 1}
+            intake.look_up_context(changes["cwd"])
+            self.execute("UPDATE jobs SET context = ? WHERE seq = ?",
+                         intake.contexts[changes["cwd"]], seq)
+            intake.finish()
+            self.execute("UPDATE contexts SET jobs = jobs - 1 WHERE id = ?", job["context"])
+            self.execute("DELETE FROM contexts WHERE id = ? AND jobs = 0", job["context"])
+
+    def _wait_anew(self, job: Row, new: Row, settings: Settings, now: int) -> None:
+        """Have a job wait for other jobs than before."""
+        seq, waits = job["seq"], job["state"] in WAITING
+        if job["state"] == FAILED:  # its next try is one more thing that it waits for
+            self.execute("UPDATE jobs SET state = 'pending', run_at = due WHERE seq = ?", seq)
+        after, after_any = [  # what was kept is one text
+            names.split(",") if isinstance(names, str) else names or []
+            for names in (new["after"], new["after_any"])]
+        self.execute("DELETE FROM waits WHERE job = ?", seq)
+        self.set_waits(seq, after, after_any, settings, now, waits)
+        circle = self.rows(
+            """WITH RECURSIVE awaited_ones (seq) AS (SELECT awaited FROM waits WHERE job = ?
+                    UNION SELECT awaited FROM waits JOIN awaited_ones ON job = awaited_ones.seq)
+                SELECT 1 FROM awaited_ones WHERE seq = ?""", seq, seq)
+        if circle:
+            raise QueueError("%s would wait for itself: what it is to run after waits for it"
+                             % job["id"])
+        if waits:
+            self.execute(LET_GO, now, now, seq)
+
+    def _die(self, seq: int, settings: Settings, now: int) -> None:
+        """Let a failed job be dead at once, as if its last run had been the last one allowed."""
+        job = self.dicts(HOOKED + "WHERE seq = ?", seq)[0]
+        job["state"] = DEAD
+        self.execute("UPDATE jobs SET state = 'dead', ready = 0, due = NULL WHERE seq = ?", seq)
+        self._count_in_vain(job["queue"])
+        self.follow_up(seq, DEAD, True, settings, now)
+
+
 READY_AT_ONCE = 10_000
 
 
-class Store(Endings):
+class Store(Editing):
     """The queue at `path`: one method for each change of a job's state, called in a transaction.
 
     Arguments and errors: see Database. Times are in milliseconds since the epoch.
@@ -3993,18 +4376,12 @@ class Store(Endings):
             if len(intake.chunk) == 1000:
                 intake.insert_chunk()
         intake.finish()
-        if environ:
-            self.db.executemany(
-                """UPDATE contexts SET jobs = jobs + (SELECT count(*) FROM jobs
-                    WHERE seq > ? AND context = contexts.id) WHERE id = ?""",
-                [(before, context) for context in intake.contexts.values()])
-            self.execute("DELETE FROM contexts WHERE jobs = 0 AND environ <> ''")
         return before, self.last_seq(), intake.existing
 
     def _add_special(self, intake: Intake, draft: Draft) -> None:
         """Insert a job with a key, a policy, or others to wait for.
 
-        If one of those is dead already, so is the job.
+        If one of those has ended in vain already, so does the job.
         """
         if not intake.insert(draft):
             return
@@ -4013,34 +4390,16 @@ class Store(Endings):
                   if draft[name] not in (None, [])}
         self.execute("UPDATE jobs SET unique_key = ?, policy = ? WHERE seq = ?",
                      draft["unique"], as_json(policy), seq)
-        awaited = self._awaited(draft, seq)
         intake.count(draft)
-        self.execute(ADD_QUEUE, draft["queue"] or "default")  # the burial below is counted there
-        waits = [(job["seq"], seq) for job in awaited if job["state"] != COMPLETED]
-        self.db.executemany("INSERT OR IGNORE INTO waits (awaited, job) VALUES (?, ?)", waits)
-        if waits:
-            self.execute("UPDATE jobs SET ready = 0, due = NULL, chained = 1 WHERE seq = ?", seq)
-        dead = [job["seq"] for job in awaited if job["state"] == DEAD]
-        if dead:
-            known, first = intake.causes, dead[0]
-            if first not in known:
-                causes = self.dead_causes(first) or self.column(ID_OF, first)
-                known[first] = causes[0]
-            known[seq] = known[first]
-            self.bury("= ?", known[seq], seq, intake.now, intake.settings)
-
-    def _awaited(self, draft: Draft, seq: int) -> list[Row]:
-        """The jobs that the one at `seq` is to run after: their seq and state."""
-        line, state_of = draft.get("line", 0), "SELECT seq, state FROM jobs WHERE id = ?"
+        self.execute(ADD_QUEUE, draft["queue"] or "default")  # its end in vain is counted there
         try:
-            awaited = [self.first(state_of, name) or self.find(name)
-                       for name in draft["after"] or ()]
+            after, after_any = [
+                self._known(draft[name] or [], draft.get("moved"))
+                for name in ("after", "after_any")]
+            self.set_waits(seq, after, after_any, intake.settings, intake.now)
         except QueueError as error:
             problem = "%s; what a job is to run after must stand before it" % error
-            raise QueueError(at_line(line, problem)) from None
-        if any(job["seq"] == seq for job in awaited):
-            raise QueueError(at_line(line, "a job can't wait for itself"))
-        return awaited
+            raise QueueError(at_line(draft.get("line", 0), problem)) from None
 
     # Jobs are claimed and recorded.
 
@@ -4053,6 +4412,8 @@ class Store(Endings):
         for long. `pool` is given if its claims are counted against a --max-jobs.
         """
         if due is not None and due <= now:
+            if self._expire(now):
+                return None
             made_ready = self.execute(
                 """UPDATE jobs SET ready = 1 WHERE seq IN (SELECT seq FROM jobs
                     WHERE ready = 0 AND due IS NOT NULL AND due <= ? ORDER BY due LIMIT %d)"""
@@ -4062,7 +4423,7 @@ class Store(Endings):
         found = self.next(queues)
         if found is None:
             return None
-        job = Job._make((*found, now))
+        job = Job._make((*found, self._free_place(found[3]), now))
         if pool and job.queue != HOOK_QUEUE:
             turn = self.execute(
                 """UPDATE pools SET jobs_left = jobs_left - 1
@@ -4071,10 +4432,28 @@ class Store(Endings):
                 return None
         self.execute(
             """UPDATE jobs SET state = 'processing', ready = 0, due = NULL,
-                attempts = attempts + 1, runs = runs + 1, worker = ?, slot = ?, locked_at = ?,
-                started_at = ?, updated_at = ? WHERE seq = ?""",
-            worker, slot, now, now, now, job.seq)
+                attempts = attempts + 1, runs = runs + 1, worker = ?, slot = ?, place = ?,
+                locked_at = ?, started_at = ?, updated_at = ? WHERE seq = ?""",
+            worker, slot, job.place, now, now, now, job.seq)
         return job
+
+    def _free_place(self, queue: str) -> int:
+        """The lowest number from 1 that no running job of a queue has."""
+        taken = self.column(
+            "SELECT place FROM jobs WHERE state = 'processing' AND queue = ?", queue)
+        return min(set(range(1, len(taken) + 2)) - set(taken))
+
+    def _expire(self, now: int) -> bool:
+        """Cancel jobs whose first run should have begun by now, for SLICE; whether some are left."""
+        end = time.monotonic() + SLICE
+        expired = self.column(
+            """SELECT seq FROM jobs INDEXED BY jobs_expiring WHERE expires_at IS NOT NULL
+                AND state = 'pending' AND runs = 0 AND expires_at <= ? LIMIT 1000""", now)
+        for seq in expired:
+            self.cancel_waiting(seq, now, "expired: no run had begun by then")
+            if time.monotonic() >= end:
+                return True
+        return len(expired) == 1000
 
     def make_ready_after_clock_step(self, now: int) -> None:
         """Make due the retries that were put off by a clock that has since been set back.
@@ -4089,30 +4468,31 @@ class Store(Endings):
                 updated_at = ? WHERE delayed = 1 AND ready = 0 AND due IS NOT NULL
                 AND state = 'pending' AND updated_at > ?""", now, now, now, now)
 
-    def record(self, ended: Ended, retry_at: int | None, pools: Iterable[str],
+    def record(self, ended: RunResult, retry_at: int | None, pools: Iterable[str],
                settings: Settings) -> tuple[str, bool]:
         """Record how a run ended; the job's new state, and whether others can start now.
 
-        If it is dead, `pools` are told. The jobs that `settings` ask for when a job ends are added.
+        If it ended in vain, `pools` are told. The jobs that `settings` ask for are added when a
+        job ends.
         Only if the job is still in that very run: otherwise somebody else has recorded it as lost,
         and that stands; the state is "" then.
         """
         job, now = ended.job, ended.finished_at
-        state, attempts = settle(ended.ending, job.attempts, job.max_retries, ended.final)
-        by_itself = ended.ending != CANCELLED
-        if state not in ENDED and self.is_cancelled(job.seq):  # its worker has not heard of it
-            state, attempts, by_itself = DEAD, job.attempts, False
+        state, attempts = next_state(ended.ending, job.attempts, job.max_retries, ended.final)
+        by_itself = True
+        if state not in ENDED and self.orders_of(job.seq)[0]:  # its worker has not heard of it
+            state, attempts, by_itself = CANCELLED, job.attempts, False
         if not self._leave_run(ended, state, attempts, retry_at):
             return "", False
         self._keep_run(ended)
         if state not in ENDED:
             return state, False
-        if state == DEAD and job.queue != HOOK_QUEUE:
+        if state in IN_VAIN and job.queue != HOOK_QUEUE:
             for pool in pools:
                 self.execute("UPDATE pools SET died = died + 1 WHERE name = ?", pool)
         return state, self.follow_up(job.seq, state, by_itself, settings, now)
 
-    def _leave_run(self, ended: Ended, state: str, attempts: int,
+    def _leave_run(self, ended: RunResult, state: str, attempts: int,
                    retry_at: int | None) -> int:
         """Give a job its new state, if it is still in the run that ended."""
         job, now = ended.job, ended.finished_at
@@ -4120,12 +4500,12 @@ class Store(Endings):
         return self.execute(
             """UPDATE jobs SET state = ?, ready = ?, due = ?, attempts = ?, updated_at = ?,
                 finished_at = ?, exit_code = ?, last_error = ?, deferrals = deferrals + ?,
-                cancel = 0, worker = NULL, slot = NULL, locked_at = NULL
+                cancel = 0, worker = NULL, slot = NULL, place = NULL, locked_at = NULL
                 WHERE seq = ? AND runs = ? AND state = 'processing'""",
             state, state == PENDING, due, attempts, now, now, ended.exit_code, ended.error,
             ended.ending == DEFERRED, job.seq, job.runs)
 
-    def _keep_run(self, ended: Ended) -> None:
+    def _keep_run(self, ended: RunResult) -> None:
         """Keep what is shown of a run; where there was no room for it, it was none."""
         job = ended.job
         if ended.ending == UNSTARTED:
@@ -4139,16 +4519,16 @@ class Store(Endings):
 
     # Jobs are cancelled, retried, changed and forgotten; each tells if it was done.
 
-    def cancel_waiting(self, seq: int, now: int) -> bool:
-        """Let a job die that waits."""
-        done = self.execute(
-            """UPDATE jobs SET state = 'dead', ready = 0, due = NULL, last_error = ?,
-                updated_at = ?, finished_at = ?
-                WHERE seq = ? AND state IN ('pending', 'failed')""",
-            "cancelled before it ran again", now, now, seq)
-        if done:
-            self.follow_up(seq, DEAD, False, self.settings(), now)
-        return bool(done)
+    def cancel_waiting(self, seq: int, now: int,
+                       reason: str = "cancelled before it ran again") -> bool:
+        """Cancel a job that waits."""
+        job = self.first(HOOKED + "WHERE seq = ? AND state IN ('pending', 'failed')", seq)
+        if job:
+            settings = self.settings()
+            job.update(state=CANCELLED, last_error=reason)
+            self.end_in_vain(job, settings, now)
+            self._take_along([job], settings, now)
+        return bool(job)
 
     def ask_cancel(self, seq: int, now: int) -> bool:
         """Have the worker of a running job end it."""
@@ -4157,87 +4537,77 @@ class Store(Endings):
                 WHERE seq = ? AND state = 'processing'""", now, seq))
 
     def retry(self, seq: int, now: int) -> bool:
-        """Give a job that has ended a new start, if its key is not taken."""
-        return bool(self.execute(
-            RETRY + "seq = ? AND state IN ('completed', 'dead')", now, seq))
+        """Give a job that has ended a new start, if its key is not taken.
 
-    def retry_all_dead(self, now: int, queue: str | None) -> int:
-        """Give every dead job of a queue (None: of all) a new start; how many.
-
-        Not those whose key is taken, and not those that waited for one that is forgotten.
+        Should it wait for one that ended in vain, `settle` lets it end so again.
         """
-        before = self.counts()[DEAD]
-        self.execute(
-            RETRY + "state = 'dead' AND queue = coalesce(?, queue) AND NOT EXISTS (SELECT 1 %s)"
-            % WAITS_FOR_GONE, now, queue)
-        still_dead = self.rows(
-            """SELECT DISTINCT awaited.seq, awaited.id FROM waits
-                JOIN jobs AS awaited ON awaited.seq = waits.awaited
-                JOIN jobs ON jobs.seq = waits.job
-                WHERE awaited.state = 'dead' AND jobs.state = 'pending'""")
-        for seq, name in still_dead:
-            self.bury(DEPENDENTS_OF, name, seq, now, self.settings())
-        return before - self.counts()[DEAD]
-
-    def edit(self, job: Row, changes: Draft, now: int) -> None:
-        """Change a waiting job: priority, run_at, timeout_seconds, max_retries, queue."""
-        new = {**job, **changes}
-        if "run_at" in changes and not job["after"]:
-            new["ready"] = (new["run_at"] or 0) <= now
-            new["due"] = None if new["ready"] else new["run_at"]
-        values = [new[name] for name in (*EDITABLE, "ready", "due")]
-        self.execute(
-            """UPDATE jobs SET priority = ?, run_at = ?, timeout_seconds = ?, max_retries = ?,
-                queue = ?, ready = ?, due = ?, updated_at = ?
-                WHERE seq = ? AND state IN ('pending', 'failed')""", *values, now, job["seq"])
-        if new["queue"] != job["queue"]:
-            pending, failed = job["state"] == PENDING, job["state"] == FAILED
-            self.execute(ADD_QUEUE, new["queue"])
-            self.execute(MOVE_COUNT, pending, failed, new["queue"])
-            self.execute(MOVE_COUNT, -pending, -failed, job["queue"])
+        self.execute("""UPDATE control SET unsettled = 1
+            WHERE EXISTS (SELECT 1 FROM waits WHERE job = ? AND NOT either)""", seq)
+        return bool(self.execute(RETRY, now, now, now, now, seq))
 
     def delete(self, seq: int) -> bool:
         """Forget a job that is not running, and that no other waits for."""
         done = self.execute(
             """DELETE FROM jobs WHERE seq = ? AND state <> 'processing' AND NOT EXISTS (
                 SELECT 1 FROM waits JOIN jobs AS waiting ON waiting.seq = waits.job
-                WHERE awaited = jobs.seq AND waiting.state <> 'dead')""", seq)
+                WHERE awaited = jobs.seq AND waiting.state IN ('pending', 'processing', 'failed'))""", seq)
         if done:
             self.execute("DELETE " + RUNS_OF_JOB, seq, seq)
         return bool(done)
 
-    def purge(self, state: str, before: int) -> int:
-        """Forget all jobs in `state` not changed since the time `before`; how many.
+    def change_each(self, looked: tuple[Any, Any], change: Callable[[Row], Any],
+                    newest_first: bool = False) -> Any:
+        """Call `change` with each job that is as it was when `look` saw it; the seqs it changed.
 
-        In small transactions of its own. The jobs of a `run` under way are spared.
+        In transactions of SLICE each, so that nobody waits long for the mutex. A job is left out
+        if anybody else has changed it, or if `change` returns nothing.
         """
-        last, total, spared = NEVER, 0, self.queues_of_runs()
-        while last:
-            last, count = self.forget_some(state, before, last, spared)
-            total += count
-        return total
-
-    def forget_some(self, state: str, before: int, last: int,
-                    spared: Iterable[str]) -> tuple[int, int]:
-        """Of the next jobs in `state` below seq `last`, forget those unchanged since `before`.
-
-        Returns the seq that was reached (0: there are no more), and how many were forgotten. Jobs
-        of the queues `spared` are not. The newest go first: what waits before what it waits for.
-        The mutex is taken only if there is anything to forget.
-        """
-        rows = self.rows(
-            """SELECT seq, queue, updated_at FROM jobs WHERE state = ? AND seq < ?
-                ORDER BY seq DESC LIMIT 500""", state, last)
-        if not rows:
-            return 0, 0
-        old = [seq for seq, queue, changed in rows if changed <= before and queue not in spared]
-        count = 0
-        if old:
-            still_so = "SELECT 1 FROM jobs WHERE seq = ? AND state = ? AND updated_at <= ?"
+        from array import array
+        done, places = array("q"), range(len(looked[0]))
+        left = iter(places[::-1] if newest_first else places)
+        place = next(left, None)
+        while place is not None:
             with self.transaction():
-                count = sum(self.delete(seq) for seq in old
-                            if self.value(still_so, seq, state, before))
-        return rows[-1][0], count
+                end = time.monotonic() + SLICE
+                while place is not None:
+                    job = self.first(SELECT_JOBS + "WHERE seq = ? AND updated_at = ?",
+                                     looked[0][place], looked[1][place])
+                    if job and change(job):
+                        done.append(job["seq"])
+                    place = next(left, None)
+                    if time.monotonic() >= end:
+                        break
+            time.sleep(BREATH)
+        return done
+
+    def forget_some(self, selection: Selection, last: int,
+                    spared: Iterable[str] = ()) -> tuple[int, int]:
+        """Forget selected jobs of one state below seq `last`, the newest first, for SLICE at most.
+
+        Returns the seq that was reached (0: there are no more), and how many were forgotten: what
+        waits goes before what it waits for. Jobs of the queues `spared` are not, nor those that
+        others changed meanwhile. The mutex is taken only if there is anything to forget.
+        """
+        state = selection.states[0]
+        reached = self.value(
+            """SELECT seq FROM jobs WHERE state = ? AND seq < ?
+                ORDER BY seq DESC LIMIT 1 OFFSET 2000""", state, last) or 0
+        terms, values = terms_of(selection)
+        found = self.rows(
+            "SELECT seq, queue, updated_at FROM jobs WHERE seq < ? AND seq >= ?%s ORDER BY seq DESC"
+            % terms, last, reached, *values)
+        old = [(seq, changed) for seq, queue, changed in found if queue not in spared]
+        if not old:
+            return reached, 0
+        count, still_so = 0, "SELECT 1 FROM jobs WHERE seq = ? AND state = ? AND updated_at = ?"
+        with self.transaction():
+            end = time.monotonic() + SLICE
+            for seq, changed in old:
+                if self.value(still_so, seq, state, changed):
+                    count += self.delete(seq)
+                if time.monotonic() >= end:
+                    return seq, count
+        return reached, count
 
 
 def open_trusted(db: str, file: tuple[int, int] | None = None,
@@ -4325,7 +4695,11 @@ def put_in_place(backup: str, db: str) -> str:
         os.close(mutex)
 
 
-# ═══ Runner ═══ one run of one job ═══════════════════════════════════════════════════════════
+# ═══ Runner ═══ one run's processes: start, bound and end them ═══════════════════════════════
+#
+# When a run has to end (time-out, cancel, stop) its worker decides: Worker, class Attending. How
+# its processes are found and ended, and how its output is bounded, stands here; the signals and
+# system calls are Platform's.
 
 if TYPE_CHECKING:
     Pause = Callable[[float], object]  # sleeps up to so many seconds
@@ -4390,7 +4764,7 @@ def end_processes(members: Callable[[], Living], grace: float, pause: Pause,
 
 
 # Where the jobs of a context run: their folder, umask, and environment in native form.
-Surroundings = namedtuple("Surroundings", "cwd umask env")
+JobEnvironment = namedtuple("JobEnvironment", "cwd umask env")
 
 
 def native_items(texts: dict[str, str]) -> Env:
@@ -4400,7 +4774,7 @@ def native_items(texts: dict[str, str]) -> Env:
 class Run:
     """One run of a claimed job: its shell, its deadline, its output, its end."""
 
-    def __init__(self, job: Job, worker: str, slot: Slot, limit: int):
+    def __init__(self, job: Job, worker: str, slot: OutputFiles, limit: int):
         """`slot` is open and takes its output, of which up to `limit` bytes a stream are kept."""
         self.job, self.worker, self.slot, self.limit = job, worker, slot, limit
         self.name = run_name(worker, job.seq, job.runs)
@@ -4410,14 +4784,14 @@ class Run:
         self.short = False  # whether it could not start because the machine has no room for it
         self.exit_code: int | None = None
         self.began = time.monotonic()
-        self.deadline = self.began + (job.timeout_seconds or FOREVER)
+        self.set_timeout(job.timeout_seconds)
         self.printed = 0
         self.look_every = SHORTEST_LOOK
         self.next_look = self.began + SHORTEST_LOOK
 
-    def start(self, surroundings: Surroundings, db: str) -> str:
-        """Start the command in its surroundings; why it could not, or ""."""
-        cwd, umask, env = surroundings
+    def start(self, environment: JobEnvironment, db: str) -> str:
+        """Start the command in its environment; why it could not, or ""."""
+        cwd, umask, env = environment
         env = {**env, **self._variables(db)}
         try:
             first = system.ticks()
@@ -4437,8 +4811,13 @@ class Run:
         values = job.id, job.attempts, job.max_retries, job.queue, db
         given = dict(zip(JOB_VARIABLES, map(str, values)))
         given.update(json.loads(job.env or "{}"))  # a hook's tells of the job that has ended
-        given["QUEUECTL_RUN"] = self.name
+        given.update(QUEUECTL_RUN=self.name, QUEUECTL_SLOT=str(job.place))
         return native_items(given)
+
+    def set_timeout(self, seconds: float | None) -> None:
+        """End it so many seconds after its start; None: it may take as long as it likes."""
+        self.timeout = seconds
+        self.deadline = self.began + (seconds or FOREVER)
 
     def has_ended(self) -> bool:
         """Whether the shell has ended; `exit_code` (negative: its signal) is known from then on."""
@@ -4485,18 +4864,18 @@ class Run:
         if not system.childless:
             self.end(grace, pause)
 
-    def result(self, ending: str, error: str | None = None) -> Ended:
+    def result(self, ending: str, error: str | None = None) -> RunResult:
         """What there is to record; the reason of a failure ends with the last line of stderr."""
         stdout, stderr = self.slot.read(self.limit)
         why = last_line(stderr) if error else ""
         if why:
             error = "%s: %s" % (error, why)
         code = None if ending == STOPPED else self.exit_code
-        return Ended(self.job, ending, code, error, now_millis(),
+        return RunResult(self.job, ending, code, error, now_millis(),
                      time.monotonic() - self.began, stdout, stderr, self.worker)
 
 
-# ═══ Worker ═══ claim, run, record; recovery of what dead workers held ═══════════════════════
+# ═══ Worker ═══ claim, run, record; when a run must end; recovery after dead workers ═════════
 #
 # What a worker does for a job, and in which order. All the time it holds its life lock, from the
 # transaction that registers it until its process has ended: the others ask that lock if it lives.
@@ -4590,7 +4969,7 @@ class LostRun:
         """`row` is one of `store.lost_jobs()`."""
         self.store, self.row, self.worker = store, row, row["worker"]
         self.job = job = Job._make(row[field] for field in Job._fields)
-        self.slot = Slot(store.path, self.worker, row["slot"])
+        self.slot = OutputFiles(store.path, self.worker, row["slot"])
         self.stopping = False
         self.own = store.is_own(self.worker)
         if not self.own:
@@ -4609,7 +4988,7 @@ class LostRun:
         `tell` and `pool` are as for `recover`.
         """
         job, settings = self.job, self.store.settings()
-        checkpoint("recovering")
+        test_point("recovering")
         # Whoever cancels a job of the original doesn't wait for its run there to end.
         given_up = self.row["cancel"] and not self.own
         if not given_up and self.orphans():
@@ -4624,7 +5003,7 @@ class LostRun:
                 state, _ = self.store.record(result, retry_at, pools, settings)
         finally:
             self.slot.close()  # kept by mistake it would keep the job from ever being given back
-        checkpoint("recovered")
+        test_point("recovered")
         self.store.sync()  # before the output is thrown away
         if not given_up:
             self.slot.remove()
@@ -4633,7 +5012,7 @@ class LostRun:
                 job.id, self.worker, job.attempts, max(1, job.max_retries), state))
         return bool(state)
 
-    def _result(self, limit: int) -> Ended:
+    def _result(self, limit: int) -> RunResult:
         """What there is to record."""
         stdout, stderr = b"", b""
         if self.slot.fds:
@@ -4648,7 +5027,7 @@ class LostRun:
             ending = STOPPED
             error = "ended with its worker while the pool was stopping, to be run again"
         seconds = max(0, now - self.job.started_at) / 1000
-        return Ended(self.job, ending, None, error, now, seconds,
+        return RunResult(self.job, ending, None, error, now, seconds,
                      stdout, stderr, self.worker)
 
 
@@ -4722,7 +5101,8 @@ def _sweep_on(store: Store, keep: dict[str, float],
         last = place.pop(state)
         if state in keep:  # else it was unset meanwhile
             before = to_millis(time.time() - keep[state])
-            last, _ = store.forget_some(state, before, last, spared)
+            chosen = Selection(states=(state,), before=before)
+            last, _ = store.forget_some(chosen, last, spared)
             if last:
                 place = {state: last, **place}
         if time.monotonic() >= end:
@@ -4774,8 +5154,10 @@ def sweep(store: Store, settings: dict[str, Any]) -> None:
     under a lock. The longer jobs are kept, the longer it rests between two rounds: a hundredth of
     that. Raises QueueError, OSError or ValueError if it can't be done now.
     """
-    keep = {state: max(YOUNGEST_SWEPT, settings["keep_" + state]) for state in ENDED
-            if settings["keep_" + state] is not None}
+    times = {DEAD: settings["keep_dead"]}
+    times[COMPLETED] = times[CANCELLED] = settings["keep_completed"]
+    keep = {state: max(YOUNGEST_SWEPT, seconds) for state, seconds in times.items()
+            if seconds is not None}
     if not keep:
         return
     file = open_private(os.path.join(folder_path(store.path), "sweep.lock"), os.O_RDWR)
@@ -4802,8 +5184,8 @@ def take_life(db: str, name: str) -> int:
         raise
 
 
-Order = namedtuple("Order", "db file pool number queues drain limited run supervisor fds")
-Order.__doc__ = """What the supervisor tells a worker: the database, which file that was, its pool,
+WorkerConfig = namedtuple("WorkerConfig", "db file pool number queues drain limited run supervisor fds")
+WorkerConfig.__doc__ = """What the supervisor tells a worker: the database, which file that was, its pool,
 its number there, the queues it serves (none: all), whether to drain, whether --max-jobs was given,
 whether it serves a `run`, the supervisor's process id, and the descriptors it inherits but must
 not keep."""
@@ -4819,11 +5201,11 @@ def signal_name(number: int) -> str:
 class Records:
     """What a worker knows; how it tells, commits, and has the disk keep what it has recorded.
 
-    A worker has four layers: on this one rest Turns (between two runs), on them Runs (one run),
+    A worker has four layers: on this one rest Turns (between two runs), on them Attending (one run),
     on them Worker (its life).
     """
 
-    def __init__(self, order: Order):
+    def __init__(self, order: WorkerConfig):
         self.order, self.db, self.pool = order, order.db, order.pool
         self.name = "%s-%d" % (order.pool, order.number)
         self.queues = (*order.queues, HOOK_QUEUE) if order.queues else ()
@@ -4851,11 +5233,11 @@ class Records:
         self.retry_at: int | None = None  # of the run that was recorded last
         # Where output goes.
         self.slots = 0  # how many there were
-        self.spare: list[Slot] = []
-        self.next_slot: Slot | None = None  # whose token is held for the next run
-        self.running: Slot
-        self.used: list[tuple[Slot, bool]] = []  # of unsynced records, and whether they printed
-        self.surroundings: dict[int, Surroundings] = {}  # by the key of their context
+        self.spare: list[OutputFiles] = []
+        self.next_slot: OutputFiles | None = None  # whose token is held for the next run
+        self.running: OutputFiles
+        self.used: list[tuple[OutputFiles, bool]] = []  # of unsynced records, and whether they printed
+        self.environment: dict[int, JobEnvironment] = {}  # by the key of their context
 
     # What it says.
 
@@ -4955,18 +5337,18 @@ class Records:
 class Turns(Records):
     """Between two runs: the last one is recorded and the next job claimed, in one commit."""
 
-    def record_and_claim(self, result: Ended | None) -> Job | None:
+    def record_and_claim(self, result: RunResult | None) -> Job | None:
         """Record how the last run ended (None: there was none) and claim the next job, if any.
 
         Raises Unavailable or OSError as `commit` does.
         """
-        checkpoint("before turn")
+        test_point("before turn")
         if self.next_slot is None:
             self.next_slot = self._open_slot()
         slot = self.next_slot
         holding = result.job.id if result else ""
         state, freed, job = self.commit(lambda: self._record_and_claim(result), holding)
-        checkpoint("recorded")
+        test_point("recorded")
         self.unsynced = True
         if result:
             self.used.append((self.running, bool(result.stdout or result.stderr)))
@@ -4974,6 +5356,8 @@ class Turns(Records):
             limited = result.job.queue in self.limited and not self.order.run
             if freed or limited or state == FAILED:
                 ring_all(self.db)  # another may take what waited for it, its place or retry
+            if self.store.unsettled:
+                self._settle()
         if slot is None:
             self.sync_records()
             self.bell.wait(1.0)
@@ -4981,12 +5365,19 @@ class Turns(Records):
             self.running, self.next_slot = slot, None
         return job  # type: ignore[no-any-return]
 
-    def _record_and_claim(self, result: Ended | None) -> tuple[str, bool, Job | None]:
+    def _settle(self) -> None:
+        """Let all end that the last job takes along; if that can't be now, the mark has it done."""
+        try:
+            self.store.settle(now_millis())
+        except Unavailable as error:
+            self.tell_trouble(str(error))
+
+    def _record_and_claim(self, result: RunResult | None) -> tuple[str, bool, Job | None]:
         """In the transaction: the recorded job's new state, if others can start now, and a job."""
         state, freed, job = "", False, None
         if self.clock_was_set_back():
             self.start_delays_anew()
-        epoch, due = self.store.pulse()
+        epoch, due, _ = self.store.pulse()
         self.follow(epoch)
         settings, pools = self.settings, [self.pool]
         if result:
@@ -5008,7 +5399,7 @@ class Turns(Records):
         pool = self.pool if self.order.limited else ""
         job = self.store.claim(self.name, slot, self.queues, due,
                                now_millis(), pool)
-        if job and job.context not in self.surroundings:
+        if job and job.context not in self.environment:
             self._look_around(job.context)
         return job
 
@@ -5019,15 +5410,15 @@ class Turns(Records):
         if environ:
             env = native_items(json.loads(environ))
         env[system.native("PATH")] = system.native(path)
-        if len(self.surroundings) > 100:
-            self.surroundings.clear()
-        self.surroundings[context] = Surroundings(cwd, umask, env)
+        if len(self.environment) > 100:
+            self.environment.clear()
+        self.environment[context] = JobEnvironment(cwd, umask, env)
 
-    def _open_slot(self) -> Slot | None:
+    def _open_slot(self) -> OutputFiles | None:
         """A slot with its token in hand; None if there is no room for one, and so for no run."""
         while True:
             if not self.spare:
-                self.spare.append(Slot(self.db, self.name, self.slots))
+                self.spare.append(OutputFiles(self.db, self.name, self.slots))
                 self.slots += 1
             slot = self.spare[0]
             try:
@@ -5054,7 +5445,7 @@ class Turns(Records):
         """In a transaction, after the clock was set back: what it had put off is due."""
         self.store.make_ready_after_clock_step(now_millis())
 
-    def _tell_end(self, result: Ended, state: str) -> None:
+    def _tell_end(self, result: RunResult, state: str) -> None:
         if self.order.run:
             return
         outcome = {"": "was recorded as lost by another process: ", FAILED: "failed",
@@ -5067,26 +5458,26 @@ class Turns(Records):
         self.say(line)
 
 
-class Runs(Turns):
-    """One run of a claimed job: start it, wait for it, end it if need be, judge it."""
+class Attending(Turns):
+    """One run of a claimed job: start it, wait for it, decide when it must end, judge it."""
 
-    def execute(self, job: Job) -> Ended:
+    def execute(self, job: Job) -> RunResult:
         """Run a claimed job to its end, whatever that is."""
         run = Run(job, self.name, self.running, self.settings["max_output_bytes"])
-        checkpoint("claimed")
+        test_point("claimed")
         if job.chained:  # what it waited for is perhaps another's record, and not on disk yet
             self.unsynced = True
             self.sync_records()
         if self.sync_failed:
             return self._put_off(run, "can't start: the disk can't be synced")
-        problem = run.start(self.surroundings[job.context], self.db)
+        problem = run.start(self.environment[job.context], self.db)
         note_run(self.life, RunNote(self.place, job.seq, job.runs,
                                     *run.leader))
         if run.short:
             return self._put_off(run, problem)
         self.shortages = 0
         self._tell_start(run)
-        checkpoint("spawned")
+        test_point("spawned")
         if len(self.used) >= SHARED_SYNC:
             self.sync_records()
         if problem:
@@ -5100,7 +5491,7 @@ class Runs(Turns):
                 job.id, run.pid or "none", job.attempts, max(1, job.max_retries),
                 shorten(clean(job.command), 100)))
 
-    def _put_off(self, run: Run, problem: str) -> Ended:
+    def _put_off(self, run: Run, problem: str) -> RunResult:
         """Give back a job for which the machine has no room now, and claim none for a while."""
         pause = min(LONGEST_REST, 2.0 ** self.shortages)
         self.shortages += 1
@@ -5109,7 +5500,7 @@ class Runs(Turns):
                           % (run.job.id, problem, show_duration(pause)))
         return run.result(UNSTARTED, problem)
 
-    def _attend(self, run: Run) -> Ended:
+    def _attend(self, run: Run) -> RunResult:
         """Sleep until the run ends, or until there is a reason to end it."""
         while True:
             self.bell.wait(min(run.patience(), self._sync_wait()))
@@ -5132,9 +5523,9 @@ class Runs(Turns):
     def _interruption(self, run: Run) -> tuple[str, str]:
         """Why a run must end now, as its ending and the reason, or two empty strings."""
         if time.monotonic() >= run.deadline:
-            return FAILED, "timed out after %ss" % show_number(run.job.timeout_seconds)
+            return FAILED, "timed out after %ss" % show_number(run.timeout or 0)
         try:
-            if self._was_cancelled(run.job):
+            if self._was_cancelled(run):
                 return CANCELLED, "cancelled"
         except (QueueError, OSError):
             pass  # the run goes on; what is wrong with the database shows when it is recorded
@@ -5142,17 +5533,19 @@ class Runs(Turns):
             return STOPPED, "ended with its worker, to be run again"
         return "", ""
 
-    def _was_cancelled(self, job: Job) -> bool:
-        """Look at what others have committed, if anything: orders, settings, and a cancellation."""
+    def _was_cancelled(self, run: Run) -> bool:
+        """Look at what others have committed, if anything: orders, settings, an end, a time-out."""
         seen = self.store.changed()
         if seen == self.seen:
             return False
         self.seen = seen
         self.follow(self.store.pulse()[0])
         self.sync_records()
-        return self.store.is_cancelled(job.seq)
+        cancelled, timeout = self.store.orders_of(run.job.seq)
+        run.set_timeout(timeout)
+        return cancelled
 
-    def _judge(self, run: Run) -> Ended:
+    def _judge(self, run: Run) -> RunResult:
         """What the end of its shell means for a run."""
         code = run.exit_code or 0
         if code == 0 and not run.lost:
@@ -5184,7 +5577,7 @@ class Runs(Turns):
         return self.leave > 0
 
 
-class Worker(Runs):
+class Worker(Attending):
     """Claims jobs and runs them, one at a time, until it is told to stop.
 
     Signal handlers only set flags and ring the bell; the loops look at the flags.
@@ -5248,7 +5641,7 @@ class Worker(Runs):
             note_trouble(self.life, "")  # which takes the space for all notes
             self.bell = make_bell(bell_path(self.db, self.name))
             self.bell.hear_signals()
-        checkpoint("being born")
+        test_point("being born")
         self.store.add_worker(self.name, self.pool, now_millis())
 
     def _sync_at_last(self) -> None:
@@ -5310,8 +5703,10 @@ class Worker(Runs):
         """
         if not self.sync_failed and time.monotonic() >= self.rest_until:
             try:
-                epoch, self.next_due = self.store.pulse()
+                epoch, self.next_due, unsettled = self.store.pulse()
                 self.follow(epoch)
+                if unsettled and self.store.settle(now_millis()):
+                    ring_all(self.db)
                 ready = self.store.ready(self.queues, self.next_due, now_millis())
                 return ready and not self.leave and not self._used_up()
             except Unavailable:
@@ -5327,7 +5722,8 @@ class Worker(Runs):
         try:
             if self.order.run:
                 queue = self.order.queues[0]
-                return not self.store.count(UNFINISHED, queue) and not self.store.hooks_left(queue)
+                left = self.store.count(Selection(UNFINISHED, (queue,)))
+                return not left and not self.store.hooks_left(queue)
             if self._used_up():
                 return True
             return self.order.drain and self.store.drained(self.queues, now_millis())
@@ -5405,7 +5801,7 @@ def _exit_code(worker: Worker) -> int:
         return EXIT_BUG
 
 
-def worker_main(order: Order) -> NoReturn:
+def worker_main(order: WorkerConfig) -> NoReturn:
     """What a worker process does from its first instruction on."""
     for fd in order.fds:
         os.close(fd)
@@ -5425,7 +5821,7 @@ def worker_main(order: Order) -> NoReturn:
     sys.exit(code)
 
 
-# ═══ Console ═══ what is printed, where, how wide, and with nothing that acts on a terminal ═══
+# ═══ Console ═══ what is printed: where, how wide, with what escaped ═════════════════════════
 
 def mute(stream: int) -> None:
     """Drop what goes to a standard stream from now on: after a failed write Python fails again."""
@@ -5703,12 +6099,12 @@ class Pool:
         self.workers[process] = time.monotonic()
         self.bell.watch(process.sentinel)
 
-    def _order(self) -> Order:
+    def _order(self) -> WorkerConfig:
         """What the next worker is told."""
         inherited = [self.life, self.bell.fd, self.bell.write_end]
         if system.start_method != "fork":
             inherited = []
-        return Order(
+        return WorkerConfig(
             self.db, self.file, self.name, self.number, self.queues, self.drain,
             limited=self.max_jobs is not None, run=self.batch is not None,
             supervisor=os.getpid(), fds=[fd for fd in inherited if fd >= 0])
@@ -5833,7 +6229,8 @@ def job_json(job: Row) -> Row:
     job = {**job, "retry_after": None, "dead_on": [], **policy}
     shown = with_times({name: job[name] for name in FIELDS})
     shown["env"] = json.loads(job["env"] or "{}")
-    shown["after"] = job["after"].split(",") if job["after"] else []
+    for name in ("after", "after_any"):
+        shown[name] = job[name].split(",") if job[name] else []
     return shown
 
 
@@ -5867,10 +6264,10 @@ def job_row(job: Row, now: int) -> tuple[str, ...]:
     """A job's line in `list`."""
     if job["state"] == PROCESSING:
         when = "for " + span(job["started_at"], now)
-    elif job["state"] == PENDING and job["after"]:
-        when = "after " + job["after"]
-    elif job["next_retry_at"] or (job["run_at"] or now) > now:
-        when = "in " + span(now, job["next_retry_at"] or job["run_at"])
+    elif job["state"] == PENDING and not job["ready"] and job["due"] is None:
+        when = "after " + ",".join(filter(None, (job["after"], job["after_any"])))
+    elif job["state"] in WAITING and (job["due"] or now) > now:
+        when = "in " + span(now, job["due"])
     else:
         when = span(job["updated_at"], now) + " ago"
     tries = "%d/%d" % (job["attempts"], max(1, job["max_retries"]))
@@ -5899,7 +6296,7 @@ def job_lines(job: Row) -> list[str]:
     """Everything about a job, a field a line, without those that say nothing."""
     shown = job_json(job)
     shown["env"] = " ".join("%s=%s" % pair for pair in shown["env"].items())
-    for name in ("after", "dead_on"):
+    for name in ("after", "after_any", "dead_on"):
         shown[name] = ", ".join(map(str, shown[name]))
     return ["%-16s %s" % (name, value) for name, value in shown.items()
             if value not in (None, "")]
@@ -5919,9 +6316,9 @@ def _hold_up_lines(status: Row) -> Iterator[str]:
     """What keeps jobs from running, and what to do."""
     if status["all_paused"]:
         yield "Paused: all queues; `queuectl queue resume` lets their jobs start."
-    elif status["paused"]:
-        yield ("Paused: %s; `queuectl queue resume` lets their jobs start."
-               % ", ".join(status["paused"]))
+    own = status["paused"] if not status["all_paused"] else []
+    for name in own[:5]:
+        yield "Paused: %s; `queuectl queue resume %s` lets its jobs start." % (name, name)
     for trouble in status["troubles"][:5]:
         yield "Held up: %s" % trouble
     if status["lost"]:
@@ -5941,7 +6338,8 @@ def status_lines(status: Row, workers: Sequence[Row], now: int, width: int,
     `now` is in milliseconds, `width` in columns (0: as many as it takes).
     """
     jobs, oldest, upcoming = status["jobs"], status["oldest_waiting"], status["next"]
-    lines = ["%-11s %d" % (state + ":", jobs[state]) for state in STATES]
+    lines = ["%-11s %d" % (state + ":", jobs[state]) for state in STATES
+             if jobs[state] or state != CANCELLED]
     lines.append("%-11s %d" % ("Workers:", status["workers"]))
     if rate:
         lines.append("%-11s %s" % ("Rate:", rate))
@@ -5970,7 +6368,7 @@ def progress_text(name: str, part: Any, rate: float | None,
                   time_left: float | None) -> str:
     """How a `run` goes, in a line: done, dead, running, waiting for a retry, rate and time left."""
     words = ["%s: %d of %d done" % (name, part.completed, part.total)]
-    counts = [(part.dead, "dead"), (part.processing, "running"),
+    counts = [(part.dead, "dead"), (part.cancelled, "cancelled"), (part.processing, "running"),
               (part.failed, "to be tried again")]
     words += ["%d %s" % pair for pair in counts if pair[0]]
     if rate:
@@ -5985,8 +6383,10 @@ def progress_text(name: str, part: Any, rate: float | None,
 def summary_lines(name: str, part: Any, seconds: float,
                   died: Sequence[Row]) -> list[str]:
     """What has become of a `run`: counts, the dead with the reason, and what to do next."""
-    gone = part.total - part.left - part.completed - part.dead
-    counts = (part.dead, "dead"), (part.left, "left"), (gone, "deleted meanwhile")
+    gone = part.total - part.left - part.completed - part.dead - part.cancelled
+    counts = (
+        (part.dead, "dead"), (part.cancelled, "cancelled"), (part.left, "left"),
+        (gone, "deleted meanwhile"))
     others = "".join(", %d %s" % pair for pair in counts if pair[0] > 0)
     lines = ["%s: %d of %d completed%s in %s" % (
         name, part.completed, part.total, others, show_duration(seconds))]
@@ -6031,7 +6431,7 @@ def prometheus_lines(queues: Sequence[Row], workers: int, oldest: Row | None,
     return lines
 
 
-# ═══ Commands ═══ what a user types, each beside its options ═════════════════════════════════
+# ═══ Commands ═══ what a user types, each beside its options: reading, changing, working, setup ═
 
 Command = namedtuple("Command", "name run summary options examples writes")
 COMMANDS: dict[str, Command] = {}
@@ -6112,6 +6512,58 @@ BY_ID = "the job's id, or a unique part of its beginning"
 ID, IDS = option("id ID", BY_ID), option("ids ID", BY_ID, nargs="+")
 LIMIT = option("--limit N", "the newest N (50; with --json all)", type=whole("--limit", 10**9))
 ALL = option("--all", "all of them")
+
+
+def join_words(words: Sequence[str]) -> str:
+    """A command line that a shell reads as exactly these words."""
+    if WINDOWS:
+        import subprocess
+        return subprocess.list2cmdline(words)
+    import shlex
+    return shlex.join(words)
+
+
+def given_of(args: Any) -> Row:
+    """The fields of a job that were given as options."""
+    return {name: value for name, value in vars(args).items()
+            if ALIASES.get(name, name) in GIVEN_FIELDS and value is not None}
+
+
+def _variable(entry: str) -> tuple[str, str]:
+    """The name and value that `--env NAME[=VALUE]` stands for."""
+    name, equals, value = entry.partition("=")
+    if not equals and name not in os.environ:
+        raise UsageError("--env %s: there is no such variable here; use --env NAME=VALUE"
+                         % quoted(name))
+    return name, value if equals else os.environ[name]
+
+
+def given_options(args: Any) -> Row:
+    """The fields of a new job that stand on the command line as options."""
+    options = given_of(args)
+    for name in ("after", "after_any", "dead_on"):
+        if name in options:
+            options[name] = ",".join(options[name])
+    if "env" in options:
+        options["env"] = dict(map(_variable, options["env"]))
+    return options
+
+
+def as_utf8(text: str) -> str:
+    """Text from the system as it is meant, also where the locale does not know UTF-8 (LC_ALL=C)."""
+    return text if text.isascii() else os.fsencode(text).decode("utf-8", "surrogateescape")
+
+
+def _folder(given: str | None) -> str:
+    """The folder that a job is to run in, as an absolute path; by default this one."""
+    try:
+        here = check_text("the name of the folder you are in", as_utf8(os.getcwd()))
+    except OSError:
+        raise UsageError("the folder you are in is gone; cd to another") from None
+    folder = here if given is None else os.path.join(here, given)
+    if given == "" or not os.path.isdir(system.native(folder)):
+        raise UsageError("cwd %s is not a folder" % quoted(given, 200))
+    return folder
 
 
 # ─── reading: what changes nothing ────────────────────────────────────────────────────────────
@@ -6240,49 +6692,177 @@ def cmd_status(args: Any) -> None:
     emit_json(status)
 
 
-def _list(args: Any, states: Sequence[str], queue: str | None,
-          head: Sequence[str], row: Callable[..., Any]) -> None:
-    """Show jobs: all as a stream of JSON, or the newest as a table with a `row` for each."""
+def names_of_states(text: str) -> list[str]:
+    """The states that `--state` names."""
+    names = text.split(",")
+    for name in names:
+        if name not in STATES:
+            raise UsageError("there is no state %s%s; states are %s"
+                             % (quoted(name), nearest(name, STATES), ", ".join(STATES)))
+    return names
+
+
+def names_of_queues(text: str) -> list[str]:
+    """The queues that `--queue` names."""
+    return [check_name("--queue", name) for name in text.split(",")]
+
+
+def time_named(text: str) -> int:
+    """The time that `--since` or `--before` names, in ISO 8601 or as how long ago it is."""
+    if re.match(r"\d{4}-|now", text):
+        return parse_time(text, now_millis(), "the time")
+    if re.fullmatch(_NUMBER, text):
+        raise UsageError("%s needs a unit, such as %sd or %sh" % (text, text, text))
+    return now_millis() - to_millis(checked("delay", text, "how long ago"))
+
+
+# How jobs are selected, the same for all commands that take ids.
+STATE = option("--state STATE[,STATE]", "in these states",
+               action="append", default=[], type=names_of_states)
+QUEUE = option("--queue QUEUE[,QUEUE]", "of these queues",
+               action="append", default=[], type=names_of_queues)
+OTHER_TERMS = (
+    option("--grep TEXT", "with this in the command or id"),
+    option("--error TEXT", "with this in the last error"),
+    option("--since TIME", "ended, or last changed, after this: a time, or 2h for two hours ago",
+           type=time_named),
+    option("--before --older-than TIME", "the same, before this", type=time_named),
+)
+TERMS = (STATE, QUEUE, *OTHER_TERMS)
+
+
+def selection_of(args: Any, usual: Names = ()) -> Selection:
+    """The jobs that the options of a command select; `usual` are the states if they name none."""
+    states = [name for names in args.state for name in names]
+    queues = [name for names in getattr(args, "queue", None) or [] for name in names]
+    return Selection(tuple(states or usual), tuple(queues),
+                     args.grep or None, args.error or None, args.since, args.before)
+
+
+def _list(args: Any, selection: Selection, head: Sequence[str],
+          row: Callable[[Row, int], Sequence[str]], last_to_die: bool = False) -> None:
+    """Show jobs: all as a stream of JSON, or the newest as a table."""
+    store = args.store
     if args.all and args.limit:
         raise UsageError("--all and --limit contradict each other")
     jobs: Iterable[Row]
+    limit = args.limit or 50
     if args.all or (args.json and not args.limit):
-        jobs = args.store.jobs(states, queue)
+        limit = NEVER
+    if last_to_die:
+        jobs = store.last_to_die(selection, limit)
+    elif limit == NEVER:
+        jobs = store.jobs(selection)
     else:
-        jobs = args.store.newest(states, queue, args.limit or 50)
+        jobs = store.newest(selection, limit)
     if args.json:
         emit_list(map(job_json, jobs))
         return
     now = now_millis()
     rows = [row(job, now) for job in jobs]
     emit_table(head, rows)
-    total = args.store.count(states, queue)
-    if total > len(rows):
+    if len(rows) == limit:
+        left = len(store.look(selection)[0]) - limit
         sys.stdout.flush()
-        complain("the newest %d of %d; --all shows all, --limit N more" % (len(rows), total))
+        if left:
+            complain("the first %d of %d; --all shows all, --limit N more" % (limit, limit + left)
+                     if last_to_die else
+                     "the newest %d of %d; --all shows all, --limit N more" % (limit, limit + left))
 
 
 @subcommand("list", "show jobs, the newest last", """
 queuectl list
-queuectl list --state failed --state dead
+queuectl list --state failed,dead --since 2h
+queuectl list --grep backup --queue night
 queuectl list --json --state pending --state failed | queuectl --db /other/queue.db enqueue --file -
 """,
-    option("--state",
-           "in this state only; repeatable", action="append", default=[], choices=STATES),
-    option("--queue NAME", "of this queue only"), LIMIT, ALL, JSON)
+    *TERMS, LIMIT, ALL, JSON)
 def cmd_list(args: Any) -> None:
-    _list(args, args.state, args.queue, JOB_HEAD, job_row)
+    _list(args, selection_of(args), JOB_HEAD, job_row)
+
+
+def causes_of(jobs: Iterable[Row], find: Callable[[str], Row | None]) -> list[Row]:
+    """Why jobs died, one row a cause, those of most jobs first.
+
+    Causes that differ only in numbers, paths and names are one. A job that was to run after
+    another counts with the cause of that one, which `find` finds by its id.
+    """
+    causes: dict[str, Row] = {}
+    for job in jobs:
+        error, along = job["last_error"] or "no reason", False
+        if error.endswith(TAKEN_ALONG[DEAD]):
+            first = find(error[:-len(TAKEN_ALONG[DEAD])])
+            error, along = (first or job)["last_error"] or error, first is not None
+        key = cause_of(error)
+        cause = causes.setdefault(key, {
+            "cause": key, "count": 0, "after": 0, "since": job["finished_at"], "example": None,
+            "ids": []})
+        cause["after" if along else "count"] += 1
+        cause["since"] = min(cause["since"], job["finished_at"])
+        if not along:
+            cause["example"] = error
+            cause["ids"].append(job["id"])
+    return sorted(causes.values(), key=lambda cause: -cause["count"])
+
+
+def retry_words(store: Store, selection: Selection, cause: Row) -> str:
+    """The command that retries the dead jobs of a cause, and just these."""
+    terms = ["dlq", "retry"]
+    if selection.queues:
+        terms += ["--queue", ",".join(selection.queues)]
+    if selection.grep is not None:
+        terms += ["--grep", selection.grep]
+    for name, moment in (("--since", selection.since), ("--before", selection.before)):
+        if moment is not None:
+            terms += [name, show_time(moment)]
+    parts = [part for part in cause["cause"].split("…") if len(part) > 3]
+    for part in sorted(parts, key=len, reverse=True):
+        same = selection._replace(error=part)
+        if len(store.look(same)[0]) == cause["count"]:
+            return join_words([*terms, "--error", part])
+    return "dlq retry %s" % " ".join(cause["ids"])
+
+
+def _list_causes(args: Any, selection: Selection) -> None:
+    """Show why jobs are dead, a line a cause, each with what retries them."""
+    store, now = args.store, now_millis()
+
+    @lru_cache(1000)
+    def find(name: str) -> Row | None:
+        found: Row | None = store.first(ERROR_OF_DEAD, name)
+        return found
+
+    causes = causes_of(store.jobs(selection), find)
+    for cause in causes:
+        cause["retry"] = CALLED[0] + " " + retry_words(store, selection, cause)
+        del cause["ids"]
+    if args.json:
+        emit_list(dict(cause, since=show_time(cause["since"])) for cause in causes)
+        return
+    for cause in causes:
+        after = " and %d after it" % cause["after"] if cause["after"] else ""
+        emit("%d%s, for %s: %s"
+             % (cause["count"], after, span(cause["since"], now), cause["cause"]))
+        emit("    such as: %s" % shorten(cause["example"] or "", 200))
+        emit("    `%s`" % cause["retry"])
 
 
 @subcommand(
     "dlq list", "show the dead letter queue: jobs that failed too often",
-    "\nqueuectl dlq list\n",
-    LIMIT, ALL, JSON)
+    "\nqueuectl dlq list\nqueuectl dlq list --causes\n",
+    QUEUE, *OTHER_TERMS, LIMIT, ALL, JSON,
+    option("--causes", "one line a cause, with what retries its jobs"))
 def cmd_dlq_list(args: Any) -> None:
-    _list(args, [DEAD], None, DEAD_HEAD, dead_row)
+    args.state = [[DEAD]]
+    selection = selection_of(args)
+    if args.causes:
+        _list_causes(args, selection)
+        return
+    _list(args, selection, DEAD_HEAD, dead_row, True)
     width = terminal_width()
     if width and not args.json:
-        advice = as_called("Next: `queuectl logs ID`, `queuectl dlq retry ID` or --all")
+        advice = as_called("Next: `queuectl dlq list --causes`, `queuectl logs ID`, "
+                           "`queuectl dlq retry ID` or --all")
         emit_text(cut(advice, width) + "\n")
 
 
@@ -6577,22 +7157,25 @@ NEVER_COMPLETED = ("was to run after a job that never was completed and is forgo
                    "enqueue it anew")
 
 
-def why_dead(store: Store, job: Row, now: int) -> str:
-    """Why a job is dead, and what to do next."""
-    name, seq = job["id"], job["seq"]
-    died = "it died %s ago: %s; " % (
-        span(job["updated_at"], now), clean(job["last_error"] or "cancelled"))
-    causes = store.dead_causes(seq)
-    revived = [other["id"] for other in store.awaited_by(seq) if other["state"] != DEAD]
+def why_in_vain(store: Store, job: Row, now: int) -> str:
+    """Why a job is dead or cancelled, and what to do next."""
+    name, seq, how = job["id"], job["seq"], "it was cancelled"
+    if job["state"] == DEAD:
+        how = "it died"
+    died = "%s %s ago: %s; " % (how, span(job["updated_at"], now), job["last_error"] or "no reason")
+    causes = store.causes_in_vain(seq)
+    revived = [other["id"] for other in store.awaited_by(seq) if other["state"] not in IN_VAIN]
     if revived and not causes:
-        return died + "%s was retried since; `queuectl dlq retry %s` lets it wait for that" % (
+        return died + "%s was retried since; `queuectl retry %s` lets it wait for that" % (
             ", ".join(revived), name)
     if store.waits_for_gone(seq):
         return died + "it " + NEVER_COMPLETED
     if causes:
-        return died + "`queuectl dlq retry %s --with-dependents` tries all again" % " ".join(causes)
-    return died + ("`queuectl logs %s` shows what it printed, "
-                   "`queuectl dlq retry %s` tries it again" % (name, name))
+        return died + "`queuectl retry %s --with-dependents` tries all again" % " ".join(causes)
+    if not job["runs"]:
+        return died + "`queuectl retry %s` lets it run after all" % name
+    return died + ("`queuectl logs %s` shows what it printed, `queuectl retry %s` tries it again"
+                   % (name, name))
 
 
 @subcommand(
@@ -6606,8 +7189,8 @@ def cmd_why(args: Any) -> None:
         reasons, expected = why_waiting(store, job, now)
     elif state == PROCESSING:
         reasons = [why_running(store, job, now)]
-    elif state == DEAD:
-        reasons = [why_dead(store, job, now)]
+    elif state in IN_VAIN:
+        reasons = [why_in_vain(store, job, now)]
     else:
         reasons = ["it ended well %s ago; `queuectl retry %s` runs it once more"
                    % (span(job["finished_at"], now), name)]
@@ -6636,14 +7219,27 @@ def tell_if_idle(db: str) -> bool:
     return idle
 
 
+def tell_hold_up(store: Store, seq: int) -> bool:
+    """Say what keeps a job from running, if that may take for ever; whether that was said."""
+    if tell_if_idle(store.path):
+        return True
+    job = store.find_by_seq(seq)
+    if job is None or job["state"] not in WAITING or store.awaited_by(seq):
+        return False
+    reasons, expected = why_waiting(store, job, now_millis())
+    if expected is None:
+        complain("%s waits: %s" % (job["id"], reasons[0]))
+    return expected is None
+
+
 def tell_ends(ends: Sequence[tuple[str, str, str | None] | None]) -> int:
     """Tell of jobs that were waited for and are dead or (None) forgotten; the exit code."""
     gone = ends.count(None)
     if gone:
         complain("%s deleted while waited for" % count_of(gone, "job"))
-    for name, _, error in [end for end in ends if end][:5]:
-        complain("%s is dead: %s; `queuectl logs %s` shows what it printed"
-                 % (name, error or "cancelled", name))
+    for name, state, error in [end for end in ends if end][:5]:
+        complain("%s is %s: %s; `queuectl logs %s` shows what it printed"
+                 % (name, state, error or "no reason", name))
     return EXIT_FAILED if ends else EXIT_OK
 
 
@@ -6661,14 +7257,14 @@ def await_jobs(store: Store, seqs: Iterable[int], patience: float) -> int:
         ended = left and left - store.unfinished(min(left), max(left))
         for seq in sorted(ended):
             end = store.end_of(seq)
-            if end is None or end[1] == DEAD:
+            if end is None or end[1] in IN_VAIN:
                 ends.append(end)
         left -= ended
         if not left:
             break
         pause = max(0.02, 4 * (time.monotonic() - began))
         while store.changed() == seen and time.monotonic() < deadline:
-            told = told or tell_if_idle(store.path)
+            told = told or tell_hold_up(store, min(left))
             time.sleep(pause)
         if time.monotonic() >= deadline:
             raise TimedOut("not all jobs have ended after %s; they stay in the queue"
@@ -6686,17 +7282,17 @@ def own_run(db: str) -> tuple[str, int]:
     return "", 0
 
 
-@subcommand("wait", "until jobs are completed or dead; exit 1 if one died", """
+@subcommand("wait", "until jobs have ended; exit 1 if one was not completed", """
 queuectl wait job1 job2 && echo 'both are completed'
-queuectl wait --timeout 1h
+queuectl wait --queue mail --timeout 1h
 """,
-    option("ids ID", "without: all that are unfinished now", nargs="*"),
+    option("ids ID", "without: all selected that are unfinished now", nargs="*"), *TERMS, ALL,
     option("--timeout DURATION", "exit 124 if it takes longer", type=time_limit, default=ENDLESS))
 def cmd_wait(args: Any) -> int:
     store = args.store
     seqs = {store.find(name)["seq"] for name in args.ids}
     if not seqs:
-        seqs = store.unfinished(0, NEVER)
+        seqs = set(store.look(selection_of(args, UNFINISHED))[0])
     seqs.discard(own_run(args.db)[1])  # a job doesn't wait for itself
     return await_jobs(store, seqs, args.timeout)
 
@@ -6793,7 +7389,46 @@ def cmd_doctor(args: Any) -> int:
     return EXIT_FAILED if findings else EXIT_OK
 
 
+# The fields of a job that can be given, and changed later.
+FIELD_OPTIONS = (
+    option("--priority N", "lower runs first (%d)" % SETTINGS["priority"]),
+    option("--run-at TIME", "not before this time: 2026-01-31T10:00:00Z, now+5m"),
+    option("--delay DURATION", "not before this long from now: 90, 500ms, 1h30m"),
+    option("--expires TIME", "cancelled if no run has begun by then"),
+    option("--timeout DURATION", "end a run that takes longer"),
+    option("--max-retries N", "runs before it is dead (%d)" % SETTINGS["max_retries"]),
+    option("--backoff-base N",
+           "seconds between tries: N ** attempts (%d)" % SETTINGS["backoff_base"]),
+    option("--cwd DIR", "the folder it runs in (this one)"),
+    option("--env NAME[=VALUE]", "a variable for the job; without value yours", action="append"),
+    option("--after ID[,ID]", "not before these jobs are completed; repeatable", action="append"),
+    option("--after-any ID[,ID]",
+           "not before these jobs have ended, however; repeatable", action="append"),
+    option("--unique KEY", "refused while a job with this key waits or runs"),
+    option("--retry-after DURATION", "when to try again after exit code 75 (1m)"),
+    option("--dead-on CODE[,CODE]", "exit codes not to be retried; repeatable", action="append"),
+)
+
+
 # ─── changing: the jobs there are ─────────────────────────────────────────────────────────────
+#
+# A command that changes jobs takes their ids, all of them or none, or selects them. A selection is
+# looked at once. Then each job is changed if it still is as it was, a few in each transaction: so
+# what came in or went on meanwhile is not touched, and nobody waits long for the mutex.
+
+Change = namedtuple("Change", "done takes usual advice apply refusal")
+
+SELECTED_IDS = option("ids ID", BY_ID, nargs="*")
+DRY_RUN = option("--dry-run", "only show which jobs it would be")
+YES = option("--yes", "don't ask before more than one is changed")
+CHANGING = (SELECTED_IDS, *TERMS, ALL, DRY_RUN, JSON)
+
+
+def after_change(store: Store) -> None:
+    """Have workers look again, and let end what the changed jobs take along."""
+    store.settle(now_millis())
+    ring_all(store.path)
+
 
 def one_change(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function that changes the queue of its first argument, a Store, one transaction.
@@ -6803,7 +7438,7 @@ def one_change(function: Callable[..., Any]) -> Callable[..., Any]:
     def change(store: Store, *values: Any, **details: Any) -> Any:
         with store.transaction():
             result = function(store, *values, **details)
-        ring_all(store.path)
+        after_change(store)
         return result
     return change
 
@@ -6823,104 +7458,182 @@ def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str],
     return list(jobs.values())
 
 
-def emit_jobs(what: str, jobs: Iterable[Row]) -> None:
-    """Tell of each of these jobs what was done with it."""
-    for job in jobs:
-        emit("%s: %s" % (what, job["id"]))
+def check_choice(args: Any) -> None:
+    """Raise UsageError unless a command was given either ids or a selection."""
+    selected = args.all or selection_of(args) != Selection()
+    if bool(args.ids) == selected:
+        raise UsageError("name jobs by their ids, or select them by --state, --queue, --grep, "
+                         "--error, --since or --before; --all takes all")
 
 
-def _retry_job(store: Store, job: Row, others: Iterable[int]) -> None:
-    """Let a job start afresh; `others` are the seqs of those that do so with it."""
-    name, seq = job["id"], job["seq"]
-    dead = {other["seq"] for other in store.awaited_by(seq) if other["state"] == DEAD}
-    if dead.difference(others):
+def choose(args: Any, change: Change) -> Selection:
+    """The selection of a command, of states that it can take."""
+    selection = selection_of(args, change.usual)
+    unfit = set(selection.states) - set(change.takes)
+    if unfit:
+        raise UsageError("%s: not %s jobs" % (change.advice, ", ".join(sorted(unfit))))
+    return selection
+
+
+def confirm(args: Any, done: str, count: int) -> None:
+    """Ask before many jobs are changed, if somebody is there to answer."""
+    if count < 2 or getattr(args, "yes", True) or not is_terminal(sys.stdin):
+        return
+    system.say("%s: %d jobs. Go on? [y/N] " % (done, count), 2)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise QueueError("nothing was changed")
+
+
+@one_change
+def change_named(store: Store, change: Change, names: Iterable[str]) -> list[Row]:
+    """Change the jobs with these names, all or none."""
+    jobs = find_all(store, names, change.takes, change.advice)
+    left = sorted(jobs, key=lambda job: -job["seq"])
+    while left:  # what waits goes before what it waits for
+        refused = [job for job in left if not change.apply(job)]
+        if len(refused) == len(left):
+            raise QueueError(change.refusal(left[0]))
+        left = refused
+    return jobs
+
+
+def jobs_now(store: Store, seqs: Iterable[int]) -> Iterator[Row]:
+    """These jobs as they are now, without those that are forgotten."""
+    return filter(None, map(store.find_by_seq, seqs))
+
+
+def change_jobs(args: Any, change: Change, newest_first: bool = False) -> list[int]:
+    """Do what a command does to the jobs that were named or selected; the seqs of those changed."""
+    store = args.store
+    if args.ids and not args.dry_run:
+        return [job["seq"] for job in change_named(store, change, args.ids)]
+    if args.ids:
+        found = find_all(store, args.ids, change.takes, change.advice)
+        looked: Any = [job["seq"] for job in found], []
+    else:
+        looked = store.look(choose(args, change))
+    if args.dry_run:
+        return list(looked[0])
+    confirm(args, change.done, len(looked[0]))
+    done = store.change_each(looked, change.apply, newest_first)
+    after_change(store)
+    return done  # type: ignore[no-any-return]
+
+
+def tell_changed(args: Any, change: Change, seqs: Sequence[int]) -> None:
+    """Tell which jobs were changed, or would be."""
+    store, now = args.store, now_millis()
+    if args.json:
+        emit_list(map(job_json, jobs_now(store, seqs)))
+    elif args.dry_run:
+        emit_table(JOB_HEAD, [job_row(job, now) for job in jobs_now(store, seqs[:50])])
+        complain("%s: it would be %s" % (change.done, count_of(len(seqs), "job")))
+    elif args.ids:
+        for job in jobs_now(store, seqs):
+            emit("%s: %s" % (change.done, job["id"]))
+    else:
+        emit("%s: %s" % (change.done, count_of(len(seqs), "job")))
+
+
+# retry
+
+DEPENDENTS = option("--with-dependents", "and the jobs that ended with them, waiting for them")
+
+
+def _refusal_of_retry(store: Store, job: Row) -> str:
+    """Why a job can't start afresh."""
+    name = job["id"]
+    if store.waits_for_gone(job["seq"]):
+        return "%s %s" % (name, NEVER_COMPLETED)
+    return "%s can't be retried: another job with its key %s waits or runs" % (name, job["unique"])
+
+
+def _refuse_dead_causes(store: Store, job: Row, others: Iterable[int]) -> None:
+    """Raise QueueError for a job that would wait for one that ended in vain, and does not start."""
+    seq = job["seq"]
+    if any(other["state"] in IN_VAIN and other["seq"] not in others
+           for other in store.awaited_by(seq)):
         raise QueueError(
-            "%s is to run after dead jobs; `queuectl dlq retry %s --with-dependents` does all"
-            % (name, " ".join(store.dead_causes(seq))))
-    if store.waits_for_gone(seq):
-        raise QueueError("%s %s" % (name, NEVER_COMPLETED))
-    if not store.retry(seq, now_millis()):
-        raise QueueError("%s can't be retried: another job with its key %s waits or runs"
-                         % (name, job["unique"]))
+            "%s is to run after jobs that ended in vain; `queuectl retry %s --with-dependents` "
+            "does all" % (job["id"], " ".join(store.causes_in_vain(seq))))
 
 
-@one_change
-def retry_jobs(store: Store, names: Iterable[str], states: Sequence[str],
-               advice: str, with_dependents: bool) -> tuple[list[Row], int]:
-    """Let ended jobs start afresh: those, and how many that died with them were left dead."""
-    jobs = {job["seq"]: job for job in find_all(store, names, states, advice)}
-    dependents = {seq for first in jobs for seq in store.dead_dependents(first)} - set(jobs)
-    if with_dependents:
-        for seq in sorted(dependents):
-            jobs[seq] = store.find_by_seq(seq) or {}
+def _ended_with(args: Any, takes: Names, advice: str) -> set[int]:
+    """What ended with the jobs that were named, by seq. Raises QueueError if one can't start."""
+    store = args.store
+    jobs = {job["seq"]: job for job in find_all(store, args.ids, takes, advice)}
+    named = set(jobs)
+    dependents = {seq for first in named for seq in store.dependents_in_vain(first)} - named
+    if args.with_dependents:
+        jobs.update((job["seq"], job) for job in jobs_now(store, dependents))
     for job in jobs.values():
-        _retry_job(store, job, jobs)
-    return list(jobs.values()), len(dependents - set(jobs))
+        _refuse_dead_causes(store, job, jobs)
+    return dependents
 
 
-def _retry(args: Any, states: Sequence[str], advice: str) -> None:
-    jobs, left = retry_jobs(args.store, args.ids, states, advice, args.with_dependents)
-    emit_jobs("Queued again", jobs)
+def _retry(args: Any, takes: Names, usual: Names, advice: str) -> None:
+    store = args.store
+    dependents: set[int] = set()
+
+    def apply(job: Row) -> bool:
+        seq, now = job["seq"], now_millis()
+        in_vain = [other for other in store.awaited_by(seq) if other["state"] in IN_VAIN]
+        if store.waits_for_gone(seq) or (in_vain and not args.ids):
+            return False
+        done = store.retry(seq, now)
+        if done and args.with_dependents:
+            dependents.update(other for other in store.dependents_in_vain(seq)
+                              if store.retry(other, now))
+        return bool(done)
+
+    check_choice(args)
+    change = Change("Queued again", takes, usual, advice, apply,
+                    partial(_refusal_of_retry, store))
+    if args.ids:
+        dependents = _ended_with(args, takes, advice)
+    seqs = change_jobs(args, change)
+    if args.with_dependents:
+        seqs = [*seqs, *sorted(dependents.difference(seqs))]
+    elif dependents:
+        complain("not retried: %s that ended with it; --with-dependents takes them too"
+                 % count_of(len(dependents), "job"))
+    tell_changed(args, change, seqs)
+    left = 0
+    if args.all and not args.dry_run:
+        left = store.count(choose(args, change))
     if left:
-        complain("not retried: %s that died with it; --with-dependents takes them too"
-                 % count_of(left, "job"))
+        complain("not retried: %s, for another job with their key waits or runs, or because they "
+                 "were to run after jobs that ended in vain" % count_of(left, "job"))
 
 
-DEPENDENTS = option("--with-dependents", "and the jobs that died with them, waiting for them")
-
-
-@subcommand(
-    "retry", "let ended jobs run again from the start", "\nqueuectl retry job1 job2\n",
-    IDS, DEPENDENTS, writes=True)
+@subcommand("retry", "let ended jobs run again from the start", """
+queuectl retry job1 job2
+queuectl retry --state dead,cancelled --queue mail --since 2h
+""",
+    *CHANGING, DEPENDENTS, writes=True)
 def cmd_retry(args: Any) -> None:
-    _retry(args, ENDED, "only a completed or dead job can be retried")
-
-
-@one_change
-def retry_dead_jobs(store: Store, queue: str | None) -> tuple[int, int]:
-    """Let all dead jobs start afresh, of one queue or of all: how many do, and how many can't."""
-    return store.retry_all_dead(now_millis(), queue), store.count([DEAD], queue)
+    _retry(args, ENDED, IN_VAIN, "only a job that has ended can be retried")
 
 
 @subcommand("dlq retry", "give dead jobs a new start", """
 queuectl dlq retry job1
 queuectl dlq retry --all
-queuectl dlq retry --all --queue run-1
+queuectl dlq retry --error 'Connection refused' --since 6h
 """,
-    option("ids ID", BY_ID, nargs="*"),
-    option("--all", "all dead jobs"), DEPENDENTS,
-    option("--queue NAME", "with --all: of this queue only"), writes=True)
+    SELECTED_IDS, QUEUE, *OTHER_TERMS, ALL, DRY_RUN, JSON, DEPENDENTS, writes=True)
 def cmd_dlq_retry(args: Any) -> None:
-    if args.all == bool(args.ids) or (args.queue and args.ids):
-        raise UsageError("give either ids or --all, which --queue may limit")
-    if args.ids:
-        _retry(args, (DEAD,), "it is not in the dead letter queue")
-        return
-    count, left = retry_dead_jobs(args.store, args.queue)
-    emit("Queued again: %s" % count_of(count, "job"))
-    if left:
-        complain("still dead, for another job with their key waits or runs, or because they wait "
-                 "for such a job: %s" % count_of(left, "job"))
+    args.state = []
+    _retry(args, (DEAD,), (DEAD,), "it is not in the dead letter queue")
 
 
-@one_change
-def cancel_jobs(store: Store, names: Iterable[str]) -> list[Row]:
-    """Take waiting jobs out of the queue, and have the workers end running ones: those jobs."""
-    jobs = find_all(store, names, UNFINISHED, "it has ended already")
-    for job in jobs:
-        if job["state"] == PROCESSING:
-            store.ask_cancel(job["seq"], now_millis())
-        else:
-            store.cancel_waiting(job["seq"], now_millis())
-    return jobs
-
+# cancel
 
 def _await_end(store: Store, job: Row, deadline: float) -> str:
     """The state of a cancelled job as soon as it does not run; for a dead worker do its part."""
     while True:
         current = store.find_by_seq(job["seq"])
         if current is None:
-            return DEAD
+            return CANCELLED
         if current["state"] != PROCESSING or current["runs"] != job["runs"]:
             return str(current["state"])
         if not is_alive(store.path, current["locked_by"]):
@@ -6931,196 +7644,170 @@ def _await_end(store: Store, job: Row, deadline: float) -> str:
         time.sleep(0.02)
 
 
-@subcommand(
-    "cancel", "take waiting jobs out of the queue, end running ones", "\nqueuectl cancel job1\n",
-    IDS, writes=True)
+@subcommand("cancel", "take waiting jobs out of the queue, end running ones", """
+queuectl cancel job1
+queuectl cancel --queue night --state pending
+""",
+    *CHANGING, YES, writes=True)
 def cmd_cancel(args: Any) -> None:
     store = args.store
-    jobs = cancel_jobs(store, args.ids)
+
+    def apply(job: Row) -> bool:
+        cancel = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
+        return bool(cancel(job["seq"], now_millis()))
+
+    check_choice(args)
+    change = Change("Cancelled", UNFINISHED, UNFINISHED, "it has ended already", apply, str)
+    before = store.counts()[CANCELLED]
+    seqs = change_jobs(args, change)
     deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
-    for job in jobs:
+    completed = set()
+    for job in [] if args.dry_run else jobs_now(store, seqs):
         if _await_end(store, job, deadline) == COMPLETED:
-            emit("Completed before it could be cancelled: %s" % job["id"])
-        else:
-            emit("Cancelled: %s" % job["id"])
-        dependents = store.dead_dependents(job["seq"])
+            completed.add(job["seq"])
+            complain("completed before it could be cancelled: %s" % job["id"])
+        dependents = store.dependents_in_vain(job["seq"]) if args.ids else []
         if dependents:
-            complain("dead with it: %s that waited for it" % count_of(len(dependents), "job"))
+            complain("cancelled with it: %s that waited for it" % count_of(len(dependents), "job"))
+    tell_changed(args, change, [seq for seq in seqs if seq not in completed])
+    along = store.counts()[CANCELLED] - before - len(seqs)
+    if along > 0 and not (args.ids or args.dry_run):
+        complain("cancelled with them: %s that waited for them" % count_of(along, "job"))
 
 
-def given_of(args: Any) -> Row:
-    """The fields of a job that were given as options."""
-    return {name: value for name, value in vars(args).items()
-            if ALIASES.get(name, name) in GIVEN_FIELDS and value is not None}
+# edit
+
+EMPTY = {  # fields that may be taken away, each with what says so
+    "timeout": "none", "run_at": "none", "expires": "none", "backoff_base": "none",
+    "retry_after": "none", "unique": "none", "after": "", "after_any": "", "dead_on": ""}
 
 
-@one_change
-def edit_job(store: Store, name: str, fields: Row, now: int) -> Row:
-    """Change fields of a waiting job: that job."""
-    job, = find_all(store, [name], WAITING,
-                    "only a job that waits can be changed; `queuectl cancel` ends one")
-    store.edit(job, fields, now)
-    return job
+def edited_fields(args: Any, now: int) -> Row:
+    """What `edit` was told to change; `none` takes a field away, and an empty list its entries."""
+    given = given_options(args)
+    emptied = {name for name, value in given.items() if EMPTY.get(name) == value}
+    kept = {name: value for name, value in given.items() if name not in emptied}
+    draft = draft_of({"command": "true", **kept}, now, system.longest_command)
+    if "cwd" in kept:
+        draft["cwd"] = _folder(kept["cwd"])
+    names = {ALIASES.get(name, name) for name in given}
+    if not names:
+        raise UsageError("say what to change; see `queuectl edit --help`")
+    return {name: draft[name] for name in names}
 
 
-@subcommand("edit", "change a waiting job", """
+@subcommand(
+    "edit", "change jobs that wait or have ended, of running ones the time-out; `none` or '' takes "
+    "a field away", """
 queuectl edit job1 --priority 1
 queuectl edit job1 --run-at now --timeout none
+queuectl edit job1 --command 'make -j4' && queuectl retry job1
+queuectl edit --state pending --grep report --delay 2h
 """,
-    ID,
-    option("--priority N", "lower runs first"),
-    option("--run-at TIME",
-           "not before this time, now for at once; of a failed job: its next try"),
-    option("--delay DURATION", "not before this long from now"),
-    option("--timeout DURATION", "end a run that takes longer, or none"),
-    option("--max-retries N", "runs before it is dead"),
-    option("--queue NAME", "the queue it waits in"), writes=True)
+    SELECTED_IDS, STATE, *OTHER_TERMS, ALL,
+    option("--command COMMAND", "the shell command"),
+    option("--queue NAME", "the queue it waits in"), *FIELD_OPTIONS,
+    DRY_RUN, YES, JSON, writes=True)
 def cmd_edit(args: Any) -> None:
-    given = given_of(args)
-    del given["id"]
-    if not given:
-        raise UsageError("say what to change; see `queuectl edit --help`")
-    now = now_millis()
-    unlimited = args.timeout == "none"
-    if unlimited:
-        del given["timeout"]
-    draft = draft_of({"command": "true", **given}, now, system.longest_command)
-    fields = {name: draft[name] for name in EDITABLE if draft[name] is not None}
-    if unlimited:
-        fields["timeout_seconds"] = None
-    emit_jobs("Changed", [edit_job(args.store, args.id, fields, now)])
+    store, now = args.store, now_millis()
+    fields = edited_fields(args, now)
+    settings = store.settings()
+
+    def apply(job: Row) -> bool:
+        store.edit(job, fields, settings, now)
+        return True
+
+    args.queue = None  # it is set, and does not select
+    check_choice(args)
+    takes: Names = (*WAITING, *ENDED)
+    if set(fields) == {"timeout_seconds"}:
+        takes = STATES
+    change = Change("Changed", takes, WAITING, "of a running job only the time-out can be changed; "
+                    "`queuectl cancel` ends one", apply, str)
+    tell_changed(args, change, change_jobs(args, change))
 
 
-@one_change
-def delete_jobs(store: Store, names: Iterable[str]) -> list[Row]:
-    """Forget jobs and their runs: those jobs."""
-    jobs = find_all(store, names, WAITING + ENDED, "`queuectl cancel` ends a running job")
-    # What waits goes before what it waits for.
-    for job in sorted(jobs, key=lambda job: -job["seq"]):
-        if not store.delete(job["seq"]):
-            waiting = [other["id"] for other in store.waiters_of(job["seq"])[:5]]
-            raise QueueError("%s can't be deleted, for others are to run after it: %s"
-                             % (job["id"], ", ".join(waiting)))
-    return jobs
+# delete
 
-
-@subcommand("delete", "forget jobs and their runs", "\nqueuectl delete job1\n", IDS, writes=True)
+@subcommand("delete", "forget jobs and their runs", """
+queuectl delete job1
+queuectl delete --state cancelled --grep test
+""",
+    *CHANGING, YES, writes=True)
 def cmd_delete(args: Any) -> None:
-    emit_jobs("Deleted", delete_jobs(args.store, args.ids))
+    store, gone = args.store, []
+
+    def apply(job: Row) -> bool:
+        done = bool(store.delete(job["seq"]))
+        if done and args.json:
+            gone.append(job_json(job))
+        elif done and args.ids:
+            gone.append(job["id"])
+        return done
+
+    def refusal(job: Row) -> str:
+        waiting = [other["id"] for other in store.waiters_of(job["seq"])[:5]]
+        return "%s can't be deleted, for others are to run after it: %s" % (
+            job["id"], ", ".join(waiting))
+
+    check_choice(args)
+    change = Change("Deleted", WAITING + ENDED, ENDED, "`queuectl cancel` ends a running job",
+                    apply, refusal)
+    seqs = change_jobs(args, change, True)
+    if args.dry_run or not gone:
+        tell_changed(args, change, seqs)
+    elif args.json:
+        emit_list(gone)
+    else:
+        for name in gone[::-1]:
+            emit("Deleted: %s" % name)
 
 
-def older_than(text: str) -> float:
-    """Seconds that `--older-than` names."""
-    if re.fullmatch(_NUMBER, text):
-        raise UsageError("--older-than %s needs a unit, such as %sd or %sh" % (text, text, text))
-    return checked("delay", text, "--older-than")  # type: ignore[no-any-return]
-
-
-def _purge(args: Any, states: Iterable[str]) -> None:
-    store, before = args.store, NEVER
-    if args.older_than is not None:
-        before = now_millis() - to_millis(args.older_than)
-    waiting_first = sorted(states, key=STATES.index)
-    count = sum(store.purge(state, before) for state in waiting_first)
+def _purge(args: Any, usual: Names) -> None:
+    store, spared = args.store, args.store.queues_of_runs()
+    selection = selection_of(args, usual)
+    if selection.before is None:
+        selection = selection._replace(before=now_millis())
+    if args.dry_run:
+        tell_changed(args, Change("Deleted", (), (), "", str, str), store.look(selection)[0])
+        return
+    count = 0
+    for state in sorted(selection.states, key=STATES.index):  # what waits goes first
+        one, last = selection._replace(states=(state,)), NEVER
+        while last:
+            last, some = store.forget_some(one, last, spared)
+            count += some
     try:
         store.shrink()
     except QueueError as error:
         complain("the disk space is not given back yet: %s" % error)
-    emit("Deleted: %s" % count_of(count, "job"))
-
-
-OLDER_THAN = option("--older-than DURATION",
-                    "only those unchanged for longer than this", type=older_than)
+    if args.json:
+        emit_json({"deleted": count})
+    else:
+        emit("Deleted: %s" % count_of(count, "job"))
 
 
 @subcommand("purge", "forget completed jobs, or those in other states, and their runs", """
 queuectl purge --older-than 7d
-queuectl purge --state dead --state completed
+queuectl purge --state dead,completed --queue mail
 """,
-    option("--state",
-           "instead of completed; repeatable", action="append", choices=(*WAITING, *ENDED)),
-    OLDER_THAN, writes=True)
+    *TERMS, DRY_RUN, JSON, writes=True)
 def cmd_purge(args: Any) -> None:
-    _purge(args, set(args.state or [COMPLETED]))
+    if any(PROCESSING in names for names in args.state):
+        raise UsageError("running jobs can't be deleted; `queuectl cancel` ends them")
+    _purge(args, (COMPLETED,))
 
 
 @subcommand(
     "dlq purge", "forget dead jobs and their runs",
     "\nqueuectl dlq purge\nqueuectl dlq purge --older-than 7d\n",
-    OLDER_THAN, writes=True)
+    QUEUE, *OTHER_TERMS, DRY_RUN, JSON, writes=True)
 def cmd_dlq_purge(args: Any) -> None:
-    _purge(args, [DEAD])
+    args.state = []
+    _purge(args, (DEAD,))
 
 
 # ─── working: new jobs, and whoever runs them ─────────────────────────────────────────────────
-
-def _variable(entry: str) -> tuple[str, str]:
-    """The name and value that `--env NAME[=VALUE]` stands for."""
-    name, equals, value = entry.partition("=")
-    if equals:
-        return name, value
-    if name not in os.environ:
-        raise UsageError("--env %s: there is no such variable here; use --env NAME=VALUE"
-                         % quoted(name))
-    return name, os.environ[name]
-
-
-def given_options(args: Any) -> Row:
-    """The fields of a new job that stand on the command line as options."""
-    options = given_of(args)
-    for name in ("after", "dead_on"):
-        if name in options:
-            options[name] = ",".join(options[name])
-    if "env" in options:
-        options["env"] = dict(map(_variable, options["env"]))
-    return options
-
-
-def join_words(words: Sequence[str]) -> str:
-    """A command line that a shell reads as exactly these words."""
-    if WINDOWS:
-        import subprocess
-        return subprocess.list2cmdline(words)
-    import shlex
-    return shlex.join(words)
-
-
-def draft_of_words(words: list[str], literal: bool, now: int,
-                   options: Row) -> Row:
-    """The draft of one word, a shell command or JSON, or of several: a command and its arguments.
-
-    Several words may also be JSON that was torn. Behind `--` they are `literal`, never JSON.
-    """
-    longest = system.longest_command
-    for word in words:
-        check_text("the command", word)
-    torn = words[0].startswith("{") and words[-1].endswith("}")
-    if not literal and (torn or len(words) == 1):
-        return read_job(" ".join(words), now, longest, options)
-    command = words[0]
-    if len(words) > 1:
-        command = join_words(words)
-    return draft_of({"command": command, **options}, now, longest)
-
-
-def as_utf8(text: str) -> str:
-    """Text from the system as it is meant, also where the locale does not know UTF-8 (LC_ALL=C)."""
-    return os.fsencode(text).decode("utf-8", "surrogateescape")
-
-
-def _folder(given: str | None) -> str:
-    """The folder that a job is to run in, as an absolute path; by default this one."""
-    try:
-        here = check_text("the name of the folder you are in", as_utf8(os.getcwd()))
-    except OSError:
-        raise UsageError("the folder you are in is gone; cd to another") from None
-    folder = here
-    if given is not None:
-        folder = os.path.join(here, given)
-    if given == "" or not os.path.isdir(system.native(folder)):
-        raise UsageError("cwd %s is not a folder" % quoted(given, 200))
-    return folder
-
 
 def finish_draft(draft: Row, folders: dict[str | None, str]) -> Row:
     """Give a draft its folder: an existing one, absolute. `folders` are those seen before."""
@@ -7158,6 +7845,35 @@ def open_jobs(path: str) -> BinaryIO:
 
 
 LONGEST_LINE = 1 << 21  # bytes
+
+
+def _script() -> str:
+    """The command that is read from stdin for `-`: a whole script."""
+    with open_jobs("-") as stream:
+        try:
+            return check_text("the command", stream.read(LONGEST_LINE).decode().rstrip("\n"))
+        except UnicodeDecodeError:
+            raise UsageError("the command on stdin is not valid UTF-8") from None
+
+
+def draft_of_words(words: list[str], literal: bool, now: int,
+                   options: Row) -> Row:
+    """The draft of one word, a shell command or JSON, or of several: a command and its arguments.
+
+    Several words may also be JSON that was torn. Behind `--` they are `literal`, never JSON.
+    """
+    longest = system.longest_command
+    for word in words:
+        check_text("the command", word)
+    torn = words[0].startswith("{") and words[-1].endswith("}")
+    if words == ["-"] and not literal:
+        words, literal = [_script()], True
+    if not literal and (torn or len(words) == 1):
+        return read_job(" ".join(words), now, longest, options)
+    command = words[0]
+    if len(words) > 1:
+        command = join_words(words)
+    return draft_of({"command": command, **options}, now, longest)
 
 
 def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -7332,22 +8048,10 @@ EACH = (
 )
 JOB_OPTIONS = (
     option("--id ID", "choose the id yourself"),
-    option("--priority N", "lower runs first (%d)" % SETTINGS["priority"]),
-    option("--run-at TIME", "not before this time: 2026-01-31T10:00:00Z, now+5m"),
-    option("--delay DURATION", "not before this long from now: 90, 500ms, 1h30m"),
-    option("--timeout DURATION", "end a run that takes longer"),
-    option("--max-retries N", "runs before it is dead (%d)" % SETTINGS["max_retries"]),
-    option("--backoff-base N",
-           "seconds between tries: N ** attempts (%d)" % SETTINGS["backoff_base"]),
-    option("--cwd DIR", "the folder it runs in (this one)"),
-    option("--env NAME[=VALUE]", "a variable for the job; without value yours", action="append"),
     option("--env-all", "all your variables, as they are now"),
-    option("--after ID[,ID]", "not before these jobs are completed; repeatable", action="append"),
-    option("--unique KEY", "refused while a job with this key waits or runs"),
     option("--if-exists",
            "what to do if the id or key exists", choices=("fail", "skip"), default="fail"),
-    option("--retry-after DURATION", "when to try again after exit code 75 (1m)"),
-    option("--dead-on CODE[,CODE]", "exit codes not to be retried; repeatable", action="append"),
+    *FIELD_OPTIONS,
 )
 
 
@@ -7378,7 +8082,10 @@ find . -name '*.log' -print0 | queuectl enqueue -0 --each 'gzip -9 {}'
     option("words COMMAND", "a shell command, JSON, or a program and its arguments", nargs="*"),
     FILE, *EACH,
     option("--queue NAME", "the queue it waits in (default)"), *JOB_OPTIONS,
-    option("--wait", "until it is completed or dead; exit 1 if it died"),
+    option("--wait", "until it has ended; exit 1 if it was not completed"),
+    option("--wait-timeout DURATION",
+           "exit 124 if that takes longer",
+           type=partial(checked, "delay", called="--wait-timeout")),
     option("--quiet", "print the ids alone"), JSON, writes=True)
 def cmd_enqueue(args: Any) -> int:
     many = check_enqueue(args)
@@ -7395,9 +8102,10 @@ def cmd_enqueue(args: Any) -> int:
     except OSError:
         complain("%s enqueued all the same" % ("the jobs are" if many else "the job is"))
         raise
-    if not args.wait:
+    if not args.wait and args.wait_timeout is None:
         return EXIT_OK
-    return await_jobs(store, [*range(first + 1, last + 1), *existing], ENDLESS)
+    patience = ENDLESS if args.wait_timeout is None else args.wait_timeout
+    return await_jobs(store, [*range(first + 1, last + 1), *existing], patience)
 
 
 def new_pool_name(store: Store) -> str:
@@ -7406,26 +8114,21 @@ def new_pool_name(store: Store) -> str:
 
 
 # How far a run is: how many of its jobs there are in all and in some states, and if it is paused.
-Part = namedtuple("Part", "total left completed dead failed processing paused")
+Progress = namedtuple("Progress", "total left completed dead cancelled failed processing paused")
 
 
 class Batch:
-    """The jobs of one `run`: those of its queue from seq `first` to `last`, and their outcome.
+    """The jobs of one `run`, in a queue of their own, and their outcome.
 
     `report`, which its pool calls again and again, tells on stderr how it goes: on a terminal in a
     line that is redrawn, else in a line every ten seconds.
     """
 
-    def __init__(self, store: Store, name: str, first: int, last: int,
-                 start: int, quiet: bool) -> None:
-        """Jobs that had ended before `start` (milliseconds) don't count."""
+    def __init__(self, store: Store, name: str, quiet: bool) -> None:
+        """All unfinished jobs of the queue `name` are its jobs; nobody else adds any to it."""
         self.db, self.name, self.quiet = store.path, name, quiet
-        self.first, self.last, self.start = first, last, start
-        self.queue, self.total = store.queue(name), last - first + 1
-        self.before: dict[str, int] = {}  # how many had ended, by their states
-        if start:
-            self.before = store.states_between(name, first, last)
-            self.total = unfinished_of(self.before)
+        self.before, self.start = store.queue(name), now_millis()
+        self.total = unfinished_of(self.before)
         self.began, self.rate = time.monotonic(), Rate()
         self.last_end = 0, 0.0
         escapes = os.environ.get("TERM") != "dumb"
@@ -7436,28 +8139,20 @@ class Batch:
         """Seconds between two lines."""
         return 0.0 if self.terminal else 10.0
 
-    def outcome(self, store: Store) -> Part:
-        """What has become of its jobs, counted one by one."""
-        now = store.states_between(self.name, self.first, self.last)
-        completed, dead = [now[state] - self.before.get(state, 0) for state in ENDED]
-        return Part(self.total, unfinished_of(now), completed, dead, now[FAILED],
-                    now[PROCESSING], store.queue(self.name)["paused"])
+    def outcome(self, store: Store) -> Progress:
+        """What has become of its jobs. (Jobs of a `run` under way are not purged.)"""
+        now = store.queue(self.name)
+        completed, dead, cancelled = [now[state] - self.before[state] for state in ENDED]
+        return Progress(self.total, unfinished_of(now), completed, dead, cancelled,
+                    now[FAILED], now[PROCESSING], now["paused"])
 
-    def progress(self) -> Part:
-        """The same from its queue's counts: cheap, but purges and other jobs of that queue blur it.
-
-        The database is open meanwhile only, for workers may have to be forked again.
-        """
+    def progress(self) -> Progress:
+        """The same; the database is open meanwhile only, for workers may have to be forked."""
         store = Store(self.db)
         try:
-            now = store.queue(self.name)
+            return self.outcome(store)
         finally:
             store.close()
-        left = unfinished_of(now)
-        dead = max(0, now[DEAD] - self.queue[DEAD])
-        completed = max(0, self.total - left - dead)
-        return Part(max(self.total, left), left, completed, dead, now[FAILED],
-                    now[PROCESSING], now["paused"])
 
     def report(self) -> float:
         """Tell how it goes, if that is due; the seconds until it may be due again."""
@@ -7467,7 +8162,7 @@ class Batch:
                 part = self.progress()
             except QueueError:  # it can't be read now: what is wrong, the workers say
                 return 1.0
-            ended = part.completed + part.dead
+            ended = part.completed + part.dead + part.cancelled
             time_left = self.time_left(ended, part.left)
             self.tell(progress_text(self.name, part, self.rate(ended), time_left))
         return 0.3 if self.terminal else 1.0
@@ -7501,19 +8196,6 @@ class Batch:
         except OSError:  # it is gone
             self.terminal, self.quiet = False, True
             mute(2)
-
-
-def new_run_queue(store: Store) -> str:
-    """The queue of a new run: the first of run-1, run-2, … that has nothing unfinished and no pool.
-
-    Names are used again so that queues stay few: every claim looks into each.
-    """
-    taken = store.queues_of_runs().union(
-        queue["name"] for queue in store.queues() if queue["paused"] or unfinished_of(queue))
-    number = 1
-    while RUN_QUEUE % number in taken:
-        number += 1
-    return RUN_QUEUE % number
 
 
 def _resumed(store: Store, words: Sequence[str]) -> str:
@@ -7558,11 +8240,10 @@ def _new_batch(args: Any, store: Store) -> Batch:
                  % (name, count_of(left, "job"), name))
     store.expect_bulk()
     with store.transaction():
-        name = new_run_queue(store)
+        name = store.new_run()
         store.set_concurrency(name, args.workers)
-        own = (dict(draft, queue=name) for draft in drafts)
-        first, last, _ = store.add(own, settings, **manner)
-    return Batch(store, name, first + 1, last, 0, args.quiet)
+        store.add((dict(draft, queue=name) for draft in drafts), settings, **manner)
+        return Batch(store, name, args.quiet)
 
 
 def _old_batch(args: Any, store: Store) -> Batch:
@@ -7570,14 +8251,13 @@ def _old_batch(args: Any, store: Store) -> Batch:
     name = _resumed(store, args.words)
     if name:
         set_concurrency(store, name, args.workers)
-    first, last = store.first_in(name), store.last_seq()
-    return Batch(store, name, first, last, now_millis(), args.quiet)
+    return Batch(store, name, args.quiet)
 
 
 @one_change
 def _lift_limit(store: Store, name: str) -> None:
     """After a run: if nothing of it is left, its queue is free for the next."""
-    if name and not store.count(UNFINISHED, name):
+    if name and not store.count(Selection(UNFINISHED, (name,))):
         store.set_concurrency(name, None)
 
 
@@ -7585,12 +8265,15 @@ def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
     """Tell what has become of a run, and what to do next; its exit code."""
     part = batch.outcome(store)
     seconds = time.monotonic() - batch.began
-    died = store.died(batch.first - 1, batch.last, batch.start, batch.name)
+    dead = Selection((DEAD,), (batch.name,), since=batch.start)
+    died = [{name: job[name] for name in ("id", "command", "attempts", "last_error")}
+            for job in store.last_to_die(dead, 20)]
     unsuccessful = part.completed != part.total
     try:
         if args.json:
             emit_json({"queue": batch.name or None, "jobs": part.total,
-                       "completed": part.completed, "dead": part.dead, "left": part.left,
+                       "completed": part.completed, "dead": part.dead,
+                       "cancelled": part.cancelled, "left": part.left,
                        "seconds": round(seconds, 3), "died": died})
         elif unsuccessful or not args.quiet:
             for line in summary_lines(batch.name, part, seconds, died):
@@ -7818,11 +8501,12 @@ def cmd_worker_start(args: Any) -> int:
     return pool.run()
 
 
-@one_change
 def stop_pools(store: Store, now: bool) -> None:
-    """Have every pool end after its running jobs, or end these now."""
+    """Have every pool end after its running jobs, or end these now; also of an older schema."""
     level = 2 if now else 1
-    store.ask_stop([pool["name"] for pool in store.pools()], level)
+    with store.transaction():
+        store.ask_stop([pool["name"] for pool in store.pools()], level)
+    ring_all(store.path)
 
 
 def _ask_stop(store: Store, now: bool) -> None:
@@ -8305,10 +8989,10 @@ def completion_script() -> str:
     values, with_ids = [], []
     for entry in commands_of():
         for names, details in entry.options:
-            if "choices" in details:
-                reply = 'COMPREPLY=($(compgen -W "%s" -- "$cur")); return'
-                values.append(_case('"%s %s"' % (entry.name, names[-1]),
-                                    reply % " ".join(details["choices"])))
+            known = details.get("choices") or (STATES if "--state" in names else ())
+            if known:
+                reply = 'COMPREPLY=($(compgen -W "%s" -- "$cur")); return' % " ".join(known)
+                values.append(_case('"%s %s"' % (entry.name, names[-1]), reply))
             if names[0] in ("id", "ids"):
                 with_ids.append('"%s"' % entry.name)
     return COMPLETION % {
@@ -8328,7 +9012,7 @@ def cmd_completion(args: Any) -> None:
     if not args.ids:
         emit_text(completion_script())
         return
-    for job in args.store.newest((), None, 200):
+    for job in args.store.newest(Selection(), 200):
         if re.fullmatch(r"[\w.%+-]+", job["id"], re.ASCII):  # bash would expand or divide others
             emit(job["id"])
 
@@ -8489,7 +9173,7 @@ def split_enqueue(entry: Command,
     """
     lengths = option_lengths(entry)
     at, behind = 0, 1
-    while words[at:] and words[at].startswith("-") and words[at] != "--":
+    while words[at:] and words[at].startswith("-") and words[at] not in ("-", "--"):
         at += length_of(words[at], lengths) or 1
     options, rest = words[:at], words[at:]
     if rest[:1] == ["--"]:
