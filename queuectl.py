@@ -3747,12 +3747,22 @@ class Reading(Administration):
                 return
             seq = page[-1]["seq"]
 
-    def last_to_die(self, selection: Selection, count: int) -> list[Row]:
-        """The `count` jobs of a selection of dead ones that died last, the last one first."""
+    def last_to_die(self, selection: Selection, count: int) -> Iterator[Row]:
+        """At most `count` jobs of a selection of dead ones, the last to die first, in pages."""
         terms, values = terms_of(selection._replace(states=()))
-        return self.dicts(
-            SELECT_JOBS + "WHERE state = 'dead'%s ORDER BY finished_at DESC, seq DESC LIMIT %d"
-            % (terms, count), *values)
+        in_order = SELECT_JOBS.replace("FROM jobs ", "FROM jobs INDEXED BY jobs_in_vain ")
+        time_, seq, size = NEVER, NEVER, 1000
+        while count > 0:
+            page = self.dicts(
+                in_order + """WHERE state = 'dead' AND finished_at <= ?
+                    AND NOT (finished_at = ? AND seq >= ?)%s
+                    ORDER BY finished_at DESC, seq DESC LIMIT %d""" % (terms, min(count, size)),
+                time_, time_, seq, *values)
+            yield from page
+            if len(page) < size:
+                return
+            time_, seq = page[-1]["finished_at"], page[-1]["seq"]
+            count -= size
 
     def look(self, selection: Selection) -> tuple[Any, Any]:
         """The jobs that are selected now: their seqs, and when each was last changed.

@@ -10215,6 +10215,22 @@ def test_who_has_ended_holds_up_no_deletion(q: Queue) -> None:
     q("doctor")
 
 
+def test_the_dead_letter_queue_is_read_in_pages(store: Any) -> None:
+    for n in range(2500):
+        put(store, id=f"j{n}")
+    with store.transaction():
+        store.execute("UPDATE jobs SET state = 'dead', ready = 0, finished_at = 1000 + seq % 7")
+    statements: list[str] = []
+    store.db.set_trace_callback(statements.append)
+    names = [job["id"] for job in store.last_to_die(queuectl.Selection(), queuectl.NEVER)]
+    store.db.set_trace_callback(None)
+    plans = [row[3] for row in store.db.execute("EXPLAIN QUERY PLAN " + statements[0])]
+    assert not any("TEMP B-TREE" in plan for plan in plans), plans
+    assert len(names) == len(set(names)) == 2500
+    ends = [(job["finished_at"], job["seq"]) for job in store.last_to_die(queuectl.Selection(), 2200)]
+    assert len(ends) == 2200 and ends == sorted(ends, reverse=True)
+
+
 def test_dead_jobs_with_three_causes(q: Queue) -> None:
     jobs: list[Job] = []
     for n in range(5):
