@@ -5652,7 +5652,7 @@ def go_on(q: Queue, count: int, **fields: Any) -> None:
 @pytest.mark.parametrize("way", ["time-out", "cancel", "stop --now", "killed worker"])
 def test_no_shell_goes_on_with_its_next_command(q: Queue, way: str) -> None:
     """Who is ended is ended from the top."""
-    count = {"time-out": 120, "killed worker": 24}.get(way, 48)
+    count = {"time-out": 72, "killed worker": 24}.get(way, 36)
     go_on(q, count, **({"timeout": 0.3} if way == "time-out" else {}))
     pool = q.pool("--count", "12")
     if way == "time-out":
@@ -5663,7 +5663,7 @@ def test_no_shell_goes_on_with_its_next_command(q: Queue, way: str) -> None:
             if running:
                 q("cancel", *running, code=None)
     elif way == "stop --now":
-        for _ in range(4):
+        for _ in range(3):
             wait_for(lambda: q.counts().get("processing", 0) == 12)
             q("worker", "stop", "--now")
             pool = q.pool("--count", "12")
