@@ -2274,11 +2274,9 @@ GET_POOL = "SELECT stop, jobs_left, died FROM pools WHERE name = ?"
 ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
 FORGET_QUEUE = """DELETE FROM queues WHERE name = ? AND concurrency IS NULL AND NOT paused
     AND pending + processing + completed + failed + dead + cancelled = 0"""
-MOVE_COUNT = "UPDATE queues SET pending = pending + ?, failed = failed + ? WHERE name = ?"
 
 WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
 ERROR_OF_DEAD = "SELECT last_error FROM jobs WHERE id = ? AND state = 'dead'"
-ID_OF = "SELECT id FROM jobs WHERE seq = ?"
 HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
     backoff_base, context, env, policy, deferrals, chained, place, worker, slot, started_at, cancel
     FROM jobs WHERE state = 'processing'"""
@@ -3781,6 +3779,12 @@ class Reading(Administration):
             times.extend(changed for _, changed in page)
         return seqs, times
 
+    def total(self, selection: Selection) -> int:
+        """How many jobs are selected; where states and queues are all that is said, as counted."""
+        if selection == Selection(selection.states, selection.queues):
+            return self.count(selection)
+        return len(self.look(selection)[0])
+
     def jobs_between(self, before: int, last: int) -> Iterator[Row]:
         """The jobs behind seq `before` up to `last`, in the order they came."""
         while before < last:
@@ -4136,7 +4140,8 @@ class Endings(Reading):
             ended = self.dicts(HOOKED + "WHERE seq = ?", seq)
             hooked = self._add_hooks(ended, settings, died, now)
         met = self._meet(seq, state, now)
-        waiting = bool(self.rows("SELECT 1 FROM waits WHERE awaited = ? LIMIT 1", seq))
+        waiting = state != COMPLETED and bool(
+            self.rows("SELECT 1 FROM waits WHERE awaited = ? LIMIT 1", seq))
         if waiting:
             self._take_along(self.dicts(HOOKED + "WHERE seq = ?", seq), settings, now)
         return hooked or met or waiting
@@ -6519,7 +6524,7 @@ time_limit = partial(checked, "delay", called="--timeout")
 ENDLESS = float("inf")
 JSON = option("--json", "print JSON")
 BY_ID = "the job's id, or a unique part of its beginning"
-ID, IDS = option("id ID", BY_ID), option("ids ID", BY_ID, nargs="+")
+ID = option("id ID", BY_ID)
 LIMIT = option("--limit N", "the newest N (50; with --json all)", type=whole("--limit", 10**9))
 ALL = option("--all", "all of them")
 
@@ -6772,7 +6777,7 @@ def _list(args: Any, selection: Selection, head: Sequence[str],
     rows = [row(job, now) for job in jobs]
     emit_table(head, rows)
     if len(rows) == limit:
-        left = len(store.look(selection)[0]) - limit
+        left = store.total(selection) - limit
         sys.stdout.flush()
         if left:
             complain("the first %d of %d; --all shows all, --limit N more" % (limit, limit + left)
@@ -6828,7 +6833,7 @@ def retry_words(store: Store, selection: Selection, cause: Row) -> str:
     parts = [part for part in cause["cause"].split("…") if len(part) > 3]
     for part in sorted(parts, key=len, reverse=True):
         same = selection._replace(error=part)
-        if len(store.look(same)[0]) == cause["count"]:
+        if store.total(same) == cause["count"]:
             return join_words([*terms, "--error", part])
     return "dlq retry %s" % " ".join(cause["ids"])
 
@@ -7610,7 +7615,7 @@ def _retry(args: Any, takes: Names, usual: Names, advice: str) -> None:
     tell_changed(args, change, seqs)
     left = 0
     if args.all and not args.dry_run:
-        left = store.count(choose(args, change))
+        left = store.total(choose(args, change))
     if left:
         complain("not retried: %s, for another job with their key waits or runs, or because they "
                  "were to run after jobs that ended in vain" % count_of(left, "job"))
@@ -7673,7 +7678,10 @@ def cmd_cancel(args: Any) -> None:
     deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
     completed = set()
     for job in [] if args.dry_run else jobs_now(store, seqs):
-        if _await_end(store, job, deadline) == COMPLETED:
+        state = job["state"]
+        if state == PROCESSING:
+            state = _await_end(store, job, deadline)
+        if state == COMPLETED:
             completed.add(job["seq"])
             complain("completed before it could be cancelled: %s" % job["id"])
         dependents = store.dependents_in_vain(job["seq"]) if args.ids else []
