@@ -161,6 +161,7 @@ LIMITS = {
     "on_end": Limit("shell command"),
 }
 SETTINGS: Row = {name: limit.default for name, limit in LIMITS.items()}
+RUN_OUTPUT = 64 * 1024 * 1024  # bytes of output kept of a job of a `run`, unless that is set
 LIMITS.update(
     delay=Limit("duration", 0, CENTURY),
     dead_on=Limit("whole number", 1, 2**32 - 1),  # exit codes; Windows has long ones
@@ -458,6 +459,14 @@ def is_run_queue(name: str) -> bool:
     return re.fullmatch(RUN_QUEUE % "[0-9]+", name) is not None
 
 
+def output_limit(settings: Settings, queue: str, in_run: bool = False) -> int:
+    """How many bytes of each stream of a job's run are kept; of a `run` more than of others."""
+    name = "max_output_bytes"
+    if in_run or is_run_queue(queue):
+        name = "run_output_bytes"
+    return int(settings[name])
+
+
 def policy_of(job: Any) -> Row:
     """Those of the POLICY_FIELDS that were given for a claimed job."""
     return json.loads(job.policy or "{}")  # type: ignore[no-any-return]
@@ -568,38 +577,83 @@ def shell_contexts(text: str) -> str:
     return codes[:-1]
 
 
-def with_place(template: str) -> str:
+def in_quotes(word: str) -> str:
+    """A word as a shell reads it, always in quotes."""
+    return "'%s'" % word.replace("'", "'\"'\"'")
+
+
+# What stands for the input in a command for --each, as in GNU parallel: {} all of it, {.} without
+# its extension, {/} its last part, {//} its folder, {/.} its last part without extension, {#} the
+# number of the job; with --colsep also {1} {2.} …: columns. All else that parallel knows is refused.
+_PLACE = r"\{(%s)(\.|//|/\.|/|#|)\}"
+PLACE, COLUMN_PLACE = re.compile(_PLACE % ""), re.compile(_PLACE % r"(?:[1-9]\d*)?")
+_FOREIGN_PLACE = re.compile(r"\{(?:%|=.*?=|\+[./]*|/?\.{2,3}|[-0-9]\d*[./]*)\}")
+
+
+def with_place(template: str, place: re.Pattern[str] = PLACE) -> str:
     """A template with a {} for the input: at the end, unless it says itself where."""
-    return template if "{}" in template else template + " {}"
+    return template if place.search(template) else template + " {}"
 
 
-def check_template(template: str) -> str:
+def _refuse_foreign(found: str) -> NoReturn:
+    """Raise UsageError for what parallel would put something in for, and this does not."""
+    if found == "{%}":
+        raise UsageError("write $QUEUECTL_SLOT instead of {%}")
+    advice = "write {} {.} {/} {//} {/.} or {#}"
+    if found[1].isdigit():
+        advice = "only with --colsep are there columns"
+    raise UsageError("--each does not know %s: %s" % (found, advice))
+
+
+def check_template(template: str, place: re.Pattern[str] = PLACE) -> str:
     """The `template`, a command for --each, if any input put in by `fill` stays part of a word.
 
     Raises UsageError if a {} is in quotes, in a comment or behind \\ or $, if no command is before
-    one that is put at the end, and as shell_contexts does.
+    one that is put at the end, if only parallel knows it, and as shell_contexts does.
     """
     shell_contexts(template)  # on its own too: a {} put at the end must not hide how it ends
-    text, before = with_place(template), template.rstrip(" \t")
+    text, before = with_place(template, place), template.rstrip(" \t")
     codes = shell_contexts(text)
     ending = codes[:len(before)][-1:] + before[-1:]
     if text != template and ending in ("", "o|", "o&", "o;", "o(", "o\n"):
         raise UsageError("--each needs a command before the input; or write {} where it belongs")
-    at = text.find("{}")
-    while at >= 0:
-        if codes[at:at + 2] != "ww" or text[:at].endswith("$"):
-            raise UsageError("write {} outside of quotes and comments and not behind \\ or $: "
-                             "it is quoted by itself")
-        at = text.find("{}", at + 2)
+    for match in place.finditer(text):
+        if set(codes[match.start():match.end()]) != {"w"} or text[:match.start()].endswith("$"):
+            raise UsageError("write %s outside of quotes and comments and not behind \\ or $: "
+                             "it is quoted by itself" % match.group())
+    for match in _FOREIGN_PLACE.finditer(text):
+        repeats = match.group()[1].isdigit() and codes[match.start()] != "w"  # 'a{2}' of grep
+        if not repeats and not place.fullmatch(match.group()):
+            _refuse_foreign(match.group())
     return template
 
 
-def fill(template: str, name: str) -> str:
-    """The command for one input: each {} of a checked `template` becomes `name`, in quotes.
+def _part_of(word: str, form: str) -> str:
+    """What {} with this form stands for: as parallel has it, `.` takes off the extension."""
+    if form == "//":
+        return os.path.dirname(word.rstrip("/")) or "."
+    if form.startswith("/"):
+        word = os.path.basename(word)
+    return re.sub(r"\.[^/.]+\Z", "", word) if form.endswith(".") else word
 
-    Always in quotes: a shell would read more into a bare `2`, `if` or `a=b` than a word.
+
+def fill(template: str, columns: Sequence[str], number: int,
+         quote: Callable[[str], str], place: re.Pattern[str] = PLACE) -> str:
+    """The command for one input, the `number`-th: it is put into a checked `template`, in quotes.
+
+    Always in quotes: a shell would read more into a bare `2`, `if` or `a=b` than a word. Without
+    --colsep the input is the only column. A column that the input does not have is empty.
     """
-    return with_place(template).replace("{}", "'%s'" % name.replace("'", "'\"'\"'"))
+    def put_in(match: re.Match[str]) -> str:
+        column, form = match.groups()
+        if form == "#":
+            return quote(str(number))
+        words = columns
+        if column:
+            words = columns[int(column) - 1:int(column)] or [""]
+        return " ".join(quote(_part_of(word, form)) for word in words)
+
+    return place.sub(put_in, with_place(template, place))
 
 
 # What a user hands in as a job is a shell command or a JSON object. The functions below make a
@@ -1200,6 +1254,15 @@ class Posix(PosixFiles):
         for fd in self.descriptors():
             os.set_inheritable(fd, False)
 
+    def prepare_reporter(self) -> None:
+        """The first steps of a run's reporter: it goes on while signals stop the pool.
+
+        But it ends, as `ls` does, when nobody reads what it shows.
+        """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
     def prepare_worker(self, supervisor: int) -> None:
         """A worker's first steps: out of the terminal's reach, told of its supervisor's death."""
         os.setsid()
@@ -1582,8 +1645,11 @@ class Windows:
 
     # Processes.
 
-    def prepare_worker(self, supervisor: int) -> None:
+    def prepare_reporter(self) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console tells every process
+
+    def prepare_worker(self, supervisor: int) -> None:
+        self.prepare_reporter()
 
     def orphaned(self, supervisor: int, life: str) -> bool:
         return not self.held(life)
@@ -1908,6 +1974,10 @@ def trouble_of(db: str, worker: str) -> str:
 
 # The output of runs.
 
+GAP = b"\n[queuectl: %d bytes left out here]\n"
+# Stands before what is left of an output that the run's own processes have truncated.
+EMPTIED = b"[queuectl: the job truncated this output; what it had printed before is lost]\n"
+
 
 def head_and_tail(fd: int, limit: int) -> bytes:
     """The contents of an output file: if it has more than `limit` bytes its head and its tail.
@@ -1918,8 +1988,16 @@ def head_and_tail(fd: int, limit: int) -> bytes:
     if size <= limit:
         return read_between(fd, 0, size)
     half = limit // 2
-    gap = b"\n[queuectl: %d bytes left out here]\n" % (size - 2 * half)
+    gap = GAP % (size - 2 * half)
     return read_between(fd, 0, half) + gap + read_between(fd, size - half, size)
+
+
+def gap_of(output: bytes) -> int:
+    """Where in what `head_and_tail` made the gap stands, in its middle; -1 if all is there."""
+    middle = len(output) // 2
+    around = output[max(0, middle - 50):middle + 50]
+    match = re.search(re.escape(GAP).replace(b"%d", rb"\d+"), around)
+    return max(0, middle - 50) + match.start() if match else -1
 
 
 class OutputFiles:
@@ -1935,7 +2013,12 @@ class OutputFiles:
         self.number = number
         self.paths = output_paths(db, worker, number)
         self.fds: list[int] = []
-        self.punched = [0, 0]  # up to which offset the middle was given back, for each stream
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        # For each stream: up to which offset the middle was given back, the size at the last look,
+        # and whether it was smaller than at the look before.
+        self.punched, self.sizes, self.emptied = [0, 0], [0, 0], [False, False]
 
     def open(self) -> bool:
         """Open the files and take the token; False if somebody still holds it. Raises OSError."""
@@ -1954,7 +2037,8 @@ class OutputFiles:
         """Let go of the token, as far as it is this process's."""
         for fd in self.fds:
             os.close(fd)
-        self.fds, self.punched = [], [0, 0]
+        self.fds = []
+        self._start_anew()
 
     def remove(self) -> None:
         """Close the files and give up their names."""
@@ -1967,12 +2051,14 @@ class OutputFiles:
 
     def read(self, limit: int) -> tuple[bytes, bytes]:
         """What the run has printed to stdout and stderr, at most `limit` bytes each."""
-        out, err = (self._read_one(fd, limit) for fd in self.fds)
+        out, err = (self._read_one(index, limit) for index in (0, 1))
         return out, err
 
-    def _read_one(self, fd: int, limit: int) -> bytes:
+    def _read_one(self, index: int, limit: int) -> bytes:
         try:
-            return head_and_tail(fd, limit)
+            self._look(index)
+            output = head_and_tail(self.fds[index], limit)
+            return EMPTIED + output if self.emptied[index] else output
         except OSError as error:
             return b"[queuectl: this output can't be read: %s]\n" % str(error.strerror).encode()
 
@@ -1985,7 +2071,7 @@ class OutputFiles:
         """
         total, half = 0, limit // 2
         for index, fd in enumerate(self.fds):
-            size = os.fstat(fd).st_size
+            size = self._look(index)
             total += size
             start = max(self.punched[index], half)
             end = (size - limit) // 4096 * 4096
@@ -1995,7 +2081,16 @@ class OutputFiles:
                 self.punched[index] = end
             elif not WINDOWS:
                 os.ftruncate(fd, half)
+                self.sizes[index] = half
         return total
+
+    def _look(self, index: int) -> int:
+        """The size of a stream. Notes if the job has truncated it, as `echo x > /dev/stderr` does."""
+        size = os.fstat(self.fds[index]).st_size
+        if size < self.sizes[index]:
+            self.punched[index], self.emptied[index] = 0, True
+        self.sizes[index] = size
+        return size
 
     def empty(self) -> None:
         """Throw the contents away. Raises OSError."""
@@ -2240,6 +2335,24 @@ MIGRATIONS = (
         """CREATE TRIGGER contexts_forgotten AFTER DELETE ON contexts BEGIN
             DELETE FROM environments WHERE id = old.environment AND NOT EXISTS (
                 SELECT 1 FROM contexts WHERE environment = old.environment); END""",
+    ),
+    (
+        # A run may end at the first job of its queue that dies: 1 until then, 2 while the jobs
+        # that wait are being cancelled.
+        "ALTER TABLE queues ADD COLUMN fail_fast INTEGER NOT NULL DEFAULT 0",
+        # The limit of a run's queue is no reason to keep it without jobs.
+        "DROP TRIGGER jobs_discounted",
+        """CREATE TRIGGER jobs_discounted AFTER DELETE ON jobs BEGIN
+            UPDATE queues SET
+                pending = pending - (old.state = 'pending'),
+                completed = completed - (old.state = 'completed'),
+                failed = failed - (old.state = 'failed'), dead = dead - (old.state = 'dead'),
+                cancelled = cancelled - (old.state = 'cancelled')
+            WHERE name = old.queue;
+            DELETE FROM queues WHERE name = old.queue AND NOT paused
+                AND (concurrency IS NULL OR (name GLOB 'run-[0-9]*'
+                    AND NOT substr(name, 5) GLOB '*[^0-9]*'))
+                AND pending + processing + completed + failed + dead + cancelled = 0; END""",
     ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
@@ -3608,10 +3721,11 @@ class Administration(Database):
         return Control(epoch, self.settings(), orders["stop"], set(limited))
 
     def settings(self) -> Settings:
-        """Every setting with the value that holds now."""
+        """Every setting with the value that holds now, and what follows from them for a `run`."""
         found = dict(self.rows("SELECT name, value FROM settings"))
         given = {name: json.loads(value) for name, value in found.items()}
-        return {name: given.get(name, default) for name, default in SETTINGS.items()}
+        given.setdefault("run_output_bytes", given.get("max_output_bytes", RUN_OUTPUT))
+        return {**SETTINGS, **given}
 
     def set_setting(self, name: str, value: Any) -> None:
         """Let a checked value hold from now on; ring the workers afterwards."""
@@ -3647,6 +3761,10 @@ class Administration(Database):
             self.execute("UPDATE queues SET paused = ? WHERE name = ?", paused, queue)
             self.execute(FORGET_QUEUE, queue)
         self.execute(NEXT_EPOCH)
+
+    def set_fail_fast(self, queue: str, fail_fast: bool) -> None:
+        """Whether none of a queue's jobs is to start after the first that dies."""
+        self.execute("UPDATE queues SET fail_fast = ? WHERE name = ?", fail_fast, queue)
 
     def new_run(self) -> str:
         """A name for the queue of a `run`, which no queue has or ever had."""
@@ -3785,29 +3903,45 @@ class Reading(Administration):
             return self.count(selection)
         return len(self.look(selection)[0])
 
-    def jobs_between(self, before: int, last: int) -> Iterator[Row]:
-        """The jobs behind seq `before` up to `last`, in the order they came."""
+    def jobs_between(self, before: int, last: int, size: int = 1000) -> Iterator[Row]:
+        """The jobs behind seq `before` up to `last`, in the order they came, `size` at a time."""
         while before < last:
             page = self.dicts(
-                SELECT_JOBS + "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT 1000", before, last)
+                SELECT_JOBS + "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",
+                before, last, size)
             if not page:
                 return
             yield from page
             before = page[-1]["seq"]
 
+    def ended_between(self, queue: str, before: int, last: int) -> list[int]:
+        """The seqs of the jobs of a queue behind `before` up to `last` that have ended."""
+        return self.column(
+            """SELECT seq FROM jobs WHERE seq > ? AND seq <= ? AND queue = ?
+                AND +state IN ('completed', 'dead', 'cancelled') ORDER BY seq""",
+            before, last, queue)
+
+    def states_between(self, queue: str, before: int, last: int) -> dict[str, int]:
+        """How many jobs of a queue behind `before` up to `last` are in each state."""
+        found = self.rows(
+            """SELECT state, count(*) FROM jobs WHERE seq > ? AND seq <= ? AND queue = ?
+                GROUP BY state""", before, last, queue)
+        return {**dict.fromkeys(STATES, 0), **dict(found)}
+
     # Runs.
 
     def runs(self, seq: int, last: int = 0) -> Iterator[Row]:
         """The recorded runs of a job after run `last`, with their output, oldest first."""
-        while True:
+        page: list[Row] = []
+        while len(page) in (0, 20):
             page = self.dicts(
                 """SELECT id % 16777216 AS run, attempt, state, started_at, finished_at,
                     seconds AS duration_seconds, exit_code, error, worker, stdout, stderr FROM runs
                     WHERE id > ? * 16777216 + ? AND id <= ? * 16777216 + 16777215
                     ORDER BY id LIMIT 20""", seq, last, seq)
-            yield from page
             if not page:
                 return
+            yield from page
             last = page[-1]["run"]
 
     def run_times(self, seq: int) -> tuple[int, float]:
@@ -3854,6 +3988,10 @@ class Reading(Administration):
             if served and not queue["paused"] and (queue["processing"] or queue["failed"]):
                 return False
         return not self.ready(queues, self.pulse()[1], now)
+
+    def is_busy(self, queue: str) -> bool:
+        """Whether a job of a queue, or a hook of one, has not ended."""
+        return bool(self.count(Selection(UNFINISHED, (queue,)))) or self.hooks_left(queue)
 
     def hooks_left(self, queue: str) -> bool:
         """Whether a hook of a job of this queue has not ended, and is not paused."""
@@ -3973,7 +4111,7 @@ def as_json(value: Any) -> str | None:
 
 def is_special(draft: Draft) -> bool:
     """Whether a draft has what few jobs have, and bulks are to be fast without."""
-    lists = draft["after"], draft["after_any"], draft["dead_on"]
+    lists = draft["after"], draft["after_any"], draft["dead_on"], draft.get("input")
     return any(lists) or (draft["unique"], draft["retry_after"]) != (None, None)
 
 
@@ -4144,7 +4282,33 @@ class Endings(Reading):
             self.rows("SELECT 1 FROM waits WHERE awaited = ? LIMIT 1", seq))
         if waiting:
             self._take_along(self.dicts(HOOKED + "WHERE seq = ?", seq), settings, now)
+        if state == DEAD:
+            self._fail_fast(seq)
         return hooked or met or waiting
+
+    def _fail_fast(self, seq: int) -> None:
+        """A job has died: if its run is to end at that, let none of its jobs start from now on.
+
+        Those that wait are cancelled by `settle`.
+        """
+        ending = self.execute(
+            """UPDATE queues SET fail_fast = 2, paused = 1 WHERE fail_fast = 1
+                AND name = (SELECT queue FROM jobs WHERE seq = ?)""", seq)
+        if ending:
+            self.unsettled = True
+            self.execute("UPDATE control SET unsettled = 1")
+
+    def _cancel_rest(self, settings: Settings, now: int) -> list[Row]:
+        """Cancel some of the jobs that wait in a run that ends because one has died."""
+        waiting = self.dicts(
+            HOOKED + """WHERE +state IN ('pending', 'failed') AND queue IN (
+                SELECT name FROM queues WHERE fail_fast = 2) LIMIT 500""")
+        for job in waiting:
+            job.update(state=CANCELLED, last_error="cancelled: another job of its run died")
+            self.end_in_vain(job, settings, now)
+        if not waiting:
+            self.execute("UPDATE queues SET fail_fast = 1, paused = 0 WHERE fail_fast = 2")
+        return waiting
 
     def _meet(self, seq: int, state: str, now: int) -> bool:
         """Let go on who waited for such an end of a job, and for nothing else; whether any did."""
@@ -4205,9 +4369,11 @@ class Endings(Reading):
                     HOOKED + """WHERE +state IN ('dead', 'cancelled') AND seq IN (
                         SELECT awaited FROM waits JOIN jobs ON seq = job
                         WHERE NOT either AND state = 'pending') LIMIT 500""")
+                settings = self.settings()
+                doomed += self._cancel_rest(settings, now)
                 found = found or bool(doomed)
                 self.execute("UPDATE control SET unsettled = ?", bool(doomed))
-                self._take_along(doomed, self.settings(), now)
+                self._take_along(doomed, settings, now)
             time.sleep(BREATH)
         return found
 
@@ -4401,8 +4567,8 @@ class Store(Editing):
         if not intake.insert(draft):
             return
         seq = self.last_seq()
-        policy = {name: draft[name] for name in POLICY_FIELDS
-                  if draft[name] not in (None, [])}
+        policy = {name: draft[name] for name in (*POLICY_FIELDS, "input")
+                  if draft.get(name) not in (None, [])}
         self.execute("UPDATE jobs SET unique_key = ?, policy = ? WHERE seq = ?",
                      draft["unique"], as_json(policy), seq)
         intake.count(draft)
@@ -5011,7 +5177,7 @@ class LostRun:
         if not self.slot.open() and not given_up:  # held in another container, or by another user
             return False
         try:
-            result = self._result(settings["max_output_bytes"])
+            result = self._result(output_limit(settings, job.queue))
             retry_at = retry_time(job, LOST, settings, result.finished_at)
             pools = {pool, _pool_of(self.worker)}
             with self.store.transaction():
@@ -5202,8 +5368,8 @@ def take_life(db: str, name: str) -> int:
 WorkerConfig = namedtuple("WorkerConfig", "db file pool number queues drain limited run supervisor fds")
 WorkerConfig.__doc__ = """What the supervisor tells a worker: the database, which file that was, its pool,
 its number there, the queues it serves (none: all), whether to drain, whether --max-jobs was given,
-whether it serves a `run`, the supervisor's process id, and the descriptors it inherits but must
-not keep."""
+whether it serves a `run` (then it drains that run's queue), the supervisor's process id, and the
+descriptors it inherits but must not keep."""
 
 
 def signal_name(number: int) -> str:
@@ -5384,6 +5550,7 @@ class Turns(Records):
         """Let all end that the last job takes along; if that can't be now, the mark has it done."""
         try:
             self.store.settle(now_millis())
+            ring_all(self.db)
         except Unavailable as error:
             self.tell_trouble(str(error))
 
@@ -5478,7 +5645,8 @@ class Attending(Turns):
 
     def execute(self, job: Job) -> RunResult:
         """Run a claimed job to its end, whatever that is."""
-        run = Run(job, self.name, self.running, self.settings["max_output_bytes"])
+        limit = output_limit(self.settings, job.queue, self.order.run)
+        run = Run(job, self.name, self.running, limit)
         test_point("claimed")
         if job.chained:  # what it waited for is perhaps another's record, and not on disk yet
             self.unsynced = True
@@ -5737,8 +5905,7 @@ class Worker(Attending):
         try:
             if self.order.run:
                 queue = self.order.queues[0]
-                left = self.store.count(Selection(UNFINISHED, (queue,)))
-                return not left and not self.store.hooks_left(queue)
+                return self.order.drain and not self.store.is_busy(queue)
             if self._used_up():
                 return True
             return self.order.drain and self.store.drained(self.queues, now_millis())
@@ -5858,21 +6025,26 @@ def complain(text: str) -> None:
         mute(2)  # nobody listens
 
 
-def emit_bytes(data: bytes) -> None:
-    """A part of a command's result as it is. Raises OSError if it can't be written.
+CLEAR_LINE = "\r\033[K"
 
-    It leaves at once only on a terminal, else with much more or at the end.
+
+def emit_bytes(data: bytes, stream: Any = None) -> None:
+    """A part of a command's result as it is, to stdout or another standard stream.
+
+    It leaves at once only on a terminal, else with much more or at the end. Raises OSError if it
+    can't be written.
     """
-    if sys.stdout is None:
+    stream = stream or sys.stdout
+    if stream is None:
         raise OSError("stdout is closed")
-    sys.stdout.buffer.write(data)
-    if sys.stdout.line_buffering:
-        sys.stdout.flush()
+    stream.buffer.write(data)
+    if stream.line_buffering:
+        stream.flush()
 
 
-def emit_text(text: str) -> None:
+def emit_text(text: str, stream: Any = None) -> None:
     """A part of a command's result as it is: our own words, with nothing in them from a user."""
-    emit_bytes(text.encode(sys.stdout.encoding if sys.stdout else "ascii", "replace"))
+    emit_bytes(text.encode(getattr(stream or sys.stdout, "encoding", "ascii"), "replace"), stream)
 
 
 def emit(line: str) -> None:
@@ -5880,9 +6052,9 @@ def emit(line: str) -> None:
     emit_text(clean(line) + "\n")
 
 
-def advise(line: str) -> None:
-    """The same, of a line in which commands are advised."""
-    emit_text(as_called(clean(line)) + "\n")
+def advise(line: str, stream: Any = None) -> None:
+    """The same, of a line in which commands are advised; or to another standard stream."""
+    emit_text(as_called(clean(line)) + "\n", stream)
 
 
 def emit_json(value: Any) -> None:
@@ -5908,13 +6080,25 @@ def is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()
 
 
-def emit_output(output: bytes) -> None:
-    """What a job has printed: nothing in it acts on a terminal; a pipe gets it unchanged."""
-    if is_terminal(sys.stdout):
+def lines_of(output: bytes) -> list[bytes]:
+    """The lines of an output, each with its newline, which the last may lack."""
+    return re.findall(rb"[^\n]*\n|[^\n]+", output)
+
+
+def emit_output(output: bytes, stream: Any = None, tag: str = "") -> None:
+    """What a job has printed: nothing in it acts on a terminal; a pipe gets it unchanged.
+
+    With a `tag`, each line begins with it and a tab. A carriage return ends a line, too, as in
+    GNU parallel.
+    """
+    if tag:
+        label = tag.encode("utf-8", "surrogateescape") + b"\t"
+        output = re.sub(rb"[^\r\n]*[\r\n]|[^\r\n]+", lambda line: label + line.group(), output)
+    if is_terminal(stream or sys.stdout):
         text = output.decode("utf-8", "replace").replace("\r\n", "\n")
         text = re.sub(r"[^\n\t]+", lambda match: clean(match.group()), text)
         output = text.encode("utf-8", "replace")
-    emit_bytes(output)
+    emit_bytes(output, stream)
 
 
 def terminal_width() -> int:
@@ -6016,6 +6200,11 @@ def emit_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 # When a supervisor dies, its workers finish their jobs and go too: on Linux the kernel sends each
 # a SIGHUP, and before each claim they look whether it is still their parent.
 
+def _context() -> Any:
+    import multiprocessing
+    return multiprocessing.get_context(system.start_method)
+
+
 QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing delay
 LONGEST_DELAY = 1.0
 
@@ -6023,16 +6212,14 @@ LONGEST_DELAY = 1.0
 class Pool:
     """Worker processes under one supervisor, until all of them have ended."""
 
-    def __init__(self, db: str, name: str, count: int, queues: Sequence[str],
-                 drain: bool = False, max_jobs: int | None = None, look: Any = None):
-        """`look` is the Batch of a `run`, if the pool serves one.
+    life = -1  # the descriptor that holds its life lock
+    reporter: Any = None  # of a `run`: the process that shows how it goes, see Reporter
 
-        `report` is called now and then and says in how many seconds again; its `clear` takes the
-        line away that shows the progress.
-        """
+    def __init__(self, db: str, name: str, count: int, queues: Sequence[str],
+                 drain: bool = False, max_jobs: int | None = None):
         self.db, self.name, self.count = db, name, count
         self.queues, self.drain, self.max_jobs = tuple(queues), drain, max_jobs
-        self.batch, self.next_look = look, 0.0
+        self.unneeded: list[int] = []  # descriptors that workers inherit
         self.number = 0  # of the worker that was started last
         self.workers: dict[Any, float] = {}  # each process with the time it was started
         self.openings: list[float] = []  # when workers that died are to be replaced
@@ -6043,12 +6230,17 @@ class Pool:
 
     def run(self) -> int:
         """Work until drained or stopped; the exit code of `worker start`."""
-        import multiprocessing
-        self.context: Any = multiprocessing.get_context(system.start_method)
+        self.context = _context()
         system.prepare_parent()
         sys.path[:] = [os.path.abspath(entry) for entry in sys.path]  # workers change folders
-        self._register()
+        if self.life < 0:
+            store = open_trusted(self.db, tell=complain)
+            with store.transaction():
+                self.register(store)
+            store.close()
         self.bell = make_bell()
+        if self.reporter:
+            self.bell.watch(self.reporter.sentinel)
         self._handle_signals()
         self.openings = [0.0] * self.count
         while self.workers or self.openings:
@@ -6056,17 +6248,42 @@ class Pool:
             self.bell.wait(self._patience())
             self._stop()
             self._collect()
-            if self.batch and time.monotonic() >= self.next_look:
-                self.next_look = time.monotonic() + self.batch.report()
         return self._farewell()
 
-    def _register(self) -> None:
-        store = open_trusted(self.db, tell=complain)
+    def start_reporter(self, target: Callable[..., Any], *values: Any) -> None:
+        """Before `run`: start a process that calls `target` with these values.
+
+        Behind them come its end of a pipe to it, and the descriptors that it must not keep.
+        """
+        context = _context()
+        self.orders, theirs = context.Pipe()
+        self.unneeded, kept = [self.orders.fileno()], self.life
+        unneeded = [*self.unneeded, kept] if system.start_method == "fork" else []
+        self.reporter = context.Process(target=target, args=(*values, theirs, unneeded))
+        self.reporter.start()
+        theirs.close()
+
+    def end_reporter(self) -> int:
+        """Tell the reporter that the pool has ended, and whether it was stopped; its exit code.
+
+        It may have to wait for whoever reads what it shows; another signal ends it at once.
+        """
+        stops = self.stops
+        try:
+            self.orders.send(stops > 0)
+        except OSError:
+            pass  # it has ended
+        while self.reporter.exitcode is None:
+            self.bell.wait(None)
+            if self.stops > stops:
+                self.reporter.terminate()
+        return int(self.reporter.exitcode)
+
+    def register(self, store: Store) -> None:
+        """In a transaction: take the life lock, and be known to others."""
         self.file = store.identity.file
-        with store.transaction():
-            self.life = take_life(self.db, self.name)
-            store.add_pool(self.name, self.count, self.queues, self.max_jobs, now_millis())
-        store.close()
+        self.life = take_life(self.db, self.name)
+        store.add_pool(self.name, self.count, self.queues, self.max_jobs, now_millis())
 
     def _handle_signals(self) -> None:
         self.bell.hear_signals()
@@ -6116,42 +6333,44 @@ class Pool:
 
     def _order(self) -> WorkerConfig:
         """What the next worker is told."""
-        inherited = [self.life, self.bell.fd, self.bell.write_end]
+        inherited = [self.life, self.bell.fd, self.bell.write_end, *self.unneeded]
         if system.start_method != "fork":
             inherited = []
         return WorkerConfig(
             self.db, self.file, self.name, self.number, self.queues, self.drain,
-            limited=self.max_jobs is not None, run=self.batch is not None,
+            limited=self.max_jobs is not None, run=self.reporter is not None,
             supervisor=os.getpid(), fds=[fd for fd in inherited if fd >= 0])
 
     def _tell(self, text: str) -> None:
-        if self.batch:
-            self.batch.clear()
-        system.say("queuectl: %s\n" % as_called(text), 2)
+        clear = ""
+        if self.reporter and is_terminal(sys.stderr):
+            clear = CLEAR_LINE  # which shows the progress
+        system.say("%squeuectl: %s\n" % (clear, as_called(text)), 2)
 
     def _patience(self) -> float | None:
-        """Seconds until something is due; None: nothing is."""
-        times = list(self.openings)
-        if self.batch:
-            times.append(self.next_look)
-        if not times:
+        """Seconds until a worker is to be replaced; None: none is."""
+        if not self.openings:
             return None
-        return max(0.0, min(times) - time.monotonic())
+        return max(0.0, min(self.openings) - time.monotonic())
 
     # Workers are told to stop.
 
     def _stop(self) -> None:
-        """Pass on what signals have asked for: the first lets jobs finish, the second does not."""
-        level = min(self.stops, 2)
+        """Pass on what signals have asked for: the first lets jobs finish, the second does not.
+
+        The end of the reporter is a first one: a `run` has nothing left to do, or none reads it.
+        """
+        ended = self.reporter is not None and self.reporter.exitcode is not None
+        level = max(min(self.stops, 2), int(ended))
         if level <= self.passed_on:
             return
         self.passed_on, self.openings = level, []
         for process in self.workers:
             system.dismiss(process.pid, level == 2)
-        text = "stopping: running jobs finish first; once more to end them now"
         if level == 2:
-            text = "ending the running jobs now"
-        self._tell(text)
+            self._tell("ending the running jobs now")
+        elif not ended:
+            self._tell("stopping: running jobs finish first; once more to end them now")
         self._record_stop()
 
     def _record_stop(self) -> None:
@@ -6173,9 +6392,10 @@ class Pool:
             code = process.exitcode
             if code in (EXIT_FAILED, EXIT_INTERRUPTED):
                 self.code = max(self.code, code)
-            elif code != EXIT_OK and not self.stops:
+            elif code != EXIT_OK and not self.passed_on:
                 self.openings.append(time.monotonic() + self._delay(code, age))
-        system.reap_strangers({process.pid for process in self.workers})
+        own = [*self.workers, self.reporter]
+        system.reap_strangers({process.pid for process in own if process})
 
     def _delay(self, code: int, age: float) -> float:
         """Seconds until a worker that ended with `code` after `age` seconds is replaced."""
@@ -6214,7 +6434,7 @@ class Pool:
         except QueueError as error:
             self._tell(str(error))
             return max(self.code, EXIT_FAILED)
-        if self.drain and died:
+        if self.drain and died and not self.reporter:
             return self.code or EXIT_FAILED
         return self.code
 
@@ -6249,9 +6469,12 @@ def job_json(job: Row) -> Row:
     return shown
 
 
-def run_json(run: Row) -> Row:
-    """A run as `--json` shows it; output that is not UTF-8 is in base64, and its name says so."""
-    shown = with_times({name: run[name] for name in RUN_FIELDS})
+def run_json(run: Row, job: str) -> Row:
+    """A run of the job with this id as `--json` shows it.
+
+    Output that is not UTF-8 is in base64, and its name says so.
+    """
+    shown = {"job": job, **with_times({name: run[name] for name in RUN_FIELDS})}
     shown["duration_seconds"] = round(run["duration_seconds"], 6)
     for name in ("stdout", "stderr"):
         output = run[name] or b""
@@ -6396,8 +6619,11 @@ def progress_text(name: str, part: Any, rate: float | None,
 
 
 def summary_lines(name: str, part: Any, seconds: float,
-                  died: Sequence[Row]) -> list[str]:
-    """What has become of a `run`: counts, the dead with the reason, and what to do next."""
+                  causes: Sequence[Row]) -> list[str]:
+    """What has become of a `run`: counts, why jobs are dead, and what to do next.
+
+    The first of the `causes` have an example, `job`.
+    """
     gone = part.total - part.left - part.completed - part.dead - part.cancelled
     counts = (
         (part.dead, "dead"), (part.cancelled, "cancelled"), (part.left, "left"),
@@ -6405,21 +6631,24 @@ def summary_lines(name: str, part: Any, seconds: float,
     others = "".join(", %d %s" % pair for pair in counts if pair[0] > 0)
     lines = ["%s: %d of %d completed%s in %s" % (
         name, part.completed, part.total, others, show_duration(seconds))]
-    for job in died:
-        lines.append("  %s: %s" % (job["id"], job["last_error"] or "cancelled"))
-        lines.append("      %s" % shorten(clean(job["command"]), 200))
-    if part.dead > len(died):
-        lines.append("  and %d more: `queuectl dlq list` shows them" % (part.dead - len(died)))
-    if died:
-        lines.append("`queuectl logs %s` shows what one printed; `queuectl dlq retry --all --queue "
-                     "%s` and then `queuectl run --resume %s` try again."
-                     % (died[0]["id"], name, name))
-    elif part.completed:
-        lines.append("What they printed is kept: `queuectl list --queue %s` names them, "
-                     "`queuectl logs ID` shows it." % name)
+    shown = [cause for cause in causes if "job" in cause]
+    for cause in shown:
+        job = cause["job"]
+        count = "%d dead" % cause["count"]
+        if cause["after"]:
+            count += " and %d after it" % cause["after"]
+        lines.append("  %s: %s" % (count, job["last_error"]))
+        lines.append("      such as %s: %s" % (job["id"], shorten(clean(job["command"]), 200)))
+    if len(causes) > len(shown):
+        lines.append("  and more: `queuectl dlq list --causes --queue %s` shows them" % name)
+    again = "queuectl worker start --queue %s" % name
+    if is_run_queue(name):
+        again = "queuectl run --resume %s" % name
+    if shown:
+        lines.append("`queuectl logs %s` shows what one printed; `queuectl dlq retry --queue %s` "
+                     "and then `%s` try again." % (shown[0]["job"]["id"], name, again))
     if part.left:
-        lines.append("`queuectl run --resume %s` goes on with the rest; "
-                     "so does `queuectl worker start`." % name)
+        lines.append("`%s` goes on with the rest." % again)
     return lines
 
 
@@ -6520,12 +6749,22 @@ def whole(name: str, most: int) -> Callable[[str], int]:
     return check
 
 
+def workers_wanted(text: str) -> int:
+    """How many workers `-j` asks for: a number, or 50% of the cores."""
+    if text.strip("0") == "":
+        raise UsageError("-j 0 would be no worker; give a number, or 100%% for one on each core")
+    check = whole("--workers", 1000)
+    if not text.endswith("%"):
+        return check(text)
+    return max(1, (os.cpu_count() or 1) * check(text[:-1]) // 100)
+
+
 time_limit = partial(checked, "delay", called="--timeout")
 ENDLESS = float("inf")
 JSON = option("--json", "print JSON")
 BY_ID = "the job's id, or a unique part of its beginning"
 ID = option("id ID", BY_ID)
-LIMIT = option("--limit N", "the newest N (50; with --json all)", type=whole("--limit", 10**9))
+LIMIT = option("-n --limit N", "the newest N (50; with --json all)", type=whole("--limit", 10**9))
 ALL = option("--all", "all of them")
 
 
@@ -6754,6 +6993,14 @@ def selection_of(args: Any, usual: Names = ()) -> Selection:
                      args.grep or None, args.error or None, args.since, args.before)
 
 
+def check_choice(args: Any) -> None:
+    """Raise UsageError unless a command was given either ids or a selection."""
+    selected = args.all or selection_of(args) != Selection()
+    if bool(args.ids) == selected:
+        raise UsageError("name jobs by their ids, or select them by --state, --queue, --grep, "
+                         "--error, --since or --before; --all takes all")
+
+
 def _list(args: Any, selection: Selection, head: Sequence[str],
           row: Callable[[Row, int], Sequence[str]], last_to_die: bool = False) -> None:
     """Show jobs: all as a stream of JSON, or the newest as a table."""
@@ -6796,12 +7043,13 @@ def cmd_list(args: Any) -> None:
     _list(args, selection_of(args), JOB_HEAD, job_row)
 
 
-def causes_of(jobs: Iterable[Row], find: Callable[[str], Row | None]) -> list[Row]:
+def causes_of(store: Store, jobs: Iterable[Row]) -> list[Row]:
     """Why jobs died, one row a cause, those of most jobs first.
 
     Causes that differ only in numbers, paths and names are one. A job that was to run after
-    another counts with the cause of that one, which `find` finds by its id.
+    another counts with the cause of that one.
     """
+    find: Any = lru_cache(1000)(partial(store.first, ERROR_OF_DEAD))
     causes: dict[str, Row] = {}
     for job in jobs:
         error, along = job["last_error"] or "no reason", False
@@ -6841,13 +7089,7 @@ def retry_words(store: Store, selection: Selection, cause: Row) -> str:
 def _list_causes(args: Any, selection: Selection) -> None:
     """Show why jobs are dead, a line a cause, each with what retries them."""
     store, now = args.store, now_millis()
-
-    @lru_cache(1000)
-    def find(name: str) -> Row | None:
-        found: Row | None = store.first(ERROR_OF_DEAD, name)
-        return found
-
-    causes = causes_of(store.jobs(selection), find)
+    causes = causes_of(store, store.jobs(selection))
     for cause in causes:
         cause["retry"] = CALLED[0] + " " + retry_words(store, selection, cause)
         del cause["ids"]
@@ -6896,7 +7138,7 @@ def read_output(path: str, missing: Any, read: Callable[..., Any],
 
 def live_run(store: Store, job: Row) -> Row:
     """The current run of a job, with what it has printed so far."""
-    limit, start = store.settings()["max_output_bytes"], job["started_at"]
+    limit, start = output_limit(store.settings(), job["queue"]), job["started_at"]
     stdout, stderr = [read_output(path, b"", head_and_tail, limit)
                       for path in output_paths(store.path, job["locked_by"], job["slot"])]
     seconds = max(0, now_millis() - start) / 1000
@@ -6906,9 +7148,9 @@ def live_run(store: Store, job: Row) -> Row:
             "stdout": stdout, "stderr": stderr}
 
 
-def runs_of(store: Store, job: Row) -> Iterator[Row]:
-    """The runs of a job, oldest first, and at the end the one that runs now."""
-    yield from store.runs(job["seq"])
+def runs_of(store: Store, job: Row, last: int = 0) -> Iterator[Row]:
+    """The runs of a job after run `last`, oldest first, and at the end the one that runs now."""
+    yield from store.runs(job["seq"], last)
     if job["state"] == PROCESSING:
         yield live_run(store, job)
 
@@ -6944,144 +7186,295 @@ def cmd_show(args: Any) -> None:
         for pair in sorted(environment_of(store, job).items()):
             emit("%s=%s" % pair)
     elif args.json:
-        runs = [run_json(run) for run in runs_of(store, job)]
+        runs = [run_json(run, job["id"]) for run in runs_of(store, job)]
         emit_json({**job_json(job), "runs": runs})
     else:
         _emit_job(store, job)
 
 
-# What `logs` shows. `stream` is the one that was asked for, or None: both, with headings.
-
-def _emit_run(run: Row, stream: str | None) -> None:
-    if not stream:
-        emit(run_title(run))
-    for name in ("stdout", "stderr"):
-        output = run[name]
-        if output and name == stream:
-            emit_output(output)
-        elif output and not stream:
-            emit("%s:" % name)
-            emit_output(output)
-            if not output.endswith(b"\n"):
-                emit("")
-    if not stream:
-        emit("")
+STREAMS = ("stdout", "stderr")
 
 
-def _output_since(fd: int, start: int, limit: int) -> tuple[bytes, int]:
-    """What an output file holds from `start` on, and its size; of very much only the end."""
+def output_from(fd: int, start: int, limit: int) -> tuple[bytes, int]:
+    """What an output file holds behind offset `start`, and its size; of very much not the middle."""
     size = os.fstat(fd).st_size
+    if start == 0:
+        return head_and_tail(fd, limit), size
+    if size < start:
+        return EMPTIED + read_between(fd, 0, size), size
     if size - start <= limit:
         return read_between(fd, start, size), size
     resumed = size - limit // 2
-    return b"\n[queuectl: %d bytes left out here]\n%s" % (
-        resumed - start, read_between(fd, resumed, size)), size
+    return GAP % (resumed - start) + read_between(fd, resumed, size), size
 
 
-def _follow_live(store: Store, job: Row, stream: str | None,
-                 offsets: dict[str, int]) -> None:
-    """Show what a running job has printed since the last look.
+def rest_of(output: bytes, start: int) -> bytes:
+    """What a run's record holds behind the first `start` bytes that the run had printed."""
+    gap = gap_of(output)
+    if start and output.startswith(EMPTIED):
+        start += len(EMPTIED)
+    if start > len(output):  # these were other bytes: the job has truncated its output since
+        start = 0
+    return output[gap:] if 0 <= gap < start else output[start:]
 
-    The files are used again for other jobs after the run was recorded: so what was read counts
-    only if the job is still in the same run afterwards.
+
+def whole_characters(output: bytes) -> int:
+    """How many bytes of `output` to show, so that no character is torn that is still coming."""
+    from codecs import utf_8_decode
+    return utf_8_decode(output, "replace", False)[1]
+
+
+def whole_lines(output: bytes) -> int:
+    """The same, so that no line is torn, if it is not very long."""
+    return output.rfind(b"\n") + 1 or len(output) * (len(output) > 1 << 16)
+
+
+class OutputReader:
+    """What a job prints, run after run, each byte once: first from its files, then its records.
+
+    Runs up to `last` are left out. Of a run under way, `whole` tells how much is ready to be shown.
     """
-    limit = store.settings()["max_output_bytes"]
-    paths = output_paths(store.path, job["locked_by"], job["slot"])
-    news = [read_output(path, (b"", 0), _output_since, offset, limit)
-            for path, offset in zip(paths, offsets.values())]
-    again = store.find_by_seq(job["seq"])
-    if again and again["state"] == PROCESSING and again["runs"] == job["runs"]:
-        for name, (output, size) in zip(list(offsets), news):
-            if output and stream in (None, name):
-                emit_output(output)
-            offsets[name] = max(offsets[name], size)
+
+    def __init__(self, store: Store, seq: int, last: int = 0,
+                 whole: Callable[[bytes], int] = whole_characters) -> None:
+        self.store, self.seq, self.last, self.whole = store, seq, last, whole
+        self.offsets = [0, 0]  # how much of the current run was read, of each stream
+
+    def news(self, job: Row) -> Iterator[tuple[Row | None, list[bytes]]]:
+        """What was printed since: for each run that has ended it and the rest of its streams.
+
+        In the end, with None, for the current one. `job` is the job as it is now.
+        """
+        for run in self.store.runs(self.seq, self.last):
+            yield run, [rest_of(run[name] or b"", offset)
+                        for name, offset in zip(STREAMS, self.offsets)]
+            self.last, self.offsets = run["run"], [0, 0]
+        if job["state"] == PROCESSING and job["runs"] > self.last:
+            yield None, self._live(job)
+
+    def _live(self, job: Row) -> list[bytes]:
+        """What a running job has printed since the last look.
+
+        The files are used again for other jobs after the run was recorded: so what was read counts
+        only if the job is still in the same run afterwards.
+        """
+        limit = output_limit(self.store.settings(), job["queue"])
+        paths = output_paths(self.store.path, job["locked_by"], job["slot"])
+        found = [read_output(path, (b"", 0), output_from, offset, limit)
+                 for path, offset in zip(paths, self.offsets)]
+        again = self.store.find_by_seq(self.seq)
+        if not again or again["state"] != PROCESSING or again["runs"] != job["runs"]:
+            return [b"", b""]
+        ready = [output[:self.whole(output)] for output, _ in found]
+        self.offsets = [size - len(output) + len(part)
+                        for (output, size), part in zip(found, ready)]
+        return ready
+
+    def has_all(self, job: Row) -> bool:
+        """Whether nothing is to come any more."""
+        return job["state"] in ENDED and self.last >= job["runs"]
 
 
-def _follow_end(run: Row, stream: str | None, offsets: dict[str, int],
-                limit: int) -> None:
-    """Show what is left of a run that was followed and has been recorded."""
-    for name, offset in offsets.items():
-        output = run[name] or b""
-        if len(output) > limit:  # too long to be kept whole: the gap and the tail
-            offset = limit // 2
-        if stream in (None, name):
-            emit_output(output[offset:])
-    if not stream:
-        emit(run_title(run))
-        emit("")
+class Logs:
+    """How `logs` shows what jobs have printed: with titles, as lines with tags, or one stream.
+
+    `streams` are those to show, `tail` how many of their last lines (None: all).
+    """
+
+    def __init__(self, streams: Sequence[str], tag: bool, tail: int | None) -> None:
+        self.streams, self.tag, self.tail = streams, tag, tail
+        self.titles = len(streams) > 1 and not tag
+        self.torn = False  # whether what was shown last ended within a line
+
+    def show_output(self, job: Row, name: str, output: bytes) -> None:
+        """Show what one of a job's streams has printed, if it is to be shown."""
+        if not output or name not in self.streams:
+            return
+        if self.tail is not None:
+            output = b"".join(lines_of(output)[-self.tail:])
+        emit_output(output, tag=job["id"] if self.tag else "")
+        self.torn = not output.endswith(b"\n")
+
+    def end_line(self) -> None:
+        """Let what follows begin on a new line."""
+        if self.torn:
+            emit("")
+        self.torn = False
+
+    def show_run(self, job: Row, run: Row) -> None:
+        """Show a run whole, its result above its output."""
+        if self.titles:
+            emit(run_title(run))
+        for name in STREAMS:
+            if run[name] and self.titles:
+                emit(name + ":")
+            self.show_output(job, name, run[name])
+            if self.tag or self.titles:
+                self.end_line()
+        if self.titles:
+            emit("")
+
+    def show_news(self, job: Row, news: Iterable[tuple[Row | None, Sequence[bytes]]]) -> None:
+        """Show what an OutputReader has found, a run's result below its output."""
+        for run, parts in news:
+            for name, part in zip(STREAMS, parts):
+                self.show_output(job, name, part)
+            if run and self.tag:
+                self.end_line()
+            if run and len(self.streams) > 1:
+                self._show_result(job, run)
+
+    def _show_result(self, job: Row, run: Row) -> None:
+        self.end_line()
+        title = clean(run_title(run))
+        if self.tag:
+            emit_output(title.encode() + b"\n", tag=job["id"])
+        else:
+            emit_text(title + "\n\n")
 
 
 FOLLOW_EVERY = 0.1  # seconds
 
 
-def _follow(store: Store, job: Row, stream: str | None) -> None:
-    """Show runs as they go, until the job has ended for good."""
-    done, seq = 0, job["seq"]
-    offsets = {"stdout": 0, "stderr": 0}
-    current: Row | None = job
-    while current is not None:
-        store.changed()  # raises if the database is gone
-        for run in store.runs(seq, done):
-            if any(offsets.values()):
-                _follow_end(run, stream, offsets, store.settings()["max_output_bytes"])
+class Follower:
+    """Shows what some jobs print, each with its OutputReader, until all have ended."""
+
+    def __init__(self, store: Store, readers: dict[int, OutputReader], logs: Logs) -> None:
+        self.store, self.readers, self.logs = store, readers, logs
+        self.code = EXIT_OK
+
+    def follow(self) -> int:
+        """Show everything; the exit code, which is not 0 if one was deleted meanwhile."""
+        running: list[Row] = []
+        seen, look_at = -1, 0.0
+        while self.readers:
+            began, now_seen = time.monotonic(), self.store.changed()
+            if now_seen != seen and began >= look_at:
+                running, seen = self._look_at_all(), now_seen
+                self.logs.tail = None  # that was of what had been printed before
+                look_at = began + 4 * (time.monotonic() - began)
             else:
-                _emit_run(run, stream)
-            done, offsets = run["run"], dict.fromkeys(offsets, 0)
-        if current["state"] == PROCESSING and current["runs"] > done:
-            _follow_live(store, current, stream, offsets)
-        elif current["state"] in ENDED and current["runs"] <= done:
-            break
-        sys.stdout.flush()
-        time.sleep(FOLLOW_EVERY)
-        current = store.find_by_seq(seq)
+                for job in running:
+                    self._show(job)
+            sys.stdout.flush()
+            time.sleep(FOLLOW_EVERY)
+        return self.code
+
+    def _look_at_all(self) -> list[Row]:
+        """Show what is new of all jobs; those that run now."""
+        running, gone = [], set(self.readers)
+        for job in self.store.jobs_between(min(gone) - 1, max(gone)):
+            if job["seq"] in gone:
+                gone.discard(job["seq"])
+                self._show(job)
+                if job["state"] == PROCESSING:
+                    running.append(job)
+        for seq in gone:
+            del self.readers[seq]
+        if gone:
+            complain("%s deleted meanwhile" % count_of(len(gone), "job"))
+            self.code = EXIT_FAILED
+        return running
+
+    def _show(self, job: Row) -> None:
+        reader = self.readers[job["seq"]]
+        self.logs.show_news(job, reader.news(job))
+        if reader.has_all(job):
+            del self.readers[job["seq"]]
 
 
-def _runs_to_show(store: Store, job: Row, attempt: int | None) -> Iterable[Row]:
-    """All runs of a job, or the newest with this number of attempts."""
-    runs = runs_of(store, job)
-    if attempt is None:
-        return runs
-    matching = [run for run in runs if run["attempt"] == attempt]
-    if not matching:
-        raise QueueError("%s has no run with attempt %d" % (job["id"], attempt))
-    return matching[-1:]
+def _runs_to_show(store: Store, job: Row, args: Any) -> Iterable[Row]:
+    """All runs of a job; the newest with this number of attempts, or for one stream the newest."""
+    if args.attempt is not None:
+        return [run for run in runs_of(store, job) if run["attempt"] == args.attempt][-1:]
+    if args.stdout or args.stderr:
+        return runs_of(store, job, job["runs"] - 1)
+    return runs_of(store, job)
 
 
-@subcommand("logs", "show what a job has printed", """
+def _show_head(job: Row) -> None:
+    emit("Logs for job %s:" % job["id"])
+    emit("")
+
+
+def _show_average(store: Store, job: Row) -> None:
+    count, average = store.run_times(job["seq"])
+    if count:
+        emit("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
+
+
+def _show_logs(args: Any, jobs: Iterable[Row], logs: Logs) -> None:
+    """Show what these jobs have printed up to now."""
+    for job in jobs:
+        runs = _runs_to_show(args.store, job, args)
+        if args.attempt and args.ids and not runs:
+            raise QueueError("%s has no run with attempt %d" % (job["id"], args.attempt))
+        if logs.titles:
+            _show_head(job)
+        for run in runs:
+            logs.show_run(job, run)
+        if logs.titles:
+            _show_average(args.store, job)
+
+
+def _follow_jobs(store: Store, jobs: Sequence[Row], logs: Logs) -> int:
+    """Show what these jobs have printed, and what they print until they have ended."""
+    whole_part, readers = whole_characters, {}
+    if logs.tag:
+        whole_part = whole_lines
+    for job in jobs:
+        newest_only = logs.tail is not None or len(logs.streams) == 1
+        last = max(0, job["runs"] - 1) * newest_only
+        readers[job["seq"]] = OutputReader(store, job["seq"], last, whole_part)
+    if logs.titles:
+        _show_head(jobs[0])
+    code = Follower(store, readers, logs).follow()
+    if logs.titles:
+        _show_average(store, jobs[0])
+    return code
+
+
+def jobs_meant(args: Any) -> list[Row] | Iterator[Row]:
+    """The jobs that a command was given by their ids, each once, or by a selection."""
+    check_choice(args)
+    if args.ids:
+        return list({job["seq"]: job for job in map(args.store.find, args.ids)}.values())
+    jobs: Iterator[Row] = args.store.jobs(selection_of(args))
+    return jobs
+
+
+@subcommand("logs", "show what jobs have printed", """
 queuectl logs job1
-queuectl logs --follow job1
+queuectl logs --follow --tail 20 job1
 queuectl logs --stdout --attempt 2 job1 > result.txt
+queuectl logs --stdout --queue run-7 > results.txt
+queuectl logs --follow --queue run-7
 """,
-    ID,
+    option("ids ID", BY_ID, nargs="*"), *TERMS, ALL,
     option("--attempt N",
            "of the newest run of this number only", type=whole("--attempt", 10**6)),
-    option("--stdout", "stdout's bytes and nothing else"),
-    option("--stderr", "stderr's bytes and nothing else"),
-    option("--follow", "go on until the job is completed or dead"), JSON)
-def cmd_logs(args: Any) -> None:
-    chosen = [name for name in ("stdout", "stderr") if getattr(args, name)]
+    option("--stdout", "of the newest run stdout's bytes, and nothing else"),
+    option("--stderr", "of the newest run stderr's bytes, and nothing else"),
+    option("-n --tail N", "the last N lines of each output only", type=whole("--tail", 10**9)),
+    option("--tag", "each line behind the id of its job and a tab"),
+    option("-f --follow", "go on until the jobs have ended; of several jobs with tags"), JSON)
+def cmd_logs(args: Any) -> int:
+    chosen = [name for name in STREAMS if getattr(args, name)]
     if len(chosen) > 1:
         raise UsageError("give --stdout or --stderr, or neither for both")
-    stream = next(iter(chosen), None)
-    job = args.store.find(args.id)
     if args.follow and (args.json or args.attempt):
         raise UsageError("--follow goes neither with --json nor with --attempt")
-    runs: Iterable[Row] = ()
-    if not args.follow:
-        runs = _runs_to_show(args.store, job, args.attempt)
+    jobs = jobs_meant(args)
     if args.json:
-        emit_list(map(run_json, runs))
-        return
-    if not stream:
-        emit("Logs for job %s:" % job["id"])
-        emit("")
-    for run in runs:
-        _emit_run(run, stream)
-    if args.follow:
-        _follow(args.store, job, stream)
-    if not stream:
-        count, average = args.store.run_times(job["seq"])
-        emit("Average runtime: %.2fs over %s." % (average, count_of(count, "run")))
+        emit_list(run_json(run, job["id"]) for job in jobs
+                  for run in _runs_to_show(args.store, job, args))
+        return EXIT_OK
+    if not args.follow:
+        _show_logs(args, jobs, Logs(chosen or STREAMS, args.tag, args.tail))
+        return EXIT_OK
+    followed = list(jobs)
+    tag = args.tag or len(followed) != 1
+    return _follow_jobs(args.store, followed, Logs(chosen or STREAMS, tag, args.tail))
 
 
 def _obstacles(store: Store, job: Row, now: int) -> Iterator[str]:
@@ -7473,14 +7866,6 @@ def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str],
     return list(jobs.values())
 
 
-def check_choice(args: Any) -> None:
-    """Raise UsageError unless a command was given either ids or a selection."""
-    selected = args.all or selection_of(args) != Selection()
-    if bool(args.ids) == selected:
-        raise UsageError("name jobs by their ids, or select them by --state, --queue, --grep, "
-                         "--error, --since or --before; --all takes all")
-
-
 def choose(args: Any, change: Change) -> Selection:
     """The selection of a command, of states that it can take."""
     selection = selection_of(args, change.usual)
@@ -7840,12 +8225,14 @@ def finish_draft(draft: Row, folders: dict[str | None, str]) -> Row:
     return draft
 
 
-def open_jobs(path: str) -> BinaryIO:
-    """The file with jobs.
+def open_jobs(path: str, pipe: int = 0) -> BinaryIO:
+    """The file with jobs; or a `pipe`, a descriptor, whose jobs are added as they come.
 
-    What is no plain file is read to its end first: it may be slow, and nobody else can write
+    What else is no plain file is read to its end first: it may be slow, and nobody else can write
     while its jobs are added.
     """
+    if pipe:
+        return open(pipe, "rb")
     try:
         if path != "-" and os.path.isfile(path):
             return open(path, "rb")
@@ -7939,42 +8326,71 @@ def drafts_of(lines: Iterable[Any],
 
 
 def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """The inputs for --each with their numbers: what stands between separators and is not empty."""
+    """The inputs for --each with their numbers: what stands between separators.
+
+    An empty line is none, but between NUL characters what is empty counts.
+    """
+    read = getattr(stream, "read1", stream.read)  # of a pipe what has come, without waiting
     rest, number = b"", 0
-    for data in iter(lambda: stream.read(1 << 16), b""):
+    for data in iter(lambda: read(1 << 16), b""):
         *parts, rest = (rest + data).split(separator)
+        if len(rest) > LONGEST_LINE:
+            raise UsageError("input %d is longer than any command can be" % (number + 1))
         for part in parts:
             number += 1
-            if part:
+            if separator == b"\n" and part.endswith(b"\r"):
+                part = part[:-1]
+            if part or separator == b"\0":
                 yield number, part
     if rest:
         yield number + 1, rest
 
 
-def fill_in(template: str, given: bytes | str) -> str:
-    """The command for one input of --each: {} stands for it, safely quoted."""
-    if isinstance(given, bytes):
-        try:
-            given = given.decode()
-        except UnicodeDecodeError:
-            raise UsageError("%r is not valid UTF-8" % given) from None
-    if WINDOWS:
-        return with_place(template).replace("{}", join_words([given]))
-    return fill(template, given)
+def columns_of(text: str, separator: str | None) -> list[str]:
+    """The columns of an input; what separates them is a character, or a regular expression."""
+    if separator is None:
+        return [text]
+    try:
+        return re.split(separator if len(separator) > 1 else re.escape(separator), text)
+    except re.error as error:
+        raise UsageError("--colsep: %s" % error) from None
+
+
+def quote_input(word: str) -> str:
+    """A word of an input, quoted for the shell that is to run it."""
+    return join_words([word]) if WINDOWS else in_quotes(word)
+
+
+def check_each(args: Any) -> re.Pattern[str]:
+    """What stands for the input in the command of --each; raises UsageError as check_template."""
+    place = PLACE if args.colsep is None else COLUMN_PLACE
+    if not WINDOWS:
+        check_template(args.each, place)
+    return place
 
 
 def each_source(args: Any, options: Row, now: int) -> Iterator[Row]:
     """The drafts of a command for each input: the arguments, or what comes from stdin or a file."""
-    def each(given: Any) -> Row:
-        command = fill_in(args.each, given)
-        return draft_of({"command": command, **options}, now, system.longest_command)
+    from itertools import count
+    numbers, place = count(1), check_each(args)
 
-    if not WINDOWS:
-        check_template(args.each)
+    def each(given: Any) -> Row:
+        if isinstance(given, bytes):
+            try:
+                given = given.decode()
+            except UnicodeDecodeError:
+                raise UsageError("%r is not valid UTF-8" % given) from None
+        columns = columns_of(given, args.colsep)
+        command = fill(args.each, columns, next(numbers), quote_input, place)
+        draft = draft_of({"command": command, **options}, now, system.longest_command)
+        if args.tag:
+            draft["input"] = given
+        return draft
+
     if args.words:
         yield from drafts_of(enumerate(args.words, 1), each)
         return
-    with open_jobs(args.file or "-") as stream:
+    with open_jobs(args.file or "-", args.pipe) as stream:
         yield from drafts_of(inputs_of(stream, b"\0" if args.null else b"\n"), each)
 
 
@@ -7991,7 +8407,7 @@ def job_source(args: Any, now: int) -> Iterator[Row]:
     elif args.file is None:
         yield finish_draft(draft_of_words(args.words, args.literal, now, options), {})
     else:
-        with open_jobs(args.file) as stream:
+        with open_jobs(args.file, args.pipe) as stream:
             yield from drafts_of(job_lines_of(stream), line_reader(options, now))
 
 
@@ -8061,8 +8477,10 @@ def tell_enqueued(args: Any, store: Store, first: int, last: int,
 
 FILE = option("--file PATH", "one job a line, command or JSON; - is stdin; all or none")
 EACH = (
-    option("--each COMMAND", "this for each input, a line on stdin: {} stands for it, quoted"),
+    option("--each COMMAND", "this for each input, a line on stdin: {} stands for it, quoted; "
+           "{.} {/} {//} {/.} {#} as in GNU parallel"),
     option("-0 --null", "inputs end with NUL, not with a newline"),
+    option("--colsep SEP", "columns of an input end at this, for {1} {2} …: a regular expression"),
 )
 JOB_OPTIONS = (
     option("--id ID", "choose the id yourself"),
@@ -8104,7 +8522,7 @@ find . -name '*.log' -print0 | queuectl enqueue -0 --each 'gzip -9 {}'
     option("--wait-timeout DURATION",
            "exit 124 if that takes longer",
            type=partial(checked, "delay", called="--wait-timeout")),
-    option("--quiet", "print the ids alone"), JSON, writes=True)
+    option("-q --quiet", "print the ids alone"), JSON, writes=True)
 def cmd_enqueue(args: Any) -> int:
     many = check_enqueue(args)
     now = now_millis()
@@ -8129,222 +8547,6 @@ def cmd_enqueue(args: Any) -> int:
 def new_pool_name(store: Store) -> str:
     """A name that is never used twice; it begins with the queue's id, see Identity."""
     return "%s-%s" % (store.queue_id(), os.urandom(3).hex())
-
-
-# How far a run is: how many of its jobs there are in all and in some states, and if it is paused.
-Progress = namedtuple("Progress", "total left completed dead cancelled failed processing paused")
-
-
-class Batch:
-    """The jobs of one `run`, in a queue of their own, and their outcome.
-
-    `report`, which its pool calls again and again, tells on stderr how it goes: on a terminal in a
-    line that is redrawn, else in a line every ten seconds.
-    """
-
-    def __init__(self, store: Store, name: str, quiet: bool) -> None:
-        """All unfinished jobs of the queue `name` are its jobs; nobody else adds any to it."""
-        self.db, self.name, self.quiet = store.path, name, quiet
-        self.before, self.start = store.queue(name), now_millis()
-        self.total = unfinished_of(self.before)
-        self.began, self.rate = time.monotonic(), Rate()
-        self.last_end = 0, 0.0
-        escapes = os.environ.get("TERM") != "dumb"
-        self.terminal = not quiet and is_terminal(sys.stderr) and escapes
-        self.next = self.began + self.pause()
-
-    def pause(self) -> float:
-        """Seconds between two lines."""
-        return 0.0 if self.terminal else 10.0
-
-    def outcome(self, store: Store) -> Progress:
-        """What has become of its jobs. (Jobs of a `run` under way are not purged.)"""
-        now = store.queue(self.name)
-        completed, dead, cancelled = [now[state] - self.before[state] for state in ENDED]
-        return Progress(self.total, unfinished_of(now), completed, dead, cancelled,
-                    now[FAILED], now[PROCESSING], now["paused"])
-
-    def progress(self) -> Progress:
-        """The same; the database is open meanwhile only, for workers may have to be forked."""
-        store = Store(self.db)
-        try:
-            return self.outcome(store)
-        finally:
-            store.close()
-
-    def report(self) -> float:
-        """Tell how it goes, if that is due; the seconds until it may be due again."""
-        if time.monotonic() >= self.next and not self.quiet:
-            self.next = time.monotonic() + self.pause()
-            try:
-                part = self.progress()
-            except QueueError:  # it can't be read now: what is wrong, the workers say
-                return 1.0
-            ended = part.completed + part.dead + part.cancelled
-            time_left = self.time_left(ended, part.left)
-            self.tell(progress_text(self.name, part, self.rate(ended), time_left))
-        return 0.3 if self.terminal else 1.0
-
-    def time_left(self, ended: int, left: int) -> float | None:
-        """Seconds that it will take at the pace up to the last end of a job.
-
-        None while too few have ended.
-        """
-        now = time.monotonic() - self.began
-        if ended != self.last_end[0]:
-            self.last_end = ended, now
-        if ended <= 2:
-            return None
-        taken = self.last_end[1]
-        return max(0.0, taken / ended * left - (now - taken))
-
-    def clear(self) -> None:
-        """Take the line away, for others are to follow."""
-        if self.terminal:
-            self.tell("")
-
-    def tell(self, text: str) -> None:
-        """Show a line, in the place of the one before where this is a terminal."""
-        if not self.terminal:
-            system.say("queuectl: %s\n" % text, 2)
-            return
-        try:
-            width = os.get_terminal_size(2).columns or 80
-            system.say("\r%s\033[K" % fit(text, width - 1).rstrip(), 2)
-        except OSError:  # it is gone
-            self.terminal, self.quiet = False, True
-            mute(2)
-
-
-def _resumed(store: Store, words: Sequence[str]) -> str:
-    """The queue that `run --resume` is to go on with; "" if no run was interrupted."""
-    left = left_runs(store)
-    if len(words) > 1 or set(words) - set(left):
-        known = ""
-        if left:
-            known = "; interrupted: " + ", ".join(left)
-        raise QueueError("no interrupted run is called %s%s" % (quoted(" ".join(words)), known))
-    if len(left) > 1 and not words:
-        runs = ["%s (%s left)" % (name, count_of(count, "job"))
-                for name, count in left.items()]
-        raise QueueError("several runs were interrupted: %s; name one" % ", ".join(runs))
-    return next(iter(words or left), "")
-
-
-def run_source(args: Any, now: int) -> Iterator[Row]:
-    """The drafts of what `run` was given: several commands, or what `enqueue` takes."""
-    if ":::" in args.words:
-        raise UsageError("inputs stand behind the options, or on stdin: "
-                         "queuectl run --each 'gzip {}' a.log b.log")
-    several = len(args.words) > 1 and args.each is None and not args.literal
-    if several and " " in args.words[0] and not args.words[0].startswith("{"):
-        yield from drafts_of(enumerate(args.words, 1), line_reader(given_options(args), now))
-    else:
-        yield from job_source(args, now)
-
-
-def _new_batch(args: Any, store: Store) -> Batch:
-    """Add the jobs of a run to a queue of its own.
-
-    That has a limit for other pools too: they may take some of the jobs.
-    """
-    if not args.words and args.file is None:
-        args.file = "-"
-    now, settings = now_millis(), store.settings()
-    drafts = begun(run_source(args, now), bool(args.words))
-    manner = manner_of(args, now)
-    for name, left in left_runs(store).items():
-        complain("%s was interrupted with %s left; `queuectl run --resume %s` goes on with it"
-                 % (name, count_of(left, "job"), name))
-    store.expect_bulk()
-    with store.transaction():
-        name = store.new_run()
-        store.set_concurrency(name, args.workers)
-        store.add((dict(draft, queue=name) for draft in drafts), settings, **manner)
-        return Batch(store, name, args.quiet)
-
-
-def _old_batch(args: Any, store: Store) -> Batch:
-    """What is left of an interrupted run."""
-    name = _resumed(store, args.words)
-    if name:
-        set_concurrency(store, name, args.workers)
-    return Batch(store, name, args.quiet)
-
-
-@one_change
-def _lift_limit(store: Store, name: str) -> None:
-    """After a run: if nothing of it is left, its queue is free for the next."""
-    if name and not store.count(Selection(UNFINISHED, (name,))):
-        store.set_concurrency(name, None)
-
-
-def _tell_run(args: Any, store: Store, batch: Batch, interrupted: bool) -> int:
-    """Tell what has become of a run, and what to do next; its exit code."""
-    part = batch.outcome(store)
-    seconds = time.monotonic() - batch.began
-    dead = Selection((DEAD,), (batch.name,), since=batch.start)
-    died = [{name: job[name] for name in ("id", "command", "attempts", "last_error")}
-            for job in store.last_to_die(dead, 20)]
-    unsuccessful = part.completed != part.total
-    try:
-        if args.json:
-            emit_json({"queue": batch.name or None, "jobs": part.total,
-                       "completed": part.completed, "dead": part.dead,
-                       "cancelled": part.cancelled, "left": part.left,
-                       "seconds": round(seconds, 3), "died": died})
-        elif unsuccessful or not args.quiet:
-            for line in summary_lines(batch.name, part, seconds, died):
-                advise(line)
-        sys.stdout.flush()
-    except OSError:
-        complain("%d of %d jobs are completed all the same" % (part.completed, part.total))
-        raise
-    if interrupted and part.left:
-        return EXIT_INTERRUPTED
-    return EXIT_FAILED if unsuccessful else EXIT_OK
-
-
-@subcommand("run", "run commands in parallel, show progress, and sum up", """
-queuectl run 'make docs' 'make test' 'make dist'
-queuectl run --each 'gzip -9 {}' a.log b.log
-find . -name '*.log' | queuectl run --each 'gzip -9 {}'
-find . -name '*.wav' -print0 | queuectl run -0 --workers 4 --each 'lame --quiet {}'
-queuectl run --file commands.txt --timeout 10m --max-retries 5
-queuectl run --resume
-""",
-    option("words COMMAND", "as for enqueue, or several shell commands, or inputs", nargs="*"),
-    FILE, *EACH,
-    option("-j --workers N",
-           "how many at once (the number of cores)",
-           type=whole("--workers", 1000), default=os.cpu_count() or 1),
-    option("--resume", "go on with a run that was interrupted: run --resume [run-1]"),
-    option("--quiet", "no progress; a summary only if not all completed"), JSON, *JOB_OPTIONS,
-    writes=True)
-def cmd_run(args: Any) -> int:
-    both = args.file is not None and args.words
-    changed = args.resume and (args.file or args.each or given_options(args))
-    if both or changed or (args.null and not args.each):
-        raise UsageError("give commands, --file, --each (with -0, if need be) or --resume; "
-                         "see `queuectl run --help`")
-    system.check_room(args.workers)
-    if is_terminal(sys.stdin) and not (args.words or args.file or args.resume):
-        raise UsageError("say what to run; see `queuectl run --help`")
-    store = open_trusted(args.db, tell=complain)
-    batch = (_old_batch if args.resume else _new_batch)(args, store)
-    if not batch.total:
-        _lift_limit(store, batch.name)
-        complain("there is nothing to %s" % ("resume" if args.resume else "run"))
-        return _tell_run(args, store, batch, False) if args.json else EXIT_OK
-    ring_all(args.db)
-    name = new_pool_name(store)
-    store.close()
-    count = min(args.workers, batch.total)
-    pool = Pool(args.db, name, count, [batch.name], look=batch)
-    code = pool.run()
-    batch.clear()
-    _lift_limit(args.store, batch.name)
-    return max(_tell_run(args, args.store, batch, pool.stops > 0), code)
 
 
 LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside when a pool starts
@@ -8438,11 +8640,10 @@ def start_compiled() -> None:
         go_on_as(program)
 
 
-def start_words(args: Any) -> list[str]:
-    """The command line that starts the workers a command was asked for, in the foreground."""
-    words = [*own_command(), "--db", args.db, "worker", "start"]
-    words += ["--count", str(args.count)]
-    for name in args.queue:
+def start_words(db: str, count: int, queues: Names) -> list[str]:
+    """The command line that starts so many workers in the foreground."""
+    words = [*own_command(), "--db", db, "worker", "start", "--count", str(count)]
+    for name in queues:
         words += ["--queue", name]
     return words
 
@@ -8464,29 +8665,25 @@ def _await_pool(process: Any, store: Store, name: str, count: int,
         time.sleep(0.01)
 
 
-def _start_detached(args: Any, store: Store, name: str) -> None:
-    """Start the same command in a session of its own, and wait until its workers run."""
+def _start_detached(store: Store, name: str, count: int, words: Sequence[str]) -> int:
+    """Start a pool by these words in a session of its own; its process id when its workers run."""
     import subprocess
-    folder = os.path.dirname(args.db)
+    folder = os.path.dirname(store.path)
     log = os.path.join(folder, "queuectl.log")
-    words = start_words(args)
-    if args.drain:
-        words.append("--drain")
-    if args.max_jobs:
-        words += ["--max-jobs", str(args.max_jobs)]
     fd = _open_log(log)
     process = subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, cwd=folder,
         env=dict(os.environ, QUEUECTL_POOL=name), start_new_session=not WINDOWS,
         creationflags=0x208 if WINDOWS else 0)  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
     os.close(fd)
-    _await_pool(process, store, name, args.count, log)
-    emit(str(process.pid))
+    _await_pool(process, store, name, count, log)
     complain("%s in the background, log in %s; `queuectl worker stop` ends them"
-             % (count_of(args.count, "worker"), log))
+             % (count_of(count, "worker"), log))
+    return process.pid
 
 
-COUNT = option("--count N", "worker processes (1)", type=whole("--count", 1000), default=1)
+COUNT = option("-j --count --workers N", "worker processes, or N%% of the cores (1)",
+               type=workers_wanted, default=1)
 SERVED = option("--queue NAME",
                 "serve this queue only; repeatable",
                 type=partial(check_name, "--queue"), action="append", default=[])
@@ -8508,7 +8705,12 @@ def cmd_worker_start(args: Any) -> int:
     store = open_trusted(args.db, tell=complain)
     name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name(store)
     if args.detach:
-        _start_detached(args, store, name)
+        words = start_words(args.db, args.count, args.queue)
+        if args.drain:
+            words.append("--drain")
+        if args.max_jobs:
+            words += ["--max-jobs", str(args.max_jobs)]
+        emit(str(_start_detached(store, name, args.count, words)))
         return EXIT_OK
     store.close()
     workers = count_of(args.count, "worker")
@@ -8517,6 +8719,557 @@ def cmd_worker_start(args: Any) -> int:
     pool = Pool(args.db, name, args.count, args.queue,
                 drain=args.drain, max_jobs=args.max_jobs)
     return pool.run()
+
+
+# ─── run: jobs that are worked on now ─────────────────────────────────────────────────────────
+#
+# A `run` is three kinds of processes. The command itself adds the jobs to a queue of their own and
+# becomes the supervisor of a pool that serves it. Beside the pool, the reporter shows what the
+# jobs print and how far the run is: a reader that is slow, or a stopped terminal, holds up nobody
+# else. It also adds the jobs that come by a pipe. The workers end when the queue is drained; where
+# others may add jobs to it, or more come by a pipe, they end when the reporter does.
+
+# The jobs of a run: those of a queue behind seq `before` up to `last`; how many of these were in
+# each state when it began, and when that was.
+Batch = namedtuple("Batch", "queue before last counts start")
+# How far a run is: how many of its jobs there are in all and in some states, and if it is paused.
+Progress = namedtuple("Progress", "total left completed dead cancelled failed processing paused")
+
+
+def are_commands(args: Any) -> bool:
+    """Whether each of the words given to `run` is a command, and not all of them one."""
+    first = args.words[0]
+    if args.literal or first.startswith("{"):
+        return False
+    return args.commands or re.search(r"[\s|&;<>()]", first) is not None
+
+
+def tell_reading(args: Any) -> None:
+    """Say which way several words were read, for there are two."""
+    if are_commands(args):
+        complain("each of these %d words is a command; write -- before them if they are one"
+                 % len(args.words))
+    elif not args.literal:
+        complain("these words are one command; with --commands each of them is one")
+
+
+def run_source(args: Any, start: int) -> Iterator[Row]:
+    """The drafts of what `run` was given: several commands, or what `enqueue` takes.
+
+    With --delay each waits that long after the one before, the first starts at `start`.
+    """
+    drafts = job_source(args, start)
+    if len(args.words) > 1 and args.each is None and are_commands(args):
+        drafts = drafts_of(enumerate(args.words, 1), line_reader(given_options(args), start))
+    for number, draft in enumerate(drafts):
+        if number and args.pace:
+            draft["run_at"] = Delayed(start + to_millis(number * args.pace))
+        yield draft
+
+
+class ProgressLine:
+    """The line on stderr that tells how far a run is: redrawn on a terminal, else now and then."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.began, self.rate = quiet, time.monotonic(), Rate()
+        self.last_end = 0, 0.0
+        escapes = os.environ.get("TERM") != "dumb"
+        self.terminal = not quiet and is_terminal(sys.stderr) and escapes
+        self.every = 0.3 if self.terminal else 10.0  # seconds
+        self.next = self.began + self.every
+
+    def show_if_due(self, name: str, part: Progress) -> None:
+        """Show how far the run `name` is."""
+        if self.quiet or time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + self.every
+        ended = part.completed + part.dead + part.cancelled
+        text = progress_text(name, part, self.rate(ended), self._time_left(ended, part.left))
+        if self.terminal:
+            width = os.get_terminal_size(2).columns or 80
+            system.say(CLEAR_LINE + fit(text, width - 1).rstrip(), 2)
+        else:
+            system.say("queuectl: %s\n" % text, 2)
+
+    def clear(self) -> None:
+        """Take the line away, for others are to follow."""
+        if self.terminal:
+            system.say(CLEAR_LINE, 2)
+
+    def _time_left(self, ended: int, left: int) -> float | None:
+        """Seconds that it will take at the pace up to the last end of a job.
+
+        None while too few have ended.
+        """
+        now = time.monotonic() - self.began
+        if ended != self.last_end[0]:
+            self.last_end = ended, now
+        if ended <= 2:
+            return None
+        taken = self.last_end[1]
+        return max(0.0, taken / ended * left - (now - taken))
+
+
+class Outputs:
+    """Shows what the jobs of a run print: each when it has ended, in their order or as they end.
+
+    On a terminal the first that has not ended is shown live.
+    """
+
+    def __init__(self, args: Any, batch: Batch, line: ProgressLine) -> None:
+        self.store, self.queue, self.start, self.line = args.store, batch.queue, batch.start, line
+        self.tag, self.unordered, self.live = args.tag, args.unordered, is_terminal(sys.stdout)
+        self.low = batch.before  # all jobs up to this seq are shown,
+        self.shown: set[int] = set()  # and these
+        self.reader: OutputReader | None = None  # of the job that is shown live
+        self.code = EXIT_OK
+
+    def show(self, last: int, final: bool) -> None:
+        """Show what is new of the jobs up to seq `last`; `final`: no other look will follow."""
+        if self.unordered or final:
+            self._show_ended(last)
+        else:
+            self._show_in_order(last)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+
+    def _show_in_order(self, last: int) -> None:
+        for job in self.store.jobs_between(self.low, last, 100):
+            if job["queue"] == self.queue:
+                if job["state"] not in ENDED:
+                    self._show_live(job)
+                    return
+                self._show_end(job)
+            self.low = job["seq"]
+
+    def _show_ended(self, last: int) -> None:
+        for seq in self.store.ended_between(self.queue, self.low, last):
+            job = None if seq in self.shown else self.store.find_by_seq(seq)
+            if job:
+                self._show_end(job)
+                self.shown.add(seq)
+        while self.low + 1 in self.shown:
+            self.low += 1
+            self.shown.discard(self.low)
+
+    def _show_live(self, job: Row) -> None:
+        if self.live:
+            self.reader = self._reader_of(job)
+            for run, parts in self.reader.news(job):
+                self._show_parts(job, run, parts)
+
+    def _show_end(self, job: Row) -> None:
+        """Show what the last run of a job has printed, if that ended after this `run` began."""
+        if job["finished_at"] >= self.start:
+            for run, parts in self._reader_of(job).news(job):
+                self._show_parts(job, run, parts)
+
+    def _reader_of(self, job: Row) -> OutputReader:
+        if self.reader and self.reader.seq == job["seq"]:
+            return self.reader
+        return OutputReader(self.store, job["seq"], max(0, job["runs"] - 1), whole_lines)
+
+    def _show_parts(self, job: Row, run: Row | None, parts: Sequence[bytes]) -> None:
+        for name, part in zip(STREAMS, parts):
+            if run and gap_of(run[name] or b"") >= 0:
+                complain("the %s of %s is too long to be kept whole; `queuectl logs %s` shows its "
+                         "beginning and its end" % (name, job["id"], job["id"]))
+                self.code, part = EXIT_FAILED, b""
+            if part.startswith(EMPTIED):
+                complain("%s has truncated its %s: what it had printed before is lost"
+                         % (job["id"], name))
+                part = part[len(EMPTIED):]
+            if part:
+                self._write(job, getattr(sys, name), part)
+
+    def _write(self, job: Row, stream: Any, part: bytes) -> None:
+        if stream is None and sys.stdout is not None:
+            return  # stderr is closed
+        self.line.clear()
+        tag = ""
+        if self.tag:
+            tag = json.loads(job["policy"] or "{}").get("input", job["id"])
+        if is_terminal(stream) and not part.endswith(b"\n"):
+            part += b"\n"  # the line with the progress may follow
+        emit_output(part, stream, tag)
+
+
+SHOWN_CAUSES = 5
+
+
+class Reporter:
+    """What goes on beside the pool of a `run`: outputs and progress are shown, and jobs come in.
+
+    `orders` is the end of a pipe: there comes, when the pool has ended, whether it was stopped.
+    """
+
+    part: Progress | None = None  # how far the run was at the last look
+
+    def __init__(self, args: Any, batch: Batch, orders: Any) -> None:
+        self.args, self.batch, self.orders, self.store = args, batch, orders, args.store
+        self.line = ProgressLine(args.quiet)
+        self.outputs = Outputs(args, batch, self.line)
+        self.total = sum(batch.counts[state] for state in UNFINISHED)
+        self.reading = args.pipe  # whether more jobs may come
+        self.code, self.seen, self.pause = EXIT_OK, -1, FOLLOW_EVERY
+
+    def work(self) -> int:
+        """Report until the pool has ended, or has nothing left to do; the exit code of `run`."""
+        stopped = None
+        if self.reading:
+            self._start_reading()
+        while stopped is None and not self._is_done():
+            if self.orders.poll(self.pause):
+                stopped = self.orders.recv()
+            self._add_arrived()
+            self._look(stopped is not None)
+        self.line.clear()
+        return max(self.code, self.outputs.code, self.sum_up(bool(stopped)))
+
+    def _is_done(self) -> bool:
+        """Whether the jobs have ended, of a queue that the workers don't drain."""
+        own = self.part and not (self.args.pipe or self.args.queue)
+        if own or self.reading or not self.part or self.part.left:
+            return False
+        return not self.store.hooks_left(self.batch.queue)
+
+    def _look(self, final: bool) -> None:
+        """Show what is new, if anything has changed."""
+        began, seen = time.monotonic(), -1
+        try:
+            seen = self.store.changed()
+            if seen != self.seen or final or self.outputs.live:
+                self.part = self._progress()
+                if not (self.args.quiet or self.args.json):
+                    self.outputs.show(self.batch.last, final)
+            if self.part and not final:
+                self.line.show_if_due(self.batch.queue, self.part)
+        except Unavailable:  # it can't be read now: what is wrong, the workers say
+            pass
+        self.seen = seen
+        self.pause = max(FOLLOW_EVERY, 4 * (time.monotonic() - began))
+
+    def _progress(self) -> Progress:
+        batch = self.batch
+        now = self.store.states_between(batch.queue, batch.before, batch.last)
+        completed, dead, cancelled = [now[state] - batch.counts[state] for state in ENDED]
+        left = sum(now[state] for state in UNFINISHED)
+        return Progress(self.total, left, completed, dead, cancelled, now[FAILED],
+                        now[PROCESSING], self.store.queue(batch.queue)["paused"])
+
+    # Jobs that come by a pipe.
+
+    def _start_reading(self) -> None:
+        import queue
+        import threading
+        self.arrived: Any = queue.Queue(2000)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        """In a thread: read jobs, up to the end or to what is no job."""
+        end = None
+        try:
+            for draft in run_source(self.args, self.batch.start):
+                self.arrived.put(draft)
+        except (QueueError, OSError) as error:
+            end = error
+        self.arrived.put(end)
+
+    def _add_arrived(self) -> None:
+        """Add the jobs that have come by now."""
+        drafts: list[Draft] = []
+        if self.args.fail_fast and self.part and self.part.dead:
+            self.reading = False
+        while self.reading and len(drafts) < 1000 and not self.arrived.empty():
+            draft = self.arrived.get()
+            if isinstance(draft, dict):
+                drafts.append(draft)
+            else:
+                self._end_reading(draft)
+        try:
+            if drafts:
+                self._add(drafts)
+        except QueueError as error:
+            self._end_reading(error)
+
+    def _add(self, drafts: list[Draft]) -> None:
+        manner, name = manner_of(self.args, now_millis()), self.batch.queue
+        _, last, existing = add_jobs(
+            self.store, [dict(draft, queue=name) for draft in drafts], self.store.settings(),
+            **manner)
+        self.total += len(drafts) - len(existing)
+        self.seen = -1  # own commits are no news to `changed`
+        self.batch = self.batch._replace(last=last)
+
+    def _end_reading(self, error: Exception | None) -> None:
+        self.reading = False
+        if error:
+            self.line.clear()
+            complain("error: %s; no more is read, and what came before is worked on" % error)
+            self.code = EXIT_USAGE
+
+    # The end.
+
+    def sum_up(self, stopped: bool) -> int:
+        """Tell what has become of a run, and what to do next; its exit code."""
+        part = self._progress()
+        unsuccessful = part.completed != part.total
+        if self.args.json:
+            self._emit_summary(part)
+        elif part.total == 0:
+            complain("there is nothing to %s" % ("resume" if self.args.resume else "run"))
+        elif unsuccessful or not self.args.quiet:
+            self._tell_summary(part)
+        sys.stdout.flush()
+        if stopped and part.left:
+            return EXIT_INTERRUPTED
+        return EXIT_FAILED if unsuccessful else EXIT_OK
+
+    def _dead(self) -> Iterator[Row]:
+        """The dead jobs of this run, the last to die first."""
+        batch = self.batch
+        selection = Selection((DEAD,), (batch.queue,), since=batch.start)
+        for job in self.store.last_to_die(selection, NEVER):
+            if batch.before < job["seq"] <= batch.last:
+                yield job
+
+    def _emit_summary(self, part: Progress) -> None:
+        from itertools import islice
+        died = [{name: job[name] for name in ("id", "command", "attempts", "last_error")}
+                for job in islice(self._dead(), 20)]
+        emit_json({"queue": self.batch.queue, "jobs": part.total, "completed": part.completed,
+                   "dead": part.dead, "cancelled": part.cancelled, "left": part.left,
+                   "seconds": round(time.monotonic() - self.line.began, 3), "died": died})
+
+    def _tell_summary(self, part: Progress) -> None:
+        causes: list[Row] = []
+        if part.dead:
+            causes = causes_of(self.store, self._dead())
+        for cause in causes[:SHOWN_CAUSES]:
+            cause["job"] = self.store.find((cause["ids"] or [""])[0])
+        seconds = time.monotonic() - self.line.began
+        for line in summary_lines(self.batch.queue, part, seconds, causes):
+            advise(line, sys.stderr)
+
+
+def report_main(args: Any, batch: Batch, orders: Any, unneeded: Iterable[int]) -> NoReturn:
+    """What the reporter does from its first instruction on."""
+    for fd in unneeded:
+        os.close(fd)
+    system.prepare_reporter()
+    code = EXIT_FAILED
+    try:
+        code = Reporter(args, batch, orders).work()
+    except EOFError:
+        pass  # the supervisor was killed
+    except (QueueError, OSError) as error:
+        complain("error: %s" % error)
+        code = getattr(error, "code", EXIT_FAILED)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = EXIT_BUG
+    close_stores()
+    os._exit(code)
+
+
+def _resumed(store: Store, words: Sequence[str]) -> str:
+    """The queue that `run --resume` is to go on with; "" if no run was interrupted."""
+    left = left_runs(store)
+    if len(words) > 1 or set(words) - set(left):
+        known = ""
+        if left:
+            known = "; interrupted: " + ", ".join(left)
+        raise QueueError("no interrupted run is called %s%s" % (quoted(" ".join(words)), known))
+    if len(left) > 1 and not words:
+        runs = ["%s (%s left)" % (name, count_of(count, "job"))
+                for name, count in left.items()]
+        raise QueueError("several runs were interrupted: %s; name one" % ", ".join(runs))
+    return next(iter(words or left), "")
+
+
+def _new_batch(args: Any, store: Store) -> Batch:
+    """Add the jobs of a run to its queue, in a transaction, if they don't come by a pipe.
+
+    A queue of its own has a limit for other pools too: they may take some of the jobs.
+    """
+    start, before, name = now_millis(), store.last_seq(), args.queue
+    if not name:
+        name = store.new_run()
+        store.set_concurrency(name, args.workers)
+        store.set_fail_fast(name, args.fail_fast)
+    if not args.pipe:
+        manner = manner_of(args, start)
+        store.add((dict(draft, queue=name) for draft in args.drafts), store.settings(), **manner)
+    last = store.last_seq()
+    counts = store.states_between(name, before, last)
+    return Batch(name, before, last, counts, start)
+
+
+def _old_batch(args: Any, store: Store) -> Batch:
+    """What is left of an interrupted run, in the transaction that takes it over."""
+    name = _resumed(store, args.words)
+    before = last = 0
+    if name:
+        args.workers = args.workers or store.queue(name)["concurrency"] or 1
+        store.set_concurrency(name, args.workers)
+        seqs, _ = store.look(Selection(UNFINISHED, (name,)))
+        before, last = seqs[0] - 1, seqs[-1]
+    return Batch(name, before, last, store.states_between(name, before, last), now_millis())
+
+
+def _tell_unserved(store: Store, names: Iterable[str]) -> None:
+    """Say so if nobody works on the jobs that others are to run after."""
+    for job in map(store.find, names):
+        if job["state"] in UNFINISHED and not store.serving(job["queue"]):
+            complain("%s is %s, and no worker serves its queue; `queuectl worker start --queue %s` "
+                     "does" % (job["id"], job["state"], job["queue"]))
+
+
+def _check_run(args: Any) -> None:
+    """Raise UsageError for options that contradict each other, or where there is nothing to run."""
+    both = args.file is not None and args.words
+    changed = args.resume and (args.file or args.each or args.queue or given_options(args))
+    by_each = args.each is not None
+    if both or changed or ((args.null or args.colsep) and not by_each):
+        raise UsageError("give commands, --file, --each (with -0 or --colsep, if need be) or "
+                         "--resume; see `queuectl run --help`")
+    if ":::" in args.words:
+        raise UsageError("inputs stand behind the options, or on stdin: "
+                         "queuectl run --each 'gzip {}' a.log b.log")
+    if args.queue and args.fail_fast:
+        raise UsageError("--fail-fast would cancel other jobs of the queue %s; leave out --queue"
+                         % args.queue)
+    if is_terminal(sys.stdin) and not (args.words or args.file or args.resume):
+        raise UsageError("say what to run; see `queuectl run --help`")
+
+
+def _comes_by_pipe() -> bool:
+    """Whether stdin is none that can be read whole at once, and the reporter can have it."""
+    if sys.stdin is None or system.start_method != "fork":
+        return False
+    return not stat.S_ISREG(os.fstat(0).st_mode)
+
+
+def _prepare_run(args: Any) -> None:
+    """Decide where the jobs come from, and read the first."""
+    if not args.words and args.file is None and not args.resume:
+        args.file = "-"
+    args.pace, args.delay = checked("delay", args.delay or 0), None
+    if args.file == "-" and _comes_by_pipe() and not (args.queue or args.detach or args.dry_run):
+        args.pipe = os.dup(0)  # multiprocessing takes stdin away from the reporter, which reads it
+    args.drafts = ()
+    if len(args.words) > 1 and args.each is None and not args.resume:
+        tell_reading(args)
+    if args.pipe:
+        if args.each is not None:
+            check_each(args)
+        finish_draft(draft_of({"command": "true", **given_options(args)}, now_millis(), 4), {})
+    elif not args.resume:
+        args.drafts = begun(run_source(args, now_millis()), bool(args.words))
+
+
+def _begin_run(args: Any, store: Store) -> tuple[Batch, Pool]:
+    """Add the jobs, and register the pool that is to work on them, in one transaction.
+
+    So of two that resume a run at the same time the second finds it taken.
+    """
+    for name, left in left_runs(store).items():
+        if not args.resume:
+            complain("%s was interrupted with %s left; `queuectl run --resume %s` goes on with it"
+                     % (name, count_of(left, "job"), name))
+    store.expect_bulk()
+    with store.transaction():
+        pool_name = new_pool_name(store)
+        batch = (_old_batch if args.resume else _new_batch)(args, store)
+        count = min(args.workers or 1, sum(batch.counts[state] for state in UNFINISHED))
+        if args.pipe:
+            count = args.workers
+        drain = not (args.pipe or args.queue)
+        pool = Pool(args.db, pool_name, count, [batch.queue], drain=drain)
+        if count and not args.detach:
+            pool.register(store)
+    return batch, pool
+
+
+def _detach_run(args: Any, store: Store, batch: Batch, pool: Pool) -> int:
+    """Leave a run to a pool in the background, and print its name."""
+    words = start_words(args.db, pool.count, pool.queues)
+    _start_detached(store, pool.name, pool.count, [*words, "--drain"])
+    if args.json:
+        emit_json({"queue": batch.queue, "jobs": batch.last - batch.before})
+    else:
+        emit(batch.queue)
+        complain("`queuectl wait --queue %s` waits for it, `queuectl logs -f --queue %s` shows it"
+                 % (batch.queue, batch.queue))
+    return EXIT_OK
+
+
+def _work_on_run(args: Any, batch: Batch, pool: Pool) -> int:
+    """Be the supervisor of a run's pool, with a reporter beside it; the exit code."""
+    pool.start_reporter(report_main, args, batch)
+    if args.pipe:
+        os.close(args.pipe)
+    code = pool.run()
+    reported: int = pool.end_reporter()
+    if reported == -signal.SIGTERM:
+        return EXIT_INTERRUPTED
+    if reported < 0 and reported == -getattr(signal, "SIGPIPE", 0):
+        raise BrokenPipeError
+    if reported < 0:
+        complain("error: the process that shows the output was killed; `queuectl list` shows what "
+                 "became of the jobs")
+        return EXIT_FAILED
+    return max(code, reported)
+
+
+@subcommand("run", "run commands in parallel, show their output in order, and sum up", """
+queuectl run 'make docs' 'make test' 'make dist'
+queuectl run --each 'gzip -9 {}' a.log b.log
+find . -name '*.log' | queuectl run --each 'gzip -9 {}'
+find . -name '*.wav' -print0 | queuectl run -0 -j 4 --each 'lame --quiet {} {.}.mp3'
+queuectl run --file commands.txt --timeout 10m --max-retries 5 > results.txt
+queuectl run --detach --file commands.txt      goes on in the background; prints its name
+queuectl run --resume
+""",
+    option("words COMMAND", "as for enqueue, or several shell commands, or inputs", nargs="*"),
+    FILE, *EACH,
+    option("--commands", "each word is a shell command"),
+    option("-j --workers --count N", "how many at once, or N%% of the cores (the number of cores)",
+           type=workers_wanted),
+    option("--queue NAME", "in this queue, with its limits (a new one)",
+           type=partial(check_name, "--queue")),
+    option("--delay DURATION", "the pause between the starts of two jobs"),
+    option("--unordered", "show each output when its job ends, not in the order of the jobs"),
+    option("--tag", "show each line behind its input of --each (or the id) and a tab"),
+    option("--fail-fast", "after the first job that dies start no more, and cancel the rest"),
+    option("--dry-run", "show the commands only"),
+    option("--detach", "leave the work to the background; prints the name of the run"),
+    option("--resume", "go on with a run that was interrupted: run --resume [run-1]"),
+    option("-q --quiet", "no output, no progress; a summary only if not all completed"), JSON,
+    *[each for each in JOB_OPTIONS if each[0] != ["--delay"]],
+    writes=True)
+def cmd_run(args: Any) -> int:
+    _check_run(args)
+    if not args.resume:
+        args.workers = args.workers or os.cpu_count() or 1
+    _prepare_run(args)
+    if args.dry_run:
+        for draft in args.drafts:
+            emit(draft["command"])
+        return EXIT_OK
+    system.check_room(args.workers or 1)
+    store = open_trusted(args.db, tell=complain)
+    batch, pool = _begin_run(args, store)
+    ring_all(args.db)
+    if args.after:
+        _tell_unserved(store, ",".join(args.after).split(","))
+    if args.detach and pool.count:
+        return _detach_run(args, store, batch, pool)
+    store.close()
+    args.drafts = ()
+    if not pool.count:
+        return Reporter(args, batch, None).sum_up(False)
+    return _work_on_run(args, batch, pool)
 
 
 def stop_pools(store: Store, now: bool) -> None:
@@ -8605,7 +9358,7 @@ KEY = option("key KEY", "the setting, with - or _", type=setting_name)
 @subcommand("config list", "the same as show", "\nqueuectl config list\n", JSON)
 @subcommand("config show", "show every setting", "\nqueuectl config show\n", JSON)
 def cmd_config_show(args: Any) -> None:
-    settings = args.store.settings()
+    settings = {name: value for name, value in args.store.settings().items() if name in SETTINGS}
     if args.json:
         emit_json(settings)
     else:
@@ -8948,7 +9701,7 @@ def cmd_service(args: Any) -> None:
         install=install, user=user, target=target,
         db=clean(args.db).replace("%", "%%"),
         folder=unit_word(os.path.dirname(args.db)),
-        start=" ".join(map(unit_word, start_words(args)))))
+        start=" ".join(map(unit_word, start_words(args.db, args.count, args.queue)))))
 
 
 COMPLETION = """\
@@ -9062,6 +9815,8 @@ queuectl status
 class Arguments(argparse.Namespace):
     """What a command was given, and the store of its database: opened when first asked for."""
 
+    tag = False  # see `run`
+    pipe = 0
     opened: Store | None = None
 
     @property

@@ -8388,6 +8388,10 @@ def run_shell(work: Path, shell: Sequence[str], locale: str, command: str) -> li
     return [[next(fields) for _ in range(int(count))] for count in fields if count.isdigit()]
 
 
+def put_into(template: str, name: str) -> str:
+    return queuectl.fill(template, [name], 1, queuectl.in_quotes)
+
+
 def breaks(work: Path, shell: Sequence[str], locale: str, command: str) -> bool:
     """Whether a command runs what it must not."""
     run_shell(work, shell, locale, PRINTER + command)
@@ -8477,7 +8481,7 @@ ACCEPTED = [
     ("case {} in ({}) p {};; (*) p no;; esac", [["{}"]]),
     ("case x{} in\n(x{}) p yes;; esac", [["yes"]]),
     ("f () { p \"$1\" {}; }\nf {}", [["{}", "{}"]]),
-    ("set -- {} b; p \"$@\" \"${1}\" \"${#}\"", [["{}", "b", "{}", "2"]]),
+    ("set -- {} b; p \"$@\" \"${1}\" \"$#\"", [["{}", "b", "{}", "2"]]),
     ("x={}.gz; p \"${x%.gz}\" \"${y:-a b}\"", [["{}", "a b"]]),
     ("p {} | cat", [["{}"]]),
     ("p {} & wait", [["{}"]]),
@@ -8505,7 +8509,7 @@ def test_any_name_reaches_the_command_as_it_is(
 ) -> None:
     assert queuectl.check_template(template) == template
     names = NAMES[::3] if any(piece in template for piece in ("$(", "| ", "& ", "(p")) else NAMES  # forks take long
-    script = "\n".join([PRINTER, *(queuectl.fill(template, name) for name in names)])
+    script = "\n".join([PRINTER, *(put_into(template, name) for name in names)])
     wanted = [[arg.replace("{}", name) for arg in call] for name in names for call in calls]
     got = run_shell(work, shell, locale, script)
     assert [pair for pair in itertools.zip_longest(got, wanted) if pair[0] != pair[1]] == []
@@ -8516,7 +8520,7 @@ def test_any_name_reaches_the_command_as_it_is(
 @pytest.mark.parametrize("shell, locale", SHELLS)
 def test_any_name_is_that_of_a_file(work: Path, shell: Sequence[str], locale: str, template: str, name: str) -> None:
     names = [each for each in NAMES if each and "/" not in each and len(each) < 99]
-    run_shell(work, shell, locale, "\n".join(queuectl.fill(queuectl.check_template(template), each) for each in names))
+    run_shell(work, shell, locale, "\n".join(put_into(queuectl.check_template(template), each) for each in names))
     assert {*os.listdir(work)} == {name.replace("{}", each) for each in names}
 
 
@@ -8543,7 +8547,7 @@ REFUSED = [
     ("p ${x:-$y} {}", ""),
     ("p ${x/a/{}}", ""), ("x={}; p ${y[x]}", INDEX), ("x={}; y=a; p ${y:x}", INDEX), ("x={}; p ${x@P}", SUBST),
     ("p ${ p {}; }", ""),
-    ("p ${x", ""), ("p \u3000#{}", ""), ("p $10{}", ""), ("p $\u00e9{}", ""), ("p $\\a{}", ""),
+    ("p ${x", ""), ("p ${#} {}", ""), ("p \u3000#{}", ""), ("p $10{}", ""), ("p $\u00e9{}", ""), ("p $\\a{}", ""),
     ("p $\\\n(p {})", ""), ('p "$x\\\n{}"', SUBST),
     ("p a\\\n{}", ""), ('p "$$("{}")"', SUBST),
     ('p "$${"{}"}"', SUBST), ('p "$$\x01("{}")"', ""), ('p "$\x01("{}")"', ""), ("p $$'a'{}", ""),
@@ -8577,7 +8581,7 @@ def test_what_a_name_could_break_is_refused(work: Path, template: str, name: str
         queuectl.check_template(template)
     assert 10 < len(str(caught.value)) < 120
     if name:
-        assert any(breaks(work, *shell.values, queuectl.fill(template, name)) for shell in SHELLS)
+        assert any(breaks(work, *shell.values, put_into(template, name)) for shell in SHELLS)
 
 
 # =====================================================================================================
@@ -8680,7 +8684,7 @@ def test_a_command_of_its_own_run_by_sh(work: Path, template: str, calls: list[l
     """As a job is: the command alone, behind -c, and `p` a program."""
     name = "it's \\\"$(>PWNED)`>PWNED`;>PWNED\n'\";>PWNED #{}\\"
     wanted = [[arg.replace("{}", name) for arg in call] for call in calls]
-    assert run_shell(work, ["sh"], "C.UTF-8", queuectl.fill(template, name)) == wanted
+    assert run_shell(work, ["sh"], "C.UTF-8", put_into(template, name)) == wanted
     assert os.listdir(work) == []
 
 
@@ -9462,7 +9466,7 @@ def test_a_run_sums_up_what_would_be_forgotten_meanwhile(q: Queue) -> None:
     q.set("keep_dead", "0")
     q.set("keep_completed", "0")
     run = q.start("run", "--max-retries", "1", "--workers", "2", "exit 3", "sleep 8")
-    assert run.wait(40) == 1 and "1 of 2 completed, 1 dead" in run.out
+    assert run.wait(40) == 1 and "1 of 2 completed, 1 dead" in run.err
 
 
 # on_dead and on_end: jobs that are made when jobs end
@@ -9693,8 +9697,8 @@ def test_the_metrics_of_prometheus(q: Queue) -> None:
 def test_run_works_on_commands_and_sums_up(q: Queue) -> None:
     said = q("run", "--max-retries", "1", "echo one >>out", "echo oh no >&2; exit 3", "echo three >>out", code=1)
     assert sorted(q.lines("out")) == ["one", "three"]
-    assert said.out.startswith("run-1: 2 of 3 completed, 1 dead in ")
-    assert "exit code 3: oh no" in said.out and "dlq retry" in said.out and "queuectl logs " in said.out
+    assert (said.out, "\nrun-1: 2 of 3 completed, 1 dead in " in said.err) == ("", True)
+    assert "1 dead: exit code 3: oh no" in said.err and "dlq retry" in said.err and "queuectl logs " in said.err
     assert q.counts() == {"completed": 2, "dead": 1}
 
 
@@ -9723,8 +9727,6 @@ def test_what_run_is_given(q: Queue, words: list[str], stdin: str, printed: str)
 def test_run_takes_the_options_of_a_job(q: Queue) -> None:
     q("run", "--each", "echo $X {}; [ $QUEUECTL_ATTEMPT = 2 ]", "--env", "X=5", "--backoff-base", "0.1", "a", "b")
     assert [(job["attempts"], job["queue"], job["env"]) for job in q.jobs()] == [(2, "run-1", {"X": "5"})] * 2
-    q("run", "--delay", "300ms", "true")  # it waits for it
-    assert q.counts() == {"completed": 3}
 
 
 @pytest.mark.parametrize(
@@ -9762,7 +9764,7 @@ def test_run_says_in_json_and_quietly_what_came_of_it(q: Queue) -> None:
     assert result["died"][0]["last_error"] == "exit code 3: no"
     said = q("run", "--quiet", "true")
     assert (said.out, said.err) == ("", "")
-    assert q("run", "--quiet", "--max-retries", "1", "false", code=1).out.startswith("run-3: 0 of 1 completed, 1 dead")
+    assert q("run", "--quiet", "--max-retries", "1", "false", code=1).err.startswith("run-3: 0 of 1 completed, 1 dead")
 
 
 def test_a_run_counts_its_own_jobs_alone(q: Queue) -> None:
@@ -9774,8 +9776,8 @@ def test_a_run_counts_its_own_jobs_alone(q: Queue) -> None:
     q("purge")
     q("dlq", "retry", old)
     q.touch("go")
-    assert run.wait() == 0 and run.out.startswith("run-2: 2 of 2 completed in ")
-    assert q("run", "--resume").out.startswith("run-1: 1 of 1 completed in ")
+    assert run.wait() == 0 and "\nrun-2: 2 of 2 completed in " in run.err
+    assert q("run", "--resume").err.startswith("run-1: 1 of 1 completed in ")
     assert json.loads(q("run", "--json", stdin="").out)["jobs"] == 0
 
 
@@ -9808,7 +9810,9 @@ def test_run_has_as_many_workers_as_it_is_told_whoever_helps(q: Queue) -> None:
     q("run", "--workers", "2", "--file", "-", stdin=(peak_job(q) + "\n") * 8)
     pool.stop()
     assert peak(q) == 2 and q.counts() == {"completed": 8}
-    assert q.look("queue", "list")[-1]["concurrency"] is None
+    assert q.look("queue", "list")[-1]["concurrency"] == 2
+    q("purge")
+    assert q.look("queue", "list") == []  # the limit went with the jobs
 
 
 def interrupted(q: Queue, *signals: int) -> Background:
@@ -9825,12 +9829,12 @@ def test_an_interrupted_run_is_resumed(q: Queue) -> None:
     run = interrupted(q, signal.SIGINT)
     assert run.wait() == 130
     left = q.counts()["pending"]
-    assert f"{left} left" in run.out and "queuectl run --resume run-1" in run.out
+    assert f"{left} left" in run.err and "queuectl run --resume run-1" in run.err
     assert q.counts() == {"completed": 8 - left, "pending": left}  # what ran was finished
     assert "interrupted with" in q("run", "true").err and q.jobs("--queue", "run-2")
     q("run", "--resume", "run-2", code=1)
     said = q("run", "--resume")
-    assert said.out.startswith(f"run-1: {left} of {left} completed")
+    assert said.err.startswith(f"run-1: {left} of {left} completed")
     assert sorted(q.lines("ran")) == list("abcdefgh")
 
 
@@ -9864,8 +9868,8 @@ def test_several_interrupted_runs_are_told_apart(q: Queue) -> None:
 
 def test_a_run_shows_its_progress_on_a_terminal(q: Queue) -> None:
     out = q.at_terminal("run", "--workers", "1", "sleep 0.8", "sleep 0.3")
-    assert "\rrun-1: 0 of 2 done, 1 running\033[K" in out and "\rrun-1: 1 of 2 done, 1 running" in out
-    assert re.search(r"\r\033\[Krun-1: 2 of 2 completed in [^\n]*\nWhat they printed is kept: ", out)
+    assert "\r\033[Krun-1: 0 of 2 done, 1 running\r" in out and "\r\033[Krun-1: 1 of 2 done, 1 running" in out
+    assert re.search(r"\r\033\[Krun-1: 2 of 2 completed in [^\n]*\n", out)
 
 
 def test_a_job_deleted_during_a_run_is_not_completed(q: Queue) -> None:
@@ -9874,7 +9878,420 @@ def test_a_job_deleted_during_a_run_is_not_completed(q: Queue) -> None:
     q("delete", q.jobs("--state", "pending")[0]["id"])
     q.touch("go")
     assert run.wait() == 1
-    assert "1 deleted meanwhile" in run.out
+    assert "1 deleted meanwhile" in run.err
+
+
+# what jobs print: run, logs
+
+
+PLACES = ["a/b.c/d", "a/.bashrc", "/x", "x.tar.gz", "a//b", "x.y.z ", "it's", "a\nb.c/d", "-n.x"]
+
+
+def test_placeholders_are_those_of_parallel(q: Queue) -> None:
+    said = q("run", "--each", 'printf "<%s>" {} {.} {/} {//} {/.} {#}; echo', *PLACES).out
+
+    def stem(name: str) -> str:
+        return re.sub(r"\.[^/.]+\Z", "", name)
+
+    wanted = [
+        (name, stem(name), last, os.path.dirname(name) or ".", stem(last), number)
+        for number, name in enumerate(PLACES, 1)
+        for last in [name.rpartition("/")[2]]
+    ]
+    assert said == "".join("".join(f"<{part}>" for part in parts) + "\n" for parts in wanted)
+    if shutil.which("parallel"):
+        simple = [name for name in PLACES if "\n" not in name]
+        words = ["parallel", "-k", 'printf "<%s>" {} {.} {/} {//} {/.}; echo', ":::", *simple]
+        theirs = q.run(words, env={"HOME": str(q.work)})
+        assert q("run", "--each", words[2], *simple).out == theirs.out
+
+
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        ("echo {%}", "QUEUECTL_SLOT"), ("echo '{%}' {}", "QUEUECTL_SLOT"), ("echo {..}", "does not know"),
+        ("echo {/..} {}", "does not know"), ("echo {+/}", "does not know"), ("echo {=s/a/b/=}", "does not know"),
+        ("echo {1}", "--colsep"), ("echo {2.}", "--colsep"), ("echo {-1}", "does not know"),
+        ("echo '{.}'", "outside of quotes"), ("echo ${#}", "behind"), ("echo \"{/}\"", "outside of quotes"),
+    ],
+)  # fmt: skip
+def test_what_only_parallel_knows_is_refused(q: Queue, template: str, why: str) -> None:
+    assert why in q.fails("run", "--each", template, "a", code=2).err
+    assert why in q.fails("run", "--each", template, code=2, stdin="a\n").err
+    assert q.jobs() == []
+
+
+def test_braces_that_are_no_placeholders_stay(q: Queue) -> None:
+    assert q("run", "--each", "echo ab {} | grep -oE '[ab]{2}'", "x").out == "ab\n"
+    assert q("run", "--each", "echo {a,b} {x} }{ {}", "x").out == "{a,b} {x} }{ x\n"
+
+
+def test_columns(q: Queue) -> None:
+    table = "1,a b\n2,c'd\n,\n5\n"
+    assert q("run", "--colsep", ",", "--each", "printf '<%s>' {2} {1} {} {2.}; echo", stdin=table).out == (
+        "<a b><1><1><a b><a b>\n<c'd><2><2><c'd><c'd>\n<><><><><>\n<><5><5><>\n"
+    )
+    assert q("run", "--colsep", r"\s+", "--each", "echo {2} {1}", "a   b").out == "b a\n"
+    assert "--colsep: " in q.fails("run", "--colsep", "((", "--each", "echo {1}", "a", code=2).err
+    q.fails("run", "--colsep", ",", "true", code=2)
+
+
+def test_inputs_of_each(q: Queue) -> None:
+    assert q("run", "--each", "printf '<%s>' {}", stdin="a\r\n\r\n\nb c").out == "<a><b c>"
+    assert q("run", "-0", "--each", "printf '<%s>' {}", stdin="a\0\0b\r\n\0").out == "<a><><b\r\n>"
+
+
+@pytest.mark.parametrize(
+    "words, jobs, said",
+    [
+        (["./a.sh", "./b.sh"], ["./a.sh ./b.sh"], "one command"),
+        (["--commands", "true", "true x"], ["true", "true x"], "each of these 2 words"),
+        (["true x", "true"], ["true x", "true"], "each of these 2 words"),
+        (["true;true", "true"], ["true;true", "true"], "each of these 2 words"),
+        (["--", "echo a", "b"], ["'echo a' b"], ""),
+        (["true"], ["true"], ""),
+    ],
+)
+def test_how_run_reads_several_words(q: Queue, words: list[str], jobs: list[str], said: str) -> None:
+    assert q("run", "--dry-run", *words).out.splitlines() == jobs
+    assert not q.db.exists()
+    told = q("run", "--max-retries", "1", *words, code=(0, 1)).err
+    assert [job["command"] for job in q.jobs()] == jobs
+    assert said in told and ("word" in told) == bool(said)
+
+
+def outputs(q: Queue) -> list[str]:
+    """Files with output of all kinds."""
+    texts = [b"a\nb\n", b"no newline", b"", b"\n", b"\n\nx", b"\xc3\xa9 \xff\0bin", b"crlf\r\nbar\rbaz", b"x" * 9999]
+    for number, text in enumerate(texts):
+        (q.work / f"f {number}'").write_bytes(text)
+    return [f"f {number}'" for number in range(len(texts))]
+
+
+def test_outputs_come_in_the_order_of_the_inputs(q: Queue) -> None:
+    names = outputs(q)
+    said = q("run", "-j", "3", "--each", "sleep 0.0{#}; cat {}", *reversed(names))
+    assert said.raw() == b"".join((q.work / name).read_bytes() for name in reversed(names))
+    tagged = q("run", "-j", "3", "--tag", "--each", "cat {}", *names)
+    lines = [
+        name.encode() + b"\t" + line
+        for name in names
+        for line in re.findall(rb"[^\r\n]*[\r\n]|[^\r\n]+", (q.work / name).read_bytes())
+    ]
+    assert tagged.raw() == b"".join(lines)
+    if shutil.which("parallel"):
+        for options in ([], ["--tag"]):
+            theirs = q.run(["parallel", "-k", "-j3", *options, "cat {}", ":::", *names], env={"HOME": str(q.work)})
+            assert q("run", "-j3", *options, "--each", "cat {}", *names).raw() == theirs.raw()
+
+
+def test_stderr_goes_to_stderr(q: Queue) -> None:
+    said = q("run", "-j", "1", "echo out; echo err >&2", "echo err2 >&2")
+    assert said.out == "out\n" and "err\nerr2\nrun-1: 2 of 2 completed" in said.err
+
+
+def test_of_several_runs_the_last_is_shown(q: Queue) -> None:
+    assert q("run", "--backoff-base", "0.1", "echo $QUEUECTL_ATTEMPT; [ $QUEUECTL_ATTEMPT = 3 ]").out == "3\n"
+
+
+def test_a_slow_job_holds_up_others_only_in_order(q: Queue) -> None:
+    slow = "until [ -e go ]; do sleep 0.02; done; echo slow"
+    run = q.start("run", "-j", "2", slow, "echo fast; touch ended")
+    q.wait_file("ended")
+    wait_for(lambda: q.counts().get("completed") == 1)
+    time.sleep(0.3)
+    assert run.out == ""
+    q.touch("go")
+    assert run.wait() == 0 and run.out == "slow\nfast\n"
+    (q.work / "go").unlink()
+    run = q.start("run", "-j", "2", "--unordered", "--tag", slow, "echo fast")
+    wait_for(lambda: run.out.endswith("\tfast\n"))
+    q.touch("go")
+    assert run.wait() == 0 and [line.partition("\t")[2] for line in run.out.splitlines()] == ["fast", "slow"]
+
+
+def test_on_a_terminal_the_first_unfinished_job_is_shown_live(q: Queue) -> None:
+    gated = "echo first; until [ -e go ]; do sleep 0.02; done; printf two"
+    run = q.terminal("run", "-j", "2", gated, "echo \033[31mlast")
+    wait_for(lambda: "first" in run.out)
+    assert "last" not in run.out
+    q.touch("go")
+    assert run.wait() == 0
+    shown = re.sub(r"\r\x1b\[K[^\r\n]*(?=\r)|\r\x1b\[K", "", run.out)
+    assert "\n\\x1b[31mlast" in shown and re.search(r"first\r?\n.*two\r?\n.*last", shown, re.DOTALL)
+    assert run.out.count("first") == 1
+
+
+def test_a_run_whose_reader_leaves_stops(q: Queue) -> None:
+    said = q.bash('queuectl run -j 1 --each "echo {}; sleep 0.05" $(seq 200) | head -n 2; echo "${PIPESTATUS[0]}"')
+    assert said.out == "1\n2\n141\n"
+    left = q.counts()["pending"]
+    assert left > 100 and q.workers() == 0
+    assert said.err == ""
+
+
+@linux
+def test_a_run_that_cannot_write_its_output_says_so(q: Queue) -> None:
+    said = q.bash('queuectl run -j 1 --each "echo {}" $(seq 50) >/dev/full', code=1)
+    assert "No space left" in said.err
+
+
+def test_a_slow_reader_holds_up_no_job(q: Queue) -> None:
+    run = 'queuectl run -j 2 --each "head -c 100000 /dev/zero; touch x{}" 1 2 3 4 5 6'
+    q.bash(run + " | (while [ ! -e x6 ]; do sleep 0.05; done; wc -c >count)")
+    assert q.lines("count") == ["600000"]
+
+
+def test_output_of_a_run_is_kept_up_to_64_mib(q: Queue) -> None:
+    said = q("run", "head -c 3000000 /dev/zero | tr '\\0' x")
+    assert len(said.out) == 3_000_000
+    q.set("max_output_bytes", "4096")
+    said = q("run", "head -c 5000 /dev/zero | tr '\\0' x", "echo ok", code=1)
+    assert said.out == "ok\n" and "too long to be kept whole" in said.err and "2 of 2 completed" in said.err
+
+
+def test_fail_fast(q: Queue) -> None:
+    jobs = ["until [ -e two ]; do sleep 0.02; done; exit 3", "touch two; sleep 1; echo end", *["touch ran"] * 2000]
+    said = q("run", "-j", "2", "--fail-fast", "--max-retries", "1", *jobs, code=1)
+    assert said.out == "end\n" and "1 of 2002 completed, 1 dead, 2000 cancelled" in said.err
+    assert not (q.work / "ran").exists()
+    cancelled = q.jobs("--state", "cancelled", "--limit", "1")[0]
+    assert cancelled["last_error"] == "cancelled: another job of its run died"
+    assert [queue["paused"] for queue in q.look("queue", "list")] == [False]
+    assert "would cancel other jobs" in q.fails("run", "--fail-fast", "--queue", "x", "true", code=2).err
+
+
+@linux
+@pytest.mark.parametrize("place", ["recorded", "before turn"])
+def test_fail_fast_holds_whoever_is_killed(q: Queue, place: str) -> None:
+    words = ["run", "-j", "1", "--fail-fast", "--max-retries", "1", "exit 3", "touch ran"]
+    assert start_to_be_killed(q, place, 2, *words).wait() == 1
+    assert q.counts() == {"dead": 1, "cancelled": 1} and not (q.work / "ran").exists()
+
+
+def test_a_run_in_the_background(q: Queue) -> None:
+    said = q("run", "--detach", "-j", "2", "--each", "echo {}; until [ -e go ]; do sleep 0.02; done", *"abc")
+    assert said.out == "run-1\n"
+    assert "interrupted" not in q("run", "true").err
+    follow = q.start("logs", "-f", "--queue", "run-1")
+    wait_for(lambda: follow.out.count("\n") == 2)
+    q.touch("go")
+    q("wait", "--queue", "run-1")
+    assert follow.wait() == 0
+    ids = [job["id"] for job in q.jobs("--queue", "run-1")]
+    for name, letter in zip(ids, "abc"):
+        assert f"{name}\t{letter}\n" in follow.out and re.search(rf"{name}\t\[.* completed after ", follow.out)
+    assert q("logs", "--stdout", "--queue", "run-1").out == "a\nb\nc\n"
+    wait_for(lambda: q.workers() == 0)
+    assert json.loads(q("run", "--detach", "--json", "true").out) == {"queue": "run-3", "jobs": 1}
+
+
+def test_a_run_in_a_queue_of_others(q: Queue) -> None:
+    q("queue", "set", "gpu", "--concurrency", "1")
+    q.add("echo theirs; sleep 0.1", "--queue", "gpu")
+    q.add("sleep 0.5", "--queue", "gpu", "--priority", "20")
+    said = q("run", "-j", "2", "--queue", "gpu", "--each", "echo {} $QUEUECTL_SLOT", *"abc")
+    assert said.out == "a 1\nb 1\nc 1\n" and "gpu: 3 of 3 completed" in said.err
+    assert q.workers() == 0 and q.look("queue", "list")[0]["concurrency"] == 1
+
+
+def test_a_run_takes_what_comes_by_a_pipe(q: Queue) -> None:
+    source = "(echo a; while [ ! -e a ]; do sleep 0.02; done; echo b; echo c)"
+    said = q.bash(source + ' | queuectl run -j 2 --each "echo {}; touch {}"')
+    assert said.out == "a\nb\nc\n" and "run-1: 3 of 3 completed" in said.err
+    bad = q.bash("printf 'echo one\\n{\"bad\":\\n echo two\\n' | queuectl run", code=2)
+    assert bad.out == "one\n" and "line 2: " in bad.err and "1 of 1 completed" in bad.err
+    assert q.bash("queuectl run </dev/null").err == "queuectl: there is nothing to run\n"
+
+
+def test_delay_of_a_run_lies_between_starts(q: Queue) -> None:
+    q("run", "-j", "4", "--delay", "300ms", "--each", "true", *"abc")
+    first, second, third = q.jobs()
+    second_at, third_at = (datetime.fromisoformat(job["run_at"][:-1]) for job in (second, third))
+    assert first["run_at"] is None and (third_at - second_at).total_seconds() == pytest.approx(0.3, abs=0.001)
+    assert second["started_at"] >= second["run_at"] and third["started_at"] >= third["run_at"]
+
+
+def test_a_killed_supervisor_takes_its_reporter_along(q: Queue) -> None:
+    run = q.start("run", "-j", "1", GATE)
+    q.wait_file("started")
+    run.signal(signal.SIGKILL)
+    run.wait()
+    q.touch("go")
+    wait_for(lambda: q.processes() == [])
+
+
+@pytest.mark.parametrize("given, count", [("1", 1), ("100%", os.cpu_count() or 1), ("1%", 1)])
+def test_how_many_workers(q: Queue, given: str, count: int) -> None:
+    assert queuectl.workers_wanted(given) == count
+    assert "would be no worker" in q.fails("run", "-j", "0", "true", code=2).err
+
+
+def test_a_summary_tells_causes(q: Queue) -> None:
+    said = q("run", "--max-retries", "1", "--each", "echo no host {} >&2; exit 2", *map(str, range(7)), code=1)
+    assert "  7 dead: exit code 2: no host 6\n      such as " in said.err
+    assert q("run", "--quiet", "--max-retries", "1", "echo x; exit 1", code=1).out == ""
+
+
+def test_resume_takes_as_many_workers_as_the_run_had(q: Queue) -> None:
+    run = q.start("run", "-j", "3", "--each", "touch {}; until [ -e go ]; do sleep 0.02; done", *"abcdefgh")
+    for name in "abc":
+        q.wait_file(name)
+    run.signal(signal.SIGKILL)
+    run.wait()
+    first = q.start("run", "--resume")
+    wait_for(lambda: q.workers() >= 3)
+    assert "no interrupted run" in q.fails("run", "--resume", "run-1").err  # it is taken
+    q.touch("go")
+    assert first.wait() == 0 and "run-1: 8 of 8 completed" in first.err
+    assert q.look("queue", "list")[0]["concurrency"] == 3
+
+
+def test_of_two_that_resume_a_run_one_has_it(q: Queue) -> None:
+    run = interrupted(q, signal.SIGKILL)
+    run.wait()
+    wait_for(lambda: q.workers() == 0)
+    both = [q.start("run", "--resume", "run-1") for _ in range(2)]
+    assert sorted(run.wait() for run in both) == [0, 1]
+    assert q.counts() == {"completed": 8}
+
+
+def test_a_run_after_a_job_that_nobody_runs_says_so(q: Queue) -> None:
+    q.add("true", "--id", "first", "--queue", "mail")
+    run = q.start("run", "--after", "first", "true")
+    wait_for(lambda: "no worker serves its queue" in run.err)
+    q.drain("--queue", "mail")
+    assert run.wait() == 0
+
+
+def test_an_endless_input_is_refused(q: Queue) -> None:
+    said = q.bash('yes | tr -d "\\n" | head -c 30000000 | queuectl run --each "echo {}"', code=2)
+    assert "input 1 is longer than any command can be" in said.err and q.jobs() == []
+
+
+@linux
+def test_a_killed_reporter_stops_the_run(q: Queue) -> None:
+    run = q.start("run", "-j", "1", GATE, "true x")
+    q.wait_file("started")
+    workers = {worker["pid"] for worker in q.look("worker", "list")}
+    (reporter,) = set(children(run.process.pid)) - workers
+    os.kill(reporter, signal.SIGKILL)
+    q.touch("go")
+    assert run.wait() == 1 and "was killed" in run.err
+    assert q.counts() == {"completed": 1, "pending": 1}
+
+
+# logs
+
+
+def test_logs_of_a_stream_are_those_of_the_newest_run(q: Queue) -> None:
+    job = q.add("echo $QUEUECTL_ATTEMPT; [ $QUEUECTL_ATTEMPT = 2 ]", "--backoff-base", "0.1", "--id", "a")
+    q.add("echo b", "--id", "b")
+    q.add("true", "--id", "never", "--delay", "1h")
+    q.drain()
+    assert q("logs", "--stdout", job).out == "2\n"
+    assert q("logs", "--stdout", "--attempt", "1", job).out == "1\n"
+    assert q("logs", "--stdout", "--all").out == "2\nb\n"
+    assert [(run["job"], run["stdout"]) for run in q("logs", "--json", "a", "b", "never").json()] == [
+        ("a", "1\n"), ("a", "2\n"), ("b", "b\n")]  # fmt: skip
+    assert [run["job"] for run in q.show("a")["runs"]] == ["a", "a"]
+
+
+def test_logs_of_many_jobs(q: Queue) -> None:
+    q.load([{"id": name, "command": f"seq 9; printf {name} >&2"} for name in ("a", "b")])
+    q.add("true", "--id", "never", "--delay", "1h", "--queue", "later")
+    q.drain()
+    text = q("logs", "--queue", "default").out
+    assert text.count("Logs for job ") == 2 and text.count("Average runtime") == 2
+    assert "Average" not in q("logs", "never").out
+    assert q("logs", "--tag", "-n", "2", "a", "b").out == "a\t8\na\t9\na\ta\nb\t8\nb\t9\nb\tb\n"
+    assert q("logs", "--stdout", "--tail", "1", "b", "a", "b").out == "9\n9\n"
+    q.fails("logs", code=2)
+    q.fails("logs", "a", "--queue", "default", code=2)
+    q.fails("logs", "a", "nobody")
+
+
+def test_following_does_not_glue_lines_nor_tear_characters(q: Queue) -> None:
+    q.add("printf '\\303'; touch torn; until [ -e go ]; do sleep 0.02; done; printf '\\251'", "--id", "a")
+    with q.working():
+        follow = q.terminal("logs", "-f", "a")
+        q.wait_file("torn")
+        time.sleep(0.3)
+        q.touch("go")
+        assert follow.wait() == 0
+    assert re.search(r"\u00e9\r?\n\[.* completed after ", follow.out) and "\ufffd" not in follow.out
+
+
+def test_following_a_job_that_is_deleted(q: Queue) -> None:
+    q.add("true", "--id", "a", "--delay", "1h")
+    q.add("true", "--id", "b", "--delay", "1h")
+    one, both = q.start("logs", "-f", "a"), q.start("logs", "--follow", "a", "b")
+    time.sleep(0.3)
+    q("delete", "a")
+    assert one.wait() == 1 and "1 job deleted meanwhile" in one.err
+    q("cancel", "b")
+    assert both.wait() == 1
+
+
+def test_following_begins_with_the_tail(q: Queue) -> None:
+    q.add("seq 20; until [ -e go ]; do sleep 0.02; done; seq 21 30", "--id", "a")
+    with q.working():
+        q.wait_state("a", "processing")
+        wait_for(lambda: "20" in q("logs", "--stdout", "a").out.split())
+        follow = q.start("logs", "-f", "--stdout", "--tail", "2", "a")
+        wait_for(lambda: follow.out == "19\n20\n")
+        q.touch("go")
+        assert follow.wait() == 0
+    assert follow.out.split() == [str(number) for number in range(19, 31)]
+
+
+LOST = "lost " * 20 + "\n"
+TRUNCATES = f"echo '{LOST[:-1]}'; touch a; until [ -e go ]; do sleep 0.02; done; echo kept >/dev/stdout; echo end"
+
+
+def test_an_output_that_its_job_truncates_is_marked(q: Queue) -> None:
+    q.add(TRUNCATES, "--id", "a")
+    with q.working():
+        follow = q.start("logs", "-f", "--stdout", "a")
+        wait_for(lambda: follow.out == LOST)
+        time.sleep(0.7)  # a look of the worker
+        q.touch("go")
+        assert follow.wait() == 0
+    mark = queuectl.EMPTIED.decode()
+    assert q.show("a")["runs"][0]["stdout"] == mark + "kept\nend\n"
+    assert follow.out in (LOST + mark + "kept\nend\n", LOST + "kept\nend\n")
+
+
+def test_a_run_of_an_output_that_is_truncated_says_so(q: Queue) -> None:
+    q.touch("go")
+    said = q("run", TRUNCATES.replace("touch a", "sleep 0.8"))
+    assert said.out == "kept\nend\n" and "has truncated its stdout" in said.err
+
+
+def test_offsets_do_not_outlive_a_truncated_output(tmp_path: Path) -> None:
+    slot = queuectl.OutputFiles(str(tmp_path / "x"), "w", 0)
+    (tmp_path / "x.d").mkdir()
+    assert slot.open()
+    os.write(slot.fds[0], b"x" * 1_000_000)
+    slot.bound(4096)
+    os.truncate(slot.paths[0], 0)
+    os.write(slot.fds[0], b"y" * 400_000)
+    slot.bound(4096)
+    assert os.stat(slot.paths[0]).st_blocks * 512 < 100_000 or not LINUX
+    out, _ = slot.read(4096)
+    assert out.startswith(queuectl.EMPTIED + b"y") and b"bytes left out here" in out
+    slot.close()
+
+
+@pytest.mark.parametrize("size, limit", [(10, 10), (11, 10), (4097, 4096), (10**6, 1024)])
+def test_where_the_gap_is(tmp_path: Path, size: int, limit: int) -> None:
+    path = tmp_path / "out"
+    path.write_bytes(bytes(i % 251 for i in range(size)))
+    with path.open("rb") as file:
+        output = queuectl.head_and_tail(file.fileno(), limit)
+    assert (queuectl.gap_of(output) >= 0) == (size > limit)
+    if size > limit:
+        assert output[queuectl.gap_of(output) :].startswith(b"\n[queuectl: ")
 
 
 # service, completion
@@ -9975,13 +10392,13 @@ def test_a_drain_with_a_cancelled_job_is_no_success(q: Queue) -> None:
 
 def test_names_of_runs_are_used_once(q: Queue) -> None:
     q("run", "--max-retries", "1", "false", code=1)
-    assert q("run", "true").out.startswith("run-2: 1 of 1 completed")
+    assert q("run", "true").err.startswith("run-2: 1 of 1 completed")
     assert [job["queue"] for job in q.jobs()] == ["run-1", "run-2"]
     q("purge", "--state", "dead,completed")
-    assert q("run", "true").out.startswith("run-3: ")
+    assert q("run", "true").err.startswith("run-3: ")
     assert "is that of a run" in q.fails("enqueue", "--queue", "run-4", "true", code=2).err
     change(q, "INSERT INTO queues (name, concurrency) VALUES ('run-4', 1)")
-    assert q("run", "true").out.startswith("run-5: ")
+    assert q("run", "true").err.startswith("run-5: ")
 
 
 def test_a_pause_of_all_is_one_of_its_own(q: Queue) -> None:
