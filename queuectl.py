@@ -8928,8 +8928,7 @@ class Reporter:
 
     def _is_done(self) -> bool:
         """Whether the jobs have ended, of a queue that the workers don't drain."""
-        own = self.part and not (self.args.pipe or self.args.queue)
-        if own or self.reading or not self.part or self.part.left:
+        if self.args.drain or self.reading or not self.part or self.part.left:
             return False
         return not self.store.hooks_left(self.batch.queue)
 
@@ -9157,6 +9156,7 @@ def _prepare_run(args: Any) -> None:
     args.pace, args.delay = checked("delay", args.delay or 0), None
     if args.file == "-" and _comes_by_pipe() and not (args.queue or args.detach or args.dry_run):
         args.pipe = os.dup(0)  # multiprocessing takes stdin away from the reporter, which reads it
+    args.drain = not (args.pipe or args.queue)  # else others may add jobs to the queue
     args.drafts = ()
     if len(args.words) > 1 and args.each is None and not args.resume:
         tell_reading(args)
@@ -9184,8 +9184,7 @@ def _begin_run(args: Any, store: Store) -> tuple[Batch, Pool]:
         count = min(args.workers or 1, sum(batch.counts[state] for state in UNFINISHED))
         if args.pipe:
             count = args.workers
-        drain = not (args.pipe or args.queue)
-        pool = Pool(args.db, pool_name, count, [batch.queue], drain=drain)
+        pool = Pool(args.db, pool_name, count, [batch.queue], args.drain)
         if count and not args.detach:
             pool.register(store)
     return batch, pool

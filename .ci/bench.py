@@ -402,6 +402,45 @@ def output(bench: Bench) -> Iterator[Row]:
         yield from against_xargs(bench, what, size, 2, command, length, 0.9)
 
 
+def shown_by_run(bench: Bench, command: str, length: int, size: int) -> float:
+    """Jobs a second of `queuectl run`, its output, in the order of the input, in a file."""
+    queue, path = bench.queue(), os.path.join(bench.folder(), "output")
+    with open(path, "wb") as sink:
+        words = [*queue.words, "run", "-j", "2", "--each", command]
+        seconds = fed(bench, words, size, stdout=sink, env=queue.env)
+    if os.path.getsize(path) != size * length:
+        raise Broken("the output of run is not complete")
+    queue.remove()
+    return size / seconds
+
+
+def shown_by_parallel(bench: Bench, command: str, length: int, size: int) -> float:
+    folder = bench.folder()
+    path = os.path.join(folder, "output")
+    with open(path, "wb") as sink:
+        words = ["parallel", "--will-cite", "-k", "-j2", command]
+        seconds = fed(bench, words, size, stdout=sink, env=environment(folder))
+    if os.path.getsize(path) != size * length:
+        raise Broken("the output of parallel is not complete")
+    return size / seconds
+
+
+def shown(bench: Bench) -> Iterator[Row]:
+    """`run` with 10,000 jobs that print 1 KB, shown in order; against xargs, and `parallel -k`."""
+    length, size = 1000, bench.size(10_000)
+    path = os.path.join(bench.temp, "kilobyte")
+    with open(path, "wb") as f:
+        f.write(b"k" * (length - 1) + b"\n")
+    command = f"cat {shlex.quote(path)}; : {{}}"
+    measures: dict[str, Measure] = {bench.ours.name: partial(shown_by_run, bench, command, length)}
+    if bench.has("xargs"):
+        measures["`xargs -P 2 -I{} sh -c ...`, in any order"] = partial(xargs, bench, 2, command, length)
+    if bench.has("parallel"):
+        measures["`parallel -k -j2`"] = partial(shown_by_parallel, bench, command, length)
+    what = f"{size:,} jobs that print 1 KB, by `run -j 2`"
+    yield from bench.compare(what, bench.turns("shown", size, measures), 0.9)
+
+
 def big_queue(bench: Bench, kind: str, program: Program | None = None) -> tuple[Queue, int]:
     """A queue of a million jobs (waiting, scheduled, or history), made at first use; and how many they are."""
     program = program or bench.ours
@@ -787,7 +826,7 @@ def peers(bench: Bench) -> Iterator[Row]:
 
 
 ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    row.__name__: row for row in (drain, limit, output, depth, start, bulk, enqueue, commands, memory, peers)}
+    row.__name__: row for row in (drain, limit, output, shown, depth, start, bulk, enqueue, commands, memory, peers)}
 
 # ═══ The report ═══
 
