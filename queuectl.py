@@ -6042,6 +6042,12 @@ def emit_bytes(data: bytes, stream: Any = None) -> None:
         stream.flush()
 
 
+def flush_streams() -> None:
+    """Let all that was written to the standard streams leave at once. Raises OSError."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+
+
 def emit_text(text: str, stream: Any = None) -> None:
     """A part of a command's result as it is: our own words, with nothing in them from a user."""
     emit_bytes(text.encode(getattr(stream or sys.stdout, "encoding", "ascii"), "replace"), stream)
@@ -8830,8 +8836,7 @@ class Outputs:
             self._show_ended(last)
         else:
             self._show_in_order(last)
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
+        flush_streams()
 
     def _show_in_order(self, last: int) -> None:
         for job in self.store.jobs_between(self.low, last, 100):
@@ -9019,7 +9024,7 @@ class Reporter:
             complain("there is nothing to %s" % ("resume" if self.args.resume else "run"))
         elif unsuccessful or not self.args.quiet:
             self._tell_summary(part)
-        sys.stdout.flush()
+        flush_streams()
         if stopped and part.left:
             return EXIT_INTERRUPTED
         return EXIT_FAILED if unsuccessful else EXIT_OK
