@@ -478,6 +478,58 @@ def last_line(output: bytes, width: int = 300) -> str:
     return shorten(lines[-1].strip(), width)
 
 
+# A word of plain characters, or in the quotes that queuectl itself puts around words.
+_PLAIN_WORD = r"""(?a:[\w@%+=:,./-]|'[^'\0-\x1f\x7f]*'|"'")+"""
+_PLAIN_COMMAND = r"%s(?:[ \t]%s)*" % (_PLAIN_WORD, _PLAIN_WORD)
+# What a shell does itself, or reads more into than a program's name: the reserved words and builtins
+# of dash, bash, busybox, zsh, and of the sh of the BSDs, illumos (ksh93) and AIX (ksh88).
+_SHELL_WORDS = frozenset("""
+    . : [ alias always autoload bg bind bindkey break builtin bye caller case cd chdir coproc command
+    compadd comparguments compcall compctl compdescribe compfiles compgen compgroups complete compopt
+    compound compquote compset comptags comptry compvalues continue declare dirs disable disown do done
+    echo echotc echoti elif else emulate enable end enum esac eval exec exit export false fc fg fi
+    float for foreach freebsd_wordexp function functions getln getopts global hash help hist history if
+    in inlib integer jobid jobs kill let limit local log logout login mapfile nameref namespace newgrp
+    nocorrect noglob popd print printf private pushd pushln pwd r read readarray readonly redirect
+    rehash repeat return sched select set setopt setvar shift shopt sleep source stop suspend test then
+    time times trap true ttyctl type typeset ulimit umask unalias unfunction unhash unlimit unset
+    unsetopt until vared wait whence where which while wordexp zcompile zformat zle zmodload zparseopts
+    zregexparse zstyle""".split())  # noqa: SIM905
+# Variables that shells set anew or take out (names that none can have, too), or that tell them what
+# to do: those of all, and those of others than dash and busybox. Found by trying all names in them.
+_OWN_VARIABLES = rb"(?!(?:IFS|OPTIND|PPID%s)\Z)[A-Za-z_]\w*"
+_OTHER_VARIABLES = (
+    rb"|BASH\w*|COMP_WORDBREAKS|ENV|EPOCH\w+|EXECIGNORE|FPATH|HISTCMD|KSH\w*|LINENO|OPT\w+|PATHSEP"
+    rb"|PGRP|PIPESTATUS|POSIXLY_CORRECT|PS[124]|S?RANDOM|SECONDS|SHELLOPTS|USER_ID")
+
+
+@lru_cache(16)
+def _leaves_alone(shell: str, names: tuple[bytes, ...]) -> bool:
+    """Whether a shell would pass on the variables of these names as they are, and heed none."""
+    others = b"" if shell.endswith(("/dash", "/busybox")) else _OTHER_VARIABLES
+    return all(re.fullmatch(_OWN_VARIABLES % others, name) for name in names)
+
+
+def words_without_shell(command: str, shell: str, names: tuple[bytes, ...]) -> list[str]:
+    """The words of a command that `shell` would do no more for than start it; [] if it must.
+
+    The `shell` is given by its real path, the environment by its variables' `names`. Whatever
+    could mean more to any shell than a program's name is the shell's. So is setsid(1): behind
+    one it waits for its program, and without it forks and leaves it alone.
+    """
+    if (not re.fullmatch(_PLAIN_COMMAND, command) or "setsid" in command
+            or not _leaves_alone(shell, names)):
+        return []
+    words = command.split()
+    if "'" in command:
+        words = [re.sub("'([^']*)'|\"(')\"", r"\1\2", word)
+                 for word in re.findall(_PLAIN_WORD, command)]
+    name = words[0]
+    if name[:1] in "-%" or "=" in name or name in _SHELL_WORDS:
+        return []
+    return words
+
+
 # What a shell may read next, outside of quotes and within them, by the name of its kind. A kind
 # has its code in _SHELL_CODES, or is refused with the text in _SHELL_REFUSED.
 _SHELL_ANYWHERE = r"""(?asx)
@@ -1237,7 +1289,7 @@ class Posix(PosixFiles):
                              "so what jobs leave behind could not be ended; mount it")
         if not os.path.exists(os.devnull):
             raise QueueError("there is no %s here, which jobs need as their stdin" % os.devnull)
-        need, have = 2 * workers + 32, self._most_descriptors()
+        need, have = 2 * workers + 64, self._most_descriptors()
         if 0 <= have < need:
             raise UsageError(
                 "%d workers need %d open files, and this shell allows %d; `ulimit -n %d` first"
@@ -1272,6 +1324,7 @@ class Posix(PosixFiles):
             self.token_fd = limit - 1
         self.to_default = list(signal.valid_signals())  # jobs ignore and block none
         self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # the stdin of jobs
+        self.real_shell = os.path.realpath(self.shell[0])
         libc = self._libc()
         if libc:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
             libc.prctl(1, int(signal.SIGHUP), 0, 0, 0)
@@ -1310,31 +1363,66 @@ class Posix(PosixFiles):
               out: int, err: int) -> int:
         """Start `command` in a session of its own; return its process id, or raise OSError.
 
-        posix_spawn is twice as fast as subprocess. It can't set folder or umask, so the worker
-        takes them on for a moment; nothing is imported or opened by relative path meanwhile.
+        A shell would take most of a short command's time. posix_spawn is twice as fast as
+        subprocess. It can't set folder or umask, so the worker takes them on for a moment; nothing
+        is imported or opened by relative path meanwhile.
         """
         os.umask(umask)
         try:
             os.chdir(self.native(cwd))
+            streams = {0: self.null, 1: out, 2: err, self.token_fd: err}
+            pid = self._spawn_directly(command, env, streams)
+            if pid:
+                return pid
             if command[0] in "-+":  # a shell would take it for an option
                 command = " " + command
             argv = [*self.shell, self.native(command)]
-            streams = {0: self.null, 1: out, 2: err, self.token_fd: err}
-            return self._spawn(argv, env, streams)
+            return self._spawn(argv[0], argv, env, streams)
         finally:
             os.chdir("/")
             os.umask(0o077)
 
-    def _spawn(self, argv: list[Any], env: Env, streams: dict[int, int]) -> int:
+    def _spawn_directly(self, command: str, env: Env, streams: dict[int, int]) -> int:
+        """Start a command that needs no shell; 0 if it does.
+
+        What can't be started (it is not there, no program, or a script without #!) is the shell's
+        too: it runs the script, or says in its own words what is wrong.
+        """
+        words = words_without_shell(command, self.real_shell, tuple(env))
+        if not words:
+            return 0
+        argv = [self.native(word) for word in words]
+        try:
+            here, told = os.getcwdb(), env.get(b"PWD", b"")
+            if told != here and not (told[:1] == b"/" and os.path.samefile(told, here)):
+                env[b"PWD"] = here  # as a shell sets it
+            file = self._program(argv[0], env[b"PATH"])
+            return self._spawn(file, argv, env, streams)
+        except OSError:
+            return 0
+
+    def _program(self, name: bytes, path: bytes) -> bytes:
+        """The file that a shell would take; raises OSError if it finds none, or shells differ."""
+        if b"/" in name:
+            return name
+        for folder in path.split(b":"):
+            if not re.fullmatch(b"/[^%]*[^/%]", folder):  # relative, or with an option to dash
+                break
+            file = folder + b"/" + name
+            if os.access(file, os.F_OK):
+                return file
+        raise FileNotFoundError(name)
+
+    def _spawn(self, file: Any, argv: list[Any], env: Env, streams: dict[int, int]) -> int:
         """`streams` gives the job's descriptors, each with the one here that it is a copy of."""
         try:
             actions = [(os.POSIX_SPAWN_DUP2, have, want) for want, have in streams.items()]
-            return os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True,
+            return os.posix_spawn(file, argv, env, file_actions=actions, setsid=True,
                                   setsigdef=self.to_default, setsigmask=())
         except (NotImplementedError, AttributeError):  # an old glibc (before 2.26), or PyPy
-            return self._fork_exec(argv, env, streams)
+            return self._fork_exec(file, argv, env, streams)
 
-    def _fork_exec(self, argv: list[Any], env: Env, streams: dict[int, int]) -> int:
+    def _fork_exec(self, file: Any, argv: list[Any], env: Env, streams: dict[int, int]) -> int:
         import subprocess
 
         def prepare() -> None:
@@ -1344,8 +1432,8 @@ class Posix(PosixFiles):
             for number in set(self.to_default) - {signal.SIGKILL, signal.SIGSTOP}:
                 signal.signal(number, signal.SIG_DFL)
 
-        child = subprocess.Popen(argv, env=env, start_new_session=True, close_fds=False,
-                                 preexec_fn=prepare)
+        child = subprocess.Popen(argv, executable=file, env=env, start_new_session=True,
+                                 close_fds=False, preexec_fn=prepare)
         child.returncode = 0  # else Popen, when it is forgotten here, would reap the exit code
         return child.pid
 
@@ -3709,6 +3797,11 @@ class Administration(Database):
         """The workers in whose name a job is processing."""
         return set(self.column("SELECT DISTINCT worker FROM jobs WHERE state = 'processing'"))
 
+    def sleepers(self) -> list[str]:
+        """The workers that run no job."""
+        return self.column("""SELECT name FROM workers
+            EXCEPT SELECT worker FROM jobs WHERE state = 'processing'""")
+
     def lost_jobs(self) -> list[Row]:
         """Every job whose worker is dead."""
         return [job for job in self.dicts(HELD_JOBS)
@@ -5089,7 +5182,7 @@ class Run:
 #   looks at everything then, so nothing is lost that happens between the look and the sleep.
 
 SHUTDOWN_CODES = (-15, -9, 143, 137)  # SIGTERM and SIGKILL, or what programs make of them
-SHARED_SYNC = 4  # records that may share a sync of the disk, where jobs are short
+SHARED_SYNC = 16  # records that may share a sync of the disk, where jobs are short
 SYNC_WAIT = 0.005  # seconds a record waits for others to share its sync
 LONGEST_REST = 30.0  # seconds for which a worker rests while the machine has no room for a job
 SYNC_AGAIN = 1.0  # seconds until a sync of the disk is tried again that has failed
@@ -5528,15 +5621,14 @@ class Turns(Records):
             self.next_slot = self._open_slot()
         slot = self.next_slot
         holding = result.job.id if result else ""
-        state, freed, job = self.commit(lambda: self._record_and_claim(result), holding)
+        state, sleepers, job = self.commit(lambda: self._record_and_claim(result), holding)
         test_point("recorded")
         self.unsynced = True
         if result:
             self.used.append((self.running, bool(result.stdout or result.stderr)))
             self._tell_end(result, state)
-            limited = result.job.queue in self.limited and not self.order.run
-            if freed or limited or state == FAILED:
-                ring_all(self.db)  # another may take what waited for it, its place or retry
+            for name in sleepers:
+                ring(bell_path(self.db, name))
             if self.store.unsettled:
                 self._settle()
         if slot is None:
@@ -5554,9 +5646,14 @@ class Turns(Records):
         except Unavailable as error:
             self.tell_trouble(str(error))
 
-    def _record_and_claim(self, result: RunResult | None) -> tuple[str, bool, Job | None]:
-        """In the transaction: the recorded job's new state, if others can start now, and a job."""
-        state, freed, job = "", False, None
+    def _record_and_claim(self,
+                          result: RunResult | None) -> tuple[str, list[str], Job | None]:
+        """In the transaction: the recorded job's new state, whom to ring, and a job.
+
+        Others may take what waited for the recorded job, its place or its retry. They are rung if
+        they sleep: who runs a job looks again after it.
+        """
+        state, job, news = "", None, False
         if self.clock_was_set_back():
             self.start_delays_anew()
         epoch, due, _ = self.store.pulse()
@@ -5566,9 +5663,12 @@ class Turns(Records):
             if result.ending != COMPLETED:
                 self.retry_at = retry_time(result.job, result.ending, settings, result.finished_at)
             state, freed = self.store.record(result, self.retry_at, pools, settings)
+            limited = result.job.queue in self.limited and not self.order.run
+            news = freed or limited or state == FAILED
         if self.next_slot and self._may_go_on():
             job = self._claim(self.next_slot.number, due)
-        return state, freed, job
+        sleepers = self.store.sleepers() if news else []
+        return state, sleepers, job
 
     def _may_go_on(self) -> bool:
         """Whether to claim another job, and not leave, rest, or look after others first."""
@@ -5741,6 +5841,7 @@ class Attending(Turns):
         error = "exit code %d" % code
         if code < 0:
             error = "ended by signal %s" % signal_name(-code)
+            code = 128 - code  # what some shells make of it
         if code in policy_of(run.job).get("dead_on", ()):
             return run.result(FAILED, error + ", which is final")._replace(final=True)
         most = self.settings["max_deferrals"]
@@ -8599,7 +8700,7 @@ code = sys._getframe().f_code.co_consts[-1]
 sys.modules["queuectl"] = module = type(sys)("queuectl")
 module.__file__ = code.co_filename
 exec(code, module.__dict__)
-raise SystemExit(module.main())
+module.exit_at_once(module.main())
 """
 
 
@@ -9542,10 +9643,10 @@ import sys
 
 prefix = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 sys.path.insert(0, os.path.join(prefix, "lib", "queuectl"))
-from queuectl import main
+from queuectl import exit_at_once, main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_at_once(main())
 """
 MARK = b'os.path.join(prefix, "lib", "queuectl")'  # every launcher that was ever made has it
 COMMAND, LIBRARY = "bin/queuectl", "lib/queuectl"
@@ -9588,9 +9689,9 @@ def put_program(prefix: Any) -> None:
     program = (prefix / own_file()).read_bytes()
     cache = prefix / LIBRARY / "__pycache__"
     files = {
-        prefix / COMMAND: os.fsencode(LAUNCHER % join_words([sys.executable])),
         cache / ("queuectl.%s.pyc" % sys.implementation.cache_tag): compiled(program),
-        prefix / LIBRARY / "queuectl.py": program}
+        prefix / LIBRARY / "queuectl.py": program,
+        prefix / COMMAND: os.fsencode(LAUNCHER % join_words([sys.executable]))}
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -10103,5 +10204,19 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def exit_at_once(code: int) -> NoReturn:
+    """End a program without the work of taking it apart, except under a profiler or debugger."""
+    import atexit
+    try:
+        if sys._getframe(1).f_back is None:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    except (AttributeError, OSError, ValueError):
+        pass  # Python's own end tells what can't be written; or it has no such function
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_at_once(main())

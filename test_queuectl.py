@@ -6079,7 +6079,7 @@ def test_delays_and_retries_begin_anew_when_the_clock_is_set_back(store: Any) ->
 def test_too_few_descriptors_for_the_workers_are_told_at_the_start(q: Queue) -> None:
     words = shlex.join([str(word) for word in q.program])
     done = q.run(["bash", "-c", f"ulimit -n 100; {words} worker start --drain --count 200"])
-    assert done.code == 2 and "ulimit -n 432" in done.err
+    assert done.code == 2 and "ulimit -n 464" in done.err
 
 
 def test_a_backup_replaces_nothing_but_a_backup(q: Queue) -> None:
@@ -10820,3 +10820,376 @@ def test_completed_jobs_are_kept_for_a_month(q: Queue) -> None:
     assert q.look("config", "show")["keep_completed"] == 30 * 86400
     q("config", "set", "keep_completed", "none")
     assert q.look("config", "show")["keep_completed"] is None
+
+
+# =====================================================================================================
+# commands that need no shell: started with and without one, they do the same
+# =====================================================================================================
+
+# Starts each command of an order by the shell, and as a worker does; what came of both.
+BOTH_WAYS = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import queuectl
+system, rule, spawn = queuectl.system, queuectl.words_without_shell, queuectl.system._spawn
+order = json.load(sys.stdin)
+started = []
+def spawn_noted(file, *rest):
+    pid = spawn(file, *rest)
+    started.append(file)
+    return pid
+def outcome(command, env, words):
+    queuectl.words_without_shell = words
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+    files = [os.open(order["folder"] + name, flags, 0o600) for name in ("/../out", "/../err")]
+    pid = system.spawn(command, {os.fsencode(k): os.fsencode(v) for k, v in env.items()}, order["folder"], 0o27, *files)
+    status = os.waitpid(pid, 0)[1]
+    printed = [os.pread(fd, 1 << 20, 0).decode("latin-1") for fd in files]
+    for fd in files:
+        os.close(fd)
+    return [os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status), *printed]
+system.shell = order["shell"], "-c"
+system._spawn = spawn_noted
+system.prepare_worker(os.getppid())
+answers = []
+for command, env in order["cases"]:
+    by_shell = outcome(command, env, lambda *_: [])
+    by_rule = outcome(command, env, rule)
+    answers.append([by_shell, by_rule, started[-1] != order["shell"]])
+json.dump(answers, sys.stdout)
+"""
+
+PROGRAMS = {
+    "args": "#!/bin/sh\nprintf '<%s>' \"$0\" \"$@\"\n",
+    "code": "#!/bin/sh\nexit $1\n",
+    "signal": "#!/bin/sh\nulimit -c 0; kill -$1 $$\n",
+    "streams": "#!/bin/sh\ncat; echo out; echo err >&2; ls /proc/self/fd; umask; grep ^Sig[BI] /proc/self/status\n",
+    "no bang": "echo \"$0\" \"$@\"\n", "empty": "", "lost": "#!/no/such/program\n", "cr": "#!/bin/sh\r\n",
+    "elf": "\x7fELF\n",
+    "first/later": "", "second/later": "#!/bin/sh\necho $0\n",  # the first can't be executed
+    "first/folder/x": "", "second/folder": "#!/bin/sh\necho folder\n",
+    "first/lost": "#!/no/such/program\n", "second/lost": "#!/bin/sh\necho found\n",
+    "first/script": "echo script $0 $1\n", "second/script": "#!/bin/sh\necho second\n",
+    "second/time": "#!/bin/sh\necho a program called time\n", "second/it's": "#!/bin/sh\necho it is\n",
+    **{n: f"#!/bin/sh\necho this is {n!r} $#\n" for n in ("-x", "+x", "%x", "@x", "1", "a=b", "~", "a b", "é")},
+}  # fmt: skip
+
+# What needs no shell, and what goes to it: because it is the shell's, or no program.
+PLAIN = r"""
+./args
+./args a b
+./args	a	b
+./args -- -x --y=z +1 %s @u ,v :w a/b a.b = == =ls A=1 a:b 2 if time
+./args 'a b' 'it'"'"'s' "'" '' x'y'z ''
+./args '$HOME' '`x`' '*' '?' '[a]' '{a,b}' '~' 'a\b' '"' '#' ';' '&' '|' '<' '>' '!' '(' '^'
+./args 'é' 'āĂÿ€' '　'
+'./args' a
+./args '#x' 'a#b'
+./code 0
+./code 1
+./code 75
+./code 126
+./code 127
+./code 128
+./code 255
+./signal KILL
+./signal TERM
+./signal SEGV
+./signal PIPE
+./streams
+/bin/true
+/bin/true 17
+/bin/false
+/bin/echo -n a b
+'it'"'"'s' x
+ls -la /no/such/file
+cat /dev/null
+expr 1 = 1
+env A=1 ./args a
+uname
+id -u
+seq 3
+nohup ./args x
+nice -n 1 ./args x
+./+x
++x
+@x
+1
+1 2
+./1
+./%x
+./'a b' c
+'a b'
+'~'
+'é' x
+sh -c 'echo $0 $# $-' a b
+env -u PWD /bin/pwd
+/bin/pwd
+dirname /a/b
+tr a b
+wc -c args
+"""
+SHELLS_OWN = r"""
+true
+true 17
+'true'
+false
+: x
+. ./args
+[ a = a ]
+test a = b
+echo a
+'echo' a
+printf %d x
+kill -0 1
+pwd
+cd /
+exit 3
+exec ./args x
+exec no-such-tool
+eval ./args x
+command -v ls
+builtin echo x
+source ./args
+export A=1
+umask
+ulimit -n
+wait 1
+type ls
+hash ls
+read x
+let 0
+local x
+sleep 0
+which ls
+time
+time ./args x
+'time' ./args x
+coproc ./args
+if
+then
+for
+while
+case
+function
+select
+A=1
+A=1 ./args x
+PATH=/no ls
+a=b
+'a=b'
+./a=b
+-x
+'-x'
+%x
+%1
+setsid -w ./args x
+env setsid -w true
+./args  two
+ ./args
+./args *
+./args ?rgs
+./args ~
+./args ~root a:~ b=~
+./args {a,b}
+./args $HOME
+./args "a"
+./args a\b
+./args #x
+./args a#b
+./args é
+é x
+./args a; echo b
+./args a && echo b
+./args a | cat
+./args a >printed
+./args 2>&1
+./args `echo a`
+./args $(echo a)
+! true
+{ true; }
+( true )
+./args 'a
+./args "
+./args )
+./args	'a	b'
+no-such-tool
+no-such-tool a b
+./no-such-tool
+/no/such/tool
+'no such tool'
+''
+'' a
+.
+..
+/
+./first
+./first/later
+later x
+folder
+lost
+./lost
+script a
+'./no bang' a
+./empty
+./cr
+./elf
+"""
+
+
+def lines_of(table: str) -> list[str]:
+    return [line for line in table.split("\n") if line]
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    folder = tmp_path / "programs"
+    for name, text in PROGRAMS.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+        path.chmod(0o644 if name == "first/later" else 0o755)
+    return folder
+
+
+def shells_of(folder: Path) -> list[str]:
+    """The shells that may be /bin/sh, each under that name."""
+    found = []
+    for name in ("sh", "dash", "bash", "busybox"):
+        path = shutil.which(name)
+        if path:
+            (folder / name).mkdir(parents=True)
+            (folder / name / "sh").symlink_to(path)
+            found.append(str(folder / name / "sh"))
+    return found
+
+
+def started_both_ways(shell: str, folder: Path, cases: Sequence[tuple[str, dict[str, str]]]) -> Any:
+    """For each command: code, stdout and stderr by the shell, the same by the rule, and if that took no shell."""
+    order = json.dumps({"shell": shell, "folder": str(folder), "cases": cases})
+    words = [sys.executable, "-c", BOTH_WAYS, str(PROGRAM.parent)]
+    done = subprocess.run(words, input=order.encode(), capture_output=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done
+    return json.loads(done.stdout)
+
+
+def comparable(outcome: list[Any]) -> list[Any]:
+    """Without times; a signal as a code, without what is said then: some shells wait for the program and do that."""
+    code, out, err = outcome
+    err = re.sub(r"\d+\.\d+", "…", err)
+    return [128 - code if code < 0 else code, out, "" if code < 0 or code > 128 else err]
+
+
+def environment_in(outcome: list[Any]) -> dict[str, str]:
+    """That which `env -0` printed, without what shells differ in."""
+    entries = [entry.partition("=") for entry in outcome[1].split("\0")]
+    return {name: value for name, _, value in entries if name not in ("_", "SHLVL", "OLDPWD")}
+
+
+@linux
+def test_commands_do_the_same_with_a_shell_and_without(programs: Path) -> None:
+    path = os.pathsep.join([f"{programs}/first", f"{programs}/second", str(programs), "/usr/bin", "/bin"])
+    env = {"PATH": path, "LC_ALL": "C", "HOME": "/nowhere"}
+    plain, others = lines_of(PLAIN), lines_of(SHELLS_OWN)
+    assert len(plain) + len(others) >= 150
+    for shell in shells_of(programs.parent / "shells"):
+        answers = started_both_ways(shell, programs, [(command, env) for command in plain + others])
+        for command, (by_shell, by_rule, direct) in zip(plain + others, answers):
+            assert comparable(by_rule) == comparable(by_shell), (shell, command)
+            assert direct == (command in plain), (shell, command)
+
+
+# Variables that no shell touches; and such as some shell sets, takes out or follows.
+PASSED_ON = [
+    {}, {"PWD": "{here}"}, {"PWD": "{link}"}, {"PWD": "/"}, {"PWD": "."}, {"OLDPWD": "/", "SHLVL": "4", "_": "x"},
+    {"EMPTY": "", "LINES": "1", "V": "a\nb=c\udcff'\"$"}, {"A_b1": "() { :; }"}, {"BIG": "x" * 100_000},
+    {"PATH": "/no/such:/etc/passwd:/usr/bin:/bin:."},
+]  # fmt: skip
+NOT_PASSED_ON = [
+    {"IFS": "x"}, {"OPTIND": "7"}, {"PPID": "7"}, {"a-b": "1"}, {"1a": "1"}, {"é": "1"},
+    {"BASH_FUNC_env%%": "() { echo a function; }"},
+    {"PATH": ".:/usr/bin:/bin"}, {"PATH": ":/usr/bin:/bin"}, {"PATH": "~:/usr/bin:/bin"}, {"PATH": "/usr/bin/:/bin/"},
+    {"PATH": "/usr/bin%x:/bin"}, {"PATH": ""},
+]  # fmt: skip
+BASH_ALONE = [
+    {"PS1": "x"}, {"PS4": "x"}, {"ENV": "/no"}, {"BASH_ENV": "/no"}, {"SHELLOPTS": "xtrace"}, {"POSIXLY_CORRECT": "x"},
+    {"RANDOM": "7"}, {"LINENO": "7"}, {"BASHPID": "7"}, {"EPOCHSECONDS": "7"}, {"EXECIGNORE": "*"},
+]  # fmt: skip
+
+
+@linux
+def test_programs_see_the_same_environment_with_a_shell_and_without(programs: Path) -> None:
+    link = programs.parent / "link"
+    link.symlink_to(programs)
+    names = {"{here}": str(programs), "{link}": str(link)}
+    base = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "QUEUECTL_RUN": "x-1-1"}
+    wanted = [*PASSED_ON, *NOT_PASSED_ON, *BASH_ALONE]
+    cases = [("env -0", {**base, **{k: names.get(v, v) for k, v in more.items()}}) for more in wanted]
+    for shell in shells_of(programs.parent / "shells"):
+        simple = os.path.basename(os.path.realpath(shell)) in ("dash", "busybox")
+        answers = started_both_ways(shell, programs, cases)
+        for more, (by_shell, by_rule, direct) in zip(wanted, answers):
+            assert [by_rule[0], by_rule[2]] == [by_shell[0], by_shell[2]], (shell, more)
+            if "RANDOM" not in more and "BASHPID" not in more and "EPOCHSECONDS" not in more:
+                assert environment_in(by_rule) == environment_in(by_shell), (shell, more)
+            assert direct == (more in PASSED_ON or (simple and more in BASH_ALONE)), (shell, more)
+        assert environment_in(answers[0][1])["PWD"] == str(programs)
+
+
+@linux
+def test_workers_start_programs_without_a_shell(q: Queue) -> None:
+    """Where there is no shell, only what needs one can't be started; and what can't is tried again by it."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import queuectl\n"
+        "queuectl.Posix.shell = ('/no/shell', '-c')\nsys.exit(queuectl.main())"
+    )
+    q("enqueue", "--id", "words", "/bin/echo", "it's", "a b")
+    q.load([
+        {"id": "plain", "command": "/bin/echo plain"}, {"id": "env", "command": "env", "env": {"OWN": "1"}},
+        {"id": "sums", "command": "cksum /dev/null >>sums", "max_retries": 1},
+        {"id": "gone", "command": "no-such-tool", "max_retries": 1},
+    ])  # fmt: skip
+    q.launch([*q.program[:-1], "-c", code, PROGRAM.parent, "worker", "start", "--drain"]).wait(20)
+    assert q("logs", "words", "--stdout").out == "it's a b\n"
+    assert q("logs", "plain", "--stdout").out == "plain\n"
+    assert {"OWN=1", f"PWD={os.path.realpath(q.work)}"} <= set(q("logs", "env", "--stdout").out.splitlines())
+    for job in ("sums", "gone"):
+        assert "can't start" in q.show(job)["last_error"]
+
+
+@linux
+def test_programs_start_without_a_shell_with_an_old_glibc_too(q: Queue) -> None:
+    q.load([{"id": "a", "command": "env"}, {"id": "b", "command": "no-such-tool", "max_retries": 1}])
+    assert with_old_glibc(q, "worker", "start", "--drain").wait(30) == 1
+    assert "QUEUECTL_JOB_ID=a\n" in q("logs", "a", "--stdout").out
+    assert q.show("b")["exit_code"] == 127 and "not found" in q.show("b")["last_error"]
+
+
+def test_a_final_exit_code_is_also_that_of_a_signal(q: Queue) -> None:
+    """A shell that has waited for its program makes 137 of SIGKILL; without one it is -9."""
+    for number, command in enumerate(["bash -c 'kill -9 $$'", "exec bash -c 'kill -9 $$'"]):
+        q.add(command, "--id", f"j{number}", "--dead-on", "137")
+    q.drain(code=1)
+    assert [q.show(job)["attempts"] for job in ("j0", "j1")] == [1, 1]
+
+
+def test_who_has_recorded_a_run_rings_those_alone_that_run_no_job(store: Any) -> None:
+    with store.transaction():
+        for number in (1, 2, 3):
+            store.add_worker(f"pool-{number}", "pool", NOW)
+    put(store)
+    assert store.sleepers() == ["pool-1", "pool-2", "pool-3"]
+    job = take(store)
+    assert store.sleepers() == ["pool-2", "pool-3"]
+    end(store, job, "completed", NOW)
+    assert store.sleepers() == ["pool-1", "pool-2", "pool-3"]
+
+
+@linux
+def test_a_program_ends_at_once_but_leaves_nothing_undone(q: Queue) -> None:
+    """What was registered for the end is done, and who profiles it gets its profile."""
+    (q.work / "sitecustomize.py").write_text("import atexit; atexit.register(print, 'registered')\n")
+    words = [sys.executable, "-B", str(PROGRAM), "status"]
+    assert q.run(words, env={"PYTHONPATH": str(q.work)}).out.endswith("registered\n")
+    profiled = q.run([*words[:2], "-m", "cProfile", *words[2:]])
+    assert "function calls" in profiled.out and profiled.code == 0

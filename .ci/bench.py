@@ -98,6 +98,7 @@ def end(process: subprocess.Popen[bytes], number: int) -> None:
 def environment(folder: str, **more: str) -> dict[str, str]:
     """The variables of a process that is to find nothing of this user's, and leave nothing behind."""
     own = {"HOME": folder, "TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": "1", "PARALLEL_SHELL": "/bin/sh"}
+    own["LC_ALL"] = "C"  # for a short program loads its locale for as long as it runs
     return {**{k: v for k, v in os.environ.items() if not k.startswith("QUEUECTL_")}, **own, **more}
 
 
@@ -278,7 +279,8 @@ def xargs(bench: Bench, workers: int, command: str, length: int, size: int) -> f
     """Jobs a second of `xargs -P`, its output in a file; `length` is how many bytes a job prints."""
     path = os.path.join(bench.folder(), "output")
     with open(path, "ab") as sink:  # for appending: else two jobs at once may write to one place
-        seconds = fed(bench, ["xargs", "-P", str(workers), "-I{}", "sh", "-c", command], size, stdout=sink)
+        seconds = fed(bench, ["xargs", "-P", str(workers), "-I{}", "sh", "-c", command], size, stdout=sink,
+                      env=environment(bench.temp))
     if os.path.getsize(path) != size * length:
         raise Broken("the output of xargs is not complete")
     os.remove(path)
@@ -300,6 +302,74 @@ def drain(bench: Bench) -> Iterator[Row]:
     for workers in (1, 2, 8, 32):
         what = f"{size:,} jobs `true`, --count {workers}"
         yield from against_xargs(bench, what, size, workers, "true", 0, 0.95)
+
+
+def fed_whole(bench: Bench, words: Sequence[str], inputs: Sequence[str], size: int) -> float:
+    """Jobs a second of a program that is given an input a line, and prints a line for each."""
+    folder = bench.folder()
+    with open(os.path.join(folder, "output"), "ab") as sink, tempfile.TemporaryFile(dir=bench.temp) as lines:
+        lines.writelines(b"%s\n" % text.encode() for text in inputs[:size])
+        lines.seek(0)
+        seconds = run(words, stdin=lines, stdout=sink, env=environment(folder))
+    shutil.rmtree(folder)
+    return size / seconds
+
+
+def programs_drained(bench: Bench, ours: Program, program: str, inputs: Sequence[str], size: int) -> float:
+    """Jobs a second of a pool of two."""
+    queue = bench.queue(ours)
+    queue.put(f"{program} {text}" for text in inputs[:size])
+    seconds = queue.timed("worker", "start", "--count", "2", "--drain")
+    queue.check("completed", size)
+    queue.remove()
+    return size / seconds
+
+
+def spooled(bench: Bench, program: str, inputs: Sequence[str], size: int) -> float:
+    """Jobs a second of task-spooler, two at a time, each added by a process of its own."""
+    folder, tsp = bench.folder(), bench.tools["task-spooler"]
+    env = environment(folder, TS_SOCKET=os.path.join(folder, "socket"), TS_MAXFINISHED=str(size + 1))
+    run([tsp, "-S", "2"], env=env)
+    try:
+        began = time.perf_counter()
+        for text in inputs[:size]:
+            run([tsp, "-n", program, text], env=env)
+        while any(word in output_of([tsp], env=env) for word in (" running ", " queued ")):
+            time.sleep(0.005)
+        return size / (time.perf_counter() - began)
+    finally:
+        run([tsp, "-K"], env=env)
+
+
+def small_files(bench: Bench, count: int) -> list[str]:
+    folder = bench.folder()
+    paths = [os.path.join(folder, f"{number}.txt") for number in range(count)]
+    for path in paths:
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(path * 20)
+    return paths
+
+
+def programs(bench: Bench) -> Iterator[Row]:
+    """5,000 programs that need no shell: `/bin/true N`, `cksum FILE`; against xargs, parallel, task-spooler."""
+    size = bench.size(5000)
+    for program, inputs in (("/bin/true", [str(n) for n in range(size)]), ("cksum", small_files(bench, size))):
+        bare, shell = f"`xargs -P2 -n1 {program}`, without one too", f"`xargs -P2 -I{{}} sh -c '{program} {{}}'`"
+        contenders: Sequence[tuple[str, str, Measure]] = (
+            ("xargs", bare, partial(fed_whole, bench, ["xargs", "-P2", "-n1", program], inputs)),
+            ("xargs", shell, partial(fed_whole, bench, ["xargs", "-P2", "-I{}", "sh", "-c", program + " {}"], inputs)),
+            ("parallel", f"`parallel -j2 {program}`, which takes one",
+             partial(fed_whole, bench, ["parallel", "--will-cite", "-j2", program], inputs)),
+            ("task-spooler", f"task-spooler: `tsp -n {program} ...` for each, two slots, without one too",
+             partial(spooled, bench, program, inputs)))
+        measures: dict[str, Measure] = {
+            ours.name: partial(programs_drained, bench, ours, program, inputs) for ours in bench.programs}
+        measures.update({called: measure for tool, called, measure in contenders if bench.has(tool)})
+        argument = "N" if program == "/bin/true" else "FILE"
+        what = f"{size:,} times `{program} {argument}`, which has no shell, --count 2"
+        goals = {bare: ("at least", 0.8), shell: ("at least", 1.25)} if program == "/bin/true" else {}
+        for row in bench.compare(what, bench.turns(program, size, measures)):
+            yield row._replace(goal=goals.get(row.peer))
 
 
 # What nothing in Python that keeps a record by SQLite can be faster than: two processes that do no more
@@ -826,7 +896,8 @@ def peers(bench: Bench) -> Iterator[Row]:
 
 
 ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    row.__name__: row for row in (drain, limit, output, shown, depth, start, bulk, enqueue, commands, memory, peers)}
+    row.__name__: row for row in (
+        drain, programs, limit, output, shown, depth, start, bulk, enqueue, commands, memory, peers)}
 
 # ═══ The report ═══
 
