@@ -65,8 +65,10 @@ import signal
 import stat
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import lru_cache, partial
+from os.path import abspath, dirname, exists, expanduser, getsize, isabs, isdir, isfile, join, realpath
+from time import monotonic, sleep
 
 try:
     import sqlite3
@@ -89,7 +91,7 @@ if TYPE_CHECKING:
     Row = dict[str, Any]  # a job, a run, a worker or a queue: its fields by name
     Draft = dict[str, Any]  # of a job: see draft_of
     Settings = dict[str, Any]
-    Names = Sequence[str]  # of queues or states
+    Names = Sequence[str]  # of queues, states, files or columns
     Tell = Callable[[str], None]
 
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
@@ -113,19 +115,21 @@ EXIT_DISMISSED, EXIT_TROUBLED = 10, 11
 # time: milliseconds since the epoch, and ISO 8601 in JSON. A new field also goes to GIVEN_FIELDS
 # (and EDITABLE), LIMITS and _checked_field, MIGRATIONS, ADD_JOB and Intake._row, SELECT_JOBS and
 # FIELD_OPTIONS; if its run needs it, to Job, next_job and HELD_JOBS.
-FIELDS = ("id", "command", "state", "queue", "priority", "run_at", "timeout_seconds", "attempts",
-          "max_retries", "backoff_base", "cwd", "env", "after", "after_any", "unique",
-          "retry_after", "dead_on", "expires_at", "created_at", "updated_at", "started_at",
-          "finished_at", "next_retry_at", "exit_code",
-          "last_error", "locked_by", "locked_at")
+FIELDS = tuple("""
+    id command state queue priority run_at timeout_seconds attempts max_retries backoff_base cwd env
+    after after_any unique retry_after dead_on expires_at created_at updated_at started_at
+    finished_at next_retry_at exit_code last_error locked_by locked_at
+    """.split())  # noqa: SIM905
 # Columns that `edit` changes to what is given.
-EDITABLE = ("command", "queue", "priority", "run_at", "timeout_seconds", "max_retries",
-            "backoff_base", "expires_at")
+EDITABLE = """
+    command queue priority run_at timeout_seconds max_retries backoff_base expires_at
+    """.split()  # noqa: SIM905
 # What exit codes mean for a job. These are kept together, for few jobs have any.
 POLICY_FIELDS = ("retry_after", "dead_on")
-GIVEN_FIELDS = ("id", "command", "queue", "priority", "run_at", "timeout_seconds",
-                "max_retries", "backoff_base", "cwd", "env", "after", "after_any", "unique",
-                "expires_at", *POLICY_FIELDS)
+GIVEN_FIELDS = tuple("""
+    id command queue priority run_at timeout_seconds max_retries backoff_base cwd env after
+    after_any unique expires_at retry_after dead_on
+    """.split())  # noqa: SIM905
 ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at",
            "expires": "expires_at"}
 
@@ -217,9 +221,6 @@ RunResult = namedtuple("RunResult", "job ending exit_code error finished_at seco
 # (milliseconds) are when a job ended or, where it has not, was last changed.
 Selection = namedtuple("Selection", "states queues grep error since before",
                        defaults=((), (), None, None, None, None))
-# What running workers follow: settings, and whether their pool is to stop (0, 1: soon, 2: now);
-# `limited` are the queues that have a limit of jobs running at once.
-Control = namedtuple("Control", "epoch settings stop limited")
 
 # ═══ Values ═══ durations, times, backoff, checks of job input: pure functions ═══════════════
 
@@ -683,7 +684,7 @@ def check_template(template: str, place: re.Pattern[str] = PLACE) -> str:
 def _part_of(word: str, form: str) -> str:
     """What {} with this form stands for: as parallel has it, `.` takes off the extension."""
     if form == "//":
-        return os.path.dirname(word.rstrip("/")) or "."
+        return dirname(word.rstrip("/")) or "."
     if form.startswith("/"):
         word = os.path.basename(word)
     return re.sub(r"\.[^/.]+\Z", "", word) if form.endswith(".") else word
@@ -959,6 +960,7 @@ SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # processe
 if TYPE_CHECKING:
     Env = dict[Any, Any]  # environment variables in native form
     Living = dict[int, str]  # living processes by their ids, each with the time it started
+LONGEST_WAIT = 1 << 30  # milliseconds; poll(2) knows no infinity
 TICK = 0.25  # seconds a write waits in the kernel before it looks at flags and deadlines again
 TOKEN_FD = 239  # where a job's processes inherit the token: above what scripts use with flock(1)
 NETWORK_FILE_SYSTEMS = (
@@ -1033,12 +1035,12 @@ def _living(pid: int) -> _Process | None:
                     fields[19].decode(), False)
 
 
-def _writes_to(pid: int, files: Sequence[str]) -> bool:
+def _writes_to(pid: int, files: Names) -> bool:
     """Whether a process has one of `files` open for writing; who only reads them is no member."""
     folder = "/proc/%d/fd" % pid
     try:
         for name in os.listdir(folder):
-            link = os.path.join(folder, name)
+            link = join(folder, name)
             if os.readlink(link) in files and os.lstat(link).st_mode & 0o200:
                 return True
     except OSError as error:
@@ -1099,16 +1101,14 @@ class PosixFiles:
         """Whether a living process holds the lock on a file; also if that can't be found out."""
         try:
             fd = os.open(path, os.O_RDONLY | OPEN_BESIDE)
+            try:
+                return not self.try_lock(fd, shared=True)
+            finally:
+                os.close(fd)
         except FileNotFoundError:
             return False
         except OSError:
             return True
-        try:
-            return not self.try_lock(fd, shared=True)
-        except OSError:
-            return True
-        finally:
-            os.close(fd)
 
     # Descriptors.
 
@@ -1183,30 +1183,30 @@ class PosixFiles:
         if disk.f_bsize < 4096 and disk.f_bavail * disk.f_frsize < 1 << 20:
             raise Unavailable("no space left in %s; free some and try again" % folder)
 
-    def _mounts(self) -> Iterator[tuple[str, str]]:
-        """Each mount point with the type of its file system (known on Linux alone)."""
+    def _mounts(self) -> dict[str, str]:
+        """The mount points, each with the type of its file system (known on Linux alone).
+
+        Of equal ones the last covers the others.
+        """
         try:
             with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
                 entries = [line.split(" ")[1:3] for line in mounts]
         except OSError:
-            return
-        for point, kind in entries:  # blanks and the like are written as \040
-            point = re.sub(r"\\[0-7]{3}", lambda code: chr(int(code[0][1:], 8)), point)
-            yield point, kind
+            return {}
+        unescaped = partial(re.sub, r"\\[0-7]{3}", lambda code: chr(int(code[0][1:], 8)))
+        return {unescaped(point): kind for point, kind in entries}  # a blank is written as \040
 
     def is_mount_point(self, path: str) -> bool:
         """Whether something is mounted at `path` itself."""
-        return any(point == path for point, _ in self._mounts())
+        return path in self._mounts()
 
     def network_file_system(self, folder: str) -> str:
         """The type of the network file system that a folder is on, or nothing."""
-        real = os.path.realpath(folder) + "/"
-        longest, its_kind = "", ""
-        for point, kind in self._mounts():  # of equal mount points the last one covers the others
-            above = real.startswith(point.rstrip("/") + "/")
-            if above and len(point) >= len(longest):
-                longest, its_kind = point, kind
-        return its_kind if its_kind in NETWORK_FILE_SYSTEMS.split() else ""
+        mounts, folder = self._mounts(), realpath(folder)
+        while folder not in mounts and folder != "/":
+            folder = dirname(folder)
+        kind = mounts.get(folder, "")
+        return kind if kind in NETWORK_FILE_SYSTEMS.split() else ""
 
     # Whose a file is, and who else may write it.
 
@@ -1270,24 +1270,23 @@ class Posix(PosixFiles):
     longest_command = 131071 if PosixFiles.linux else 200_000  # bytes, E2BIG beyond
     # Forking takes 2 ms; elsewhere than on Linux system libraries don't survive a fork.
     start_method = "fork" if PosixFiles.linux else "spawn"
+    childless = False  # nobody but the run just reaped was left below this process
+    subreaper = False
+    token_fd = TOKEN_FD
 
     def __init__(self) -> None:
         super().__init__()
         self.environment = os.environb.copy  # this process's, in native form
         self.ticks_per_second = os.sysconf("SC_CLK_TCK")
-        self.childless = False  # nobody but the run just reaped was left below this process
-        self.subreaper = False
-        self.token_fd = TOKEN_FD
-        self.polls: dict[int, Any] = {}  # poll objects of standard streams
 
     # Before the first job.
 
     def check_room(self, workers: int) -> None:
         """Raise QueueError if a supervisor can't do its work here, with so many workers."""
-        if self.linux and not os.path.exists("/proc/%d" % os.getpid()):
+        if self.linux and not exists("/proc/%d" % os.getpid()):
             raise QueueError("/proc does not show the processes here, "
                              "so what jobs leave behind could not be ended; mount it")
-        if not os.path.exists(os.devnull):
+        if not exists(os.devnull):
             raise QueueError("there is no %s here, which jobs need as their stdin" % os.devnull)
         need, have = 2 * workers + 64, self._most_descriptors()
         if 0 <= have < need:
@@ -1324,7 +1323,7 @@ class Posix(PosixFiles):
             self.token_fd = limit - 1
         self.to_default = list(signal.valid_signals())  # jobs ignore and block none
         self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # the stdin of jobs
-        self.real_shell = os.path.realpath(self.shell[0])
+        self.real_shell = realpath(self.shell[0])
         libc = self._libc()
         if libc:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
             libc.prctl(1, int(signal.SIGHUP), 0, 0, 0)
@@ -1477,7 +1476,7 @@ class Posix(PosixFiles):
                 return
             os.waitpid(info.si_pid, os.WNOHANG)
 
-    def members(self, mark: str, files: Sequence[str],
+    def members(self, mark: str, files: Names,
                 leader: Leader, known: Living) -> Living:
         """The living processes of a run, ancestors first.
 
@@ -1517,7 +1516,7 @@ class Posix(PosixFiles):
 
         return sorted(found, key=rank)
 
-    def _from_proc(self, mark: str, files: Sequence[str]) -> dict[int, _Process]:
+    def _from_proc(self, mark: str, files: Names) -> dict[int, _Process]:
         """Every process but this one, its session and process 1, from /proc."""
         needle = b"QUEUECTL_RUN=%s" % mark.encode()
         processes = {}
@@ -1586,7 +1585,7 @@ class Posix(PosixFiles):
             return False
         for _ in range(1 + now):
             os.kill(pid, signal.SIGTERM)
-            time.sleep(0.1)  # two at once would count as one
+            sleep(0.1)  # two at once would count as one
         return True
 
     def is_stopped(self, pid: int) -> bool:
@@ -1604,13 +1603,12 @@ class Posix(PosixFiles):
         A full pipe or a stopped terminal holds up no job: what the stream does not take now is
         not said. A stream that can be written to takes 4096 bytes at least.
         """
-        if stream not in self.polls:
-            import select
-            self.polls[stream] = select.poll()
-            self.polls[stream].register(stream, select.POLLOUT)
+        import select
+        room = select.poll()
+        room.register(stream, select.POLLOUT)
         data = text.encode("utf-8", "replace")
         try:
-            while data and self.polls[stream].poll(0):
+            while data and room.poll(0):
                 data = data[os.write(stream, data[:4096]):]
         except OSError:
             pass  # the terminal is gone; the record in the database is what counts
@@ -1627,8 +1625,6 @@ class Bell:
         import select
         self.write_end = -1
         try:
-            if not path:
-                raise OSError
             os.mkfifo(path, 0o600)
             self.fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
         except OSError:
@@ -1649,14 +1645,13 @@ class Bell:
     def forget(self, fd: int) -> None:
         self._poll.unregister(fd)
 
-    def wait(self, seconds: float | None) -> bool:
+    def wait(self, seconds: float) -> bool:
         """Sleep until the bell rings, a watched descriptor ends, or for `seconds`; True if rung.
 
         All rings so far are taken together: look at everything afterwards, and none is lost.
         """
-        if seconds is not None:
-            seconds = max(0, int(seconds * 1000 + 0.999))
-        if not self._poll.poll(seconds):
+        millis = int(min(seconds * 1000 + 0.999, LONGEST_WAIT))
+        if not self._poll.poll(max(0, millis)):
             return False
         try:
             return bool(os.read(self.fd, 65536))
@@ -1676,11 +1671,11 @@ class Windows:
     linux = False
     start_method = "spawn"
     user = 0  # the system's own rights are not looked at
+    childless = False
     LOCK_AT = 1 << 30
 
     def __init__(self) -> None:
         self.msvcrt: Any = __import__("msvcrt")
-        self.childless = False
         self.runs: dict[int, tuple[Any, int]] = {}  # pid: (Popen, handle of the Job Object)
 
     # Files.
@@ -1698,7 +1693,7 @@ class Windows:
         self.msvcrt.locking(fd, self.msvcrt.LK_UNLCK, 1)
 
     def wait_lock(self, fd: int) -> None:
-        time.sleep(0.001 + os.urandom(1)[0] / 25600)  # jitter: nobody is queued
+        sleep(0.001 + os.urandom(1)[0] / 25600)  # jitter: nobody is queued
 
     def held(self, path: str) -> bool:
         try:
@@ -1723,7 +1718,7 @@ class Windows:
             return file.read(size)
 
     def network_file_system(self, folder: str) -> str:
-        return "a network share" if os.path.realpath(folder).startswith("\\\\") else ""
+        return "a network share" if realpath(folder).startswith("\\\\") else ""
 
     def say(self, text: str, stream: int = 1) -> None:
         try:
@@ -1789,7 +1784,7 @@ class Windows:
             self._kernel("CloseHandle", handle)
         return code
 
-    def members(self, mark: str, files: Sequence[str],
+    def members(self, mark: str, files: Names,
                 leader: Leader, known: Living) -> Living:
         """The run's Job Object while any process lives in it; nothing for other workers' runs."""
         if leader.pid not in self.runs:
@@ -1826,10 +1821,8 @@ class PollingBell(Bell):
 
     hear_signals = forget = watch
 
-    def wait(self, seconds: float | None) -> bool:
-        if seconds is None:
-            seconds = 0.02
-        time.sleep(max(0.0, min(seconds, 0.02)))
+    def wait(self, seconds: float) -> bool:
+        sleep(max(0.0, min(seconds, 0.02)))
         return True
 
 
@@ -1895,14 +1888,12 @@ def sync_folder(folder: str) -> None:
     """Have the disk keep the names in a folder, where the system can do that."""
     try:
         fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     except OSError:
         pass
-    finally:
-        os.close(fd)
 
 
 def read_between(fd: int, start: int, end: int) -> bytes:
@@ -1915,6 +1906,19 @@ def read_between(fd: int, start: int, end: int) -> bytes:
         parts.append(part)
         start += len(part)
     return b"".join(parts)
+
+
+def read_beside(path: str, missing: Any, read: Callable[..., Any],
+                *values: Any) -> Any:
+    """What `read(fd, *values)` makes of a life or output file, open for that moment alone."""
+    try:
+        fd = open_beside(path, os.O_RDONLY)
+    except (OSError, QueueError):
+        return missing
+    try:
+        return read(fd, *values)
+    finally:
+        os.close(fd)
 
 
 def write_at(fd: int, start: int, data: bytes) -> None:
@@ -1935,19 +1939,24 @@ def folder_path(db: str) -> str:
     return db + ".d"
 
 
+def files_of(db: str) -> list[str]:
+    """A database and what stands beside it, whoever has made that."""
+    return [db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db)]
+
+
 # Workers are called POOL-NUMBER: no name is the beginning of another with a dot behind it.
 
 
 def life_path(db: str, name: str) -> str:
-    return os.path.join(folder_path(db), name + ".life")
+    return join(folder_path(db), name + ".life")
 
 
 def bell_path(db: str, name: str) -> str:
-    return os.path.join(folder_path(db), name + ".bell")
+    return join(folder_path(db), name + ".bell")
 
 
 def output_paths(db: str, worker: str, slot: int) -> tuple[str, str]:
-    stem = os.path.join(folder_path(db), "%s.%d" % (worker, slot))
+    stem = join(folder_path(db), "%s.%d" % (worker, slot))
     return stem + ".out", stem + ".err"
 
 
@@ -1967,7 +1976,7 @@ def remove_files(db: str, name: str) -> None:
     files.sort(key=lambda file: file.endswith(".life"))  # that last: it tells of the rest
     for file in files:
         try:
-            os.unlink(os.path.join(folder_path(db), file))
+            os.unlink(join(folder_path(db), file))
         except OSError:  # open on Windows, or the folder is read-only: the next sweep gets it
             pass
 
@@ -1989,15 +1998,13 @@ def ring(path: str) -> None:
     """Wake the process that sleeps on the bell `path`; nothing happens if nobody does."""
     try:
         fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
-    except OSError:
-        return
-    try:
-        if stat.S_ISFIFO(os.fstat(fd).st_mode):
-            os.write(fd, b"!")
-    except OSError:  # full: it was rung often enough
+        try:
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                os.write(fd, b"!")
+        finally:
+            os.close(fd)
+    except OSError:  # nobody sleeps on it; or it is full, and was rung often enough
         pass
-    finally:
-        os.close(fd)
 
 
 def ring_all(db: str) -> None:
@@ -2034,14 +2041,8 @@ def note_trouble(life: int, text: str) -> None:
 
 
 def _read_life(db: str, name: str, start: int, size: int) -> str:
-    try:
-        fd = open_beside(life_path(db, name), os.O_RDONLY)
-    except (OSError, QueueError):
-        return ""
-    try:
-        return read_between(fd, start, start + size).decode("utf-8", "replace").strip()
-    finally:
-        os.close(fd)
+    note: bytes = read_beside(life_path(db, name), b"", read_between, start, start + size)
+    return note.decode("utf-8", "replace").strip()
 
 
 def leader_of(db: str, worker: str, seq: int, run: int) -> Leader:
@@ -2110,16 +2111,15 @@ class OutputFiles:
 
     def open(self) -> bool:
         """Open the files and take the token; False if somebody still holds it. Raises OSError."""
+        taken = False
         try:
             for path in self.paths:
                 self.fds.append(open_private(path, os.O_RDWR | os.O_APPEND))
-            if all(system.try_lock(fd) for fd in self.fds):
-                return True
-        except BaseException:  # who kept them open would be taken for a process of that run
-            self.close()
-            raise
-        self.close()
-        return False
+            taken = all(system.try_lock(fd) for fd in self.fds)
+            return taken
+        finally:
+            if not taken:  # who kept them open would be taken for a process of that run
+                self.close()
 
     def close(self) -> None:
         """Let go of the token, as far as it is this process's."""
@@ -2137,10 +2137,9 @@ class OutputFiles:
             except OSError:  # open on Windows: it goes with its worker's other files
                 pass
 
-    def read(self, limit: int) -> tuple[bytes, bytes]:
+    def read(self, limit: int) -> list[bytes]:
         """What the run has printed to stdout and stderr, at most `limit` bytes each."""
-        out, err = (self._read_one(index, limit) for index in (0, 1))
-        return out, err
+        return [self._read_one(index, limit) for index in (0, 1)]
 
     def _read_one(self, index: int, limit: int) -> bytes:
         try:
@@ -2452,8 +2451,6 @@ COUNT_TABLES = "SELECT count(*) FROM sqlite_master"
 CHECKPOINT = "PRAGMA wal_checkpoint"
 
 BEGIN = "BEGIN IMMEDIATE"
-COMMIT = "COMMIT"
-ROLLBACK = "ROLLBACK"
 
 GET_IDENTITY = "SELECT identity FROM control"
 RENEW_IDENTITY = "UPDATE control SET identity = lower(hex(randomblob(4))), older = ''"
@@ -2501,8 +2498,6 @@ LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?,
     AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)"""
 HOOKED = """SELECT seq, id, queue, command, state, attempts, max_retries, exit_code, last_error,
     updated_at FROM jobs """
-WAITS_FOR_GONE = """FROM waits WHERE job = jobs.seq
-    AND NOT EXISTS (SELECT 1 FROM jobs AS awaited WHERE awaited.seq = waits.awaited)"""
 
 # CROSS JOIN keeps jobs the outer loop, in the order of its key.
 SELECT_JOBS = """SELECT seq, jobs.id AS id, command, state, queue, priority, run_at,
@@ -2640,7 +2635,7 @@ def translate(error: sqlite3.Error, path: str) -> QueueError:
             return kind(meaning % {"path": path, "text": text})
     if "unable to open" not in text:
         return QueueError("%s: %s" % (path, text))
-    if os.path.exists(path):
+    if exists(path):
         advice = shortage_of_descriptors() or "check that you may use it"
         return Unavailable("%s can't be opened: %s" % (path, advice))
     return QueueError("%s can't be opened; check that the path exists and that you may use it"
@@ -2680,7 +2675,7 @@ def has_log(db: str) -> bool:
     Whoever closes the database last removes the log, at any moment.
     """
     try:
-        return os.path.getsize(db + "-wal") > 0
+        return getsize(db + "-wal") > 0
     except FileNotFoundError:
         return False
 
@@ -2689,18 +2684,18 @@ def has_log(db: str) -> bool:
 
 
 def make_folder(folder: str) -> None:
-    """Make the folder of a database, for this user alone; raises QueueError if that can't be."""
+    """Make the folder of a database, for this user alone.
+
+    Raises QueueError if that can't be, or if it is on a network file system, where SQLite's locks
+    don't hold.
+    """
     try:
-        if not os.path.isdir(folder):
+        if not isdir(folder):
             os.makedirs(folder, 0o700, exist_ok=True)
-            sync_folder(os.path.dirname(folder))
+            sync_folder(dirname(folder))
     except OSError as error:
         raise QueueError("the folder %s can't be made: %s; name another database with --db"
                          % (folder, error.strerror)) from None
-
-
-def refuse_network(folder: str) -> None:
-    """Raise QueueError if a folder is on a network file system, where SQLite's locks don't hold."""
     kind = system.network_file_system(folder)
     if kind:
         raise QueueError("%s is on a network file system (%s), where locks can't be trusted; name "
@@ -2709,7 +2704,7 @@ def refuse_network(folder: str) -> None:
 
 def _distrust(path: str) -> str:
     try:
-        return str(system.distrust(path) or "")
+        return system.distrust(path)
     except FileNotFoundError:  # then there is nothing to distrust, as the folder is looked at too
         return ""
 
@@ -2720,14 +2715,13 @@ def distrust_of(db: str) -> str:
     Who can write to the database, to what stands beside it or to its folder can have commands run
     as this user; and who can write to a folder above can put another in its place.
     """
-    beside = db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db)
-    reasons = [_distrust(path) for path in beside]
-    folder, above = os.path.dirname(db), False
+    reasons = [_distrust(path) for path in files_of(db)]
+    folder, above = dirname(db), False
     try:
         # Who may write to / can replace Python itself.
-        while not above or folder != os.path.dirname(folder):
+        while not above or folder != dirname(folder):
             reasons.append(system.distrust(folder, above))
-            folder, above = os.path.dirname(folder), True
+            folder, above = dirname(folder), True
     except FileNotFoundError:  # moved away: whoever did that can put another there
         return "%s was moved away while it was looked at" % folder
     return next(filter(None, reasons), "")
@@ -2739,9 +2733,7 @@ def refuse_untrusted(db: str) -> None:
     Whatever executes a command of a database, or ends processes by what it says, asks here first.
     A folder that is not there is made: nobody can then put another in its place.
     """
-    folder = os.path.dirname(db)
-    make_folder(folder)
-    refuse_network(folder)
+    make_folder(dirname(db))
     reason = distrust_of(db)
     if reason:
         raise QueueError("nothing that others could write is executed: %s" % reason)
@@ -2752,13 +2744,11 @@ def prepare_place(path: str) -> None:
 
     Raises QueueError if a worker of one that was here still lives, or if its log stands there.
     """
-    folder = os.path.dirname(path)
-    make_folder(folder)
-    refuse_network(folder)
+    make_folder(dirname(path))
     if anyone_alive(path):
         raise QueueError("%s is gone, but workers of it still live; let them end before a new one "
                          "is made" % path)
-    if os.path.exists(path + "-wal"):
+    if exists(path + "-wal"):
         raise QueueError("%s is gone, but its log stands there; `queuectl restore BACKUP`, or move "
                          "%s-wal away" % (path, path))
 
@@ -2782,7 +2772,7 @@ def refuse_strange_file(path: str) -> None:
     for beside in (path + "-wal", path + "-shm", path + "-journal", folder):
         if is_link(beside):
             raise QueueError("%s is a link, which is not followed; remove it" % beside)
-    if info.st_size == 0 and os.path.isdir(folder):
+    if info.st_size == 0 and isdir(folder):
         raise QueueError("%s is empty, but has been a queue before; restore a backup, or move it "
                          "and %s away" % (path, folder))
 
@@ -2792,9 +2782,9 @@ def advice_on_owner(path: str) -> str:
 
     They were made by `sudo`, for instance.
     """
-    folder = os.path.dirname(path)
+    folder = dirname(path)
     for file in (folder, path, mutex_path(path)):
-        if not os.path.exists(file):
+        if not exists(file):
             continue
         owner = os.stat(file).st_uid
         if owner != system.user:
@@ -2814,13 +2804,14 @@ class Identity:
     first write: so nobody who works on a copy ends the processes of the original.
     """
 
-    def __init__(self, path: str, mutex: int) -> None:
+    queue = ""  # known once something was written
+    next_look, index, changed_at = 0.0, 0, 0
+    # Then even closing it may do harm: SQLite would write its log into another file.
+    replaced = False
+
+    def __init__(self, path: str, mutex: int):
         self.path, self.mutex = path, mutex
-        self.queue = ""  # known once something was written
-        self.next_look, self.index, self.changed_at = 0.0, 0, 0
         self.watched = [mutex]  # descriptors of files that must not be deleted while it is in use
-        # Then even closing it may do harm: SQLite would write its log into another file.
-        self.replaced = False
         self.file = self._look()
 
     def _look(self) -> tuple[int, int]:
@@ -2843,7 +2834,7 @@ class Identity:
         """
         if self._look() != self.file:
             raise self._trouble("was replaced")
-        now = time.monotonic()
+        now = monotonic()
         if now < self.next_look:
             return
         self.next_look = now + 0.1
@@ -2907,9 +2898,9 @@ class Identity:
         """
         path = self.path
         for _ in range(10):
-            if os.path.exists(path + "-shm") or not has_log(path) or not anyone_alive(path):
+            if exists(path + "-shm") or not has_log(path) or not anyone_alive(path):
                 return False
-            time.sleep(0.05)
+            sleep(0.05)
         return True
 
     def _is_another(self, queue: str) -> bool:
@@ -2921,7 +2912,7 @@ class Identity:
         for _ in range(3):
             if value_in_file(self.path, GET_IDENTITY) in (queue, None):
                 return False
-            time.sleep(0.05)
+            sleep(0.05)
         return True
 
     def settle(self, queue: str,
@@ -2931,18 +2922,16 @@ class Identity:
         A copy is given a new id by `renew`. Where workers live it is no copy: in a container the
         same file may have another device.
         """
+        if renew and self.is_copy(queue):
+            queue = renew()
         if self._noted() != self._note(queue).split():
-            if renew and not anyone_alive(self.path):
-                queue = renew()
             write_at(self.mutex, 0, self._note(queue))
         self.queue = queue
 
-    def known(self, queue: str) -> str:
-        """`queue`, as the database says, unless it is a copy that has no id of its own yet."""
-        differs = self._noted() != self._note(queue).split()
-        if differs and not anyone_alive(self.path):
-            return ""
-        return queue
+    def is_copy(self, queue: str) -> bool:
+        """Whether this is a copy of `queue` that has no id of its own yet."""
+        noted = self._note(queue).split()
+        return self._noted() != noted and not anyone_alive(self.path)
 
     def _note(self, queue: str) -> bytes:
         """The queue's id, device and inode; 51 bytes."""
@@ -2986,7 +2975,7 @@ class Log:
     HEADER, FRAME_HEADER = 32, 24  # bytes
     fd = -1  # it is opened when it is needed
 
-    def __init__(self, path: str, mutex: int) -> None:
+    def __init__(self, path: str, mutex: int):
         self.path, self.mutex = path + "-wal", mutex
         self.index = path + "-shm"
 
@@ -3083,7 +3072,7 @@ class Guard:
     """A `with` block: `enter` is called before it, `leave` after it with the error it ended by."""
 
     def __init__(self, enter: Callable[[], None],
-                 leave: Callable[[BaseException | None], None]) -> None:
+                 leave: Callable[[BaseException | None], None]):
         self.enter, self.leave = enter, leave
 
     def __enter__(self) -> None:
@@ -3107,9 +3096,9 @@ class Connection:
     deferring = False  # then a commit does not wait for the disk
     as_it_is = False  # see Database
 
-    def __init__(self, path: str, patience: float, tell: Tell | None) -> None:
+    def __init__(self, path: str, patience: float, tell: Tell | None):
         self.path, self.patience, self.tell = path, patience, tell
-        self.folder = os.path.dirname(path)
+        self.folder = dirname(path)
 
     def _connect(self) -> None:
         system.refuse_full(self.folder)
@@ -3164,13 +3153,13 @@ class Connection:
                 return read()
             except sqlite3.Error as error:
                 if deadline is None:  # it is looked into if it fails again
-                    deadline, self.told = time.monotonic() + self.patience, False
+                    deadline, self.told = monotonic() + self.patience, False
                     continue
                 trouble = self._trouble(error)
-                if "locked" not in str(error) or time.monotonic() >= deadline:
+                if "locked" not in str(error) or monotonic() >= deadline:
                     raise trouble from error
                 self._tell_wait(deadline)
-                time.sleep(0.02)
+                sleep(0.02)
 
     def rows(self, statement: str, *values: Any) -> list[Any]:
         """All rows that a statement finds, as tuples."""
@@ -3213,7 +3202,7 @@ class Connection:
 
     def begin(self) -> None:
         """Take the mutex and SQLite's write lock within `patience` seconds; raises Unavailable."""
-        deadline = time.monotonic() + self.patience
+        deadline = monotonic() + self.patience
         self.told = False
         while True:
             self._lock(deadline)
@@ -3231,7 +3220,7 @@ class Connection:
                 if not isinstance(error, sqlite3.Error):
                     raise
                 trouble = self._trouble(error)
-                if not isinstance(trouble, Unavailable) or time.monotonic() >= deadline:
+                if not isinstance(trouble, Unavailable) or monotonic() >= deadline:
                     raise trouble from error
                 self._tell_wait(deadline)  # a program that is not queuectl may hold the lock
 
@@ -3240,13 +3229,13 @@ class Connection:
         test_point("before commit")
         try:
             if error is None:
-                self.execute(COMMIT)
+                self.execute("COMMIT")
                 self._repair_after_commit()
             else:
-                self.execute(ROLLBACK)
+                self.execute("ROLLBACK")
         except sqlite3.Error as failure:
             if self.db.in_transaction:
-                self.execute(ROLLBACK)
+                self.execute("ROLLBACK")
             if "I/O" in str(failure):  # perhaps of a sync, and others' commits are forgotten too
                 self._note_failed_sync()
             if error is None:
@@ -3271,10 +3260,10 @@ class Connection:
 
     def _lock(self, deadline: float = 0.0) -> None:
         """Take the mutex until `deadline`, by default for `patience` seconds."""
-        deadline = deadline or time.monotonic() + self.patience
+        deadline = deadline or monotonic() + self.patience
         try:
             while not system.try_lock(self.mutex):
-                if time.monotonic() >= deadline:
+                if monotonic() >= deadline:
                     raise Unavailable("another process has been writing to %s for %d s; try again "
                                       "later" % (self.path, self.patience))
                 self._tell_wait(deadline)
@@ -3295,7 +3284,7 @@ class Connection:
 
     def _tell_wait(self, deadline: float) -> None:
         tell_at = deadline - self.patience + WAIT_TOLD
-        if self.tell and not self.told and time.monotonic() >= tell_at:
+        if self.tell and not self.told and monotonic() >= tell_at:
             self.tell("waiting for another process to finish writing to %s" % self.path)
             self.told = True
 
@@ -3381,7 +3370,7 @@ class Database(Connection):
     seen_in_source = -1
 
     def __init__(self, path: str, patience: float = PATIENCE, tell: Tell | None = None,
-                 reading: bool = False, as_it_is: bool = False) -> None:
+                 reading: bool = False, as_it_is: bool = False):
         super().__init__(path, patience, tell)
         self.reading, self.as_it_is = reading, as_it_is
         if sqlite3.sqlite_version_info < (3, 8, 3):
@@ -3422,8 +3411,12 @@ class Database(Connection):
             self.identity = Identity(self.path, self.mutex)
             self._check_log()
         self._connect()
-        if new or self.value(GET_VERSION) != SCHEMA_VERSION:
-            self._bring_up_to_date()
+        version = self._checked_version()
+        if self.reading and version < SCHEMA_VERSION:
+            self._read_copy_of(self.db)
+        elif version < SCHEMA_VERSION and not (self.as_it_is and version):
+            with self.alone():
+                self._migrate()
         if new:
             self.identity = Identity(self.path, self.mutex)
 
@@ -3488,7 +3481,7 @@ class Database(Connection):
         Raises QueueError if the database was deleted or replaced: nobody would hear of it else.
         """
         if self.mutex < 0:  # there was none, or it can't be written
-            if os.path.exists(self.path):
+            if exists(self.path):
                 self._open()
             return 0
         self.identity.check()
@@ -3509,14 +3502,6 @@ class Database(Connection):
         return int(row[0])
 
     # The schema: who only reads brings a copy up to date, who writes the file itself.
-
-    def _bring_up_to_date(self) -> None:
-        version = self._checked_version()
-        if self.reading and version < SCHEMA_VERSION:
-            self._read_copy_of(self.db)
-        elif version < SCHEMA_VERSION and not (self.as_it_is and version):
-            with self.alone():
-                self._migrate()
 
     def _checked_version(self) -> int:
         """The schema version of a database that is ours and not newer than this program."""
@@ -3590,22 +3575,22 @@ class Database(Connection):
                 test_point("migrating")
             self.execute(SET_APPLICATION)
             self.execute(SET_VERSION)
-            self.execute(COMMIT)
+            self.execute("COMMIT")
         except sqlite3.Error:
             if self.db.in_transaction:
-                self.execute(ROLLBACK)
+                self.execute("ROLLBACK")
             raise
 
     # Which queue it is: see Identity.
 
     def is_own(self, worker: str) -> bool:
         """Whether a worker is of this queue, and not of one that it was copied from."""
-        if worker in str(self.value("SELECT older FROM control")).split(","):
+        if worker in self.value("SELECT older FROM control").split(","):
             return True
         queue = str(self.value(GET_IDENTITY))
-        if self.mutex >= 0:
-            queue = self.identity.known(queue)
-        return bool(queue) and worker.startswith(queue + "-")
+        if self.mutex >= 0 and self.identity.is_copy(queue):
+            return False
+        return worker.startswith(queue + "-")
 
     def queue_id(self) -> str:
         """The id of this queue, which a copy gets by this at the latest."""
@@ -3665,14 +3650,14 @@ class Database(Connection):
             finally:
                 copy.close()
             os.replace(part, path)
-            sync_folder(os.path.dirname(path))
+            sync_folder(dirname(path))
         except OSError as error:
             raise QueueError("%s can't be written: %s" % (path, error.strerror)) from error
         except sqlite3.Error as error:
             raise translate(error, path) from error
         finally:
             for leftover in (part, part + "-journal", part + "-wal", part + "-shm"):
-                if os.path.exists(leftover):
+                if exists(leftover):
                     os.unlink(leftover)
 
 
@@ -3744,28 +3729,14 @@ class Administration(Database):
         self.execute("INSERT INTO workers (name, pool, pid, started_at) VALUES (?, ?, ?, ?)",
                      name, pool, os.getpid(), now)
 
-    def remove_pool(self, name: str) -> None:
-        """Forget a pool that has ended."""
+    def forget(self, name: str) -> None:
+        """Forget a pool or worker that has ended."""
         self.execute("DELETE FROM pools WHERE name = ?", name)
-
-    def remove_worker(self, name: str) -> None:
-        """Forget a worker that has ended."""
         self.execute("DELETE FROM workers WHERE name = ?", name)
 
-    def _pool(self, name: str) -> Row:
+    def pool(self, name: str) -> Row:
+        """How a pool was told to `stop`, its `jobs_left` to claim, and how many `died` there."""
         return self.first(GET_POOL, name) or {"stop": 0, "jobs_left": 0, "died": 0}
-
-    def deaths(self, pool: str) -> int:
-        """How many jobs have ended in vain in the hands of this pool."""
-        return int(self._pool(pool)["died"])
-
-    def is_stopping(self, pool: str) -> bool:
-        """Whether a pool was told to stop."""
-        return bool(self._pool(pool)["stop"])
-
-    def turns_left(self, pool: str) -> bool:
-        """Whether a pool with --max-jobs may claim another."""
-        return bool(self._pool(pool)["jobs_left"] != 0)
 
     def pools(self) -> list[Row]:
         """Every pool that is registered, each with `alive`."""
@@ -3807,16 +3778,20 @@ class Administration(Database):
         return [job for job in self.dicts(HELD_JOBS)
                 if not is_alive(self.path, job["worker"])]
 
-    def control(self, pool: str, epoch: int) -> Control:
-        """What the workers of a pool follow since `epoch`; of one that is gone, they stop."""
+    def control(self, pool: str) -> tuple[Settings, int, set[str]]:
+        """What the workers of a pool follow; if it is gone, they stop.
+
+        Settings, whether to stop (0, 1: soon, 2: now), and which queues have a limit of jobs
+        running at once.
+        """
         orders = self.first(GET_POOL, pool) or {"stop": 1}
         limited = self.column("SELECT name FROM queues WHERE concurrency IS NOT NULL")
-        return Control(epoch, self.settings(), orders["stop"], set(limited))
+        return self.settings(), orders["stop"], set(limited)
 
     def settings(self) -> Settings:
         """Every setting with the value that holds now, and what follows from them for a `run`."""
-        found = dict(self.rows("SELECT name, value FROM settings"))
-        given = {name: json.loads(value) for name, value in found.items()}
+        found = self.rows("SELECT name, value FROM settings")
+        given = {name: json.loads(value) for name, value in found}
         given.setdefault("run_output_bytes", given.get("max_output_bytes", RUN_OUTPUT))
         return {**SETTINGS, **given}
 
@@ -3946,9 +3921,8 @@ class Reading(Administration):
         """The newest `count` jobs that are selected, newest last."""
         return self._page(selection, NEVER, True, count)[::-1]
 
-    def jobs(self, selection: Selection) -> Iterator[Row]:
-        """All jobs that are selected, oldest first, a page at a time."""
-        seq, size = 0, 1000
+    def jobs(self, selection: Selection, seq: int = 0, size: int = 1000) -> Iterator[Row]:
+        """All jobs behind `seq` that are selected, oldest first, `size` at a time."""
         while True:
             page = self._page(selection, seq, False, size)
             yield from page
@@ -3998,14 +3972,10 @@ class Reading(Administration):
 
     def jobs_between(self, before: int, last: int, size: int = 1000) -> Iterator[Row]:
         """The jobs behind seq `before` up to `last`, in the order they came, `size` at a time."""
-        while before < last:
-            page = self.dicts(
-                SELECT_JOBS + "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",
-                before, last, size)
-            if not page:
+        for job in self.jobs(Selection(), before, size):
+            if job["seq"] > last:
                 return
-            yield from page
-            before = page[-1]["seq"]
+            yield job
 
     def ended_between(self, queue: str, before: int, last: int) -> list[int]:
         """The seqs of the jobs of a queue behind `before` up to `last` that have ended."""
@@ -4050,15 +4020,14 @@ class Reading(Administration):
 
     # What a worker looks at.
 
-    def pulse(self) -> tuple[int, int | None, bool]:
+    def pulse(self) -> tuple[int, int, bool]:
         """What it looks at first: the epoch of settings and orders, the next time, unsettled jobs.
 
-        The time is the earliest for which a job waits, or at which one expires (milliseconds; None:
-        there is none). Unsettled: see Endings.
+        The time is the earliest for which a job waits, or at which one expires (milliseconds, or
+        NEVER). Unsettled: see Endings.
         """
         epoch, due, expiry, unsettled = self.rows(PULSE)[0]
-        times = [each for each in (due, expiry) if each is not None]
-        return epoch, min(times, default=None), bool(unsettled)
+        return epoch, min(due or NEVER, expiry or NEVER), bool(unsettled)
 
     def next(self, queues: Names) -> tuple[Any, ...] | None:
         """The job that is next in these queues (none: all); None if there is none.
@@ -4067,9 +4036,9 @@ class Reading(Administration):
         """
         return next(iter(self.rows(next_job(len(queues)), *queues)), None)
 
-    def ready(self, queues: Names, due: int | None, now: int) -> bool:
+    def ready(self, queues: Names, due: int, now: int) -> bool:
         """Without the mutex: whether a job can be claimed now; `due` is what `pulse` told."""
-        return (due is not None and due <= now) or self.next(queues) is not None
+        return due <= now or self.next(queues) is not None
 
     def drained(self, queues: Names, now: int) -> bool:
         """Whether no job of these queues (none: all) is due, failed or processing.
@@ -4096,11 +4065,10 @@ class Reading(Administration):
 
     def context(self, key: int) -> tuple[str, str, int, str]:
         """Of whoever enqueued a job: folder, PATH, umask and (JSON, if kept) environment."""
-        cwd, path, umask, environ = self.rows(
+        return self.rows(  # type: ignore[no-any-return]
             """SELECT cwd, path, umask, coalesce(environ, '') FROM contexts
                 LEFT JOIN environments ON environments.id = environment
                 WHERE contexts.id = ?""", key)[0]
-        return cwd, path, umask, environ
 
     def orders_of(self, seq: int) -> tuple[bool, float | None]:
         """Whether a job is to be cancelled, and the time-out of its run in seconds (None: none)."""
@@ -4144,10 +4112,15 @@ class Reading(Administration):
                     WHERE job = causes.seq AND other.state IN ('dead', 'cancelled'))
                 ORDER BY seq""", seq, seq)
 
+    def awaited_in_vain(self, seq: int) -> set[int]:
+        """The seqs of the dead or cancelled jobs that a job waits for."""
+        return {job["seq"] for job in self.awaited_by(seq) if job["state"] in IN_VAIN}
+
     def waits_for_gone(self, seq: int) -> bool:
         """Whether a job was to run after one that died and was forgotten."""
-        return bool(self.rows("SELECT 1 FROM jobs WHERE seq = ? AND EXISTS (SELECT 1 %s)"
-                              % WAITS_FOR_GONE, seq))
+        return bool(self.rows(
+            """SELECT 1 FROM waits WHERE job = ?
+                AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq = awaited)""", seq))
 
     # How far it is, and what is next.
 
@@ -4202,6 +4175,12 @@ def as_json(value: Any) -> str | None:
     return json.dumps(value) if value else None
 
 
+def policy_of_draft(draft: Draft) -> str | None:
+    """Its POLICY_FIELDS as they are kept, and its input of --each: those that say something."""
+    return as_json({name: draft[name] for name in (*POLICY_FIELDS, "input")
+                    if draft.get(name) not in (None, [])})
+
+
 def is_special(draft: Draft) -> bool:
     """Whether a draft has what few jobs have, and bulks are to be fast without."""
     lists = draft["after"], draft["after_any"], draft["dead_on"], draft.get("input")
@@ -4218,13 +4197,13 @@ class Intake:
     """
 
     def __init__(self, store: Reading, settings: Settings, caller: tuple[str, int, str],
-                 now: int, skip_existing: bool = False) -> None:
+                 now: int, skip_existing: bool = False):
         self.store, self.settings, self.caller = store, settings, caller
         self.now, self.skip_existing = now, skip_existing
-        self.contexts: dict[str, Any] = {}  # their keys, by folder
-        self.users: dict[str, int] = {}  # how many jobs were added, by folder
+        self.contexts: Row = {}  # their keys, by folder
+        self.users: Counter[str] = Counter()  # how many jobs were added, by folder
         self.chunk: list[Draft] = []  # drafts that are not inserted yet
-        self.added: dict[str, int] = {}  # how many, by queue
+        self.added: Counter[str] = Counter()  # the same, by queue
         self.existing: list[int] = []
 
     def look_up_context(self, cwd: str) -> None:
@@ -4233,20 +4212,19 @@ class Intake:
             return
         path, umask, environ = self.caller
         values = cwd, path, umask, self._environment(environ)
-        found = self.store.value(
+        self.store.execute(
+            """INSERT OR IGNORE INTO contexts (cwd, path, umask, environment, jobs)
+                VALUES (?, ?, ?, ?, 0)""", *values)
+        self.contexts[cwd] = self.store.value(
             """SELECT id FROM contexts WHERE cwd = ? AND path = ? AND umask = ?
                 AND environment = ?""", *values)
-        self.contexts[cwd] = found or self.store.db.execute(
-            """INSERT INTO contexts (cwd, path, umask, environment, jobs)
-                VALUES (?, ?, ?, ?, 0)""", values).lastrowid
 
     def _environment(self, environ: str) -> Any:
         """The key of an environment, which is kept once for all folders; 0 for none."""
         if not environ:
             return 0
-        found = self.store.value("SELECT id FROM environments WHERE environ = ?", environ)
-        return found or self.store.db.execute(
-            "INSERT INTO environments (environ) VALUES (?)", (environ,)).lastrowid
+        self.store.execute("INSERT OR IGNORE INTO environments (environ) VALUES (?)", environ)
+        return self.store.value("SELECT id FROM environments WHERE environ = ?", environ)
 
     def _row(self, draft: Draft, job_id: str) -> tuple[Any, ...]:
         """The values of ADD_JOB; what was not given takes the setting of this moment."""
@@ -4264,9 +4242,8 @@ class Intake:
 
     def count(self, draft: Draft) -> None:
         """Remember that it was inserted."""
-        queue, cwd = draft["queue"] or "default", draft["cwd"]
-        self.added[queue] = self.added.get(queue, 0) + 1
-        self.users[cwd] = self.users.get(cwd, 0) + 1
+        self.added[draft["queue"] or "default"] += 1
+        self.users[draft["cwd"]] += 1
 
     def insert_chunk(self) -> None:
         """Insert the chunk at once; if an id is taken, one by one, which finds out whose."""
@@ -4317,7 +4294,7 @@ class Intake:
                                count, queue)
         for cwd, key in self.contexts.items():
             self.store.execute("UPDATE contexts SET jobs = jobs + ? WHERE id = ?",
-                               self.users.get(cwd, 0), key)
+                               self.users[cwd], key)
             self.store.execute("DELETE FROM contexts WHERE id = ? AND jobs = 0", key)
 
 
@@ -4359,25 +4336,20 @@ class Endings(Reading):
 
     unsettled = False  # whether the last job that ended here has yet to take others along
 
-    def follow_up(self, seq: int, state: str, by_itself: bool, settings: Settings,
-                  now: int) -> bool:
-        """A job has ended; whether others can start now, or were taken along.
+    def follow_up(self, seq: int, state: str, settings: Settings, now: int) -> bool:
+        """A job has ended by itself, or was cancelled; whether others can start, or went along.
 
-        The jobs that `settings` ask for are added: by on_end, and by on_dead if it died
-        `by_itself`. Those that waited for it alone go on, or are taken along.
+        The jobs that `settings` ask for are added: by on_end, and by on_dead if it died. Those
+        that waited for it alone go on, or are taken along.
         """
-        hooked, died = False, state == DEAD and by_itself
-        if settings["on_end"] or (died and settings["on_dead"]):
+        news = self._meet(seq, state, now)
+        if state != COMPLETED or settings["on_end"]:
             ended = self.dicts(HOOKED + "WHERE seq = ?", seq)
-            hooked = self._add_hooks(ended, settings, died, now)
-        met = self._meet(seq, state, now)
-        waiting = state != COMPLETED and bool(
-            self.rows("SELECT 1 FROM waits WHERE awaited = ? LIMIT 1", seq))
-        if waiting:
-            self._take_along(self.dicts(HOOKED + "WHERE seq = ?", seq), settings, now)
+            news |= self._add_hooks(ended[0], state == DEAD, now)
+            news |= state != COMPLETED and self._take_along(ended, now)
         if state == DEAD:
             self._fail_fast(seq)
-        return hooked or met or waiting
+        return news
 
     def _fail_fast(self, seq: int) -> None:
         """A job has died: if its run is to end at that, let none of its jobs start from now on.
@@ -4391,14 +4363,13 @@ class Endings(Reading):
             self.unsettled = True
             self.execute("UPDATE control SET unsettled = 1")
 
-    def _cancel_rest(self, settings: Settings, now: int) -> list[Row]:
+    def _cancel_rest(self, now: int) -> list[Row]:
         """Cancel some of the jobs that wait in a run that ends because one has died."""
         waiting = self.dicts(
             HOOKED + """WHERE +state IN ('pending', 'failed') AND queue IN (
                 SELECT name FROM queues WHERE fail_fast = 2) LIMIT 500""")
         for job in waiting:
-            job.update(state=CANCELLED, last_error="cancelled: another job of its run died")
-            self.end_in_vain(job, settings, now)
+            self.end_in_vain(job, CANCELLED, "cancelled: another job of its run died", now)
         if not waiting:
             self.execute("UPDATE queues SET fail_fast = 1, paused = 0 WHERE fail_fast = 2")
         return waiting
@@ -4413,9 +4384,12 @@ class Endings(Reading):
             self.db.executemany(LET_GO, [(now, now, job) for job in waiting])
         return bool(waiting)
 
-    def _take_along(self, doomed: list[Row], settings: Settings, now: int) -> None:
-        """Let the jobs end in vain that were to run after these, and after those, for SLICE."""
-        end = time.monotonic() + SLICE
+    def _take_along(self, doomed: list[Row], now: int) -> bool:
+        """Let the jobs end in vain that were to run after these, and after those, for SLICE.
+
+        Returns whether there were any.
+        """
+        end, found = monotonic() + SLICE, False
         while doomed:
             awaited = doomed[-1]
             waiting = self.dicts(
@@ -4423,26 +4397,27 @@ class Endings(Reading):
                     WHERE awaited = ? AND NOT either) LIMIT 500""", awaited["seq"])
             if not waiting:
                 doomed.pop()
+            found = found or bool(waiting)
             for job in waiting:
-                job.update(state=awaited["state"], last_error=why_along(awaited))
-                self.end_in_vain(job, settings, now)
+                self.end_in_vain(job, awaited["state"], why_along(awaited), now)
                 doomed.append(job)
-            if time.monotonic() >= end:
+            if monotonic() >= end:
                 break
         self.unsettled = bool(doomed)
         if doomed:
             self.execute("UPDATE control SET unsettled = 1")
+        return found
 
-    def end_in_vain(self, job: Row, settings: Settings, now: int) -> None:
-        """Give a job that waits the state and the error that `job` has now."""
+    def end_in_vain(self, job: Row, state: str, error: str, now: int) -> None:
+        """Let a job that waits be dead or cancelled."""
+        job.update(state=state, last_error=error)
         self.execute(
             """UPDATE jobs SET state = ?, ready = 0, due = NULL, last_error = ?, updated_at = ?,
                 finished_at = ? WHERE seq = ?""",
-            job["state"], job["last_error"], now, now, job["seq"])
+            state, error, now, now, job["seq"])
         self._count_in_vain(job["queue"])
-        if settings["on_end"]:
-            self._add_hooks([job], settings, False, now)
-        self._meet(job["seq"], job["state"], now)
+        self._add_hooks(job, False, now)
+        self._meet(job["seq"], state, now)
 
     def _count_in_vain(self, queue: str) -> None:
         """Have drains of a queue tell by their exit code that not all was completed."""
@@ -4462,23 +4437,21 @@ class Endings(Reading):
                     HOOKED + """WHERE +state IN ('dead', 'cancelled') AND seq IN (
                         SELECT awaited FROM waits JOIN jobs ON seq = job
                         WHERE NOT either AND state = 'pending') LIMIT 500""")
-                settings = self.settings()
-                doomed += self._cancel_rest(settings, now)
+                doomed += self._cancel_rest(now)
                 found = found or bool(doomed)
                 self.execute("UPDATE control SET unsettled = ?", bool(doomed))
-                self._take_along(doomed, settings, now)
-            time.sleep(BREATH)
+                self._take_along(doomed, now)
+            sleep(BREATH)
         return found
 
-    def _add_hooks(self, jobs: list[Row], settings: Settings,
-                   died: bool, now: int) -> bool:
-        """Add the jobs that on_end asks for, and on_dead if these `died`; whether there are any.
+    def _add_hooks(self, job: Row, died: bool, now: int) -> bool:
+        """Add the jobs that on_end asks for, and on_dead if it `died`; whether there are any.
 
         They are jobs like others, but their own end makes none.
         """
+        settings = self.settings()
         commands = settings["on_end"], died and settings["on_dead"]
-        ended = [job for job in jobs if job["queue"] != HOOK_QUEUE]
-        if not ended or not any(commands):
+        if job["queue"] == HOOK_QUEUE or not any(commands):
             return False
         path = os.fsencode(os.environ.get("PATH", os.defpath))
         caller = path.decode("utf-8", "replace"), 0o077, ""
@@ -4488,7 +4461,7 @@ class Endings(Reading):
         intake = Intake(self, settings, caller, now)
         intake.look_up_context(self.folder)
         intake.chunk = [dict(draft, command=command, env=hook_env(job))
-                        for job in ended for command in commands if command]
+                        for command in commands if command]
         intake.finish()
         return True
 
@@ -4500,12 +4473,11 @@ class Editing(Endings):
         """What a job is to wait for: of one `moved` here from another queue not what it has met."""
         return [name for name in names if not moved or self.first(WITH_ID, name)]
 
-    def set_waits(self, seq: int, after: Sequence[str], after_any: Sequence[str],
-                  settings: Settings, now: int, pending: bool = True) -> None:
+    def set_waits(self, seq: int, after: Names, after_any: Names, now: int) -> None:
         """Have a job wait for others, and note which. Raises QueueError if one is unknown.
 
         Of those in `after` each must be completed; of those in `after_any` each must have ended.
-        A `pending` job is held back until then, or ends with the first that ended in vain.
+        A pending job is held back until then, or ends with the first that ended in vain.
         """
         awaited = [self._awaited(name, seq) for name in after]
         either = [self._awaited(name, seq) for name in after_any]
@@ -4517,15 +4489,13 @@ class Editing(Endings):
                      ",".join(job["id"] for job in awaited) or None,
                      ",".join(job["id"] for job in either) or None, seq)
         if waits:
-            self.execute("UPDATE jobs SET ready = 0, chained = 1 WHERE seq = ?", seq)
-        if waits and pending:
-            self.execute("UPDATE jobs SET due = NULL WHERE seq = ?", seq)
-        for job in awaited:
-            if pending and job["state"] in IN_VAIN:
-                own = self.dicts(HOOKED + "WHERE seq = ?", seq)[0]
-                own.update(state=job["state"], last_error=why_along(job))
-                self.end_in_vain(own, settings, now)
-                break
+            self.execute(
+                "UPDATE jobs SET ready = 0, due = NULL, chained = 1 WHERE seq = ?", seq)
+        pending = self.dicts(HOOKED + "WHERE seq = ? AND state = 'pending'", seq)
+        in_vain = [job for job in awaited if job["state"] in IN_VAIN]
+        if pending and in_vain:
+            cause = in_vain[0]
+            self.end_in_vain(pending[0], cause["state"], why_along(cause), now)
 
     def _awaited(self, name: str, seq: int) -> Row:
         """A job that the one at `seq` is to run after."""
@@ -4535,18 +4505,27 @@ class Editing(Endings):
             raise QueueError("a job can't wait for itself")
         return job
 
-    def edit(self, job: Row, changes: Draft, settings: Settings, now: int) -> None:
+    def edit(self, job: Row, changes: Draft, now: int) -> None:
         """Change given fields of a job that waits or has ended.
 
         Of a running one `changes` may have the time-out alone. Raises QueueError if the job would
         wait for itself, or if its key is taken.
         """
         seq, new = job["seq"], {**job, **changes}
-        columns = [name for name in EDITABLE if name in changes]
-        assignments = "".join("%s = ?, " % name for name in columns)
-        self.execute("UPDATE jobs SET %supdated_at = ? WHERE seq = ?" % assignments,
-                     *(new[name] for name in columns), now, seq)
-        self._edit_apart(job, changes)
+        values = {name: new[name] for name in EDITABLE}
+        env = json.loads(job["env"] or "{}")
+        env.update(changes.get("env") or {})
+        policy = {**json.loads(job["policy"] or "{}"), **changes}
+        values.update(
+            env=as_json(env), policy=policy_of_draft(policy),
+            unique_key=new["unique"], updated_at=now, context=job["context"])
+        if "cwd" in changes:
+            values["context"] = self._move(job, changes["cwd"])
+        assignments = ", ".join("%s = ?" % name for name in values)
+        try:
+            self.execute("UPDATE jobs SET %s WHERE seq = ?" % assignments, *values.values(), seq)
+        except sqlite3.IntegrityError:
+            raise QueueError("another job with the key %s waits or runs" % new["unique"]) from None
         if new["queue"] != job["queue"]:
             state = job["state"]
             self.execute(ADD_QUEUE, new["queue"])
@@ -4555,50 +4534,33 @@ class Editing(Endings):
                              step, queue)
             self.execute(FORGET_QUEUE, job["queue"])
         if "after" in changes or "after_any" in changes:
-            self._wait_anew(job, new, settings, now)
+            self._wait_anew(job, new, now)
         elif "run_at" in changes and (job["ready"] or job["due"] is not None):
             self.execute("UPDATE jobs SET ready = ?, due = ? WHERE seq = ?",
                          (new["run_at"] or 0) <= now, new["run_at"], seq)
         if job["state"] == FAILED and job["attempts"] >= max(1, new["max_retries"]):
-            self._die(seq, settings, now)
+            self._die(seq, now)
 
-    def _edit_apart(self, job: Row, changes: Draft) -> None:
-        """Change what is not kept as it is given: key, policy, environment and folder."""
-        seq = job["seq"]
-        if "unique" in changes:
-            key = changes["unique"]
-            try:
-                self.execute("UPDATE jobs SET unique_key = ? WHERE seq = ?", key, seq)
-            except sqlite3.IntegrityError:
-                raise QueueError("another job with the key %s waits or runs" % key) from None
-        if "env" in changes:
-            env = {**json.loads(job["env"] or "{}"), **(changes["env"] or {})}
-            self.execute("UPDATE jobs SET env = ? WHERE seq = ?", as_json(env), seq)
-        policy = {name: changes[name] for name in POLICY_FIELDS if name in changes}
-        if policy:
-            policy = {**json.loads(job["policy"] or "{}"), **policy}
-            kept = {name: value for name, value in policy.items() if value not in (None, [])}
-            self.execute("UPDATE jobs SET policy = ? WHERE seq = ?", as_json(kept), seq)
-        if "cwd" in changes:
-            intake = Intake(self, {}, self.context(job["context"])[1:], 0)
-            intake.users = {changes["cwd"]: 1}
-            intake.look_up_context(changes["cwd"])
-            self.execute("UPDATE jobs SET context = ? WHERE seq = ?",
-                         intake.contexts[changes["cwd"]], seq)
-            intake.finish()
-            self.execute("UPDATE contexts SET jobs = jobs - 1 WHERE id = ?", job["context"])
-            self.execute("DELETE FROM contexts WHERE id = ? AND jobs = 0", job["context"])
+    def _move(self, job: Row, cwd: str) -> int:
+        """Count a job in another folder; the key of its context there."""
+        intake = Intake(self, {}, self.context(job["context"])[1:], 0)
+        intake.look_up_context(cwd)
+        key: int = intake.contexts[cwd]
+        intake.contexts[""] = job["context"]  # the folder that it leaves
+        intake.users.update({cwd: 1, "": -1})
+        intake.finish()
+        return key
 
-    def _wait_anew(self, job: Row, new: Row, settings: Settings, now: int) -> None:
+    def _wait_anew(self, job: Row, new: Row, now: int) -> None:
         """Have a job wait for other jobs than before."""
-        seq, waits = job["seq"], job["state"] in WAITING
+        seq = job["seq"]
         if job["state"] == FAILED:  # its next try is one more thing that it waits for
             self.execute("UPDATE jobs SET state = 'pending', run_at = due WHERE seq = ?", seq)
         after, after_any = [  # what was kept is one text
             names.split(",") if isinstance(names, str) else names or []
             for names in (new["after"], new["after_any"])]
         self.execute("DELETE FROM waits WHERE job = ?", seq)
-        self.set_waits(seq, after, after_any, settings, now, waits)
+        self.set_waits(seq, after, after_any, now)
         circle = self.rows(
             """WITH RECURSIVE awaited_ones (seq) AS (SELECT awaited FROM waits WHERE job = ?
                     UNION SELECT awaited FROM waits JOIN awaited_ones ON job = awaited_ones.seq)
@@ -4606,16 +4568,15 @@ class Editing(Endings):
         if circle:
             raise QueueError("%s would wait for itself: what it is to run after waits for it"
                              % job["id"])
-        if waits:
-            self.execute(LET_GO, now, now, seq)
+        self.execute(LET_GO, now, now, seq)
 
-    def _die(self, seq: int, settings: Settings, now: int) -> None:
+    def _die(self, seq: int, now: int) -> None:
         """Let a failed job be dead at once, as if its last run had been the last one allowed."""
         job = self.dicts(HOOKED + "WHERE seq = ?", seq)[0]
         job["state"] = DEAD
         self.execute("UPDATE jobs SET state = 'dead', ready = 0, due = NULL WHERE seq = ?", seq)
         self._count_in_vain(job["queue"])
-        self.follow_up(seq, DEAD, True, settings, now)
+        self.follow_up(seq, DEAD, self.settings(), now)
 
 
 READY_AT_ONCE = 10_000
@@ -4660,24 +4621,22 @@ class Store(Editing):
         if not intake.insert(draft):
             return
         seq = self.last_seq()
-        policy = {name: draft[name] for name in (*POLICY_FIELDS, "input")
-                  if draft.get(name) not in (None, [])}
         self.execute("UPDATE jobs SET unique_key = ?, policy = ? WHERE seq = ?",
-                     draft["unique"], as_json(policy), seq)
+                     draft["unique"], policy_of_draft(draft), seq)
         intake.count(draft)
         self.execute(ADD_QUEUE, draft["queue"] or "default")  # its end in vain is counted there
         try:
             after, after_any = [
                 self._known(draft[name] or [], draft.get("moved"))
                 for name in ("after", "after_any")]
-            self.set_waits(seq, after, after_any, intake.settings, intake.now)
+            self.set_waits(seq, after, after_any, intake.now)
         except QueueError as error:
             problem = "%s; what a job is to run after must stand before it" % error
             raise QueueError(at_line(draft.get("line", 0), problem)) from None
 
     # Jobs are claimed and recorded.
 
-    def claim(self, worker: str, slot: int, queues: Names, due: int | None,
+    def claim(self, worker: str, slot: int, queues: Names, due: int,
               now: int, pool: str = "") -> Job | None:
         """Claim the job that is next in these queues (none: all); None if there is none.
 
@@ -4685,7 +4644,7 @@ class Store(Editing):
         very many, a part of them is made ready instead of a claim, so that the mutex is not held
         for long. `pool` is given if its claims are counted against a --max-jobs.
         """
-        if due is not None and due <= now:
+        if due <= now:
             if self._expire(now):
                 return None
             made_ready = self.execute(
@@ -4719,13 +4678,13 @@ class Store(Editing):
 
     def _expire(self, now: int) -> bool:
         """Cancel jobs whose first run should have begun by now, for SLICE; whether some are left."""
-        end = time.monotonic() + SLICE
+        end = monotonic() + SLICE
         expired = self.column(
             """SELECT seq FROM jobs INDEXED BY jobs_expiring WHERE expires_at IS NOT NULL
                 AND state = 'pending' AND runs = 0 AND expires_at <= ? LIMIT 1000""", now)
         for seq in expired:
             self.cancel_waiting(seq, now, "expired: no run had begun by then")
-            if time.monotonic() >= end:
+            if monotonic() >= end:
                 return True
         return len(expired) == 1000
 
@@ -4753,9 +4712,8 @@ class Store(Editing):
         """
         job, now = ended.job, ended.finished_at
         state, attempts = next_state(ended.ending, job.attempts, job.max_retries, ended.final)
-        by_itself = True
         if state not in ENDED and self.orders_of(job.seq)[0]:  # its worker has not heard of it
-            state, attempts, by_itself = CANCELLED, job.attempts, False
+            state, attempts = CANCELLED, job.attempts
         if not self._leave_run(ended, state, attempts, retry_at):
             return "", False
         self._keep_run(ended)
@@ -4764,7 +4722,7 @@ class Store(Editing):
         if state in IN_VAIN and job.queue != HOOK_QUEUE:
             for pool in pools:
                 self.execute("UPDATE pools SET died = died + 1 WHERE name = ?", pool)
-        return state, self.follow_up(job.seq, state, by_itself, settings, now)
+        return state, self.follow_up(job.seq, state, settings, now)
 
     def _leave_run(self, ended: RunResult, state: str, attempts: int,
                    retry_at: int | None) -> int:
@@ -4798,28 +4756,26 @@ class Store(Editing):
         """Cancel a job that waits."""
         job = self.first(HOOKED + "WHERE seq = ? AND state IN ('pending', 'failed')", seq)
         if job:
-            settings = self.settings()
-            job.update(state=CANCELLED, last_error=reason)
-            self.end_in_vain(job, settings, now)
-            self._take_along([job], settings, now)
+            self.end_in_vain(job, CANCELLED, reason, now)
+            self._take_along([job], now)
         return bool(job)
 
-    def ask_cancel(self, seq: int, now: int) -> bool:
+    def ask_cancel(self, seq: int, now: int) -> int:
         """Have the worker of a running job end it."""
-        return bool(self.execute(
+        return self.execute(
             """UPDATE jobs SET cancel = 1, updated_at = ?
-                WHERE seq = ? AND state = 'processing'""", now, seq))
+                WHERE seq = ? AND state = 'processing'""", now, seq)
 
-    def retry(self, seq: int, now: int) -> bool:
+    def retry(self, seq: int, now: int) -> int:
         """Give a job that has ended a new start, if its key is not taken.
 
         Should it wait for one that ended in vain, `settle` lets it end so again.
         """
         self.execute("""UPDATE control SET unsettled = 1
             WHERE EXISTS (SELECT 1 FROM waits WHERE job = ? AND NOT either)""", seq)
-        return bool(self.execute(RETRY, now, now, now, now, seq))
+        return self.execute(RETRY, now, now, now, now, seq)
 
-    def delete(self, seq: int) -> bool:
+    def delete(self, seq: int) -> int:
         """Forget a job that is not running, and that no other waits for."""
         done = self.execute(
             """DELETE FROM jobs WHERE seq = ? AND state <> 'processing' AND NOT EXISTS (
@@ -4827,7 +4783,7 @@ class Store(Editing):
                 WHERE awaited = jobs.seq AND waiting.state IN ('pending', 'processing', 'failed'))""", seq)
         if done:
             self.execute("DELETE " + RUNS_OF_JOB, seq, seq)
-        return bool(done)
+        return done
 
     def change_each(self, looked: tuple[Any, Any], change: Callable[[Row], Any],
                     newest_first: bool = False) -> Any:
@@ -4837,33 +4793,33 @@ class Store(Editing):
         if anybody else has changed it, or if `change` returns nothing.
         """
         from array import array
-        done, places = array("q"), range(len(looked[0]))
-        left = iter(places[::-1] if newest_first else places)
-        place = next(left, None)
-        while place is not None:
+        done, left = array("q"), zip(*looked)
+        if newest_first:
+            left = zip(*map(reversed, looked))
+        pair = next(left, None)
+        while pair:
             with self.transaction():
-                end = time.monotonic() + SLICE
-                while place is not None:
-                    job = self.first(SELECT_JOBS + "WHERE seq = ? AND updated_at = ?",
-                                     looked[0][place], looked[1][place])
+                end = monotonic() + SLICE
+                while pair:
+                    job = self.first(SELECT_JOBS + "WHERE seq = ? AND updated_at = ?", *pair)
                     if job and change(job):
                         done.append(job["seq"])
-                    place = next(left, None)
-                    if time.monotonic() >= end:
+                    pair = next(left, None)
+                    if monotonic() >= end:
                         break
-            time.sleep(BREATH)
+            sleep(BREATH)
         return done
 
     def forget_some(self, selection: Selection, last: int,
-                    spared: Iterable[str] = ()) -> tuple[int, int]:
+                    spared: Iterable[str] = ()) -> int:
         """Forget selected jobs of one state below seq `last`, the newest first, for SLICE at most.
 
-        Returns the seq that was reached (0: there are no more), and how many were forgotten: what
-        waits goes before what it waits for. Jobs of the queues `spared` are not, nor those that
-        others changed meanwhile. The mutex is taken only if there is anything to forget.
+        Returns the seq that was reached; 0: there are no more. What waits goes before what it
+        waits for. Jobs of the queues `spared` are kept, and those that others changed meanwhile.
+        The mutex is taken only if there is anything to forget.
         """
         state = selection.states[0]
-        reached = self.value(
+        reached: int = self.value(
             """SELECT seq FROM jobs WHERE state = ? AND seq < ?
                 ORDER BY seq DESC LIMIT 1 OFFSET 2000""", state, last) or 0
         terms, values = terms_of(selection)
@@ -4872,16 +4828,16 @@ class Store(Editing):
             % terms, last, reached, *values)
         old = [(seq, changed) for seq, queue, changed in found if queue not in spared]
         if not old:
-            return reached, 0
-        count, still_so = 0, "SELECT 1 FROM jobs WHERE seq = ? AND state = ? AND updated_at = ?"
+            return reached
+        still_so = "SELECT 1 FROM jobs WHERE seq = ? AND state = ? AND updated_at = ?"
         with self.transaction():
-            end = time.monotonic() + SLICE
+            end = monotonic() + SLICE
             for seq, changed in old:
                 if self.value(still_so, seq, state, changed):
-                    count += self.delete(seq)
-                if time.monotonic() >= end:
-                    return seq, count
-        return reached, count
+                    self.delete(seq)
+                if monotonic() >= end:
+                    return seq  # type: ignore[no-any-return]
+        return reached
 
 
 def open_trusted(db: str, file: tuple[int, int] | None = None,
@@ -4929,13 +4885,13 @@ def fold_log(db: str) -> None:
 def keep_aside(db: str) -> str:
     """Give a database, and a log that could not be folded in, a second name; the name."""
     number, kept = 1, db + ".replaced1"
-    while os.path.exists(kept) or os.path.exists(kept + "-wal"):
+    while exists(kept) or exists(kept + "-wal"):
         number += 1
         kept = "%s.replaced%d" % (db, number)
     os.link(db, kept)
-    if os.path.exists(db + "-wal"):
+    if exists(db + "-wal"):
         os.rename(db + "-wal", kept + "-wal")
-    if os.path.exists(db + "-shm"):
+    if exists(db + "-shm"):
         os.unlink(db + "-shm")
     return kept
 
@@ -4957,11 +4913,11 @@ def put_in_place(backup: str, db: str) -> str:
                               % db)
         part, kept = db + ".restored", ""
         copy_backup(backup, part)
-        if os.path.exists(db):
+        if exists(db):
             fold_log(db)
             kept = keep_aside(db)
         os.rename(part, db)
-        sync_folder(os.path.dirname(db))
+        sync_folder(dirname(db))
         return kept
     except OSError as error:
         raise QueueError("%s can't be put in its place: %s" % (db, error.strerror)) from error
@@ -4987,7 +4943,7 @@ def run_name(worker: str, seq: int, run: int) -> str:
     return "%s-%d-%d" % (worker, seq, run)
 
 
-def members_of(mark: str, files: Sequence[str],
+def members_of(mark: str, files: Names,
                leader: Leader = NOBODY) -> Callable[[], Living]:
     """A function that finds the living processes of one run; arguments as for `system.members`.
 
@@ -5011,7 +4967,7 @@ def end_processes(members: Callable[[], Living], grace: float, pause: Pause,
     `members` is asked again until it finds none, for they may start others meanwhile. Gives up,
     and returns False, `patience` seconds after the first SIGKILL.
     """
-    start = time.monotonic()
+    start = monotonic()
     nap = 0.005
     asked: set[tuple[int, str]] = set()
     while True:
@@ -5020,7 +4976,7 @@ def end_processes(members: Callable[[], Living], grace: float, pause: Pause,
             found = members()
         except OSError:
             pass
-        age = time.monotonic() - start
+        age = monotonic() - start
         if found == {}:
             return True
         if age >= grace + patience:
@@ -5048,19 +5004,18 @@ def native_items(texts: dict[str, str]) -> Env:
 class Run:
     """One run of a claimed job: its shell, its deadline, its output, its end."""
 
+    pid, leader = 0, NOBODY
+    lost = False  # whether it has ended with an exit code that nobody knows
+    short = False  # whether it could not start because the machine has no room for it
+    exit_code: int | None = None
+    printed, look_every = 0, SHORTEST_LOOK
+
     def __init__(self, job: Job, worker: str, slot: OutputFiles, limit: int):
         """`slot` is open and takes its output, of which up to `limit` bytes a stream are kept."""
         self.job, self.worker, self.slot, self.limit = job, worker, slot, limit
         self.name = run_name(worker, job.seq, job.runs)
-        self.pid = 0
-        self.leader = NOBODY
-        self.lost = False  # whether it has ended with an exit code that nobody knows
-        self.short = False  # whether it could not start because the machine has no room for it
-        self.exit_code: int | None = None
-        self.began = time.monotonic()
+        self.began = monotonic()
         self.set_timeout(job.timeout_seconds)
-        self.printed = 0
-        self.look_every = SHORTEST_LOOK
         self.next_look = self.began + SHORTEST_LOOK
 
     def start(self, environment: JobEnvironment, db: str) -> str:
@@ -5106,11 +5061,11 @@ class Run:
 
     def patience(self) -> float:
         """Seconds for which the worker may sleep without harm to this run."""
-        return max(0.0, min(self.next_look, self.deadline) - time.monotonic())
+        return max(0.0, min(self.next_look, self.deadline) - monotonic())
 
     def bound_output(self) -> None:
         """Look at the output if it is time to: often while it grows fast, seldom while not."""
-        now = time.monotonic()
+        now = monotonic()
         if now < self.next_look:
             return
         before = self.printed
@@ -5146,7 +5101,7 @@ class Run:
             error = "%s: %s" % (error, why)
         code = None if ending == STOPPED else self.exit_code
         return RunResult(self.job, ending, code, error, now_millis(),
-                     time.monotonic() - self.began, stdout, stderr, self.worker)
+                     monotonic() - self.began, stdout, stderr, self.worker)
 
 
 # ═══ Worker ═══ claim, run, record; when a run must end; recovery after dead workers ═════════
@@ -5190,27 +5145,20 @@ LAST_PATIENCE = 0.4  # seconds that who leaves waits to write that it is gone
 CLOCK_STEP = 1.0  # seconds the wall clock must be set back by before retries are looked at again
 
 
-def retry_time(job: Any, ending: str,
-               settings: dict[str, Any], now: int) -> int:
+def retry_time(job: Any, ending: str, settings: Settings, now: int) -> int:
     """When a job runs again that failed, or asked to be tried later, at `now`; in milliseconds."""
     if ending == DEFERRED:
-        return now + to_millis(policy_of(job).get("retry_after", settings["retry_after"]))
+        return now + to_millis({**settings, **policy_of(job)}["retry_after"])
     base = job.backoff_base
     if base is None:
         base = settings["backoff_base"]
-    jitter, chance = settings["backoff_jitter"], 0.0
-    if jitter:
-        chance = int.from_bytes(os.urandom(4), "big") / 2**32
-    return now + to_millis(backoff(base, job.attempts, settings["backoff_max"], jitter, chance))
+    chance = int.from_bytes(os.urandom(4), "big") / 2**32
+    return now + to_millis(backoff(
+        base, job.attempts, settings["backoff_max"], settings["backoff_jitter"], chance))
 
 
 def _pool_of(worker: str) -> str:
     return worker.rpartition("-")[0]
-
-
-def original_of(worker: str) -> str:
-    """How a worker's name begins: with the id of its queue, or that of its pool where it is old."""
-    return worker.rsplit("-", 2)[0]
 
 
 # Recovery gives back what dead workers held. What is held, and in which order:
@@ -5239,24 +5187,24 @@ def original_of(worker: str) -> str:
 class LostRun:
     """A job whose worker is dead, and what is left of its run."""
 
-    def __init__(self, store: Store, row: dict[str, Any]):
+    def __init__(self, store: Store, row: Row):
         """`row` is one of `store.lost_jobs()`."""
         self.store, self.row, self.worker = store, row, row["worker"]
         self.job = job = Job._make(row[field] for field in Job._fields)
         self.slot = OutputFiles(store.path, self.worker, row["slot"])
-        self.stopping = False
-        self.own = store.is_own(self.worker)
-        if not self.own:
-            # This is a copy of the queue whose worker it was. As long as there are any processes
-            # of that queue, the job may be running there.
-            self.orphans = members_of(original_of(self.worker) + "-", ())
-            return
-        self.stopping = store.is_stopping(_pool_of(self.worker))
+        self.stopping = store.pool(_pool_of(self.worker))["stop"]
         leader = leader_of(store.path, self.worker, job.seq, job.runs)
         mark = run_name(self.worker, job.seq, job.runs) + "\0"
         self.orphans = members_of(mark, self.slot.paths, leader)
+        self.own = store.is_own(self.worker)
+        if not self.own:
+            # This is a copy of the queue whose worker it was. As long as there are any processes
+            # of that queue, the job may be running there. The name of a worker begins with the id
+            # of its queue, or that of its pool where it is old.
+            original = self.worker.rsplit("-", 2)[0]
+            self.orphans = members_of(original + "-", ())
 
-    def give_back(self, tell: Callable[[str], None], pool: str) -> bool:
+    def give_back(self, tell: Tell, pool: str) -> bool:
         """Record it, now that its orphans were ended; False if some could not be.
 
         `tell` and `pool` are as for `recover`.
@@ -5308,22 +5256,20 @@ class LostRun:
 def _forget_dead(store: Store) -> None:
     """Remove dead workers and pools, and their files, unless a job is still held in their name."""
     names = set(names_beside(store.path, ".life"))
-    for entry in store.pools() + store.workers():
-        names.add(entry["name"])
+    names.update(entry["name"] for entry in store.pools() + store.workers())
     if all(is_alive(store.path, name) for name in names):
         return
     with store.transaction():
-        keep = {job["worker"] for job in store.lost_jobs()}
+        keep = {name for name in names if is_alive(store.path, name)}
         # A dead pool is kept while any of its workers lives: `stop` reaches them through it.
-        keep |= {_pool_of(name) for name in names if is_alive(store.path, name)}
+        keep.update([_pool_of(name) for name in keep])
+        keep.update(job["worker"] for job in store.lost_jobs())
         for name in names - keep:
-            if not is_alive(store.path, name):
-                store.remove_worker(name)
-                store.remove_pool(name)
-                remove_files(store.path, name)
+            store.forget(name)
+            remove_files(store.path, name)
 
 
-def recover(store: Store, pause: Pause, tell: Callable[[str], None],
+def recover(store: Store, pause: Pause, tell: Tell,
             pool: str = "") -> int:
     """Give back what dead workers held, after ending what is left of it; how many jobs.
 
@@ -5332,12 +5278,12 @@ def recover(store: Store, pause: Pause, tell: Callable[[str], None],
     ended. Raises Unavailable or OSError if it can't be done now.
     """
     folder = folder_path(store.path)
-    if not os.path.isdir(folder) and not store.lost_jobs():
+    if not isdir(folder) and not store.lost_jobs():
         return 0
     refuse_untrusted(store.path)
     try:
         os.makedirs(folder, 0o700, exist_ok=True)
-        lock = open_private(os.path.join(folder, "recovery.lock"), os.O_RDWR)
+        lock = open_private(join(folder, "recovery.lock"), os.O_RDWR)
     except OSError as error:
         raise Unavailable("%s can't be used: %s" % (folder, error.strerror)) from error
     try:
@@ -5368,20 +5314,16 @@ STEADY_TIME = 60.0  # seconds for which the clock must have gone as the machine'
 def _sweep_on(store: Store, keep: dict[str, float],
               place: dict[str, int]) -> dict[str, int]:
     """Go on with a round from a place; the place that was reached."""
-    spared = store.queues_of_runs()
-    end = time.monotonic() + SWEEP_TIME
-    while place:
-        state = next(iter(place))
-        last = place.pop(state)
-        if state in keep:  # else it was unset meanwhile
+    spared, end = store.queues_of_runs(), monotonic() + SWEEP_TIME
+    place = {state: last for state, last in place.items() if state in keep}  # not unset meanwhile
+    for state in place:
+        while place[state]:
             before = to_millis(time.time() - keep[state])
-            chosen = Selection(states=(state,), before=before)
-            last, _ = store.forget_some(chosen, last, spared)
-            if last:
-                place = {state: last, **place}
-        if time.monotonic() >= end:
-            break
-    return place
+            chosen = Selection((state,), before=before)
+            place[state] = store.forget_some(chosen, place[state], spared)
+            if monotonic() >= end:
+                return {state: last for state, last in place.items() if last}
+    return {}
 
 
 def _steady_clock(noted: Any) -> tuple[bool, list[float]]:
@@ -5390,7 +5332,7 @@ def _steady_clock(noted: Any) -> tuple[bool, list[float]]:
     A clock that is a year ahead for some seconds must not let everything be forgotten: it has to
     have gone for STEADY_TIME as the machine's own clock, which nobody sets.
     """
-    now = [time.time(), time.monotonic()]
+    now = [time.time(), monotonic()]
     if noted:
         passed, own = now[0] - noted[0], now[1] - noted[1]
         if own >= 0 and abs(passed - own) <= CLOCK_STEP:
@@ -5421,7 +5363,7 @@ def _sweep_from_note(store: Store, keep: dict[str, float], file: int) -> None:
     write_at(file, 0, json.dumps(note).encode())
 
 
-def sweep(store: Store, settings: dict[str, Any]) -> None:
+def sweep(store: Store, settings: Settings) -> None:
     """Forget jobs that ended longer ago than `keep_completed` and `keep_dead` say.
 
     Works for SWEEP_TIME, then leaves off until it is called again. One worker at a time does that,
@@ -5434,7 +5376,7 @@ def sweep(store: Store, settings: dict[str, Any]) -> None:
             if seconds is not None}
     if not keep:
         return
-    file = open_private(os.path.join(folder_path(store.path), "sweep.lock"), os.O_RDWR)
+    file = open_private(join(folder_path(store.path), "sweep.lock"), os.O_RDWR)
     try:
         if system.try_lock(file):
             _sweep_from_note(store, keep, file)
@@ -5451,7 +5393,7 @@ def take_life(db: str, name: str) -> int:
     fd = open_private(life_path(db, name), os.O_RDWR)
     try:
         while not system.try_lock(fd):  # somebody asks at this moment whether it is alive
-            time.sleep(0.001)
+            sleep(0.001)
         return fd
     except OSError:
         os.close(fd)
@@ -5479,38 +5421,39 @@ class Records:
     on them Worker (its life).
     """
 
+    store: Store
+    epoch, settings = -1, SETTINGS
+    # Its life.
+    leave = 0  # 1: after the running job, 2: now
+    dismissed = False  # by a signal of its own, while the pool goes on
+    life = -1  # the descriptor that holds its life lock
+    seen = -1  # the last data version that was looked at; -1: look at everything again
+    next_due = NEVER  # milliseconds
+    next_patrol = next_sweep = 0.0
+    unpatrolled = True
+    # What it tells.
+    lines = ""  # once what they tell of is on disk
+    trouble = ""  # what was told last of what keeps it from working
+    rest_until, shortages = 0.0, 0
+    # What it has recorded.
+    unsynced = False  # whether a record may not be on disk yet
+    sync_failed = False  # whether the last try to change that has failed
+    retry_at: int | None = None  # of the run that was recorded last
+    # Where output goes.
+    slots = 0  # how many there were
+    next_slot: OutputFiles | None = None  # whose token is held for the next run
+    running: OutputFiles
+
     def __init__(self, order: WorkerConfig):
         self.order, self.db, self.pool = order, order.db, order.pool
         self.name = "%s-%d" % (order.pool, order.number)
         self.queues = (*order.queues, HOOK_QUEUE) if order.queues else ()
-        self.store: Store
         self.bell = make_bell()
-        self.epoch, self.settings = -1, SETTINGS
         self.limited: set[str] = set()  # the queues that have a limit of jobs running at once
-        # Its life.
-        self.leave = 0  # 1: after the running job, 2: now
-        self.dismissed = False  # by a signal of its own, while the pool goes on
-        self.life = -1  # the descriptor that holds its life lock
-        self.seen = -1  # the last data version that was looked at; -1: look at everything again
-        self.next_due: int | None = None  # milliseconds
-        self.next_patrol = self.next_sweep = 0.0
-        self.unpatrolled = True
-        self.clock = time.time() - time.monotonic()
+        self.clock = time.time() - monotonic()
         self.place = system.place()
-        # What it tells.
-        self.lines = ""  # once what they tell of is on disk
-        self.trouble = ""  # what was told last of what keeps it from working
-        self.rest_until, self.shortages = 0.0, 0
-        # What it has recorded.
-        self.unsynced = False  # whether a record may not be on disk yet
-        self.sync_failed = False  # whether the last try to change that has failed
-        self.retry_at: int | None = None  # of the run that was recorded last
-        # Where output goes.
-        self.slots = 0  # how many there were
         self.spare: list[OutputFiles] = []
-        self.next_slot: OutputFiles | None = None  # whose token is held for the next run
-        self.running: OutputFiles
-        self.used: list[tuple[OutputFiles, bool]] = []  # of unsynced records, and whether they printed
+        self.used: list[tuple[OutputFiles, bool]] = []  # of unsynced records; whether they printed
         self.environment: dict[int, JobEnvironment] = {}  # by the key of their context
 
     # What it says.
@@ -5546,8 +5489,8 @@ class Records:
         """Take on settings that have changed since the epoch before, and the order to stop."""
         if epoch == self.epoch:
             return
-        self.epoch, self.settings, stop, self.limited = self.store.control(
-            self.pool, epoch)
+        self.epoch = epoch
+        self.settings, stop, self.limited = self.store.control(self.pool)
         if stop > self.leave:
             self.leave = stop
             self.say("told to stop" + " now" * (stop == 2))
@@ -5559,7 +5502,7 @@ class Records:
         Unavailable or OSError only if the worker is told to leave; while it is `holding` an
         outcome, only if it is to leave now.
         """
-        why, told_from = "", time.monotonic() + WAIT_TOLD
+        why, told_from = "", monotonic() + WAIT_TOLD
         if holding:
             why, told_from = "the outcome of %s waits to be recorded: " % holding, 0.0
         while True:
@@ -5568,13 +5511,13 @@ class Records:
                     self.store.sync()
                 with self.store.transaction():
                     result = change()
-                if time.monotonic() >= self.rest_until:
+                if monotonic() >= self.rest_until:
                     self.tell_trouble("")
                 return result
             except (Unavailable, OSError) as error:
                 if self.leave == 2 or (self.leave and not holding):
                     raise
-                if time.monotonic() >= told_from:
+                if monotonic() >= told_from:
                     self.tell_trouble(why + str(error))
                 self.bell.wait(SYNC_AGAIN if self.sync_failed else TICK)
 
@@ -5672,12 +5615,12 @@ class Turns(Records):
 
     def _may_go_on(self) -> bool:
         """Whether to claim another job, and not leave, rest, or look after others first."""
-        now = time.monotonic()
+        now = monotonic()
         if self.leave or now < self.rest_until or now >= self.next_patrol:
             return False
         return not self.orphaned()
 
-    def _claim(self, slot: int, due: int | None) -> Job | None:
+    def _claim(self, slot: int, due: int) -> Job | None:
         pool = self.pool if self.order.limited else ""
         job = self.store.claim(self.name, slot, self.queues, due,
                                now_millis(), pool)
@@ -5708,7 +5651,7 @@ class Turns(Records):
                     slot.empty()  # of what a daemon wrote after its job's record, and ended since
                     return self.spare.pop(0)
             except OSError as error:
-                self.rest_until = time.monotonic() + 1.0
+                self.rest_until = monotonic() + 1.0
                 self.tell_trouble("no job can be claimed: %s" % error)
                 return None
             self.spare.pop(0).remove()  # a daemon that an earlier job left behind keeps it
@@ -5720,7 +5663,7 @@ class Turns(Records):
 
     def clock_was_set_back(self) -> bool:
         """Whether the wall clock was set back since this was asked last."""
-        before, self.clock = self.clock, time.time() - time.monotonic()
+        before, self.clock = self.clock, time.time() - monotonic()
         return self.clock < before - CLOCK_STEP
 
     def start_delays_anew(self) -> None:
@@ -5730,8 +5673,8 @@ class Turns(Records):
     def _tell_end(self, result: RunResult, state: str) -> None:
         if self.order.run:
             return
-        outcome = {"": "was recorded as lost by another process: ", FAILED: "failed",
-                   PENDING: "went back into the queue", DEAD: "is dead"}.get(state, state)
+        outcome = {"": "was recorded as lost by another process: ", DEAD: "is dead",
+                   PENDING: "went back into the queue"}.get(state, state)
         line = "%s %s after %s" % (result.job.id, outcome, show_duration(result.seconds))
         if result.error is not None:
             line += ": " + clean(result.error)
@@ -5778,7 +5721,7 @@ class Attending(Turns):
         """Give back a job for which the machine has no room now, and claim none for a while."""
         pause = min(LONGEST_REST, 2.0 ** self.shortages)
         self.shortages += 1
-        self.rest_until = time.monotonic() + pause
+        self.rest_until = monotonic() + pause
         self.tell_trouble("%s %s; the next try is in %s"
                           % (run.job.id, problem, show_duration(pause)))
         return run.result(UNSTARTED, problem)
@@ -5805,7 +5748,7 @@ class Attending(Turns):
 
     def _interruption(self, run: Run) -> tuple[str, str]:
         """Why a run must end now, as its ending and the reason, or two empty strings."""
-        if time.monotonic() >= run.deadline:
+        if monotonic() >= run.deadline:
             return FAILED, "timed out after %ss" % show_number(run.timeout or 0)
         try:
             if self._was_cancelled(run):
@@ -5855,9 +5798,9 @@ class Attending(Turns):
 
         Whoever ends all of us at once may have hit the job before its worker.
         """
-        deadline = time.monotonic() + 0.1
-        while not self.leave and time.monotonic() < deadline:
-            self.bell.wait(deadline - time.monotonic())
+        deadline = monotonic() + 0.1
+        while not self.leave and monotonic() < deadline:
+            self.bell.wait(deadline - monotonic())
         return self.leave > 0
 
 
@@ -5940,7 +5883,7 @@ class Worker(Attending):
         self.store.patience = LAST_PATIENCE
         try:
             with self.store.transaction():
-                self.store.remove_worker(self.name)
+                self.store.forget(self.name)
             remove_files(self.db, self.name)
         except (QueueError, OSError):
             pass
@@ -5952,7 +5895,7 @@ class Worker(Attending):
             if self.sync_failed:
                 self.sync_records()
             news = self._has_news()
-            if self.unpatrolled and time.monotonic() >= self.next_patrol:
+            if self.unpatrolled and monotonic() >= self.next_patrol:
                 self._patrol()
             self._sweep()
             if news and self._may_claim():
@@ -5973,8 +5916,7 @@ class Worker(Attending):
             seen = self.store.changed()
         except Unavailable:
             return False
-        due = self.next_due is not None and time.time() * 1000 >= self.next_due
-        if seen == self.seen and not due:
+        if seen == self.seen and now_millis() < self.next_due:
             return False
         self.seen = seen
         self.unpatrolled = True
@@ -5985,7 +5927,7 @@ class Worker(Attending):
 
         The claim reads the same again, under the mutex: another may have been faster.
         """
-        if not self.sync_failed and time.monotonic() >= self.rest_until:
+        if not self.sync_failed and monotonic() >= self.rest_until:
             try:
                 epoch, self.next_due, unsettled = self.store.pulse()
                 self.follow(epoch)
@@ -5999,7 +5941,9 @@ class Worker(Attending):
         return False
 
     def _used_up(self) -> bool:
-        return self.order.limited and not self.store.turns_left(self.pool)
+        if not self.order.limited:
+            return False
+        return bool(self.store.pool(self.pool)["jobs_left"] == 0)
 
     def _is_done(self) -> bool:
         """Whether a `run`, a drain or --max-jobs leaves nothing more to do."""
@@ -6023,10 +5967,10 @@ class Worker(Attending):
     def _idle(self) -> None:
         """Sleep until the bell, a signal, or the exact time of the next retry or schedule."""
         pause = self.settings["poll_interval_ms"] / 1000
-        if self.next_due is not None:
-            pause = min(pause, max(0.0, self.next_due / 1000 - time.time()))
-        if self.rest_until:
-            pause = min(pause, max(0.01, self.rest_until - time.monotonic()))
+        pause = min(pause, self.next_due / 1000 - time.time())
+        rest = self.rest_until - monotonic()
+        if rest > 0:
+            pause = min(pause, rest)
         if self.bell.wait(pause):
             system.reap(0)  # daemons that earlier jobs left behind end as children of this worker
         if self.clock_was_set_back():
@@ -6037,7 +5981,7 @@ class Worker(Attending):
 
     def _patrol(self) -> None:
         """Now and then, while others run jobs: has a worker died whose supervisor died too?"""
-        began = time.monotonic()
+        began = monotonic()
         try:
             others = self.store.holders() - {self.name}
             self.unpatrolled = bool(others)
@@ -6045,7 +5989,7 @@ class Worker(Attending):
                 self._recover()
         except Unavailable:
             pass  # what can't be done now is still there at the next patrol
-        now = time.monotonic()
+        now = monotonic()
         interval = self.settings["poll_interval_ms"] / 1000
         # An orphan that can't be ended takes seconds: as many are for work.
         self.next_patrol = now + max(1.0, interval, now - began)
@@ -6059,7 +6003,7 @@ class Worker(Attending):
             self.unpatrolled = True
 
     def _sweep(self) -> None:
-        now = time.monotonic()
+        now = monotonic()
         if now < self.next_sweep:
             return
         self.next_sweep = now + 1.0
@@ -6171,15 +6115,12 @@ def emit_json(value: Any) -> None:
 
 def emit_list(values: Iterable[Any]) -> None:
     """A JSON array as a command's result, one value a line: it can also be read line by line."""
-    emit("[")
-    before = None
+    emit_text("[")
+    end = "\n"
     for value in values:
-        if before is not None:
-            emit(before + ",")
-        before = json.dumps(value)
-    if before is not None:
-        emit(before)
-    emit("]")
+        emit_text(end + json.dumps(value))
+        end = ",\n"
+    emit_text("\n]\n")
 
 
 def is_terminal(stream: Any) -> bool:
@@ -6264,7 +6205,7 @@ def narrow(widths: list[int], width: int) -> list[int]:
     return widths
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int,
+def table(head: Names, rows: Iterable[Names], width: int,
           colour: bool) -> list[str]:
     """Lines of a table in `width` columns (0: as many as it takes), with the states in colour.
 
@@ -6283,7 +6224,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int,
     return lines
 
 
-def emit_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def emit_table(head: Names, rows: Iterable[Names]) -> None:
     """A table for where stdout leads: within a terminal's width and coloured, or whole."""
     width = terminal_width()
     colour = width > 0 and not os.environ.get("NO_COLOR")
@@ -6321,25 +6262,25 @@ class Pool:
 
     life = -1  # the descriptor that holds its life lock
     reporter: Any = None  # of a `run`: the process that shows how it goes, see Reporter
+    number = 0  # of the worker that was started last
+    quick_deaths = 0  # in a row
+    stops = 0  # how often it was told to stop
+    passed_on = 0  # what of that the workers were told: 1: soon, 2: now
+    code = EXIT_OK
 
     def __init__(self, db: str, name: str, count: int, queues: Sequence[str],
                  drain: bool = False, max_jobs: int | None = None):
         self.db, self.name, self.count = db, name, count
         self.queues, self.drain, self.max_jobs = tuple(queues), drain, max_jobs
         self.unneeded: list[int] = []  # descriptors that workers inherit
-        self.number = 0  # of the worker that was started last
         self.workers: dict[Any, float] = {}  # each process with the time it was started
         self.openings: list[float] = []  # when workers that died are to be replaced
-        self.quick_deaths = 0  # in a row
-        self.stops = 0  # how often it was told to stop
-        self.passed_on = 0  # what of that the workers were told: 1: soon, 2: now
-        self.code = EXIT_OK
 
     def run(self) -> int:
         """Work until drained or stopped; the exit code of `worker start`."""
         self.context = _context()
         system.prepare_parent()
-        sys.path[:] = [os.path.abspath(entry) for entry in sys.path]  # workers change folders
+        sys.path[:] = [abspath(entry) for entry in sys.path]  # workers change folders
         if self.life < 0:
             store = open_trusted(self.db, tell=complain)
             with store.transaction():
@@ -6352,7 +6293,7 @@ class Pool:
         self.openings = [0.0] * self.count
         while self.workers or self.openings:
             self._hire()
-            self.bell.wait(self._patience())
+            self.bell.wait(min(self.openings, default=FOREVER) - monotonic())
             self._stop()
             self._collect()
         return self._farewell()
@@ -6381,7 +6322,7 @@ class Pool:
         except OSError:
             pass  # it has ended
         while self.reporter.exitcode is None:
-            self.bell.wait(None)
+            self.bell.wait(FOREVER)
             if self.stops > stops:
                 self.reporter.terminate()
         return int(self.reporter.exitcode)
@@ -6399,24 +6340,22 @@ class Pool:
             number = getattr(signal, name, None)
             if number is None or signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup stays in force
-            signal.signal(number, self._on_hangup if name == "SIGHUP" else self._on_stop)
+            signal.signal(number, self._on_signal)
         if not WINDOWS:
             signal.signal(signal.SIGCHLD, lambda *_: None)
 
-    def _on_stop(self, *_: object) -> None:
-        self.stops += 1
-
-    def _on_hangup(self, *_: object) -> None:
-        self.stops = max(self.stops, 1)  # a closing terminal may say it more than once
+    def _on_signal(self, number: int, frame: object) -> None:
+        # A closing terminal may say it more than once.
+        if not self.stops or signal_name(number) != "SIGHUP":
+            self.stops += 1
 
     # Workers are started.
 
     def _hire(self) -> None:
         """Start the workers that are due."""
-        now = time.monotonic()
-        due = [opening for opening in self.openings if opening <= now]
-        self.openings = [opening for opening in self.openings if opening > now]
-        for _ in due:
+        self.openings.sort()
+        while self.openings and self.openings[0] <= monotonic():
+            del self.openings[0]
             self._start_worker()
 
     def _start_worker(self) -> None:
@@ -6431,11 +6370,11 @@ class Pool:
             for fd in system.descriptors() - before:  # multiprocessing has left them open
                 os.close(fd)
             self._tell("a worker can't be started yet: %s" % error.strerror)
-            self.openings.append(time.monotonic() + LONGEST_DELAY)
+            self.openings.append(monotonic() + LONGEST_DELAY)
             return
         finally:
             system.let_through(mask)
-        self.workers[process] = time.monotonic()
+        self.workers[process] = monotonic()
         self.bell.watch(process.sentinel)
 
     def _order(self) -> WorkerConfig:
@@ -6453,12 +6392,6 @@ class Pool:
         if self.reporter and is_terminal(sys.stderr):
             clear = CLEAR_LINE  # which shows the progress
         system.say("%squeuectl: %s\n" % (clear, as_called(text)), 2)
-
-    def _patience(self) -> float | None:
-        """Seconds until a worker is to be replaced; None: none is."""
-        if not self.openings:
-            return None
-        return max(0.0, min(self.openings) - time.monotonic())
 
     # Workers are told to stop.
 
@@ -6495,12 +6428,12 @@ class Pool:
         """Take note of workers that have ended, and replace those that should not have."""
         for process in [process for process in self.workers if process.exitcode is not None]:
             self.bell.forget(process.sentinel)
-            age = time.monotonic() - self.workers.pop(process)
+            age = monotonic() - self.workers.pop(process)
             code = process.exitcode
             if code in (EXIT_FAILED, EXIT_INTERRUPTED):
                 self.code = max(self.code, code)
             elif code != EXIT_OK and not self.passed_on:
-                self.openings.append(time.monotonic() + self._delay(code, age))
+                self.openings.append(monotonic() + self._delay(code, age))
         own = [*self.workers, self.reporter]
         system.reap_strangers({process.pid for process in own if process})
 
@@ -6529,11 +6462,11 @@ class Pool:
         try:
             store = open_trusted(self.db, self.file)
             store.patience = LAST_PATIENCE
-            died = store.deaths(self.name)
+            died = store.pool(self.name)["died"]
             recover(store, self.bell.wait, self._tell, self.name)
-            died = store.deaths(self.name)
+            died = store.pool(self.name)["died"]
             with store.transaction():
-                store.remove_pool(self.name)
+                store.forget(self.name)
             remove_files(self.db, self.name)
             store.close()
         except (Unavailable, OSError):
@@ -6836,7 +6769,7 @@ def open_store(db: str, **how: bool) -> Store:
     """
     store = Store(db, tell=complain, **how)
     OPENED.append(store)
-    reason = os.path.exists(db) and distrust_of(db)
+    reason = exists(db) and distrust_of(db)
     if reason:
         complain("nothing of this queue will be executed: %s" % reason)
     return store
@@ -6921,8 +6854,8 @@ def _folder(given: str | None) -> str:
         here = check_text("the name of the folder you are in", as_utf8(os.getcwd()))
     except OSError:
         raise UsageError("the folder you are in is gone; cd to another") from None
-    folder = here if given is None else os.path.join(here, given)
-    if given == "" or not os.path.isdir(system.native(folder)):
+    folder = here if given is None else join(here, given)
+    if given == "" or not isdir(system.native(folder)):
         raise UsageError("cwd %s is not a folder" % quoted(given, 200))
     return folder
 
@@ -6958,7 +6891,7 @@ class Rate:
 
     def __call__(self, number: int) -> float | None:
         """Its growth a second up to now; None until there is a span to speak of."""
-        now = time.monotonic()
+        now = monotonic()
         self.seen.append((now, number))
         while len(self.seen) > 1 and self.seen[1][0] < now - RATE_SPAN:
             del self.seen[0]
@@ -6988,7 +6921,7 @@ def show_again(frame: Callable[[], list[str]]) -> NoReturn:
         else:
             emit_text("\n".join(lines) + "\n\n")
         sys.stdout.flush()
-        time.sleep(WATCH_EVERY)
+        sleep(WATCH_EVERY)
 
 
 def status_of(store: Store) -> tuple[Row, list[Row]]:
@@ -7156,20 +7089,20 @@ def causes_of(store: Store, jobs: Iterable[Row]) -> list[Row]:
     Causes that differ only in numbers, paths and names are one. A job that was to run after
     another counts with the cause of that one.
     """
-    find: Any = lru_cache(1000)(partial(store.first, ERROR_OF_DEAD))
+    find = lru_cache(1000)(partial(store.value, ERROR_OF_DEAD))
     causes: dict[str, Row] = {}
     for job in jobs:
-        error, along = job["last_error"] or "no reason", False
-        if error.endswith(TAKEN_ALONG[DEAD]):
-            first = find(error[:-len(TAKEN_ALONG[DEAD])])
-            error, along = (first or job)["last_error"] or error, first is not None
-        key = cause_of(error)
+        error, along = job["last_error"] or "no reason", TAKEN_ALONG[DEAD]
+        first = error.endswith(along) and find(error[:-len(along)])
+        key = cause_of(first or error)
         cause = causes.setdefault(key, {
-            "cause": key, "count": 0, "after": 0, "since": job["finished_at"], "example": None,
-            "ids": []})
-        cause["after" if along else "count"] += 1
+            "cause": key, "count": 0, "after": 0, "since": NEVER,
+            "example": None, "ids": []})
         cause["since"] = min(cause["since"], job["finished_at"])
-        if not along:
+        if first:
+            cause["after"] += 1
+        else:
+            cause["count"] += 1
             cause["example"] = error
             cause["ids"].append(job["id"])
     return sorted(causes.values(), key=lambda cause: -cause["count"])
@@ -7230,23 +7163,10 @@ def cmd_dlq_list(args: Any) -> None:
         emit_text(cut(advice, width) + "\n")
 
 
-def read_output(path: str, missing: Any, read: Callable[..., Any],
-                *values: Any) -> Any:
-    """What `read(fd, *values)` makes of an output file, which is opened for that moment alone."""
-    try:
-        fd = open_beside(path, os.O_RDONLY)
-    except (OSError, QueueError):
-        return missing
-    try:
-        return read(fd, *values)
-    finally:
-        os.close(fd)
-
-
 def live_run(store: Store, job: Row) -> Row:
     """The current run of a job, with what it has printed so far."""
     limit, start = output_limit(store.settings(), job["queue"]), job["started_at"]
-    stdout, stderr = [read_output(path, b"", head_and_tail, limit)
+    stdout, stderr = [read_beside(path, b"", head_and_tail, limit)
                       for path in output_paths(store.path, job["locked_by"], job["slot"])]
     seconds = max(0, now_millis() - start) / 1000
     return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING,
@@ -7367,7 +7287,7 @@ class OutputReader:
         """
         limit = output_limit(self.store.settings(), job["queue"])
         paths = output_paths(self.store.path, job["locked_by"], job["slot"])
-        found = [read_output(path, (b"", 0), output_from, offset, limit)
+        found = [read_beside(path, (b"", 0), output_from, offset, limit)
                  for path, offset in zip(paths, self.offsets)]
         again = self.store.find_by_seq(self.seq)
         if not again or again["state"] != PROCESSING or again["runs"] != job["runs"]:
@@ -7455,16 +7375,16 @@ class Follower:
         running: list[Row] = []
         seen, look_at = -1, 0.0
         while self.readers:
-            began, now_seen = time.monotonic(), self.store.changed()
+            began, now_seen = monotonic(), self.store.changed()
             if now_seen != seen and began >= look_at:
                 running, seen = self._look_at_all(), now_seen
                 self.logs.tail = None  # that was of what had been printed before
-                look_at = began + 4 * (time.monotonic() - began)
+                look_at = began + 4 * (monotonic() - began)
             else:
                 for job in running:
                     self._show(job)
             sys.stdout.flush()
-            time.sleep(FOLLOW_EVERY)
+            sleep(FOLLOW_EVERY)
         return self.code
 
     def _look_at_all(self) -> list[Row]:
@@ -7764,11 +7684,11 @@ def await_jobs(store: Store, seqs: Iterable[int], patience: float) -> int:
     Raises TimedOut after `patience` seconds. Each job is looked at when it has ended, for it may
     be forgotten soon after.
     """
-    deadline = time.monotonic() + patience
+    deadline = monotonic() + patience
     ends: list[Any] = []
     left, told = set(seqs), False
     while True:
-        seen, began = store.changed(), time.monotonic()
+        seen, began = store.changed(), monotonic()
         ended = left and left - store.unfinished(min(left), max(left))
         for seq in sorted(ended):
             end = store.end_of(seq)
@@ -7777,11 +7697,11 @@ def await_jobs(store: Store, seqs: Iterable[int], patience: float) -> int:
         left -= ended
         if not left:
             break
-        pause = max(0.02, 4 * (time.monotonic() - began))
-        while store.changed() == seen and time.monotonic() < deadline:
+        pause = max(0.02, 4 * (monotonic() - began))
+        while store.changed() == seen and monotonic() < deadline:
             told = told or tell_hold_up(store, min(left))
-            time.sleep(pause)
-        if time.monotonic() >= deadline:
+            sleep(pause)
+        if monotonic() >= deadline:
             raise TimedOut("not all jobs have ended after %s; they stay in the queue"
                            % show_duration(patience))
     store.sync()  # what it says must still be so after a power cut
@@ -7830,7 +7750,7 @@ def _findings_of_lost(store: Store) -> Iterator[tuple[str, str]]:
         paths = output_paths(store.path, worker, lost["slot"])
         if any(map(system.held, paths)):
             what += "; processes of that run still live, "
-            if system.linux and not os.path.isdir("/proc/self"):
+            if system.linux and not isdir("/proc/self"):
                 what += "but there is no /proc to find them in"
             else:
                 what += "perhaps in another container or of another user"
@@ -7861,11 +7781,11 @@ def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
 
 def findings_of(store: Store) -> Iterator[tuple[str, str]]:
     """What is wrong with a queue, each with what mends it."""
-    folder = os.path.dirname(store.path)
+    folder = dirname(store.path)
     for damage in store.damage():
         yield "the database is damaged: %s" % damage, (
             "`queuectl worker stop`, then `queuectl restore BACKUP`, which keeps what it replaces")
-    reason = os.path.exists(store.path) and distrust_of(store.path)
+    reason = exists(store.path) and distrust_of(store.path)
     if reason:
         yield ("workers refuse to run: %s" % reason,
                "nobody else may own or write it, or a folder above it")
@@ -7875,7 +7795,7 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
                "move the database to a local disk, use --db")
     import shutil
     free = LEAST_SPACE
-    if os.path.isdir(folder):
+    if isdir(folder):
         free = shutil.disk_usage(folder).free
     if free < LEAST_SPACE:
         yield ("only %d MiB are free in %s" % (free >> 20, folder),
@@ -7959,17 +7879,16 @@ def one_change(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 set_setting, unset_setting = one_change(Store.set_setting), one_change(Store.unset_setting)
-set_concurrency = one_change(Store.set_concurrency)
+set_concurrency, pause_queue = one_change(Store.set_concurrency), one_change(Store.pause)
 add_jobs = one_change(Store.add)
 
 
-def find_all(store: Store, names: Iterable[str], fit_states: Sequence[str],
-             advice: str) -> list[Row]:
-    """The jobs with these names, each once, if all of them exist and are in one of `fit_states`."""
+def find_named(store: Store, change: Change, names: Iterable[str]) -> list[Row]:
+    """The jobs with these names, each once, if all of them exist and can be changed."""
     jobs = {job["seq"]: job for job in map(store.find, names)}
     for job in jobs.values():
-        if job["state"] not in fit_states:
-            raise QueueError("%s is %s; %s" % (job["id"], job["state"], advice))
+        if job["state"] not in change.takes:
+            raise QueueError("%s is %s; %s" % (job["id"], job["state"], change.advice))
     return list(jobs.values())
 
 
@@ -7994,7 +7913,7 @@ def confirm(args: Any, done: str, count: int) -> None:
 @one_change
 def change_named(store: Store, change: Change, names: Iterable[str]) -> list[Row]:
     """Change the jobs with these names, all or none."""
-    jobs = find_all(store, names, change.takes, change.advice)
+    jobs = find_named(store, change, names)
     left = sorted(jobs, key=lambda job: -job["seq"])
     while left:  # what waits goes before what it waits for
         refused = [job for job in left if not change.apply(job)]
@@ -8009,34 +7928,33 @@ def jobs_now(store: Store, seqs: Iterable[int]) -> Iterator[Row]:
     return filter(None, map(store.find_by_seq, seqs))
 
 
-def change_jobs(args: Any, change: Change, newest_first: bool = False) -> list[int]:
+def change_jobs(args: Any, change: Change, newest_first: bool = False) -> Sequence[int]:
     """Do what a command does to the jobs that were named or selected; the seqs of those changed."""
-    store = args.store
-    if args.ids and not args.dry_run:
-        return [job["seq"] for job in change_named(store, change, args.ids)]
+    store, selection = args.store, choose(args, change)
     if args.ids:
-        found = find_all(store, args.ids, change.takes, change.advice)
-        looked: Any = [job["seq"] for job in found], []
-    else:
-        looked = store.look(choose(args, change))
+        use = find_named if args.dry_run else change_named
+        return [job["seq"] for job in use(store, change, args.ids)]
+    looked = store.look(selection)
     if args.dry_run:
-        return list(looked[0])
+        return looked[0]  # type: ignore[no-any-return]
     confirm(args, change.done, len(looked[0]))
-    done = store.change_each(looked, change.apply, newest_first)
+    done: Sequence[int] = store.change_each(looked, change.apply, newest_first)
     after_change(store)
-    return done  # type: ignore[no-any-return]
+    return done
 
 
-def tell_changed(args: Any, change: Change, seqs: Sequence[int]) -> None:
-    """Tell which jobs were changed, or would be."""
+def tell_changed(args: Any, change: Change, seqs: Sequence[int],
+                 gone: Sequence[Row] = ()) -> None:
+    """Tell which jobs were changed, or would be; of some that are `gone`, what they were."""
     store, now = args.store, now_millis()
+    jobs = gone or jobs_now(store, seqs)
     if args.json:
-        emit_list(map(job_json, jobs_now(store, seqs)))
+        emit_list(map(job_json, jobs))
     elif args.dry_run:
         emit_table(JOB_HEAD, [job_row(job, now) for job in jobs_now(store, seqs[:50])])
         complain("%s: it would be %s" % (change.done, count_of(len(seqs), "job")))
     elif args.ids:
-        for job in jobs_now(store, seqs):
+        for job in jobs:
             emit("%s: %s" % (change.done, job["id"]))
     else:
         emit("%s: %s" % (change.done, count_of(len(seqs), "job")))
@@ -8055,26 +7973,21 @@ def _refusal_of_retry(store: Store, job: Row) -> str:
     return "%s can't be retried: another job with its key %s waits or runs" % (name, job["unique"])
 
 
-def _refuse_dead_causes(store: Store, job: Row, others: Iterable[int]) -> None:
-    """Raise QueueError for a job that would wait for one that ended in vain, and does not start."""
-    seq = job["seq"]
-    if any(other["state"] in IN_VAIN and other["seq"] not in others
-           for other in store.awaited_by(seq)):
-        raise QueueError(
-            "%s is to run after jobs that ended in vain; `queuectl retry %s --with-dependents` "
-            "does all" % (job["id"], " ".join(store.causes_in_vain(seq))))
+def _ended_with(args: Any, change: Change) -> set[int]:
+    """What ended with the jobs that were named, by seq.
 
-
-def _ended_with(args: Any, takes: Names, advice: str) -> set[int]:
-    """What ended with the jobs that were named, by seq. Raises QueueError if one can't start."""
+    Raises QueueError for a job that would wait for one that ended in vain, and does not start.
+    """
     store = args.store
-    jobs = {job["seq"]: job for job in find_all(store, args.ids, takes, advice)}
-    named = set(jobs)
-    dependents = {seq for first in named for seq in store.dependents_in_vain(first)} - named
+    jobs = {job["seq"]: job for job in find_named(store, change, args.ids)}
+    dependents = {seq for first in jobs for seq in store.dependents_in_vain(first)}.difference(jobs)
     if args.with_dependents:
         jobs.update((job["seq"], job) for job in jobs_now(store, dependents))
-    for job in jobs.values():
-        _refuse_dead_causes(store, job, jobs)
+    for seq, job in jobs.items():
+        if store.awaited_in_vain(seq).difference(jobs):
+            raise QueueError(
+                "%s is to run after jobs that ended in vain; `queuectl retry %s --with-dependents` "
+                "does all" % (job["id"], " ".join(store.causes_in_vain(seq))))
     return dependents
 
 
@@ -8082,22 +7995,21 @@ def _retry(args: Any, takes: Names, usual: Names, advice: str) -> None:
     store = args.store
     dependents: set[int] = set()
 
-    def apply(job: Row) -> bool:
+    def apply(job: Row) -> Any:
         seq, now = job["seq"], now_millis()
-        in_vain = [other for other in store.awaited_by(seq) if other["state"] in IN_VAIN]
-        if store.waits_for_gone(seq) or (in_vain and not args.ids):
+        if store.waits_for_gone(seq) or (not args.ids and store.awaited_in_vain(seq)):
             return False
         done = store.retry(seq, now)
         if done and args.with_dependents:
             dependents.update(other for other in store.dependents_in_vain(seq)
                               if store.retry(other, now))
-        return bool(done)
+        return done
 
-    check_choice(args)
     change = Change("Queued again", takes, usual, advice, apply,
                     partial(_refusal_of_retry, store))
+    selection = choose(args, change)
     if args.ids:
-        dependents = _ended_with(args, takes, advice)
+        dependents = _ended_with(args, change)
     seqs = change_jobs(args, change)
     if args.with_dependents:
         seqs = [*seqs, *sorted(dependents.difference(seqs))]
@@ -8105,9 +8017,7 @@ def _retry(args: Any, takes: Names, usual: Names, advice: str) -> None:
         complain("not retried: %s that ended with it; --with-dependents takes them too"
                  % count_of(len(dependents), "job"))
     tell_changed(args, change, seqs)
-    left = 0
-    if args.all and not args.dry_run:
-        left = store.total(choose(args, change))
+    left = args.all and not args.dry_run and store.total(selection)
     if left:
         complain("not retried: %s, for another job with their key waits or runs, or because they "
                  "were to run after jobs that ended in vain" % count_of(left, "job"))
@@ -8144,11 +8054,11 @@ def _await_end(store: Store, job: Row, deadline: float) -> str:
         if current["state"] != PROCESSING or current["runs"] != job["runs"]:
             return str(current["state"])
         if not is_alive(store.path, current["locked_by"]):
-            recover(store, time.sleep, complain)
-        if time.monotonic() >= deadline:
+            recover(store, sleep, complain)
+        if monotonic() >= deadline:
             raise QueueError("%s is still being ended; `queuectl show %s` tells when it is done"
                              % (job["id"], job["id"]))
-        time.sleep(0.02)
+        sleep(0.02)
 
 
 @subcommand("cancel", "take waiting jobs out of the queue, end running ones", """
@@ -8159,29 +8069,31 @@ queuectl cancel --queue night --state pending
 def cmd_cancel(args: Any) -> None:
     store = args.store
 
-    def apply(job: Row) -> bool:
+    def apply(job: Row) -> Any:
         cancel = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
-        return bool(cancel(job["seq"], now_millis()))
+        return cancel(job["seq"], now_millis())
 
-    check_choice(args)
     change = Change("Cancelled", UNFINISHED, UNFINISHED, "it has ended already", apply, str)
-    before = store.counts()[CANCELLED]
+    before, cancelled = store.counts()[CANCELLED], []
     seqs = change_jobs(args, change)
-    deadline = time.monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
-    completed = set()
-    for job in [] if args.dry_run else jobs_now(store, seqs):
+    if args.dry_run:
+        tell_changed(args, change, seqs)
+        return
+    deadline = monotonic() + store.settings()["kill_grace_seconds"] + PATIENCE
+    for job in jobs_now(store, seqs):
         state = job["state"]
         if state == PROCESSING:
             state = _await_end(store, job, deadline)
         if state == COMPLETED:
-            completed.add(job["seq"])
             complain("completed before it could be cancelled: %s" % job["id"])
-        dependents = store.dependents_in_vain(job["seq"]) if args.ids else []
+        else:
+            cancelled.append(job["seq"])
+        dependents = args.ids and store.dependents_in_vain(job["seq"])
         if dependents:
             complain("cancelled with it: %s that waited for it" % count_of(len(dependents), "job"))
-    tell_changed(args, change, [seq for seq in seqs if seq not in completed])
+    tell_changed(args, change, cancelled)
     along = store.counts()[CANCELLED] - before - len(seqs)
-    if along > 0 and not (args.ids or args.dry_run):
+    if along > 0 and not args.ids:
         complain("cancelled with them: %s that waited for them" % count_of(along, "job"))
 
 
@@ -8195,14 +8107,13 @@ EMPTY = {  # fields that may be taken away, each with what says so
 def edited_fields(args: Any, now: int) -> Row:
     """What `edit` was told to change; `none` takes a field away, and an empty list its entries."""
     given = given_options(args)
-    emptied = {name for name, value in given.items() if EMPTY.get(name) == value}
-    kept = {name: value for name, value in given.items() if name not in emptied}
+    if not given:
+        raise UsageError("say what to change; see `queuectl edit --help`")
+    kept = {name: value for name, value in given.items() if EMPTY.get(name) != value}
     draft = draft_of({"command": "true", **kept}, now, system.longest_command)
     if "cwd" in kept:
         draft["cwd"] = _folder(kept["cwd"])
-    names = {ALIASES.get(name, name) for name in given}
-    if not names:
-        raise UsageError("say what to change; see `queuectl edit --help`")
+    names = [ALIASES.get(name, name) for name in given]
     return {name: draft[name] for name in names}
 
 
@@ -8221,14 +8132,12 @@ queuectl edit --state pending --grep report --delay 2h
 def cmd_edit(args: Any) -> None:
     store, now = args.store, now_millis()
     fields = edited_fields(args, now)
-    settings = store.settings()
 
     def apply(job: Row) -> bool:
-        store.edit(job, fields, settings, now)
+        store.edit(job, fields, now)
         return True
 
     args.queue = None  # it is set, and does not select
-    check_choice(args)
     takes: Names = (*WAITING, *ENDED)
     if set(fields) == {"timeout_seconds"}:
         takes = STATES
@@ -8247,12 +8156,10 @@ queuectl delete --state cancelled --grep test
 def cmd_delete(args: Any) -> None:
     store, gone = args.store, []
 
-    def apply(job: Row) -> bool:
-        done = bool(store.delete(job["seq"]))
-        if done and args.json:
-            gone.append(job_json(job))
-        elif done and args.ids:
-            gone.append(job["id"])
+    def apply(job: Row) -> Any:
+        done = store.delete(job["seq"])
+        if done and (args.json or args.ids):
+            gone.append(job)
         return done
 
     def refusal(job: Row) -> str:
@@ -8260,41 +8167,30 @@ def cmd_delete(args: Any) -> None:
         return "%s can't be deleted, for others are to run after it: %s" % (
             job["id"], ", ".join(waiting))
 
-    check_choice(args)
     change = Change("Deleted", WAITING + ENDED, ENDED, "`queuectl cancel` ends a running job",
                     apply, refusal)
-    seqs = change_jobs(args, change, True)
-    if args.dry_run or not gone:
-        tell_changed(args, change, seqs)
-    elif args.json:
-        emit_list(gone)
-    else:
-        for name in gone[::-1]:
-            emit("Deleted: %s" % name)
+    seqs = change_jobs(args, change, True)  # what waits goes before what it waits for
+    tell_changed(args, change, seqs, gone[::-1])
 
 
 def _purge(args: Any, usual: Names) -> None:
     store, spared = args.store, args.store.queues_of_runs()
-    selection = selection_of(args, usual)
-    if selection.before is None:
-        selection = selection._replace(before=now_millis())
-    if args.dry_run:
-        tell_changed(args, Change("Deleted", (), (), "", str, str), store.look(selection)[0])
-        return
-    count = 0
-    for state in sorted(selection.states, key=STATES.index):  # what waits goes first
-        one, last = selection._replace(states=(state,)), NEVER
-        while last:
-            last, some = store.forget_some(one, last, spared)
-            count += some
-    try:
-        store.shrink()
-    except QueueError as error:
-        complain("the disk space is not given back yet: %s" % error)
-    if args.json:
-        emit_json({"deleted": count})
+
+    def apply(job: Row) -> Any:
+        return job["queue"] not in spared and store.delete(job["seq"])
+
+    args.ids, args.all = (), True
+    change = Change("Deleted", STATES, usual, "", apply, str)
+    seqs = change_jobs(args, change, True)
+    if args.dry_run or not args.json:
+        tell_changed(args, change, seqs)
     else:
-        emit("Deleted: %s" % count_of(count, "job"))
+        emit_json({"deleted": len(seqs)})
+    if not args.dry_run:
+        try:
+            store.shrink()
+        except QueueError as error:
+            complain("the disk space is not given back yet: %s" % error)
 
 
 @subcommand("purge", "forget completed jobs, or those in other states, and their runs", """
@@ -8341,7 +8237,7 @@ def open_jobs(path: str, pipe: int = 0) -> BinaryIO:
     if pipe:
         return open(pipe, "rb")
     try:
-        if path != "-" and os.path.isfile(path):
+        if path != "-" and isfile(path):
             return open(path, "rb")
         if path == "-" and sys.stdin is None:
             raise OSError("stdin is closed")
@@ -8662,7 +8558,7 @@ LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside when a pool starts
 def _open_log(path: str) -> int:
     """A descriptor to write the log of a detached pool with."""
     try:
-        if os.path.exists(path) and os.path.getsize(path) > LONGEST_LOG:
+        if exists(path) and getsize(path) > LONGEST_LOG:
             os.replace(path, path + ".1")
         return open_private(path, os.O_WRONLY | os.O_APPEND)
     except OSError as error:
@@ -8671,8 +8567,8 @@ def _open_log(path: str) -> int:
 
 def own_file() -> str:
     """The file that this program is in; raises QueueError if it came by a pipe."""
-    script: str = os.path.abspath(globals().get("__file__", ""))
-    if not os.path.isfile(script):
+    script: str = abspath(globals().get("__file__", ""))
+    if not isfile(script):
         raise QueueError("queuectl can't be started again from %s; save it as a file of its own"
                          % (script or "where it came from"))
     return script
@@ -8681,8 +8577,8 @@ def own_file() -> str:
 def own_command() -> list[str]:
     """How this program is started: by the launcher of `install`, or as a script."""
     script = own_file()
-    launcher = os.path.abspath(sys.argv[0])
-    if os.path.basename(launcher) == "queuectl" and os.path.isfile(launcher):
+    launcher = abspath(sys.argv[0])
+    if os.path.basename(launcher) == "queuectl" and isfile(launcher):
         script = launcher  # it has the program compiled
     return [sys.executable, script]
 
@@ -8761,22 +8657,22 @@ START_TIME = 30.0  # seconds a detached pool has to come up
 def _await_pool(process: Any, store: Store, name: str, count: int,
                 log: str) -> None:
     """Wait until the workers of a detached pool run, or it is drained or stopped already."""
-    deadline = time.monotonic() + START_TIME
+    deadline = monotonic() + START_TIME
     while sum(worker["pool"] == name for worker in alive_of(store.workers())) < count:
         if process.poll() is not None:
             if process.returncode == EXIT_OK:
                 return
             raise QueueError("the workers did not start; the end of %s says why" % log)
-        if time.monotonic() > deadline:
+        if monotonic() > deadline:
             raise QueueError("the workers are not running after %d s; see %s" % (START_TIME, log))
-        time.sleep(0.01)
+        sleep(0.01)
 
 
 def _start_detached(store: Store, name: str, count: int, words: Sequence[str]) -> int:
     """Start a pool by these words in a session of its own; its process id when its workers run."""
     import subprocess
-    folder = os.path.dirname(store.path)
-    log = os.path.join(folder, "queuectl.log")
+    folder = dirname(store.path)
+    log = join(folder, "queuectl.log")
     fd = _open_log(log)
     process = subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, cwd=folder,
@@ -8878,7 +8774,7 @@ class ProgressLine:
     """The line on stderr that tells how far a run is: redrawn on a terminal, else now and then."""
 
     def __init__(self, quiet: bool) -> None:
-        self.quiet, self.began, self.rate = quiet, time.monotonic(), Rate()
+        self.quiet, self.began, self.rate = quiet, monotonic(), Rate()
         self.last_end = 0, 0.0
         escapes = os.environ.get("TERM") != "dumb"
         self.terminal = not quiet and is_terminal(sys.stderr) and escapes
@@ -8887,9 +8783,9 @@ class ProgressLine:
 
     def show_if_due(self, name: str, part: Progress) -> None:
         """Show how far the run `name` is."""
-        if self.quiet or time.monotonic() < self.next:
+        if self.quiet or monotonic() < self.next:
             return
-        self.next = time.monotonic() + self.every
+        self.next = monotonic() + self.every
         ended = part.completed + part.dead + part.cancelled
         text = progress_text(name, part, self.rate(ended), self._time_left(ended, part.left))
         if self.terminal:
@@ -8908,7 +8804,7 @@ class ProgressLine:
 
         None while too few have ended.
         """
-        now = time.monotonic() - self.began
+        now = monotonic() - self.began
         if ended != self.last_end[0]:
             self.last_end = ended, now
         if ended <= 2:
@@ -9040,7 +8936,7 @@ class Reporter:
 
     def _look(self, final: bool) -> None:
         """Show what is new, if anything has changed."""
-        began, seen = time.monotonic(), -1
+        began, seen = monotonic(), -1
         try:
             seen = self.store.changed()
             if seen != self.seen or final or self.outputs.live:
@@ -9052,7 +8948,7 @@ class Reporter:
         except Unavailable:  # it can't be read now: what is wrong, the workers say
             pass
         self.seen = seen
-        self.pause = max(FOLLOW_EVERY, 4 * (time.monotonic() - began))
+        self.pause = max(FOLLOW_EVERY, 4 * (monotonic() - began))
 
     def _progress(self) -> Progress:
         batch = self.batch
@@ -9144,7 +9040,7 @@ class Reporter:
                 for job in islice(self._dead(), 20)]
         emit_json({"queue": self.batch.queue, "jobs": part.total, "completed": part.completed,
                    "dead": part.dead, "cancelled": part.cancelled, "left": part.left,
-                   "seconds": round(time.monotonic() - self.line.began, 3), "died": died})
+                   "seconds": round(monotonic() - self.line.began, 3), "died": died})
 
     def _tell_summary(self, part: Progress) -> None:
         causes: list[Row] = []
@@ -9152,7 +9048,7 @@ class Reporter:
             causes = causes_of(self.store, self._dead())
         for cause in causes[:SHOWN_CAUSES]:
             cause["job"] = self.store.find((cause["ids"] or [""])[0])
-        seconds = time.monotonic() - self.line.began
+        seconds = monotonic() - self.line.began
         for line in summary_lines(self.batch.queue, part, seconds, causes):
             advise(line, sys.stderr)
 
@@ -9386,9 +9282,13 @@ def stop_pools(store: Store, now: bool) -> None:
 
 
 def _ask_stop(store: Store, now: bool) -> None:
-    """The same, also where the disk is full: supervisors can be told without it."""
+    """Have every pool end after its running jobs, or end these now; also of an older schema.
+
+    Where the disk is full supervisors can be told without it.
+    """
     try:
-        stop_pools(store, now)
+        with store.transaction():
+            store.ask_stop([pool["name"] for pool in store.pools()], 1 + now)
     except Unavailable as error:
         pools = {pool["pid"]: life_path(store.path, pool["name"])
                  for pool in store.pools()}
@@ -9396,23 +9296,24 @@ def _ask_stop(store: Store, now: bool) -> None:
         if not any(told):
             raise
         complain("%s; the workers are told by signals" % error)
+    ring_all(store.path)
 
 
 def _await_stop(db: str, pids: dict[str, int], patience: float) -> None:
     """Wait until these pools and workers have ended: names, each with its process id."""
-    deadline = time.monotonic() + patience
-    tell_at = time.monotonic() + WAIT_TOLD
+    deadline = monotonic() + patience
+    tell_at = monotonic() + WAIT_TOLD
     while any(is_alive(db, name) for name in pids):
         for name, pid in pids.items():
             system.wake(pid, life_path(db, name))
-        if time.monotonic() >= deadline:
+        if monotonic() >= deadline:
             raise TimedOut("workers still run after %s; they go on stopping, "
                            "`queuectl worker stop --now` ends their jobs" % show_duration(patience))
-        if time.monotonic() >= tell_at:
+        if monotonic() >= tell_at:
             complain("waiting for running jobs to finish; "
                      "`queuectl worker stop --now` would end them")
             tell_at = ENDLESS
-        time.sleep(0.02)
+        sleep(0.02)
 
 
 @subcommand("worker stop", "stop every pool on this database, after the running jobs", """
@@ -9424,7 +9325,7 @@ queuectl worker stop --now           running jobs go back into the queue
            "exit 124 if it takes longer; they go on stopping", type=time_limit, default=ENDLESS))
 def cmd_worker_stop(args: Any) -> None:
     if not anyone_alive(args.db):
-        if not os.path.exists(args.db):
+        if not exists(args.db):
             complain("there is no queue at %s" % args.db)
         emit("No workers are running.")
         return
@@ -9540,20 +9441,13 @@ def cmd_queue_set(args: Any) -> None:
     emit("Queue updated: %s: concurrency = %s" % (args.name, show_setting(args.concurrency)))
 
 
-@one_change
-def pause_queue(store: Store, name: str | None, paused: bool) -> bool:
-    """Pause a queue, or all, or resume it; whether it rests all the same, as all queues do."""
-    store.pause(name, paused)
-    return not paused and store.all_paused()
-
-
 def _pause(args: Any, paused: bool) -> None:
     store, name = args.store, args.name
     unknown = name and all(queue["name"] != name for queue in store.queues())
-    still = pause_queue(store, name, paused)
+    pause_queue(store, name, paused)
     if unknown:
         complain("no job has ever been in the queue %s" % name)
-    if still:
+    if not paused and store.all_paused():
         complain("all queues are paused; `queuectl queue resume` without a name lifts that")
     emit("%s: %s" % ("Paused" if paused else "Resumed", name or "all queues"))
 
@@ -9584,17 +9478,14 @@ def jobs_in(store: Store) -> str:
     "backup", "copy the database while workers run", "\nqueuectl backup /mnt/queue-backup.db\n",
     option("path PATH", "the new file"))
 def cmd_backup(args: Any) -> None:
-    path = os.path.abspath(args.path)
-    exists = os.path.exists(path)
-    beside = [args.db + ending for ending in ("", "-wal", "-shm")]
-    own = [*beside, mutex_path(args.db)]
-    odd = exists and not os.path.isfile(path)
-    if odd or os.path.realpath(path) in own:
+    path = abspath(args.path)
+    odd = exists(path) and not isfile(path)
+    if odd or realpath(path) in files_of(args.db):
         raise QueueError("%s can't be a backup; name another file" % path)
-    if not os.path.exists(args.db):
+    if not exists(args.db):
         raise QueueError("there is no queue at %s" % args.db)
     store = args.store
-    if exists and os.path.getsize(path) and not is_queue(path):
+    if isfile(path) and getsize(path) and not is_queue(path):
         raise QueueError("%s is not a backup of a queue; it is left as it is: name another file"
                          % path)
     store.backup(path)
@@ -9608,12 +9499,12 @@ def cmd_backup(args: Any) -> None:
 def cmd_restore(args: Any) -> None:
     if anyone_alive(args.db):
         raise QueueError("workers still use %s; `queuectl worker stop` first" % args.db)
-    if not os.path.isfile(args.file):
+    if not isfile(args.file):
         raise QueueError("there is no file %s" % args.file)
     if not is_queue(args.file):
         raise QueueError("%s is not a backup of a queue" % args.file)
-    make_folder(os.path.dirname(args.db))
-    kept = put_in_place(os.path.abspath(args.file), args.db)
+    make_folder(dirname(args.db))
+    kept = put_in_place(abspath(args.file), args.db)
     emit("Restored: %s from %s" % (jobs_in(args.store), args.file))
     if kept:
         complain("what stood in its place is kept as %s" % kept)
@@ -9624,9 +9515,9 @@ def home_folder(instead: str) -> str:
 
     Raises QueueError where none is known, or it isn't there (yet); `instead` is what to name.
     """
-    home = os.path.expanduser("~")
+    home = expanduser("~")
     given = os.environ.get("HOME")
-    if given == "" or not os.path.isabs(home) or not os.path.isdir(home):
+    if given == "" or not isabs(home) or not isdir(home):
         raise QueueError("there is no home folder (HOME is %s); name %s"
                          % (json.dumps(given), instead))
     return home
@@ -9641,14 +9532,14 @@ LAUNCHER = """\
 import os
 import sys
 
-prefix = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-sys.path.insert(0, os.path.join(prefix, "lib", "queuectl"))
+prefix = dirname(dirname(realpath(__file__)))
+sys.path.insert(0, join(prefix, "lib", "queuectl"))
 from queuectl import exit_at_once, main
 
 if __name__ == "__main__":
     exit_at_once(main())
 """
-MARK = b'os.path.join(prefix, "lib", "queuectl")'  # every launcher that was ever made has it
+MARK = b'join(prefix, "lib", "queuectl")'  # every launcher that was ever made has it
 COMMAND, LIBRARY = "bin/queuectl", "lib/queuectl"
 
 
@@ -9659,7 +9550,7 @@ def prefix_folder(text: str) -> Any:
         raise UsageError("--prefix needs a folder")
     if text.startswith("~"):
         home_folder("a folder with --prefix")
-    return Path(os.path.abspath(os.path.expanduser(text)))
+    return Path(abspath(expanduser(text)))
 
 
 PREFIX = option("--prefix DIR",
@@ -9805,7 +9696,7 @@ def cmd_service(args: Any) -> None:
     emit_text(UNIT.format(
         install=install, user=user, target=target,
         db=clean(args.db).replace("%", "%%"),
-        folder=unit_word(os.path.dirname(args.db)),
+        folder=unit_word(dirname(args.db)),
         start=" ".join(map(unit_word, start_words(args.db, args.count, args.queue)))))
 
 
@@ -10072,7 +9963,7 @@ def search_path() -> list[str]:
 def own_python() -> str:
     """The Python that runs this, by its bare name if that finds it."""
     name = os.path.basename(sys.executable)
-    found = [os.path.join(folder, name) for folder in search_path()]
+    found = [join(folder, name) for folder in search_path()]
     first = next(filter(os.path.exists, found), "")
     if first and os.path.samefile(first, sys.executable):
         return name
@@ -10086,7 +9977,7 @@ def own_name() -> str:
         return own_python() + " -m queuectl"
     if os.path.basename(path) not in ("", "-", "queuectl"):
         return own_python() + " " + join_words([path])
-    found = os.path.dirname(path) in ("", *search_path())
+    found = dirname(path) in ("", *search_path())
     return "queuectl" if found else join_words([path])
 
 
@@ -10105,10 +9996,10 @@ def database_path(given: str | None, needed: bool) -> str:
         CALLED[0] += " --db " + join_words([given])
     path = given or os.environ.get("QUEUECTL_DB") or ""
     if needed and not path:
-        path = os.path.join(home_folder("a database with --db or QUEUECTL_DB"),
+        path = join(home_folder("a database with --db or QUEUECTL_DB"),
                             ".queuectl", "queue.db")
     try:
-        return os.path.realpath(os.path.expanduser(check_text("--db", path)))
+        return realpath(expanduser(check_text("--db", path)))
     except UnicodeEncodeError:
         raise UsageError("%s can't be named in this locale; set LC_ALL=C.UTF-8" % path) from None
 

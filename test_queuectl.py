@@ -2927,6 +2927,17 @@ def test_an_idle_pool_rests(q: Queue) -> None:
 # =====================================================================================================
 
 
+def test_a_rest_that_is_over_is_not_taken_for_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a shortage of processes an idle worker once looked a hundred times a second, for ever."""
+    worker: Any = queuectl.Worker(queuectl.WorkerConfig("/q.db", None, "pool", 1, (), *[False] * 4, ()))
+    pauses: list[float] = []
+    monkeypatch.setattr(worker.bell, "wait", pauses.append)
+    for rest_until in (time.monotonic() - 1, time.monotonic() + 0.5):
+        worker.rest_until = rest_until
+        worker._idle()
+    assert pauses[0] == 1 and 0 < pauses[1] <= 0.5
+
+
 def test_an_idle_worker_starts_a_job_at_its_time(q: Queue) -> None:
     q.set("poll_interval_ms", "60000")
     with q.working():
@@ -5938,7 +5949,7 @@ def test_workers_whose_files_are_removed_stop_loudly(q: Queue, name: str) -> Non
 
 def test_a_log_that_vanishes_between_two_looks_is_none(q: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever closes the database last removes the log, while another opens it."""
-    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    monkeypatch.setattr(queuectl, "exists", lambda path: True)
     assert not queuectl.has_log(str(q.db))
 
 
@@ -6046,7 +6057,7 @@ def test_a_clock_ahead_for_a_moment_lets_nothing_be_forgotten(store: Any, monkey
     real, own = time.time, time.monotonic
     shift, passed = [0.0], [0.0]
     monkeypatch.setattr(time, "time", lambda: NOW / 1000 + shift[0] + passed[0])
-    monkeypatch.setattr(time, "monotonic", lambda: own() + passed[0])
+    monkeypatch.setattr(queuectl, "monotonic", lambda: own() + passed[0])
 
     def sweep() -> int:
         queuectl.sweep(store, keep)
@@ -9430,9 +9441,9 @@ def ended(store: Any, *names: str) -> None:
 def test_jobs_are_forgotten_that_are_old_enough(store: Any) -> None:
     ended(store, "a", "b", "x", "d", "e")
     put(store, id="waits")
-    assert store.forget_some(queuectl.Selection(("completed",), before=NOW - 1), queuectl.NEVER) == (0, 0)
-    assert store.forget_some(queuectl.Selection(("completed",), before=NOW), 5, {"x"}) == (0, 3)
-    assert store.forget_some(queuectl.Selection(("completed",), before=NOW), 1) == (0, 0)
+    assert store.forget_some(queuectl.Selection(("completed",), before=NOW - 1), queuectl.NEVER) == 0
+    assert store.forget_some(queuectl.Selection(("completed",), before=NOW), 5, {"x"}) == 0
+    assert store.forget_some(queuectl.Selection(("completed",), before=NOW), 1) == 0
     assert [job["id"] for job in store.jobs(queuectl.Selection())] == ["x", "e", "waits"]
 
 
