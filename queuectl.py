@@ -4520,19 +4520,14 @@ class Editing(Endings):
             env=as_json(env), policy=policy_of_draft(policy),
             unique_key=new["unique"], updated_at=now, context=job["context"])
         if "cwd" in changes:
-            values["context"] = self._move(job, changes["cwd"])
+            values["context"] = self._count_in_folder(job, changes["cwd"])
         assignments = ", ".join("%s = ?" % name for name in values)
         try:
             self.execute("UPDATE jobs SET %s WHERE seq = ?" % assignments, *values.values(), seq)
         except sqlite3.IntegrityError:
             raise QueueError("another job with the key %s waits or runs" % new["unique"]) from None
         if new["queue"] != job["queue"]:
-            state = job["state"]
-            self.execute(ADD_QUEUE, new["queue"])
-            for queue, step in ((new["queue"], 1), (job["queue"], -1)):
-                self.execute("UPDATE queues SET %s = %s + ? WHERE name = ?" % (state, state),
-                             step, queue)
-            self.execute(FORGET_QUEUE, job["queue"])
+            self._count_in_queue(job, new["queue"])
         if "after" in changes or "after_any" in changes:
             self._wait_anew(job, new, now)
         elif "run_at" in changes and (job["ready"] or job["due"] is not None):
@@ -4541,8 +4536,17 @@ class Editing(Endings):
         if job["state"] == FAILED and job["attempts"] >= max(1, new["max_retries"]):
             self._die(seq, now)
 
-    def _move(self, job: Row, cwd: str) -> int:
-        """Count a job in another folder; the key of its context there."""
+    def _count_in_queue(self, job: Row, queue: str) -> None:
+        """Count a job in another queue than before."""
+        state, before = job["state"], job["queue"]
+        self.execute(ADD_QUEUE, queue)
+        for name, step in ((queue, 1), (before, -1)):
+            self.execute("UPDATE queues SET %s = %s + ? WHERE name = ?" % (state, state),
+                         step, name)
+        self.execute(FORGET_QUEUE, before)
+
+    def _count_in_folder(self, job: Row, cwd: str) -> int:
+        """Count a job in another folder than before; the key of its context there."""
         intake = Intake(self, {}, self.context(job["context"])[1:], 0)
         intake.look_up_context(cwd)
         key: int = intake.contexts[cwd]
