@@ -687,7 +687,7 @@ def _part_of(word: str, form: str) -> str:
         return dirname(word.rstrip("/")) or "."
     if form.startswith("/"):
         word = os.path.basename(word)
-    return re.sub(r"\.[^/.]+\Z", "", word) if form.endswith(".") else word
+    return re.sub(r"\.[^/.]*\Z", "", word) if form.endswith(".") else word
 
 
 def fill(template: str, columns: Sequence[str], number: int,
@@ -4183,8 +4183,8 @@ def policy_of_draft(draft: Draft) -> str | None:
 
 def is_special(draft: Draft) -> bool:
     """Whether a draft has what few jobs have, and bulks are to be fast without."""
-    lists = draft["after"], draft["after_any"], draft["dead_on"], draft.get("input")
-    return any(lists) or (draft["unique"], draft["retry_after"]) != (None, None)
+    lists = draft["after"], draft["after_any"], draft["dead_on"]
+    return any(lists) or {draft["unique"], draft["retry_after"], draft.get("input")} != {None}
 
 
 class Intake:
@@ -5404,11 +5404,15 @@ def take_life(db: str, name: str) -> int:
         raise
 
 
+# How a pool in the background drains: nobody sees by its exit code whether a job died, and that of
+# a `run` also waits for the jobs that are not due yet.
+DUE, WHOLE = "due", "whole"
+
 WorkerConfig = namedtuple("WorkerConfig", "db file pool number queues drain limited run supervisor fds")
 WorkerConfig.__doc__ = """What the supervisor tells a worker: the database, which file that was, its pool,
-its number there, the queues it serves (none: all), whether to drain, whether --max-jobs was given,
-whether it serves a `run` (then it drains that run's queue), the supervisor's process id, and the
-descriptors it inherits but must not keep."""
+its number there, the queues it serves (none: all), whether to drain (or DUE, WHOLE), whether --max-jobs
+was given, whether it serves a `run` (then it drains that run's queue), the supervisor's process
+id, and the descriptors it inherits but must not keep."""
 
 
 def signal_name(number: int) -> str:
@@ -5952,9 +5956,9 @@ class Worker(Attending):
     def _is_done(self) -> bool:
         """Whether a `run`, a drain or --max-jobs leaves nothing more to do."""
         try:
-            if self.order.run:
+            if self.order.run or self.order.drain == WHOLE:
                 queue = self.order.queues[0]
-                return self.order.drain and not self.store.is_busy(queue)
+                return bool(self.order.drain) and not self.store.is_busy(queue)
             if self._used_up():
                 return True
             return self.order.drain and self.store.drained(self.queues, now_millis())
@@ -6132,18 +6136,16 @@ def is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()
 
 
-def lines_of(output: bytes) -> list[bytes]:
-    """The lines of an output, each with its newline, which the last may lack."""
-    return re.findall(rb"[^\n]*\n|[^\n]+", output)
+def last_lines(output: bytes, count: int) -> bytes:
+    """The last lines of an output, the last of which may lack its newline."""
+    start = len(output)
+    while start and count:
+        start, count = output.rfind(b"\n", 0, start - 1) + 1, count - 1
+    return output[start:]
 
 
-def emit_output(output: bytes, stream: Any = None, tag: str = "") -> None:
-    """What a job has printed: nothing in it acts on a terminal; a pipe gets it unchanged.
-
-    With a `tag`, each line begins with it and a tab. A carriage return ends a line, too, as in
-    GNU parallel.
-    """
-    if tag:
+def _emit_part(output: bytes, stream: Any, tag: str | None) -> None:
+    if tag is not None:
         label = tag.encode("utf-8", "surrogateescape") + b"\t"
         output = re.sub(rb"[^\r\n]*[\r\n]|[^\r\n]+", lambda line: label + line.group(), output)
     if is_terminal(stream or sys.stdout):
@@ -6151,6 +6153,19 @@ def emit_output(output: bytes, stream: Any = None, tag: str = "") -> None:
         text = re.sub(r"[^\n\t]+", lambda match: clean(match.group()), text)
         output = text.encode("utf-8", "replace")
     emit_bytes(output, stream)
+
+
+def emit_output(output: bytes, stream: Any = None, tag: str | None = None) -> None:
+    """What a job has printed: nothing in it acts on a terminal; a pipe gets it unchanged.
+
+    With a `tag`, each line begins with it and a tab. A carriage return ends a line, too, as in
+    GNU parallel. A long output is shown in parts, for lines take much more memory than their text.
+    """
+    start = 0
+    while start < len(output):
+        end = output.find(b"\n", start + (1 << 20)) + 1 or len(output)
+        _emit_part(output[start:end], stream, tag)
+        start = end
 
 
 def terminal_width() -> int:
@@ -6273,7 +6288,7 @@ class Pool:
     code = EXIT_OK
 
     def __init__(self, db: str, name: str, count: int, queues: Sequence[str],
-                 drain: bool = False, max_jobs: int | None = None):
+                 drain: Any = False, max_jobs: int | None = None):
         self.db, self.name, self.count = db, name, count
         self.queues, self.drain, self.max_jobs = tuple(queues), drain, max_jobs
         self.unneeded: list[int] = []  # descriptors that workers inherit
@@ -6478,7 +6493,7 @@ class Pool:
         except QueueError as error:
             self._tell(str(error))
             return max(self.code, EXIT_FAILED)
-        if self.drain and died and not self.reporter:
+        if self.drain is True and died and not self.reporter:
             return self.code or EXIT_FAILED
         return self.code
 
@@ -7322,8 +7337,8 @@ class Logs:
         if not output or name not in self.streams:
             return
         if self.tail is not None:
-            output = b"".join(lines_of(output)[-self.tail:])
-        emit_output(output, tag=job["id"] if self.tag else "")
+            output = last_lines(output, self.tail)
+        emit_output(output, tag=job["id"] if self.tag else None)
         self.torn = not output.endswith(b"\n")
 
     def end_line(self) -> None:
@@ -8315,8 +8330,7 @@ def job_lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
                 line = line[:-1]
             yield number, line
     if array == "open":
-        raise UsageError("line %d: the array that begins on line 1 has no end; "
-                         "nothing was enqueued" % number)
+        raise UsageError("line %d: the array that begins on line 1 has no end" % number)
 
 
 def drafts_of(lines: Iterable[Any],
@@ -8386,7 +8400,7 @@ def each_source(args: Any, options: Row, now: int) -> Iterator[Row]:
             try:
                 given = given.decode()
             except UnicodeDecodeError:
-                raise UsageError("%r is not valid UTF-8" % given) from None
+                raise UsageError("%s is not valid UTF-8" % shorten(repr(given), 100)) from None
         columns = columns_of(given, args.colsep)
         command = fill(args.each, columns, next(numbers), quote_input, place)
         draft = draft_of({"command": command, **options}, now, system.longest_command)
@@ -8672,7 +8686,8 @@ def _await_pool(process: Any, store: Store, name: str, count: int,
         sleep(0.01)
 
 
-def _start_detached(store: Store, name: str, count: int, words: Sequence[str]) -> int:
+def _start_detached(store: Store, name: str, count: int, words: Sequence[str],
+                    drain: str) -> int:
     """Start a pool by these words in a session of its own; its process id when its workers run."""
     import subprocess
     folder = dirname(store.path)
@@ -8680,7 +8695,8 @@ def _start_detached(store: Store, name: str, count: int, words: Sequence[str]) -
     fd = _open_log(log)
     process = subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, cwd=folder,
-        env=dict(os.environ, QUEUECTL_POOL=name), start_new_session=not WINDOWS,
+        env=dict(os.environ, QUEUECTL_POOL=name, QUEUECTL_DRAIN=drain),
+        start_new_session=not WINDOWS,
         creationflags=0x208 if WINDOWS else 0)  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
     os.close(fd)
     _await_pool(process, store, name, count, log)
@@ -8711,20 +8727,21 @@ def cmd_worker_start(args: Any) -> int:
         start_compiled()
     store = open_trusted(args.db, tell=complain)
     name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name(store)
+    drain = os.environ.pop("QUEUECTL_DRAIN", args.drain)
     if args.detach:
         words = start_words(args.db, args.count, args.queue)
         if args.drain:
             words.append("--drain")
         if args.max_jobs:
             words += ["--max-jobs", str(args.max_jobs)]
-        emit(str(_start_detached(store, name, args.count, words)))
+        emit(str(_start_detached(store, name, args.count, words, DUE * args.drain)))
         return EXIT_OK
     store.close()
     workers = count_of(args.count, "worker")
     system.say("Starting %s, pool %s, pid %d, database %s\n"
                % (workers, name, os.getpid(), clean(args.db)))
     pool = Pool(args.db, name, args.count, args.queue,
-                drain=args.drain, max_jobs=args.max_jobs)
+                drain=drain, max_jobs=args.max_jobs)
     return pool.run()
 
 
@@ -8829,6 +8846,7 @@ class Outputs:
         self.low = batch.before  # all jobs up to this seq are shown,
         self.shown: set[int] = set()  # and these
         self.reader: OutputReader | None = None  # of the job that is shown live
+        self.last: Any = None  # the stream that was written to last
         self.code = EXIT_OK
 
     def show(self, last: int, final: bool) -> None:
@@ -8892,11 +8910,14 @@ class Outputs:
         if stream is None and sys.stdout is not None:
             return  # stderr is closed
         self.line.clear()
-        tag = ""
+        tag = None
         if self.tag:
             tag = json.loads(job["policy"] or "{}").get("input", job["id"])
         if is_terminal(stream) and not part.endswith(b"\n"):
             part += b"\n"  # the line with the progress may follow
+        if stream is not self.last:  # the two may be one file: there, too, the order is right
+            flush_streams()
+        self.last = stream
         emit_output(part, stream, tag)
 
 
@@ -8930,6 +8951,10 @@ class Reporter:
             self._add_arrived()
             self._look(stopped is not None)
         self.line.clear()
+        if self.reading:  # `--resume` can't know what was still to come
+            complain("stopped before the input ended: what had not come yet is not in %s"
+                     % self.batch.queue)
+            self.code = EXIT_INTERRUPTED
         return max(self.code, self.outputs.code, self.sum_up(bool(stopped)))
 
     def _is_done(self) -> bool:
@@ -8944,13 +8969,15 @@ class Reporter:
         try:
             seen = self.store.changed()
             if seen != self.seen or final or self.outputs.live:
-                self.part = self._progress()
+                part = self._progress()
                 if not (self.args.quiet or self.args.json):
                     self.outputs.show(self.batch.last, final)
+                self.part = part  # only now: if all have ended, no other look follows
             if self.part and not final:
                 self.line.show_if_due(self.batch.queue, self.part)
         except Unavailable:  # it can't be read now: what is wrong, the workers say
-            pass
+            if final:
+                raise
         self.seen = seen
         self.pause = max(FOLLOW_EVERY, 4 * (monotonic() - began))
 
@@ -8993,9 +9020,17 @@ class Reporter:
                 self._end_reading(draft)
         try:
             if drafts:
-                self._add(drafts)
+                self._add_all(drafts)
         except QueueError as error:
             self._end_reading(error)
+
+    def _add_all(self, drafts: list[Draft]) -> None:
+        """Add these jobs; if one can't be added those before it."""
+        try:
+            self._add(drafts)
+        except QueueError:
+            for draft in drafts:
+                self._add([draft])
 
     def _add(self, drafts: list[Draft]) -> None:
         manner, name = manner_of(self.args, now_millis()), self.batch.queue
@@ -9011,7 +9046,7 @@ class Reporter:
         if error:
             self.line.clear()
             complain("error: %s; no more is read, and what came before is worked on" % error)
-            self.code = EXIT_USAGE
+            self.code = getattr(error, "code", EXIT_FAILED)
 
     # The end.
 
@@ -9199,7 +9234,7 @@ def _begin_run(args: Any, store: Store) -> tuple[Batch, Pool]:
 def _detach_run(args: Any, store: Store, batch: Batch, pool: Pool) -> int:
     """Leave a run to a pool in the background, and print its name."""
     words = start_words(args.db, pool.count, pool.queues)
-    _start_detached(store, pool.name, pool.count, [*words, "--drain"])
+    _start_detached(store, pool.name, pool.count, [*words, "--drain"], WHOLE)
     if args.json:
         emit_json({"queue": batch.queue, "jobs": batch.last - batch.before})
     else:

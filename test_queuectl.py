@@ -20,6 +20,7 @@ storms · found by attack · an operator's day · cancelled, selections, mending
 
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import hashlib
@@ -7564,7 +7565,8 @@ def test_logs_of_an_older_database_are_followed(q: Queue, version: int) -> None:
     printed.write_text("one\n")
     wait_for(lambda: "one\n" in follow.out, what="the first line")
     assert q("logs", "ready", "--stdout").out == "one\n"
-    printed.write_text("one\ntwo\n")
+    with printed.open("a") as more:  # it was never empty meanwhile
+        more.write("two\n")
     wait_for(lambda: "two\n" in follow.out, what="the second line")
     old_record(q, version, "ready", "completed", b"one\ntwo\nthree\n")
     assert follow.wait() == 0
@@ -9900,14 +9902,14 @@ def test_a_job_deleted_during_a_run_is_not_completed(q: Queue) -> None:
 # what jobs print: run, logs
 
 
-PLACES = ["a/b.c/d", "a/.bashrc", "/x", "x.tar.gz", "a//b", "x.y.z ", "it's", "a\nb.c/d", "-n.x"]
+PLACES = ["a/b.c/d", "a/.bashrc", "/x", "x.tar.gz", "a//b", "x.y.z ", "it's", "a\nb.c/d", "-n.x", "x.", "..."]
 
 
 def test_placeholders_are_those_of_parallel(q: Queue) -> None:
     said = q("run", "--each", 'printf "<%s>" {} {.} {/} {//} {/.} {#}; echo', *PLACES).out
 
     def stem(name: str) -> str:
-        return re.sub(r"\.[^/.]+\Z", "", name)
+        return re.sub(r"\.[^/.]*\Z", "", name)
 
     wanted = [
         (name, stem(name), last, os.path.dirname(name) or ".", stem(last), number)
@@ -10192,12 +10194,101 @@ def test_a_killed_reporter_stops_the_run(q: Queue) -> None:
     workers = {worker["pid"] for worker in q.look("worker", "list")}
     (reporter,) = set(children(run.process.pid)) - workers
     os.kill(reporter, signal.SIGKILL)
+    with closing(sqlite3.connect(str(q.db), timeout=20)) as db:
+        wait_for(lambda: db.execute("SELECT stop FROM pools").fetchone() == (1,), what="the order to stop")
     q.touch("go")
     assert run.wait() == 1 and "was killed" in run.err
     assert q.counts() == {"completed": 1, "pending": 1}
 
 
+@pytest.mark.parametrize("options", [["--delay", "1s"], ["--run-at", "+1s"], ["--after", "first"]])
+def test_a_run_in_the_background_waits_for_jobs_that_are_not_due(q: Queue, options: list[str]) -> None:
+    q.add("until [ -e go ]; do sleep 0.02; done", "--id", "first", "--queue", "other")
+    with q.working("--queue", "other"):
+        q("run", "--detach", "-j", "1", *options, "true a", "true b")
+        q.touch("go")
+        q("wait", "--queue", "run-1", "--timeout", "30")
+    wait_for(lambda: q.workers() == 0)
+
+
+def test_a_run_in_the_background_whose_jobs_die_at_once_has_started(q: Queue) -> None:
+    for number in (1, 2, 3):
+        said = q("run", "--detach", "-j", "4", "--commands", "--max-retries", "1", *["false"] * 4)
+        assert said.out == f"run-{number}\n"
+    q.add("false", "--max-retries", "1")
+    q("worker", "start", "--drain", env={"QUEUECTL_DRAIN": queuectl.DUE})  # as one in the background
+
+
+def test_outputs_in_one_file_are_in_the_order_of_the_jobs(q: Queue) -> None:
+    said = q.bash('queuectl run -j 1 --each "echo o{}; echo e{} >&2" 1 2 3 2>&1')
+    assert said.out.startswith("o1\ne1\no2\ne2\no3\ne3\nrun-1: ")
+
+
+@pytest.mark.parametrize("stop", ["kill -TERM $!", "queuectl worker stop"])
+def test_a_run_that_is_stopped_while_its_input_goes_on_is_interrupted(q: Queue, stop: str) -> None:
+    said = q.bash(f"""
+        mkfifo pipe
+        "{sys.executable}" "{PROGRAM}" run -j 1 --each 'touch {{}}' <pipe &
+        exec 9>pipe
+        echo ran >&9
+        until [ -e ran ]; do sleep 0.02; done
+        sleep 0.3
+        {stop}
+        wait $!
+    """, code=130)  # fmt: skip
+    assert "stopped before the input ended" in said.err and "1 of 1 completed" in said.err
+
+
+def test_lines_before_one_that_can_not_be_added_are_worked_on(q: Queue) -> None:
+    q.add("true", "--id", "a", "--delay", "1h")
+    lines = 'echo 1\necho 2\n{"id": "a", "command": "true"}\necho 3\n'
+    said = q.bash(f"printf '{lines}' | queuectl run -j 1", code=1)
+    assert said.out == "1\n2\n" and "line 3: " in said.err and "2 of 2 completed" in said.err
+    assert len(q.bash("head -c 50000 /dev/zero | tr '\\0' '\\377' | queuectl run --each true", code=2).err) < 400
+
+
+def test_an_empty_input_is_a_tag_too(q: Queue) -> None:
+    assert q("run", "-0", "--tag", "--each", "echo x{}", stdin="\0a\0").out == "\tx\na\txa\n"
+
+
+@pytest.mark.parametrize("failing", [["changed"], ["jobs_between", "ended_between"]])
+def test_outputs_that_can_not_be_read_at_the_end_are_an_error(
+    q: Queue, monkeypatch: pytest.MonkeyPatch, failing: list[str]
+) -> None:
+    q("run", "echo hi")
+    store = queuectl.Store(str(q.db))
+    args = argparse.Namespace(store=store, quiet=False, json=False, tag=False, unordered=False, pipe=0, queue="run-1")
+    batch = queuectl.Batch("run-1", 0, 1, dict.fromkeys(queuectl.STATES, 0), 0)
+    reporter = queuectl.Reporter(args, batch, None)
+
+    def unreadable(*_: Any) -> Any:
+        raise queuectl.Unavailable("locked")
+
+    for name in failing:
+        monkeypatch.setattr(store, name, unreadable)
+    reporter._look(False)
+    assert not reporter._is_done()
+    with pytest.raises(queuectl.Unavailable):
+        reporter._look(True)
+    store.close()
+
+
 # logs
+
+
+@pytest.mark.parametrize("output", [b"", b"\n", b"a", b"a\n", b"\n\n", b"a\nb", b"a\n\nb\n"])
+def test_the_last_lines(output: bytes) -> None:
+    for count in range(1, 5):
+        wanted = output.splitlines(True)[-count:]
+        assert queuectl.last_lines(output, count) == b"".join(wanted)
+
+
+def test_a_long_output_is_shown_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[bytes] = []
+    monkeypatch.setattr(queuectl, "emit_bytes", lambda data, _stream: parts.append(data))
+    queuectl.emit_output(b"x\n" * 2_000_000 + b"end", tag="t")
+    assert b"".join(parts) == b"t\tx\n" * 2_000_000 + b"t\tend"
+    assert max(map(len, parts)) < 4_000_000
 
 
 def test_logs_of_a_stream_are_those_of_the_newest_run(q: Queue) -> None:
