@@ -93,6 +93,8 @@ if TYPE_CHECKING:
     Settings = dict[str, Any]
     Names = Sequence[str]  # of queues, states, files or columns
     Tell = Callable[[str], None]
+    Lines = Iterator[tuple[int, str]]  # each with its number
+    Given = Iterator[tuple[int, str | Row]]  # what was given as jobs, each with its line
 
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
     "pending", "processing", "completed", "failed", "dead", "cancelled")
@@ -116,19 +118,19 @@ EXIT_DISMISSED, EXIT_TROUBLED = 10, 11
 # (and EDITABLE), LIMITS and _checked_field, MIGRATIONS, ADD_JOB and Intake._row, SELECT_JOBS and
 # FIELD_OPTIONS; if its run needs it, to Job, next_job and HELD_JOBS.
 FIELDS = tuple("""
-    id command state queue priority run_at timeout_seconds attempts max_retries backoff_base cwd env
-    after after_any unique retry_after dead_on expires_at created_at updated_at started_at
+    id command shell state queue priority run_at timeout_seconds attempts max_retries backoff_base
+    cwd env after after_any unique retry_after dead_on expires_at created_at updated_at started_at
     finished_at next_retry_at exit_code last_error locked_by locked_at
     """.split())  # noqa: SIM905
 # Columns that `edit` changes to what is given.
 EDITABLE = """
-    command queue priority run_at timeout_seconds max_retries backoff_base expires_at
+    command shell queue priority run_at timeout_seconds max_retries backoff_base expires_at
     """.split()  # noqa: SIM905
 # What exit codes mean for a job. These are kept together, for few jobs have any.
 POLICY_FIELDS = ("retry_after", "dead_on")
 GIVEN_FIELDS = tuple("""
-    id command queue priority run_at timeout_seconds max_retries backoff_base cwd env after
-    after_any unique expires_at retry_after dead_on
+    id command shell queue priority run_at timeout_seconds max_retries backoff_base cwd env
+    after after_any unique expires_at retry_after dead_on
     """.split())  # noqa: SIM905
 ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at",
            "expires": "expires_at"}
@@ -164,7 +166,7 @@ LIMITS = {
     "on_dead": Limit("shell command"),
     "on_end": Limit("shell command"),
 }
-SETTINGS: Row = {name: limit.default for name, limit in LIMITS.items()}
+SETTINGS: Row = {name: limit.default for name, limit in LIMITS.items()}  # and `shell`: Platform's
 RUN_OUTPUT = 64 * 1024 * 1024  # bytes of output kept of a job of a `run`, unless that is set
 LIMITS.update(
     delay=Limit("duration", 0, CENTURY),
@@ -211,7 +213,7 @@ class Unavailable(QueueError):
 
 # A claimed job, as its worker knows it; `seq` is its place in the order of arrival.
 Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
-                        "backoff_base context env policy deferrals chained place started_at")
+                        "backoff_base context env policy deferrals chained shell place started_at")
 # How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
 # `seconds` was measured by the monotonic clock; `final`: its exit code says not to try again.
 RunResult = namedtuple("RunResult", "job ending exit_code error finished_at seconds stdout stderr "
@@ -276,10 +278,15 @@ def count_of(number: int, noun: str) -> str:
     return "%d %s%s" % (number, noun, "" if number == 1 else "s")
 
 
+# What words of other programs are called here.
+OURS = {"--command": "COMMAND", "--daemon": "--detach", "--force": "--now", "--concurrency": "-j",
+        "job_timeout": "timeout_seconds"}
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, or nothing where no known word is near."""
     import difflib
-    near = difflib.get_close_matches(word, known, 1)
+    near = difflib.get_close_matches(OURS.get(word, word), known, 1)
     return "; did you mean %s?" % near[0] if near else ""
 
 
@@ -630,6 +637,59 @@ def shell_contexts(text: str) -> str:
     return codes[:-1]
 
 
+# What may open, close or cut off a part of a line, within "…" and elsewhere. What is whole in itself
+# is passed over: it has no `mark`.
+_SHELL_MARKS = {
+    True: r"""(?sx)
+    \\.
+  | \$\{ (?: [^}{"'\\] | \\. | "[^"]*" | '[^']*' )* \}
+  | \( \( (?: [^()] | \([^()]*\) )* \) \)       # a sum, which may have << in it
+  | (?P<mark> \\ | ["`] | \$\( )
+""",
+    False: r"""(?sx)
+    \\.
+  | \$\{ (?: [^}{"'\\] | \\. | "[^"]*" | '[^']*' )* \}
+  | \( \( (?: [^()] | \([^()]*\) )* \) \)
+  | \$' (?: \\. | [^'\\] )* ' | '[^']*'
+  | <<<
+  | (?<! [^\s;&|()<>] ) \# .*
+  | (?P<mark> \\ | ['"`(] | <<
+      | (?: \|&? | && | [;&|] \s* (?: do | then | else ) | [);&|] \s* \{ ) (?= \s* \Z | \s+ \# | (?<! \w ) \# )
+      | \) )
+""",
+}
+# The usual line, on which nothing is unfinished, and that is no comment, no JSON and not empty.
+_FINISHED = r"""(?x)
+    (?! [\#{[\ufeff] | \Z ) [^'"\\`()<|&;\#]*
+    (?: (?: '[^']*' | \\. | < (?! [<(] ) | (?<= [^\s;&|()<>] ) \#
+          | " [^"\\`$]* (?: (?: \$ (?: [^"\\`$({] | \{\w+\} | \( [^'"\\`()<\#]* \) ) | \\. )
+              [^"\\`$]* )* "
+          | \( (?: [^'"\\`()<\#] | '[^']*' | "[^"\\`$]*" )* \) (?! \s* \{ ) | ` [^'"\\`<\#]* `
+          | [|&;] (?! \s* (?: \Z | do\b | then\b | else\b | [{\#] ) ) )
+        [^'"\\`()<|&;\#]* )*
+"""
+
+
+def unfinished(text: str) -> str:
+    """What makes a shell read on behind a line: an open quote or (, <<, a backslash, a last `do`.
+
+    "" if nothing does, or if that is beyond what can be judged here.
+    """
+    opened, at = "", 0  # what is to close what is open
+    while True:
+        innermost = opened[-1:]
+        match = re.compile(_SHELL_MARKS[innermost == '"']).search(text, at)
+        if match is None:
+            return innermost
+        at, mark = match.end(), match["mark"] or ""
+        if mark == innermost:
+            opened = opened[:-1]
+        elif mark[-1:] in "\"`(":
+            opened += mark[-1:].replace("(", ")")
+        elif mark != ")":
+            return mark
+
+
 def in_quotes(word: str) -> str:
     """A word as a shell reads it, always in quotes."""
     return "'%s'" % word.replace("'", "'\"'\"'")
@@ -743,8 +803,6 @@ def check_command(command: Any, longest: int) -> str:
     check_text("command", command)
     if not command.strip():
         raise UsageError("command must not be empty")
-    if command.startswith("\ufeff"):
-        raise UsageError("the job starts with a byte order mark; save it as UTF-8 without one")
     size = len(command.encode())
     if size > longest:
         raise UsageError("command is too long: %d bytes, this system takes %d; put it into a script"
@@ -813,6 +871,8 @@ def _checked_field(key: str, name: str, value: Any, now: int, hook: bool) -> Any
     if name == "unique":
         return check_key(value)
     if name in ("id", "queue"):
+        if key == "id" and type(value) is int:
+            value = str(value)
         return check_name(name, value)
     if name == "env":
         return check_env(value, hook)
@@ -841,7 +901,7 @@ def draft_of(fields: Row, now: int, longest: int) -> Row:
     if hook and "state" not in fields:
         raise UsageError("the queue %s is for what on_dead and on_end ask for; name another"
                          % HOOK_QUEUE)
-    if is_run_queue(draft["queue"] or ""):
+    if draft["queue"] and is_run_queue(draft["queue"]):
         if "state" not in fields:
             raise UsageError("the queue %s is that of a run; name another" % draft["queue"])
         draft["queue"] = None
@@ -899,9 +959,11 @@ def as_called(text: str) -> str:
 
 
 def shell_word(text: str) -> str:
-    """A text as one word of a command that can be pasted."""
+    """A text as one word of a command; bytes that are no UTF-8 stand in it as octal numbers."""
     import shlex
-    return shlex.quote(text)
+    word = re.sub("[\udc80-\udcff]",
+                  lambda byte: "'\"$(printf '\\%o')\"'" % (ord(byte[0]) - 0xdc00), shlex.quote(text))
+    return word.replace("')\"''\"$(printf '", "")  # one process for bytes that stand together
 
 
 def read_object(text: str) -> Row:
@@ -925,29 +987,9 @@ def read_object(text: str) -> Row:
         shown = shorten(json.dumps(text)[1:-1], 200)
         raise UsageError(
             "this JSON can't be read (%s): %s; write it as '{\"command\":\"echo hello\"}' in "
-            "single quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"), "
-            "or put -- before a shell command that begins with {" % (problem, shown))
+            "single quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"), or put -- before a "
+            "shell command that begins with {, in a file a blank behind it" % (problem, shown))
     return bare
-
-
-def read_job(text: str, now: int, longest: int, options: Row) -> Row:
-    """The draft of a job from one argument or one line of a file; `options` win over its JSON.
-
-    `now` is in milliseconds, `longest` the longest command in bytes. Raises UsageError.
-    """
-    fields = {"command": text}
-    if text.lstrip("\ufeff \t\r\n").startswith("{"):
-        if text.startswith("\ufeff"):
-            raise UsageError("the JSON starts with a byte order mark; save it as UTF-8 without one")
-        fields = read_object(text)
-    if "env" in options:
-        env = check_env(fields.get("env") or {})
-        options = {**options, "env": {**env, **options["env"]}}
-    given = {ALIASES.get(name, name) for name in options}
-    for name in list(fields):
-        if ALIASES.get(name, name) in given:
-            del fields[name]
-    return draft_of({**fields, **options}, now, longest)
 
 
 # ═══ Platform ═══ processes, signals, locks, bells and the disk; POSIX and Windows ═══════════
@@ -1266,7 +1308,7 @@ class PosixFiles:
 class Posix(PosixFiles):
     """Linux, macOS and other Unixes: how processes are started, found and ended."""
 
-    shell = ("/bin/sh", "-c")
+    shell = "/bin/sh"
     longest_command = 131071 if PosixFiles.linux else 200_000  # bytes, E2BIG beyond
     # Forking takes 2 ms; elsewhere than on Linux system libraries don't survive a fork.
     start_method = "fork" if PosixFiles.linux else "spawn"
@@ -1323,7 +1365,7 @@ class Posix(PosixFiles):
             self.token_fd = limit - 1
         self.to_default = list(signal.valid_signals())  # jobs ignore and block none
         self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # the stdin of jobs
-        self.real_shell = realpath(self.shell[0])
+        self.real_shell = realpath(self.shell)
         libc = self._libc()
         if libc:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
             libc.prctl(1, int(signal.SIGHUP), 0, 0, 0)
@@ -1358,7 +1400,7 @@ class Posix(PosixFiles):
         """Text as the system takes it: UTF-8, whatever the locale says."""
         return text.encode("utf-8", "surrogateescape")
 
-    def spawn(self, command: str, env: Env, cwd: str, umask: int,
+    def spawn(self, command: str, shell: str, env: Env, cwd: str, umask: int,
               out: int, err: int) -> int:
         """Start `command` in a session of its own; return its process id, or raise OSError.
 
@@ -1370,12 +1412,14 @@ class Posix(PosixFiles):
         try:
             os.chdir(self.native(cwd))
             streams = {0: self.null, 1: out, 2: err, self.token_fd: err}
-            pid = self._spawn_directly(command, env, streams)
+            pid = 0
+            if shell == self.shell:
+                pid = self._spawn_directly(command, env, streams)
             if pid:
                 return pid
             if command[0] in "-+":  # a shell would take it for an option
                 command = " " + command
-            argv = [*self.shell, self.native(command)]
+            argv = [self.native(shell), "-c", self.native(command)]
             return self._spawn(argv[0], argv, env, streams)
         finally:
             os.chdir("/")
@@ -1666,7 +1710,7 @@ class Windows:
     Tokens are not needed: the kernel ends the job's processes when the worker's handle closes.
     """
 
-    shell = ("cmd.exe", "/d", "/s", "/c")
+    shell = "cmd.exe"
     longest_command = 8000
     linux = False
     start_method = "spawn"
@@ -1747,12 +1791,14 @@ class Windows:
         function.restype = ctypes.c_void_p
         return function(ctypes.c_void_p(handle), *arguments)
 
-    def spawn(self, command: str, env: Env, cwd: str, umask: int,
+    def spawn(self, command: str, shell: str, env: Env, cwd: str, umask: int,
               out: int, err: int) -> int:
         """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
         import subprocess
         ctypes: Any = __import__("ctypes")
-        line = "%s \"%s\"" % (" ".join(self.shell), command)
+        line = "%s /d /s /c \"%s\"" % (shell, command)
+        if shell != self.shell:
+            line = subprocess.list2cmdline([shell, "-c", command])
         process = subprocess.Popen(
             line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
             creationflags=0x4 | 0x200)  # SUSPENDED, NEW_PROCESS_GROUP
@@ -1829,6 +1875,7 @@ class PollingBell(Bell):
 # The types are those of Posix; a Windows that lacks something is found by running it alone.
 system: Posix = Windows() if WINDOWS else Posix()  # type: ignore[assignment]
 make_bell = PollingBell if WINDOWS else Bell
+SETTINGS["shell"] = system.shell  # how a job is run that has none of its own
 
 
 # ═══ Files ═══ what stands beside the database: paths, bells, life files, output of live runs ═
@@ -2440,6 +2487,8 @@ MIGRATIONS = (
                 AND (concurrency IS NULL OR (name GLOB 'run-[0-9]*'
                     AND NOT substr(name, 5) GLOB '*[^0-9]*'))
                 AND pending + processing + completed + failed + dead + cancelled = 0; END""",
+        # A job may have a shell of its own, by its path; NULL: the configured one.
+        "ALTER TABLE jobs ADD COLUMN shell TEXT",
     ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
@@ -2476,7 +2525,7 @@ FORGET_QUEUE = """DELETE FROM queues WHERE name = ? AND concurrency IS NULL AND 
 WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
 ERROR_OF_DEAD = "SELECT last_error FROM jobs WHERE id = ? AND state = 'dead'"
 HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
-    backoff_base, context, env, policy, deferrals, chained, place, worker, slot, started_at, cancel
+    backoff_base, context, env, policy, deferrals, chained, shell, place, worker, slot, started_at, cancel
     FROM jobs WHERE state = 'processing'"""
 OLDEST_WAITING = """SELECT id, command, created_at, due FROM jobs WHERE state = 'pending'
     ORDER BY seq LIMIT 1"""
@@ -2486,7 +2535,7 @@ RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 167772
 
 ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
     timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at, delayed,
-    expires_at) VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    expires_at, shell) VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 # A retry is ignored for a job whose key is taken.
 RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', attempts = 0, deferrals = 0, updated_at = ?,
     expires_at = CASE WHEN expires_at > ? THEN expires_at END,
@@ -2500,7 +2549,7 @@ HOOKED = """SELECT seq, id, queue, command, state, attempts, max_retries, exit_c
     updated_at FROM jobs """
 
 # CROSS JOIN keeps jobs the outer loop, in the order of its key.
-SELECT_JOBS = """SELECT seq, jobs.id AS id, command, state, queue, priority, run_at,
+SELECT_JOBS = """SELECT seq, jobs.id AS id, command, shell, state, queue, priority, run_at,
     timeout_seconds, attempts, max_retries, backoff_base, cwd, env, policy,
     unique_key AS "unique", after_ids AS after, after_any_ids AS after_any, expires_at,
     created_at, updated_at, started_at, finished_at,
@@ -2522,7 +2571,7 @@ def next_job(queues: int) -> str:
     if queues:
         from_busy, among = "", "AND name IN (%s)" % ", ".join("?" * queues)
     return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries,
-        timeout_seconds, backoff_base, context, env, policy, deferrals, chained
+        timeout_seconds, backoff_base, context, env, policy, deferrals, chained, shell
         FROM queues %s CROSS JOIN jobs ON seq = (
             SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name
             ORDER BY priority, seq LIMIT 1)
@@ -4238,7 +4287,8 @@ class Intake:
             job_id, draft["id"] is None, draft["command"], draft["queue"] or "default",
             priority, due is None, due, run_at, timeout, max_retries, draft["backoff_base"],
             self.contexts[draft["cwd"]], as_json(draft["env"]),
-            self.now, self.now, isinstance(run_at, Delayed), draft["expires_at"])
+            self.now, self.now, isinstance(run_at, Delayed), draft["expires_at"],
+            draft["shell"])
 
     def count(self, draft: Draft) -> None:
         """Remember that it was inserted."""
@@ -5022,13 +5072,13 @@ class Run:
         self.set_timeout(job.timeout_seconds)
         self.next_look = self.began + SHORTEST_LOOK
 
-    def start(self, environment: JobEnvironment, db: str) -> str:
-        """Start the command in its environment; why it could not, or ""."""
+    def start(self, environment: JobEnvironment, db: str, shell: str) -> str:
+        """Start the command in its environment by a shell; why it could not, or ""."""
         cwd, umask, env = environment
         env = {**env, **self._variables(db)}
         try:
             first = system.ticks()
-            self.pid = system.spawn(self.job.command, env, cwd, umask,
+            self.pid = system.spawn(self.job.command, shell, env, cwd, umask,
                                     *self.slot.fds)
             self.leader = Leader(self.pid, first, system.ticks())
             return ""
@@ -5036,7 +5086,7 @@ class Run:
             if error.filename == system.native(cwd):
                 return "can't start in the folder %s: %s" % (cwd, error.strerror)
             self.short = error.errno in (*SHORTAGES, errno.EIO)
-            return "can't start: %s" % error.strerror
+            return "can't start %s: %s" % (shell, error.strerror)
 
     def _variables(self, db: str) -> Env:
         """The job's own part of its environment."""
@@ -5704,7 +5754,8 @@ class Attending(Turns):
             self.sync_records()
         if self.sync_failed:
             return self._put_off(run, "can't start: the disk can't be synced")
-        problem = run.start(self.environment[job.context], self.db)
+        problem = run.start(self.environment[job.context], self.db,
+                            job.shell or self.settings["shell"])
         note_run(self.life, RunNote(self.place, job.seq, job.runs,
                                     *run.leader))
         if run.short:
@@ -6681,7 +6732,7 @@ def summary_lines(name: str, part: Any, seconds: float,
                   causes: Sequence[Row]) -> list[str]:
     """What has become of a `run`: counts, why jobs are dead, and what to do next.
 
-    The first of the `causes` have an example, `job`.
+    The first of the `causes` have an example, `job`, where one died of it itself.
     """
     gone = part.total - part.left - part.completed - part.dead - part.cancelled
     counts = (
@@ -6696,16 +6747,17 @@ def summary_lines(name: str, part: Any, seconds: float,
         count = "%d dead" % cause["count"]
         if cause["after"]:
             count += " and %d after it" % cause["after"]
-        lines.append("  %s: %s" % (count, job["last_error"]))
-        lines.append("      such as %s: %s" % (job["id"], shorten(clean(job["command"]), 200)))
+        lines.append("  %s: %s" % (count, cause["example"] or cause["cause"]))
+        if job:
+            lines.append("      such as %s: %s" % (job["id"], shorten(clean(job["command"]), 200)))
     if len(causes) > len(shown):
         lines.append("  and more: `queuectl dlq list --causes --queue %s` shows them" % name)
     again = "queuectl worker start --queue %s" % name
     if is_run_queue(name):
         again = "queuectl run --resume %s" % name
     if shown:
-        lines.append("`queuectl logs %s` shows what one printed; `queuectl dlq retry --queue %s` "
-                     "and then `%s` try again." % (shown[0]["job"]["id"], name, again))
+        lines.append("`queuectl logs --state dead --queue %s` shows what they printed; `queuectl dlq "
+                     "retry --queue %s` and then `%s` try again." % (name, name, again))
     if part.left:
         lines.append("`%s` goes on with the rest." % again)
     return lines
@@ -6832,8 +6884,7 @@ def join_words(words: Sequence[str]) -> str:
     if WINDOWS:
         import subprocess
         return subprocess.list2cmdline(words)
-    import shlex
-    return shlex.join(words)
+    return " ".join(map(shell_word, words))
 
 
 def given_of(args: Any) -> Row:
@@ -6877,6 +6928,17 @@ def _folder(given: str | None) -> str:
     if given == "" or not isdir(system.native(folder)):
         raise UsageError("cwd %s is not a folder" % quoted(given, 200))
     return folder
+
+
+@lru_cache(16)
+def find_shell(name: str) -> str:
+    """The path of a shell, by its name, which is looked for in PATH, or a path."""
+    import shutil
+    found = shutil.which(name)
+    if not found:
+        raise UsageError("there is no program %s here, which is to be the shell; name one "
+                         "that is in your PATH, or give its path" % quoted(name, 200))
+    return as_utf8(abspath(found))
 
 
 # ─── reading: what changes nothing ────────────────────────────────────────────────────────────
@@ -7007,7 +7069,7 @@ def cmd_status(args: Any) -> None:
 
 def names_of_states(text: str) -> list[str]:
     """The states that `--state` names."""
-    names = text.split(",")
+    names = text.lower().split(",")
     for name in names:
         if name not in STATES:
             raise UsageError("there is no state %s%s; states are %s"
@@ -7854,6 +7916,7 @@ FIELD_OPTIONS = (
     option("--backoff-base N",
            "seconds between tries: N ** attempts (%d)" % SETTINGS["backoff_base"]),
     option("--cwd DIR", "the folder it runs in (this one)"),
+    option("--shell SHELL", "what runs the command: bash, or a path (%s)" % SETTINGS["shell"]),
     option("--env NAME[=VALUE]", "a variable for the job; without value yours", action="append"),
     option("--after ID[,ID]", "not before these jobs are completed; repeatable", action="append"),
     option("--after-any ID[,ID]",
@@ -7912,7 +7975,8 @@ def find_named(store: Store, change: Change, names: Iterable[str]) -> list[Row]:
 
 
 def choose(args: Any, change: Change) -> Selection:
-    """The selection of a command, of states that it can take."""
+    """The selection of a command, of states that it can take; see check_choice."""
+    check_choice(args)
     selection = selection_of(args, change.usual)
     unfit = set(selection.states) - set(change.takes)
     if unfit:
@@ -8120,7 +8184,8 @@ def cmd_cancel(args: Any) -> None:
 
 EMPTY = {  # fields that may be taken away, each with what says so
     "timeout": "none", "run_at": "none", "expires": "none", "backoff_base": "none",
-    "retry_after": "none", "unique": "none", "after": "", "after_any": "", "dead_on": ""}
+    "retry_after": "none", "unique": "none", "shell": "none",
+    "after": "", "after_any": "", "dead_on": ""}
 
 
 def edited_fields(args: Any, now: int) -> Row:
@@ -8132,7 +8197,11 @@ def edited_fields(args: Any, now: int) -> Row:
     draft = draft_of({"command": "true", **kept}, now, system.longest_command)
     if "cwd" in kept:
         draft["cwd"] = _folder(kept["cwd"])
-    names = [ALIASES.get(name, name) for name in given]
+    if "shell" in kept:
+        draft["shell"] = find_shell(kept["shell"])
+    names = {ALIASES.get(name, name) for name in given}
+    if not names:
+        raise UsageError("say what to change; see `queuectl edit --help`")
     return {name: draft[name] for name in names}
 
 
@@ -8235,10 +8304,15 @@ def cmd_dlq_purge(args: Any) -> None:
 # ─── working: new jobs, and whoever runs them ─────────────────────────────────────────────────
 
 def finish_draft(draft: Row, folders: dict[str | None, str]) -> Row:
-    """Give a draft its folder: an existing one, absolute. `folders` are those seen before."""
+    """Give a draft its folder and its shell: existing ones, absolute.
+
+    `folders` are those seen before.
+    """
     given = draft["cwd"]
     if given not in folders:
         folders[given] = _folder(given)
+    if draft["shell"] is not None:
+        draft["shell"] = find_shell(draft["shell"])
     most = system.longest_command
     for name, value in (draft["env"] or {}).items():
         if len(name.encode()) + len(value.encode()) + 2 > most:
@@ -8278,9 +8352,32 @@ def _script() -> str:
     """The command that is read from stdin for `-`: a whole script."""
     with open_jobs("-") as stream:
         try:
-            return check_text("the command", stream.read(LONGEST_LINE).decode().rstrip("\n"))
+            script = stream.read(LONGEST_LINE).decode("utf-8-sig")
+            return check_text("the command", script.rstrip("\n"))
         except UnicodeDecodeError:
             raise UsageError("the command on stdin is not valid UTF-8") from None
+
+
+def read_job(given: str | Row, now: int, options: Row) -> Row:
+    """The draft of a job from its fields, or from JSON or a command; `options` win."""
+    fields: Any = given
+    if isinstance(given, str):
+        text = given.lstrip("\ufeff")
+        fields = {"command": text}
+        if text.lstrip().startswith("{"):
+            fields = read_object(text)
+    name = "command" if "command" in fields else "cmd"
+    if isinstance(fields.get(name), list):
+        fields[name] = join_words(check_list("command", fields[name], check_text))
+    if "env" in options:
+        env = check_env(fields.get("env") or {})
+        options = {**options, "env": {**env, **options["env"]}}
+    if options:
+        taken = {ALIASES.get(name, name) for name in options}
+        fields = {name: value for name, value in fields.items()
+                  if ALIASES.get(name, name) not in taken}
+        fields.update(options)
+    return draft_of(fields, now, system.longest_command)
 
 
 def draft_of_words(words: list[str], literal: bool, now: int,
@@ -8289,61 +8386,128 @@ def draft_of_words(words: list[str], literal: bool, now: int,
 
     Several words may also be JSON that was torn. Behind `--` they are `literal`, never JSON.
     """
-    longest = system.longest_command
-    for word in words:
-        check_text("the command", word)
     torn = words[0].startswith("{") and words[-1].endswith("}")
     if words == ["-"] and not literal:
         words, literal = [_script()], True
     if not literal and (torn or len(words) == 1):
-        return read_job(" ".join(words), now, longest, options)
+        return read_job(" ".join(words), now, options)
     command = words[0]
     if len(words) > 1:
         command = join_words(words)
-    return draft_of({"command": command, **options}, now, longest)
+    return draft_of({"command": command, **options}, now, system.longest_command)
 
 
-def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:
-    """The lines of a file with jobs, with their numbers and without blanks at their beginning."""
+def numbered_lines(stream: BinaryIO) -> Lines:
+    """The lines of a file with jobs, with their numbers."""
     for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), 1):
         if len(raw) == LONGEST_LINE:
-            raise UsageError("line %d is longer than any command can be" % number)
+            if b"[" not in raw[:9]:  # a whole array may stand on one line
+                raise UsageError("line %d is longer than any command can be" % number)
+            raw += stream.readline()
         try:
-            yield number, raw.decode().rstrip("\r\n").lstrip(" \t")
+            yield number, raw.decode().rstrip("\r\n")
         except UnicodeDecodeError:
             raise UsageError("line %d is not valid UTF-8" % number) from None
 
 
-def job_lines_of(stream: BinaryIO) -> Iterator[tuple[int, str]]:
-    """Each job's line with its number: plain lines, or the array that `list --json` prints."""
-    array = ""  # or "open", or "closed"
-    for number, line in numbered_lines(stream):
-        if number == 1 and line == "[":
-            array = "open"
-        elif array and line == "]":
-            array = "closed"
-        elif array and line and (array == "closed" or not line.startswith("{")):
-            raise UsageError("line %d is not a job as `list --json` prints it: %s"
-                             % (number, quoted(line)))
-        elif line:
-            if array and line.endswith(","):
-                line = line[:-1]
-            yield number, line
-    if array == "open":
-        raise UsageError("line %d: the array that begins on line 1 has no end" % number)
+# How JSON begins; `{ a; b; }` and `[ -f x ] && y` are commands.
+_JSON = r"""\{(?![ \t]+[^\s"'}])|\[\s*(?:[{\]]|$)|\[["\d]"""
+
+
+def _json_jobs(number: int, text: str, lines: Lines) -> Given:
+    """The objects in JSON that begins with `text`, up to the end of a line where none is open.
+
+    One that can't be read is yielded as text: its reader understands it, or tells what is wrong.
+    """
+    from itertools import chain
+    rest, depth = "", 0  # in how many arrays
+    for last, line in chain([(number, text)], lines):
+        rest, at = rest + line + "\n", 0
+        if "}" not in line and "]" not in line:
+            continue
+        while True:
+            gap = re.compile(r"[\s,[\]]*").match(rest, at)[0]  # type: ignore[index]
+            at += len(gap)
+            depth += gap.count("[") - gap.count("]")
+            if at == len(rest):
+                break
+            if rest[at] != "{":
+                raise UsageError("line %d: JSON here is objects with a command, commas between them"
+                                 % (last + 1 - rest.count("\n", at)))
+            try:
+                given, end = _STRICT.raw_decode(rest, at)
+            except (ValueError, RecursionError, UsageError) as error:
+                end = len(rest.rstrip())
+                if getattr(error, "pos", 0) >= end:  # it goes on in the next line
+                    break
+                given = rest[at:end]
+            yield last - rest.count("\n", at, end), given
+            at = end
+        rest = rest[at:]
+        if not rest and depth <= 0:
+            return
+    raise UsageError("line %d: the JSON that begins here has no end" % number)
+
+
+def _whole_command(number: int, text: str, lines: Lines) -> str:
+    """The command that begins with `text`, with the lines that a backslash joins to it."""
+    mark, last = unfinished(text), number
+    while mark == "\\" and last - number < 9999:  # each time it is read anew
+        last, line = next(lines, (number, ""))
+        text = text[:-1] + line
+        mark = unfinished(text)
+    if mark:
+        raise UsageError(
+            "line %d: this command goes on in the next line, as its %s is open; write it on one "
+            "line, or give `queuectl enqueue -` the whole as one job" % (number, mark))
+    return text
+
+
+def read_jobs(lines: Lines) -> Given:
+    """What each job in numbered lines is given as, with its number, once its last line is there.
+
+    A job is a command in a line, or JSON in any layout: objects one after the other, or an array.
+    Empty lines and comments are skipped.
+    """
+    finished = re.compile(_FINISHED).fullmatch
+    for number, line in lines:
+        text = line.lstrip(" \t\ufeff")
+        if finished(text):
+            yield number, {"command": text}
+            continue
+        if re.match(_JSON, text):
+            if text[-1] == "}" and not text.rfind("{"):
+                yield number, text  # the usual one, in which is no other
+            else:
+                yield from _json_jobs(number, text, lines)
+            continue
+        if number == 1 and text.startswith("#!"):
+            raise UsageError("line 1: this is a script, and no list of jobs; "
+                             "`queuectl enqueue %s FILE` makes one job of it"
+                             % re.sub(r"#!\s*(\S*/)?(env\s+(-S\s+)?)?", "", text))
+        if not WINDOWS:
+            text = _whole_command(number, text, lines)
+        if text and text[0] != "#":
+            yield number, {"command": text}
 
 
 def drafts_of(lines: Iterable[Any],
               read: Callable[..., Row]) -> Iterator[Row]:
     """The drafts that `read` makes of numbered lines; an error names the line."""
     folders: dict[str | None, str] = {}
+    background = []
     for number, line in lines:
         try:
             draft = finish_draft(read(line), folders)
         except UsageError as error:
             raise UsageError(at_line(number, str(error))) from None
         draft["line"] = number
+        if draft["command"].endswith(("&", "& ")):
+            background.append(number)
         yield draft
+    if background:
+        complain(at_line(background[0], "a command that ends in & is completed at once, while its "
+                         "work goes on unseen; leave the & out: workers run jobs side by side"))
 
 
 def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:
@@ -8378,8 +8542,12 @@ def columns_of(text: str, separator: str | None) -> list[str]:
 
 
 def quote_input(word: str) -> str:
-    """A word of an input, quoted for the shell that is to run it."""
-    return join_words([word]) if WINDOWS else in_quotes(word)
+    """A word of an input, in quotes for the shell that is to run it."""
+    if WINDOWS:
+        return join_words([word])
+    if any("\udc80" <= c <= "\udcff" for c in word):
+        return shell_word(word)
+    return in_quotes(word)
 
 
 def check_each(args: Any) -> re.Pattern[str]:
@@ -8397,10 +8565,7 @@ def each_source(args: Any, options: Row, now: int) -> Iterator[Row]:
 
     def each(given: Any) -> Row:
         if isinstance(given, bytes):
-            try:
-                given = given.decode()
-            except UnicodeDecodeError:
-                raise UsageError("%s is not valid UTF-8" % shorten(repr(given), 100)) from None
+            given = given.decode("utf-8", "surrogateescape")
         columns = columns_of(given, args.colsep)
         command = fill(args.each, columns, next(numbers), quote_input, place)
         draft = draft_of({"command": command, **options}, now, system.longest_command)
@@ -8415,9 +8580,9 @@ def each_source(args: Any, options: Row, now: int) -> Iterator[Row]:
         yield from drafts_of(inputs_of(stream, b"\0" if args.null else b"\n"), each)
 
 
-def line_reader(options: Row, now: int) -> Callable[[str], Row]:
-    """What makes a draft of a command or JSON in a line; `options` win."""
-    return lambda line: read_job(line, now, system.longest_command, options)
+def line_reader(options: Row, now: int) -> Callable[[Any], Row]:
+    """What makes a draft of what was given as a job; `options` win."""
+    return partial(read_job, now=now, options=options)
 
 
 def job_source(args: Any, now: int) -> Iterator[Row]:
@@ -8426,10 +8591,12 @@ def job_source(args: Any, now: int) -> Iterator[Row]:
     if args.each is not None:
         yield from each_source(args, options, now)
     elif args.file is None:
-        yield finish_draft(draft_of_words(args.words, args.literal, now, options), {})
+        read = partial(draft_of_words, literal=args.literal, now=now, options=options)
+        yield from drafts_of([(0, args.words)], read)
     else:
         with open_jobs(args.file, args.pipe) as stream:
-            yield from drafts_of(job_lines_of(stream), line_reader(options, now))
+            lines = read_jobs(numbered_lines(stream))
+            yield from drafts_of(lines, line_reader(options, now))
 
 
 def begun(drafts: Iterator[Row], whole: bool) -> Iterable[Row]:
@@ -9045,7 +9212,8 @@ class Reporter:
         self.reading = False
         if error:
             self.line.clear()
-            complain("error: %s; no more is read, and what came before is worked on" % error)
+            went_on = "; no more is read, and what came before is worked on" if self.total else ""
+            complain("error: %s%s" % (error, went_on))
             self.code = getattr(error, "code", EXIT_FAILED)
 
     # The end.
@@ -9056,9 +9224,9 @@ class Reporter:
         unsuccessful = part.completed != part.total
         if self.args.json:
             self._emit_summary(part)
-        elif part.total == 0:
+        elif part.total == 0 and self.code == EXIT_OK:
             complain("there is nothing to %s" % ("resume" if self.args.resume else "run"))
-        elif unsuccessful or not self.args.quiet:
+        elif unsuccessful or (part.total and not self.args.quiet):
             self._tell_summary(part)
         flush_streams()
         if stopped and part.left:
@@ -9086,7 +9254,7 @@ class Reporter:
         if part.dead:
             causes = causes_of(self.store, self._dead())
         for cause in causes[:SHOWN_CAUSES]:
-            cause["job"] = self.store.find((cause["ids"] or [""])[0])
+            cause["job"] = next(map(self.store.find, cause["ids"]), None)
         seconds = monotonic() - self.line.began
         for line in summary_lines(self.batch.queue, part, seconds, causes):
             advise(line, sys.stderr)
@@ -9141,8 +9309,9 @@ def _new_batch(args: Any, store: Store) -> Batch:
         manner = manner_of(args, start)
         store.add((dict(draft, queue=name) for draft in args.drafts), store.settings(), **manner)
     last = store.last_seq()
-    counts = store.states_between(name, before, last)
-    return Batch(name, before, last, counts, start)
+    added = sum(store.states_between(name, before, last).values())
+    # What was to run after a dead job has ended in vain already, and counts as one of this run.
+    return Batch(name, before, last, {**dict.fromkeys(STATES, 0), PENDING: added}, start)
 
 
 def _old_batch(args: Any, store: Store) -> Batch:
@@ -9429,7 +9598,7 @@ queuectl config set timeout_seconds 10m
     KEY,
     option("value VALUE", "a number, a duration, or a word"), writes=True)
 def cmd_config_set(args: Any) -> None:
-    value = check_setting(args.key, args.value)
+    value = (find_shell if args.key == "shell" else partial(check_setting, args.key))(args.value)
     set_setting(args.store, args.key, value)
     emit("Config updated: %s = %s" % (args.key, show_setting(value)))
 
@@ -9571,14 +9740,14 @@ LAUNCHER = """\
 import os
 import sys
 
-prefix = dirname(dirname(realpath(__file__)))
-sys.path.insert(0, join(prefix, "lib", "queuectl"))
+prefix = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+sys.path.insert(0, os.path.join(prefix, "lib", "queuectl"))
 from queuectl import exit_at_once, main
 
 if __name__ == "__main__":
     exit_at_once(main())
 """
-MARK = b'join(prefix, "lib", "queuectl")'  # every launcher that was ever made has it
+MARK = b'os.path.join(prefix, "lib", "queuectl")'  # every launcher that was ever made has it
 COMMAND, LIBRARY = "bin/queuectl", "lib/queuectl"
 
 
@@ -9863,7 +10032,9 @@ class Arguments(argparse.Namespace):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError("%s; see `%s --help`" % (message, self.prog))
+        word = re.sub(".*: |[ =].*", "", message)
+        known = [*self._option_string_actions, "COMMAND"]
+        raise UsageError("%s%s; see `%s --help`" % (message, nearest(word, known), self.prog))
 
     def _print_message(self, message: str, file: Any = None) -> None:
         emit_text(message)
@@ -9934,10 +10105,10 @@ def split_arguments(words: list[str]) -> tuple[str | None, str, list[str]]:
     return (db, *_command_name(words))
 
 
-def option_lengths(entry: Command) -> dict[str, int]:
-    """The options that a command knows, each with how many words it takes, itself included."""
-    lengths = {"--db": 2, "-h": 1, "--help": 1}
-    for names, details in entry.options:
+def option_lengths(options: Iterable[Any]) -> dict[str, int]:
+    """Options, by all of their names, each with how many words it takes, itself included."""
+    lengths: dict[str, int] = {}
+    for names, details in options:
         length = 1 if details.get("action") == "store_true" else 2
         lengths.update((name, length) for name in names if name.startswith("-"))
     return lengths
@@ -9947,18 +10118,21 @@ def length_of(word: str, lengths: dict[str, int]) -> int:
     """How many words belong to an option, if `word` is one; else 0."""
     if "=" in word and word.partition("=")[0] in lengths:
         return 1
+    if lengths.get(word[:2]) == 2 and word[2:]:  # -j4
+        return 1
     return lengths.get(word, 0)
 
 
-def refuse_late_option(name: str, options: list[str], rest: list[str],
+def refuse_late_option(name: str, options: list[str], rest: list[str], behind: int,
                        lengths: dict[str, int]) -> None:
     """Raise UsageError if an option of queuectl stands among the words of a command.
 
-    It shows both forms: the option where it is queuectl's, and where it is the command's.
+    That is from the one at `behind` on. It shows both forms: the option where it is queuectl's,
+    and where it is the command's.
     """
     for place, word in enumerate(rest):
         length = length_of(word, lengths)
-        if place and length:
+        if place >= behind and length:
             end = place + length
             others = rest[:place] + rest[end:]
             ours = join_words([name, *options, *rest[place:end], *others])
@@ -9976,21 +10150,27 @@ def split_enqueue(entry: Command,
                   words: list[str]) -> tuple[list[str], list[str], bool]:
     """The options of `enqueue` or `run`, the words of the command, and whether they followed --.
 
-    Options stand before the first word, or on either side of a single one: what stands behind
-    the first of several belongs to the command, and argparse would take it.
+    Options stand before the first word, or on either side of a single one: behind one that may be
+    a program only those of a job, for others may be the program's. What stands behind the first of
+    several words belongs to the command, and argparse would take it.
     """
-    lengths = option_lengths(entry)
+    lengths = {"--db": 2, "-h": 1, "--help": 1, **option_lengths(entry.options)}
+    own = lengths
     at, behind = 0, 1
     while words[at:] and words[at].startswith("-") and words[at] not in ("-", "--"):
         at += length_of(words[at], lengths) or 1
     options, rest = words[:at], words[at:]
     if rest[:1] == ["--"]:
         return options, rest[1:], True
-    while rest[behind:] and length_of(rest[behind], lengths):
-        behind += length_of(rest[behind], lengths)
+    if rest and re.fullmatch(r"[^{-]\S*", rest[0]):
+        own = {"--queue": 2, **option_lengths(JOB_OPTIONS)}
+    while rest[behind:] and length_of(rest[behind], own):
+        behind += length_of(rest[behind], own)
     if behind >= len(rest):
         return options + rest[1:], rest[:1], False
-    refuse_late_option(entry.name, options, rest, lengths)
+    if not length_of(rest[behind], lengths):
+        behind = 1
+    refuse_late_option(entry.name, options, rest, behind, lengths)
     return options, rest, False
 
 
@@ -10046,7 +10226,7 @@ def database_path(given: str | None, needed: bool) -> str:
 def parse(argv: list[str]) -> tuple[Command | None, Any]:
     """The command that was asked for and its arguments; None if help was asked for, and shown."""
     CALLED[0] = own_name()
-    db, name, words = split_arguments([check_text("the argument", as_utf8(word)) for word in argv])
+    db, name, words = split_arguments(list(map(as_utf8, argv)))
     if not name:
         return None, None
     chosen = COMMANDS[name]
@@ -10055,6 +10235,7 @@ def parse(argv: list[str]) -> tuple[Command | None, Any]:
     literal = False
     if takes_command:
         words, given, literal = split_enqueue(chosen, words)
+    words = [check_text("the argument", word) for word in words]
     args = parser_of(chosen).parse_args(words, Arguments(writes=chosen.writes))
     if takes_command:
         args.words, args.literal = given, literal
