@@ -136,6 +136,7 @@ ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at",
            "expires": "expires_at"}
 
 RUN_QUEUE = "run-%s"  # the queues that `run` makes: run-1, run-2, …
+MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000  # in milliseconds
 HOOK_QUEUE = "on-dead"  # where the jobs wait that `on_dead` and `on_end` make; every pool serves it
 HOOK_TIME, HOOK_PRIORITY = 60.0, 0  # their time-out in seconds, and that they go before other jobs
 
@@ -163,6 +164,7 @@ LIMITS = {
     "max_deferrals": Limit("whole number", 0, 10**6, 100),
     "keep_completed": Limit("duration", 0, CENTURY, 30 * 86400.0),
     "keep_dead": Limit("duration", 0, CENTURY),
+    "keep_history": Limit("duration", 0, CENTURY, 30 * 86400.0),
     "on_dead": Limit("shell command"),
     "on_end": Limit("shell command"),
 }
@@ -211,9 +213,10 @@ class Unavailable(QueueError):
     """The database can't be written now, but perhaps later: locked, or the disk is full."""
 
 
-# A claimed job, as its worker knows it; `seq` is its place in the order of arrival.
+# A claimed job, as its worker knows it; `seq` is its place in the order of arrival, `since` the
+# moment from which it could have been claimed.
 Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
-                        "backoff_base context env policy deferrals chained shell place started_at")
+                        "backoff_base context env policy deferrals chained shell since place started_at")
 # How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
 # `seconds` was measured by the monotonic clock; `final`: its exit code says not to try again.
 RunResult = namedtuple("RunResult", "job ending exit_code error finished_at seconds stdout stderr "
@@ -1014,6 +1017,10 @@ for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
     OPEN_BESIDE |= getattr(os, _name, 0)
 
 
+# What else than `!` a worker hears by its bell; signals ring it with their numbers, up to 64.
+STOP_SOON, STOP_NOW = b"S", b"N"
+
+
 def now_millis() -> int:
     return to_millis(time.time())
 
@@ -1698,9 +1705,13 @@ class Bell:
         if not self._poll.poll(max(0, millis)):
             return False
         try:
-            return bool(os.read(self.fd, 65536))
+            heard = os.read(self.fd, 65536)
         except BlockingIOError:
             return False
+        for order, number in ((STOP_SOON, signal.SIGHUP), (STOP_NOW, signal.SIGUSR1)):
+            if order in heard:  # where no signal can come from
+                signal.raise_signal(number)
+        return True
 
 
 class Windows:
@@ -2007,6 +2018,24 @@ def output_paths(db: str, worker: str, slot: int) -> tuple[str, str]:
     return stem + ".out", stem + ".err"
 
 
+def log_path(db: str) -> str:
+    """The log of detached pools."""
+    folder, name = os.path.split(db)
+    return join(folder, "queuectl.log") if name == "queue.db" else db + ".log"
+
+
+def bytes_on_disk(paths: Iterable[str]) -> int:
+    """How much space files take; where they have holes, that is less than their size."""
+    total = 0
+    for path in paths:
+        try:
+            info = os.stat(path)
+        except OSError:
+            continue
+        total += 512 * getattr(info, "st_blocks", info.st_size // 512)
+    return total
+
+
 def names_beside(db: str, ending: str) -> list[str]:
     """The workers and pools that have a file with this ending in the folder."""
     try:
@@ -2015,6 +2044,13 @@ def names_beside(db: str, ending: str) -> list[str]:
         return []
     end = -len(ending) or None
     return [file[:end] for file in files if file.endswith(ending)]
+
+
+def sizes_of(db: str) -> dict[str, int]:
+    """The bytes that a database, its log, and the output of current runs take."""
+    outputs = [join(folder_path(db), name) for name in names_beside(db, "")]
+    return {"database_bytes": bytes_on_disk([db]), "log_bytes": bytes_on_disk([db + "-wal"]),
+            "output_bytes": bytes_on_disk(outputs)}
 
 
 def remove_files(db: str, name: str) -> None:
@@ -2041,23 +2077,25 @@ def anyone_alive(db: str) -> bool:
     return any(is_alive(db, name) for name in names_beside(db, ".life"))
 
 
-def ring(path: str) -> None:
+def ring(path: str, order: bytes = b"!") -> None:
     """Wake the process that sleeps on the bell `path`; nothing happens if nobody does."""
     try:
         fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
         try:
             if stat.S_ISFIFO(os.fstat(fd).st_mode):
-                os.write(fd, b"!")
+                os.write(fd, order)
         finally:
             os.close(fd)
     except OSError:  # nobody sleeps on it; or it is full, and was rung often enough
         pass
 
 
-def ring_all(db: str) -> None:
-    """Wake every worker, after a commit that may concern them."""
-    for name in names_beside(db, ".bell"):
-        ring(bell_path(db, name))
+def ring_all(db: str, order: bytes = b"!") -> int:
+    """Wake every worker, after a commit that may concern them; how many bells there are."""
+    names = names_beside(db, ".bell")
+    for name in names:
+        ring(bell_path(db, name), order)
+    return len(names)
 
 
 # In its life file a worker notes, for whoever comes after it: the process its run began as, at
@@ -2106,6 +2144,41 @@ def leader_of(db: str, worker: str, seq: int, run: int) -> Leader:
 def trouble_of(db: str, worker: str) -> str:
     """What keeps a worker from working, or nothing."""
     return _read_life(db, worker, RUN_NOTE, TROUBLE_NOTE)
+
+
+# The log of detached pools, which is the standard output of all their processes.
+
+LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside, in the place of the one before
+
+
+def _put_aside(path: str) -> None:
+    """Rename a log that is too long, unless another process does it."""
+    fd = open_private(path, os.O_WRONLY)
+    try:
+        info = os.fstat(fd)
+        if (info.st_size > LONGEST_LOG and system.try_lock(fd)
+                and os.path.samestat(info, os.stat(path))):
+            os.replace(path, path + ".1")
+    finally:
+        os.close(fd)
+
+
+def renew_log(path: str) -> None:
+    """Before something is told: open the log anew if it is too long, was renamed or is gone."""
+    own = os.fstat(1)
+    try:
+        if own.st_size <= LONGEST_LOG and os.path.samestat(own, os.stat(path)):
+            return
+    except OSError:
+        pass
+    try:
+        _put_aside(path)
+        fd = open_private(path, os.O_WRONLY | os.O_APPEND)
+    except (OSError, QueueError):  # it goes on where it was
+        return
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
 
 
 # The output of runs.
@@ -2250,9 +2323,12 @@ class OutputFiles:
 #
 # `ready` is 1 for a job that a worker may claim now. A job that waits for a time has ready = 0,
 # and that time in `due`; when it has come, the job is made ready. So the index that claims read,
-# ordered exactly as claims are, holds no job that can't be claimed. `runs` counts a job's runs
-# for life, `attempts` those since it was enqueued or retried. `worker`, `slot` and `locked_at`
-# are set while it is processing; they also tell what the output files of that run are called.
+# ordered exactly as claims are, holds no job that can't be claimed. Of a job that is ready, `due`
+# is since when, if not since it came. A pause is not in these: `switched_at` is when a queue was
+# paused or resumed last. `waited` is how long a job waited for its last claim. `runs` counts a
+# job's runs for life, `attempts` those since it was enqueued or retried. `worker`, `slot` and
+# `locked_at` are set while it is processing; they also tell what the output files of that run are
+# called.
 #
 # The key of a run is the seq of its job * 2**24 + the run's number.
 #
@@ -2262,6 +2338,13 @@ class OutputFiles:
 #
 # A row in `waits` stands until the awaited job is completed, or the waiting one is forgotten. So
 # it stands also while both are dead, and when an awaited job that died has been forgotten.
+
+# `history` is what was done, in the words of Prometheus: by minute (span 60), and after two days by
+# hour (span 3600), for each queue; with span 0, all there ever was. It has nothing to do with which
+# jobs are kept, and its numbers of span 0 never fall. The runs of a minute are first counted with
+# their queue, for that row is written anyway; triggers move the counts when another minute begins,
+# or the queue is forgotten. When a thousand queues are known there, others count as `other queues`,
+# which no queue can be called.
 
 APPLICATION_ID = 0x71637431  # "qct1"
 
@@ -2490,6 +2573,64 @@ MIGRATIONS = (
         # A job may have a shell of its own, by its path; NULL: the configured one.
         "ALTER TABLE jobs ADD COLUMN shell TEXT",
     ),
+    # What was done is counted, and since when jobs wait is known.
+    (
+        """CREATE TABLE history (
+            span INTEGER NOT NULL, start INTEGER NOT NULL, queue TEXT NOT NULL,
+            completed INTEGER NOT NULL, failed INTEGER NOT NULL, died INTEGER NOT NULL,
+            run_seconds_sum REAL NOT NULL, run_seconds_max REAL NOT NULL,
+            wait_seconds_sum REAL NOT NULL, wait_seconds_max REAL NOT NULL,
+            PRIMARY KEY (span, start, queue)) WITHOUT ROWID""",
+        "ALTER TABLE queues ADD COLUMN minute INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE queues ADD COLUMN runs_completed INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE queues ADD COLUMN runs_failed INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE queues ADD COLUMN runs_died INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE queues ADD COLUMN run_sum REAL NOT NULL DEFAULT 0",
+        "ALTER TABLE queues ADD COLUMN run_max REAL NOT NULL DEFAULT 0",
+        "ALTER TABLE queues ADD COLUMN wait_sum REAL NOT NULL DEFAULT 0",
+        "ALTER TABLE queues ADD COLUMN wait_max REAL NOT NULL DEFAULT 0",
+        # What is inserted here is added to a minute of the history, and to all there ever was.
+        """CREATE VIEW minutes AS SELECT name, name AS queue, minute, runs_completed, runs_failed,
+            runs_died, run_sum, run_max, wait_sum, wait_max FROM queues""",
+        """CREATE TRIGGER minutes_named INSTEAD OF INSERT ON minutes WHEN new.queue IS NULL BEGIN
+            INSERT INTO minutes SELECT new.name, CASE
+                WHEN new.name GLOB 'run-[0-9]*' AND NOT substr(new.name, 5) GLOB '*[^0-9]*'
+                    THEN 'run'
+                WHEN EXISTS (SELECT 1 FROM history
+                        WHERE span = 0 AND start = 0 AND queue = new.name)
+                    OR (SELECT count(*) FROM history WHERE span = 0) < 1000 THEN new.name
+                ELSE 'other queues' END,
+                new.minute, new.runs_completed, new.runs_failed, new.runs_died,
+                new.run_sum, new.run_max, new.wait_sum, new.wait_max; END""",
+        """CREATE TRIGGER minutes_added INSTEAD OF INSERT ON minutes
+            WHEN new.queue IS NOT NULL BEGIN
+            INSERT OR IGNORE INTO history VALUES (0, 0, new.queue, 0, 0, 0, 0, 0, 0, 0);
+            INSERT OR IGNORE INTO history VALUES (60, new.minute, new.queue, 0, 0, 0, 0, 0, 0, 0);
+            UPDATE history SET
+                completed = completed + new.runs_completed, failed = failed + new.runs_failed,
+                died = died + new.runs_died,
+                run_seconds_sum = run_seconds_sum + new.run_sum,
+                run_seconds_max = max(run_seconds_max, new.run_max),
+                wait_seconds_sum = wait_seconds_sum + new.wait_sum,
+                wait_seconds_max = max(wait_seconds_max, new.wait_max)
+            WHERE span IN (0, 60) AND start IN (0, new.minute) AND queue = new.queue; END""",
+        """CREATE TRIGGER minute_ended AFTER UPDATE OF minute ON queues
+            WHEN old.minute <> new.minute AND old.minute BEGIN
+            INSERT INTO minutes VALUES (old.name, NULL, old.minute, old.runs_completed,
+                old.runs_failed, old.runs_died, old.run_sum, old.run_max, old.wait_sum,
+                old.wait_max); END""",
+        """CREATE TRIGGER queue_forgotten AFTER DELETE ON queues WHEN old.minute BEGIN
+            INSERT INTO minutes VALUES (old.name, NULL, old.minute, old.runs_completed,
+                old.runs_failed, old.runs_died, old.run_sum, old.run_max, old.wait_sum,
+                old.wait_max); END""",
+        # When a queue was paused or resumed last; how long a job waited before its last claim.
+        "ALTER TABLE queues ADD COLUMN switched_at INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE control ADD COLUMN switched_at INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE jobs ADD COLUMN waited INTEGER NOT NULL DEFAULT 0",
+        """UPDATE jobs SET due = updated_at
+            WHERE ready = 1 AND due IS NULL AND (runs > 0 OR updated_at > created_at)""",
+        "CREATE INDEX jobs_late ON jobs (queue, due) WHERE ready = 1 AND due IS NOT NULL",
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
@@ -2514,7 +2655,7 @@ PULSE = """SELECT epoch, (SELECT min(due) FROM jobs WHERE ready = 0 AND due IS N
 ALL_POOLS = """SELECT name, pid, started_at, workers, queues, stop, died FROM pools
     ORDER BY started_at"""
 ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS started_at,
-    jobs.id AS job, jobs.command AS command, jobs.started_at AS job_started_at
+    jobs.id AS job, queue, jobs.command AS command, jobs.started_at AS job_started_at
     FROM workers LEFT JOIN jobs ON jobs.state = 'processing' AND jobs.worker = workers.name
     ORDER BY workers.started_at, workers.name"""
 GET_POOL = "SELECT stop, jobs_left, died FROM pools WHERE name = ?"
@@ -2525,12 +2666,54 @@ FORGET_QUEUE = """DELETE FROM queues WHERE name = ? AND concurrency IS NULL AND 
 WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
 ERROR_OF_DEAD = "SELECT last_error FROM jobs WHERE id = ? AND state = 'dead'"
 HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
-    backoff_base, context, env, policy, deferrals, chained, shell, place, worker, slot, started_at, cancel
-    FROM jobs WHERE state = 'processing'"""
-OLDEST_WAITING = """SELECT id, command, created_at, due FROM jobs WHERE state = 'pending'
-    ORDER BY seq LIMIT 1"""
-NEXT_DUE = """SELECT id, command, due FROM jobs WHERE ready = 0 AND due IS NOT NULL
+    backoff_base, context, env, policy, deferrals, chained, shell, place, worker, slot, started_at, cancel,
+    started_at - waited AS since FROM jobs WHERE state = 'processing'"""
+# Since when a job could run that is ready or due.
+SINCE = "max(coalesce(due, created_at), switched_at, (SELECT switched_at FROM control))"
+WAITING_SINCE = "SELECT id, command, queue, %s AS ready_at FROM " % SINCE
+MAY_RUN = "AND NOT paused AND NOT (SELECT paused FROM control)"
+# Which waits longest of those that are ready since they came: the first of each queue and priority;
+# of those that became ready later; and of those that the next claim will make ready, which there
+# may be none of for long.
+OLDEST_WAITING = (
+    """WITH RECURSIVE groups (name, switched_at, priority) AS (
+        SELECT name, switched_at, (SELECT min(priority) FROM jobs WHERE ready = 1 AND queue = name)
+            FROM queues INDEXED BY queues_busy WHERE pending + failed > 0 %s
+        UNION ALL SELECT name, switched_at, (SELECT min(jobs.priority) FROM jobs
+            WHERE ready = 1 AND queue = name AND jobs.priority > groups.priority)
+            FROM groups WHERE priority IS NOT NULL)
+    %s groups CROSS JOIN jobs ON seq = (
+        SELECT seq FROM jobs WHERE ready = 1 AND queue = name AND jobs.priority = groups.priority
+        AND due IS NULL ORDER BY seq LIMIT 1)
+    ORDER BY ready_at LIMIT 1""" % (MAY_RUN, WAITING_SINCE),
+    """%s queues INDEXED BY queues_busy CROSS JOIN jobs ON seq = (
+        SELECT seq FROM jobs WHERE ready = 1 AND due IS NOT NULL AND queue = name
+        ORDER BY due LIMIT 1)
+    WHERE pending + failed > 0 %s ORDER BY ready_at LIMIT 1""" % (WAITING_SINCE, MAY_RUN),
+    """%s jobs INDEXED BY jobs_due CROSS JOIN queues ON name = queue
+    WHERE ready = 0 AND due IS NOT NULL AND due <= ? %s ORDER BY due LIMIT 1"""
+    % (WAITING_SINCE, MAY_RUN))
+NEXT_DUE = """SELECT id, command, due FROM jobs WHERE ready = 0 AND due > ?
     ORDER BY due LIMIT 1"""
+# A run is counted with its queue, if it has the minute in which the run ended; else that begins.
+COUNT_RUN = """UPDATE queues SET runs_completed = runs_completed + ?, runs_failed = runs_failed + ?,
+    runs_died = runs_died + ?, run_sum = run_sum + ?, run_max = max(run_max, ?),
+    wait_sum = wait_sum + ?, wait_max = max(wait_max, ?) WHERE name = ? AND minute = ?"""
+BEGIN_MINUTE = """UPDATE queues SET runs_completed = 0, runs_failed = 0, runs_died = 0,
+    run_sum = 0, run_max = 0, wait_sum = 0, wait_max = 0, minute = ? WHERE name = ?"""
+SUMS = """sum(completed) AS completed, sum(failed) AS failed, sum(died) AS died,
+    sum(run_seconds_sum) AS run_seconds_sum, max(run_seconds_max) AS run_seconds_max,
+    sum(wait_seconds_sum) AS wait_seconds_sum, max(wait_seconds_max) AS wait_seconds_max"""
+# As what a queue is counted: all runs are one, and a thousand queues are told from each other.
+COUNTED_AS = """CASE WHEN name GLOB 'run-[0-9]*' AND NOT substr(name, 5) GLOB '*[^0-9]*' THEN 'run'
+    WHEN EXISTS (SELECT 1 FROM history WHERE span = 0 AND start = 0 AND queue = name)
+        OR (SELECT count(*) FROM history WHERE span = 0) < 1000 THEN name
+    ELSE 'other queues' END"""
+# From one time to another; from 0 to 0 is all there ever was.
+DONE = """(SELECT * FROM history WHERE span IN (0, 60, 3600) AND start BETWEEN ? AND ?
+    UNION ALL SELECT 60, minute, %s, runs_completed, runs_failed, runs_died,
+        run_sum, run_max, wait_sum, wait_max FROM queues
+    WHERE minute BETWEEN ? AND ? OR (minute AND ? = 0))""" % COUNTED_AS
 RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 16777215"
 
 ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
@@ -2540,10 +2723,11 @@ ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, r
 RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', attempts = 0, deferrals = 0, updated_at = ?,
     expires_at = CASE WHEN expires_at > ? THEN expires_at END,
     ready = coalesce(run_at, 0) <= ? AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq),
-    due = CASE WHEN run_at > ? AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq) THEN run_at END
+    due = CASE WHEN NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)
+        THEN max(coalesce(run_at, 0), ?) END
     WHERE seq = ? AND state IN ('completed', 'dead', 'cancelled')"""
 LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?,
-    due = CASE WHEN run_at > ? THEN run_at END WHERE seq = ? AND state = 'pending'
+    due = max(coalesce(run_at, 0), ?) WHERE seq = ? AND state = 'pending'
     AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)"""
 HOOKED = """SELECT seq, id, queue, command, state, attempts, max_retries, exit_code, last_error,
     updated_at FROM jobs """
@@ -2571,13 +2755,13 @@ def next_job(queues: int) -> str:
     if queues:
         from_busy, among = "", "AND name IN (%s)" % ", ".join("?" * queues)
     return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries,
-        timeout_seconds, backoff_base, context, env, policy, deferrals, chained, shell
+        timeout_seconds, backoff_base, context, env, policy, deferrals, chained, shell, %s
         FROM queues %s CROSS JOIN jobs ON seq = (
             SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name
             ORDER BY priority, seq LIMIT 1)
         WHERE pending + failed > 0 AND NOT paused AND NOT (SELECT paused FROM control)
             AND (concurrency IS NULL OR processing < concurrency) %s
-        ORDER BY priority, seq LIMIT 1""" % (from_busy, among)
+        ORDER BY priority, seq LIMIT 1""" % (SINCE, from_busy, among)
 
 
 # When a job ended or, where it has not, was last changed.
@@ -3143,14 +3327,16 @@ class Connection:
     mutex = -1  # the descriptor of the lock file; -1: it is not open, nothing is written
     told = False  # that it waits
     deferring = False  # then a commit does not wait for the disk
-    as_it_is = False  # see Database
+    reading = as_it_is = False  # see Database
 
     def __init__(self, path: str, patience: float, tell: Tell | None):
         self.path, self.patience, self.tell = path, patience, tell
         self.folder = dirname(path)
 
     def _connect(self) -> None:
-        system.refuse_full(self.folder)
+        # Who only reads writes to no new page of the index, if somebody has made it.
+        if not (self.reading and anyone_alive(self.path)):
+            system.refuse_full(self.folder)
         mask = os.umask(0o077)
         try:
             self.db = sqlite3.connect(self.path, timeout=TICK, isolation_level=None)
@@ -3417,6 +3603,7 @@ class Database(Connection):
 
     source: sqlite3.Connection | None = None  # of an older schema; `db` is a copy of it
     seen_in_source = -1
+    failed_once = False  # to be opened
 
     def __init__(self, path: str, patience: float = PATIENCE, tell: Tell | None = None,
                  reading: bool = False, as_it_is: bool = False):
@@ -3459,8 +3646,12 @@ class Database(Connection):
             system.give_to_owner(self.mutex, self.path)
             self.identity = Identity(self.path, self.mutex)
             self._check_log()
-        self._connect()
-        version = self._checked_version()
+        try:
+            self._connect()
+            version = self._checked_version()
+        except (Unavailable, sqlite3.Error) as error:
+            self._open_without_room(error)
+            return
         if self.reading and version < SCHEMA_VERSION:
             self._read_copy_of(self.db)
         elif version < SCHEMA_VERSION and not (self.as_it_is and version):
@@ -3490,6 +3681,27 @@ class Database(Connection):
         """
         if has_log(self.path):
             raise error
+        self._read_as_it_is()
+
+    def _open_without_room(self, error: Exception) -> None:
+        """Read a database likewise where the disk has no room for the index of its log.
+
+        Raises `error` if it is another, if it may have been for a moment only (then this is tried
+        again), or if the database is to be written.
+        """
+        if not self.reading or not re.search("I/O|no space|to open", str(error)):
+            raise error
+        if isinstance(error, sqlite3.Error) and not self.failed_once:
+            self.failed_once = True
+            raise error
+        if self.tell and has_log(self.path):
+            self.tell("%s: what was recorded last is not shown" % error)
+            self.tell = None
+        os.close(self.mutex)
+        self.mutex = -1
+        self._read_as_it_is()
+
+    def _read_as_it_is(self) -> None:
         self.db = open_as_it_is(self.path)
         if self._checked_version() < SCHEMA_VERSION:
             self._read_copy_of(self.db)
@@ -3674,7 +3886,8 @@ class Database(Connection):
         """
         self.copy_to(
             path,
-            """UPDATE jobs SET state = 'pending', ready = 1, attempts = max(attempts - 1, 0),
+            """UPDATE jobs SET state = 'pending', ready = 1, due = started_at - waited,
+                attempts = max(attempts - 1, 0),
                 cancel = 0, worker = NULL, slot = NULL, locked_at = NULL
                 WHERE state = 'processing'""",
             "DELETE FROM workers",
@@ -3733,7 +3946,7 @@ def close_stores() -> bool:
 #            taken for lost, and goes on, changes nothing: its job was given back, and perhaps
 #            runs again. With the end of a job goes what follows from it: who waited is let go or
 #            dies too, and the jobs of on_end and on_dead are added. So no death goes untold. The
-#            run is kept with its output (_keep_run).
+#            run is kept with its output (_keep_run), and counted (_count_run).
 #   cancel   A running job is only marked. Its worker may miss the mark and record a failure: then
 #            `record` sees it, and the job is cancelled all the same.
 #   settle   A job that ends in vain takes along those that were to run after it, a part of them in
@@ -3792,8 +4005,9 @@ class Administration(Database):
         return self.registered(ALL_POOLS)
 
     def workers(self) -> list[Row]:
-        """Every worker that is registered, each with `alive` and the job it runs."""
-        return self.registered(ALL_WORKERS)
+        """Every worker that is registered: if it lives, the job it runs, and what it waits for."""
+        return [dict(worker, trouble=trouble_of(self.path, worker["name"]))
+                for worker in self.registered(ALL_WORKERS)]
 
     def serving(self, queue: str) -> list[Row]:
         """The live workers that serve a queue."""
@@ -3866,16 +4080,17 @@ class Administration(Database):
         self.execute(FORGET_QUEUE, queue)
         self.execute(NEXT_EPOCH)
 
-    def pause(self, queue: str | None, paused: bool) -> None:
+    def pause(self, queue: str | None, paused: bool, now: int) -> None:
         """Start no more jobs of a queue, or start them again.
 
         None: of any queue, those to come included.
         """
+        switch = "SET paused = ?, switched_at = ? WHERE paused <> ?"
         if queue is None:
-            self.execute("UPDATE control SET paused = ?", paused)
+            self.execute("UPDATE control " + switch, paused, now, paused)
         else:
             self.execute(ADD_QUEUE, queue)
-            self.execute("UPDATE queues SET paused = ? WHERE name = ?", paused, queue)
+            self.execute("UPDATE queues %s AND name = ?" % switch, paused, now, paused, queue)
             self.execute(FORGET_QUEUE, queue)
         self.execute(NEXT_EPOCH)
 
@@ -3894,6 +4109,12 @@ class Administration(Database):
     def all_paused(self) -> bool:
         """Whether all queues are paused, those to come included."""
         return bool(self.value("SELECT paused FROM control"))
+
+    def pauses(self) -> list[Row]:
+        """Each pause: of which queue (None: of all), and since when, where that is known."""
+        return self.dicts(
+            """SELECT NULL AS queue, nullif(switched_at, 0) AS paused_at FROM control WHERE paused
+                UNION ALL SELECT name, nullif(switched_at, 0) FROM queues WHERE paused""")
 
     def queues(self) -> list[Row]:
         """Every queue that has a job, a limit or a pause, with its jobs in each state."""
@@ -4061,11 +4282,32 @@ class Reading(Administration):
         count, average = self.rows("SELECT count(*), avg(seconds) " + RUNS_OF_JOB, seq, seq)[0]
         return count, average or 0.0
 
-    def recent_seconds(self) -> float:
-        """How many seconds the runs of the newest jobs took on average; 0 if there were none."""
-        return float(self.value(
-            """SELECT avg(seconds)
-                FROM (SELECT seconds FROM runs ORDER BY id DESC LIMIT 100)""") or 0)
+    def history(self, by: str, since: int, until: int) -> list[Row]:
+        """What was done from one time to another, by hour, day or queue.
+
+        From 0 to 0 is all that was ever done.
+        """
+        keys = {"queue": "queue", "hour": "start - start % 3600000",
+                "day": "start - start % 86400000"}
+        name = "queue" if by == "queue" else "starts_at"
+        return self.dicts(
+            """SELECT %s AS %s, sum(completed + failed + died) AS runs, %s FROM %s
+                GROUP BY 1 ORDER BY 1"""
+            % (keys[by], name, SUMS, DONE), since, until, since, until, until)
+
+    def runs_per_second(self, length: int, now: int) -> float:
+        """How many runs ended a second in the last `length` milliseconds, from a full minute on."""
+        since = now - length
+        since -= since % MINUTE
+        count = self.value("SELECT total(completed + failed + died) FROM " + DONE,
+                           since, now, since, now, now)
+        return float(count * 1000 / (now - since))
+
+    def totals(self) -> list[Row]:
+        """The queues as the history has them, with their jobs in each state."""
+        states = ", ".join("sum(%s) AS %s" % (state, state) for state in STATES)
+        return self.dicts("""SELECT %s AS queue, max(queues.paused OR control.paused) AS paused, %s
+            FROM queues CROSS JOIN control GROUP BY 1 ORDER BY 1""" % (COUNTED_AS, states))
 
     # What a worker looks at.
 
@@ -4081,7 +4323,7 @@ class Reading(Administration):
     def next(self, queues: Names) -> tuple[Any, ...] | None:
         """The job that is next in these queues (none: all); None if there is none.
 
-        It is told as it would be claimed: the fields of Job up to `chained`.
+        It is told as it would be claimed: the fields of Job up to `since`.
         """
         return next(iter(self.rows(next_job(len(queues)), *queues)), None)
 
@@ -4179,16 +4421,6 @@ class Reading(Administration):
             """SELECT id FROM jobs WHERE state = 'processing' AND queue = ?
                 ORDER BY seq LIMIT ?""", queue, count)
 
-    def ahead_of(self, job: Row, everywhere: bool) -> int:
-        """How many jobs that can run now come before a job: in all queues, or in its own."""
-        queue = None if everywhere else job["queue"]
-        return int(self.value(
-            """SELECT count(*) FROM jobs JOIN queues ON queues.name = jobs.queue
-                WHERE ready = 1 AND NOT paused
-                AND (concurrency IS NULL OR processing < concurrency)
-                AND (priority < ? OR (priority = ? AND seq < ?)) AND queue = coalesce(?, queue)""",
-            job["priority"], job["priority"], job["seq"], queue))
-
     def last_seq(self) -> int:
         """The seq of the job that came last, be it forgotten; 0 if there was none."""
         return int(self.value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'") or 0)
@@ -4204,13 +4436,19 @@ class Reading(Administration):
         rows = self.rows("SELECT id, state, last_error FROM jobs WHERE seq = ?", seq)
         return next(iter(rows), None)
 
-    def oldest_waiting(self) -> Row | None:
-        """The first job that is pending."""
-        return self.first(OLDEST_WAITING)
+    def oldest_waiting(self, now: int) -> Row | None:
+        """The job that could run for longest, and since when: `ready_at`.
 
-    def next_due(self) -> Row | None:
-        """The job that waits for the earliest time."""
-        return self.first(NEXT_DUE)
+        Of those whose queue is not paused; they may wait for a worker, or for a place in the limit
+        of their queue.
+        """
+        fresh, late, overdue = OLDEST_WAITING
+        found = self.dicts(fresh) + self.dicts(late) + self.dicts(overdue, now)
+        return min(found, key=lambda job: job["ready_at"], default=None)
+
+    def next_due(self, now: int) -> Row | None:
+        """The job that waits for the earliest time after `now`."""
+        return self.first(NEXT_DUE, now)
 
 
 def _draw_ids(count: int) -> list[str]:
@@ -4581,8 +4819,8 @@ class Editing(Endings):
         if "after" in changes or "after_any" in changes:
             self._wait_anew(job, new, now)
         elif "run_at" in changes and (job["ready"] or job["due"] is not None):
-            self.execute("UPDATE jobs SET ready = ?, due = ? WHERE seq = ?",
-                         (new["run_at"] or 0) <= now, new["run_at"], seq)
+            due = max(new["run_at"] or 0, now)
+            self.execute("UPDATE jobs SET ready = ?, due = ? WHERE seq = ?", due == now, due, seq)
         if job["state"] == FAILED and job["attempts"] >= max(1, new["max_retries"]):
             self._die(seq, now)
 
@@ -4711,6 +4949,7 @@ class Store(Editing):
         if found is None:
             return None
         job = Job._make((*found, self._free_place(found[3]), now))
+        waited = max(0, now - job.since)
         if pool and job.queue != HOOK_QUEUE:
             turn = self.execute(
                 """UPDATE pools SET jobs_left = jobs_left - 1
@@ -4720,8 +4959,8 @@ class Store(Editing):
         self.execute(
             """UPDATE jobs SET state = 'processing', ready = 0, due = NULL,
                 attempts = attempts + 1, runs = runs + 1, worker = ?, slot = ?, place = ?,
-                locked_at = ?, started_at = ?, updated_at = ? WHERE seq = ?""",
-            worker, slot, job.place, now, now, now, job.seq)
+                waited = ?, locked_at = ?, started_at = ?, updated_at = ? WHERE seq = ?""",
+            worker, slot, job.place, waited, now, now, now, job.seq)
         return job
 
     def _free_place(self, queue: str) -> int:
@@ -4748,8 +4987,8 @@ class Store(Editing):
         Delays begin anew.
         """
         self.execute(
-            """UPDATE jobs SET ready = 1
-                WHERE state = 'failed' AND ready = 0 AND updated_at > ?""", now)
+            """UPDATE jobs SET ready = 1, due = min(due, ?)
+                WHERE state = 'failed' AND ready = 0 AND updated_at > ?""", now, now)
         self.execute(
             """UPDATE jobs SET due = due - updated_at + ?, run_at = run_at - updated_at + ?,
                 updated_at = ? WHERE delayed = 1 AND ready = 0 AND due IS NOT NULL
@@ -4771,6 +5010,7 @@ class Store(Editing):
         if not self._leave_run(ended, state, attempts, retry_at):
             return "", False
         self._keep_run(ended)
+        self._count_run(ended, state)
         if state not in ENDED:
             return state, False
         if state in IN_VAIN and job.queue != HOOK_QUEUE:
@@ -4782,7 +5022,9 @@ class Store(Editing):
                    retry_at: int | None) -> int:
         """Give a job its new state, if it is still in the run that ended."""
         job, now = ended.job, ended.finished_at
-        due = retry_at if state == FAILED else None
+        due = {FAILED: retry_at, PENDING: now}.get(state)
+        if ended.ending == UNSTARTED:
+            due = job.since
         return self.execute(
             """UPDATE jobs SET state = ?, ready = ?, due = ?, attempts = ?, updated_at = ?,
                 finished_at = ?, exit_code = ?, last_error = ?, deferrals = deferrals + ?,
@@ -4802,6 +5044,42 @@ class Store(Editing):
             job.seq, job.runs, job.attempts, ended.ending, job.started_at, ended.finished_at,
             ended.seconds, ended.exit_code, ended.error, ended.worker,
             ended.stdout or None, ended.stderr or None)
+
+    def _count_run(self, ended: RunResult, state: str) -> None:
+        """Count a run that was completed, failed or (its job is dead) died.
+
+        One that was ended from outside, or asked to be tried later, is none of these.
+        """
+        outcomes = [state == outcome for outcome in (COMPLETED, FAILED, DEAD)]
+        if not any(outcomes) or ended.ending == DEFERRED:
+            return
+        job, minute = ended.job, max(MINUTE, ended.finished_at - ended.finished_at % MINUTE)
+        waited = max(0, job.started_at - job.since) / 1000
+        values = *outcomes, ended.seconds, ended.seconds, waited, waited, job.queue, minute
+        if not self.execute(COUNT_RUN, *values):
+            self.execute(BEGIN_MINUTE, minute, job.queue)
+            self.execute(COUNT_RUN, *values)
+
+    def thin_history(self, kept_from: int, minutes_from: int) -> bool:
+        """Put the oldest minutes together to an hour if all are older than `minutes_from`.
+
+        Forget what is older than `kept_from`. Whether there was anything to do, and may be again.
+        """
+        oldest = self.value("SELECT min(start) FROM history WHERE span = 60") or NEVER
+        hour = oldest - oldest % HOUR
+        end = hour + HOUR
+        too_old = "FROM history WHERE span IN (60, 3600) AND start < ?"
+        if end > minutes_from and not self.rows("SELECT 1 %s LIMIT 1" % too_old, kept_from):
+            return False
+        with self.transaction():
+            if end <= minutes_from:
+                self.execute(
+                    """INSERT OR REPLACE INTO history SELECT 3600, ?, queue, %s FROM history
+                        WHERE span IN (60, 3600) AND start >= ? AND start < ? GROUP BY queue"""
+                    % SUMS, hour, hour, end)
+                self.execute("DELETE FROM history WHERE span = 60 AND start < ?", end)
+            self.execute("DELETE " + too_old, kept_from)
+        return True
 
     # Jobs are cancelled, retried, changed and forgotten; each tells if it was done.
 
@@ -5360,6 +5638,7 @@ def recover(store: Store, pause: Pause, tell: Tell,
 
 # Sweeping forgets jobs that have ended long ago.
 
+HISTORY = "history"  # what is swept beside jobs of some states
 SWEEP_TIME, SWEEP_REST = 0.1, 60.0  # seconds of work in one second; between rounds, at least
 YOUNGEST_SWEPT = 5.0  # seconds for which ended jobs are kept at least: somebody may wait for them
 STEADY_TIME = 60.0  # seconds for which the clock must have gone as the machine's own does
@@ -5373,8 +5652,11 @@ def _sweep_on(store: Store, keep: dict[str, float],
     for state in place:
         while place[state]:
             before = to_millis(time.time() - keep[state])
-            chosen = Selection((state,), before=before)
-            place[state] = store.forget_some(chosen, place[state], spared)
+            if state == HISTORY:
+                place[state] = store.thin_history(before, now_millis() - 2 * DAY)
+            else:
+                chosen = Selection((state,), before=before)
+                place[state] = store.forget_some(chosen, place[state], spared)
             if monotonic() >= end:
                 return {state: last for state, last in place.items() if last}
     return {}
@@ -5418,7 +5700,7 @@ def _sweep_from_note(store: Store, keep: dict[str, float], file: int) -> None:
 
 
 def sweep(store: Store, settings: Settings) -> None:
-    """Forget jobs that ended longer ago than `keep_completed` and `keep_dead` say.
+    """Forget jobs that ended longer ago than `keep_completed` and `keep_dead` say, and old history.
 
     Works for SWEEP_TIME, then leaves off until it is called again. One worker at a time does that,
     under a lock. The longer jobs are kept, the longer it rests between two rounds: a hundredth of
@@ -5426,10 +5708,9 @@ def sweep(store: Store, settings: Settings) -> None:
     """
     times = {DEAD: settings["keep_dead"]}
     times[COMPLETED] = times[CANCELLED] = settings["keep_completed"]
+    times[HISTORY] = settings["keep_history"]
     keep = {state: max(YOUNGEST_SWEPT, seconds) for state, seconds in times.items()
             if seconds is not None}
-    if not keep:
-        return
     file = open_private(join(folder_path(store.path), "sweep.lock"), os.O_RDWR)
     try:
         if system.try_lock(file):
@@ -5458,11 +5739,11 @@ def take_life(db: str, name: str) -> int:
 # a `run` also waits for the jobs that are not due yet.
 DUE, WHOLE = "due", "whole"
 
-WorkerConfig = namedtuple("WorkerConfig", "db file pool number queues drain limited run supervisor fds")
+WorkerConfig = namedtuple("WorkerConfig", "db file pool number queues drain limited run log supervisor fds")
 WorkerConfig.__doc__ = """What the supervisor tells a worker: the database, which file that was, its pool,
 its number there, the queues it serves (none: all), whether to drain (or DUE, WHOLE), whether --max-jobs
-was given, whether it serves a `run` (then it drains that run's queue), the supervisor's process
-id, and the descriptors it inherits but must not keep."""
+was given, whether it serves a `run` (then it drains that run's queue), the log that it tells to
+("": none), the supervisor's process id, and the descriptors it inherits but must not keep."""
 
 
 def signal_name(number: int) -> str:
@@ -5490,7 +5771,6 @@ class Records:
     next_patrol = next_sweep = 0.0
     unpatrolled = True
     # What it tells.
-    lines = ""  # once what they tell of is on disk
     trouble = ""  # what was told last of what keeps it from working
     rest_until, shortages = 0.0, 0
     # What it has recorded.
@@ -5510,6 +5790,7 @@ class Records:
         self.limited: set[str] = set()  # the queues that have a limit of jobs running at once
         self.clock = time.time() - monotonic()
         self.place = system.place()
+        self.lines: list[str] = []  # to be said once what they tell of is on disk
         self.spare: list[OutputFiles] = []
         self.used: list[tuple[OutputFiles, bool]] = []  # of unsynced records; whether they printed
         self.environment: dict[int, JobEnvironment] = {}  # by the key of their context
@@ -5518,20 +5799,21 @@ class Records:
 
     def say(self, text: str) -> None:
         """Say a line as soon as what was recorded is on disk."""
-        self.lines += self._line(text)
+        self.lines.append(text)
 
     def announce(self, text: str) -> None:
         """Say something at once, whatever waits to be said."""
-        self._write(self._line(as_called(text)))
+        self._write([as_called(text)])
 
-    def _line(self, text: str) -> str:
+    def _write(self, lines: Iterable[str]) -> None:
+        """Each with the time at which it is said: a log doesn't go back in time."""
         now = show_time(now_millis())
-        return "%s worker %d: %s\n" % (now, self.order.number, text)
-
-    def _write(self, lines: str) -> None:
+        said = "".join("%s worker %d: %s\n" % (now, self.order.number, line) for line in lines)
         if self.order.run and os.isatty(1):  # in place of the line that shows the progress
-            lines = "\r\033[K" + lines
-        system.say(lines)
+            said = "\r\033[K" + said
+        if self.order.log:
+            renew_log(self.order.log)
+        system.say(said)
 
     def tell_trouble(self, text: str) -> None:
         """Say at once what keeps this worker from working, and note it; nothing: it works again."""
@@ -5599,7 +5881,7 @@ class Records:
         self.unsynced = False
         if self.lines:
             self._write(self.lines)
-            self.lines = ""
+            self.lines = []
         for slot, printed in self.used:
             try:
                 slot.clear(printed)
@@ -6294,9 +6576,15 @@ def table(head: Names, rows: Iterable[Names], width: int,
     return lines
 
 
-def emit_table(head: Names, rows: Iterable[Names]) -> None:
-    """A table for where stdout leads: within a terminal's width and coloured, or whole."""
-    width = terminal_width()
+def emit_table(head: Names, rows: Iterable[Names], none: str) -> None:
+    """A table for where stdout leads: within a terminal's width and coloured, or whole.
+
+    `none` is what is said if it has no row.
+    """
+    rows, width = list(rows), terminal_width()
+    if not rows:
+        emit(none)
+        return
     colour = width > 0 and not os.environ.get("NO_COLOR")
     for line in table(head, rows, width, colour):
         emit_text(line + "\n")
@@ -6339,9 +6627,11 @@ class Pool:
     code = EXIT_OK
 
     def __init__(self, db: str, name: str, count: int, queues: Sequence[str],
-                 drain: Any = False, max_jobs: int | None = None):
+                 drain: Any = False, max_jobs: int | None = None, log: str = ""):
+        """`log` is what the processes of a detached pool tell to."""
         self.db, self.name, self.count = db, name, count
         self.queues, self.drain, self.max_jobs = tuple(queues), drain, max_jobs
+        self.log = log
         self.unneeded: list[int] = []  # descriptors that workers inherit
         self.workers: dict[Any, float] = {}  # each process with the time it was started
         self.openings: list[float] = []  # when workers that died are to be replaced
@@ -6455,12 +6745,14 @@ class Pool:
         return WorkerConfig(
             self.db, self.file, self.name, self.number, self.queues, self.drain,
             limited=self.max_jobs is not None, run=self.reporter is not None,
-            supervisor=os.getpid(), fds=[fd for fd in inherited if fd >= 0])
+            log=self.log, supervisor=os.getpid(), fds=[fd for fd in inherited if fd >= 0])
 
     def _tell(self, text: str) -> None:
         clear = ""
         if self.reporter and is_terminal(sys.stderr):
             clear = CLEAR_LINE  # which shows the progress
+        if self.log:
+            renew_log(self.log)
         system.say("%squeuectl: %s\n" % (clear, as_called(text)), 2)
 
     # Workers are told to stop.
@@ -6636,6 +6928,8 @@ def worker_row(worker: Row, now: int) -> tuple[str, ...]:
     if worker["job"] is not None:
         doing = "%s for %s: %s" % (
             worker["job"], span(worker["job_started_at"], now), worker["command"])
+    if worker["trouble"]:
+        doing = "waits: " + worker["trouble"]
     up = span(worker["started_at"], now)
     return worker["name"], str(worker["pid"]), up, doing
 
@@ -6660,13 +6954,19 @@ def run_title(run: Row) -> str:
     return title
 
 
+def pause_lines(pauses: Sequence[Row]) -> Iterator[str]:
+    """Which queues are paused, since when, and what lets their jobs start."""
+    for pause in pauses[:5]:
+        name, since = pause["queue"] or "", ""
+        if pause["paused_at"]:
+            since = ", since " + show_time(pause["paused_at"])
+        yield "Paused: %s%s; `%s` lets jobs start." % (
+            name or "all queues", since, ("queuectl queue resume " + name).rstrip())
+
+
 def _hold_up_lines(status: Row) -> Iterator[str]:
     """What keeps jobs from running, and what to do."""
-    if status["all_paused"]:
-        yield "Paused: all queues; `queuectl queue resume` lets their jobs start."
-    own = status["paused"] if not status["all_paused"] else []
-    for name in own[:5]:
-        yield "Paused: %s; `queuectl queue resume %s` lets its jobs start." % (name, name)
+    yield from pause_lines(status["pauses"])
     for trouble in status["troubles"][:5]:
         yield "Held up: %s" % trouble
     if status["lost"]:
@@ -6679,8 +6979,19 @@ def _hold_up_lines(status: Row) -> Iterator[str]:
         yield "Interrupted: `queuectl run --resume %s` goes on." % name
 
 
-def status_lines(status: Row, workers: Sequence[Row], now: int, width: int,
-                 rate: str) -> list[str]:
+def show_rate(runs_per_second: float) -> str:
+    if runs_per_second < 1:
+        return "%.2g/min" % (60 * runs_per_second)
+    return "%.1f/s" % runs_per_second
+
+
+def show_sizes(sizes: Row) -> str:
+    """What the files of a queue take."""
+    return ", ".join("%s %.1f MiB" % (name, sizes[name + "_bytes"] / 2**20)
+                     for name in ("database", "log", "output"))
+
+
+def status_lines(status: Row, workers: Sequence[Row], now: int, width: int) -> list[str]:
     """What `status` shows: jobs by state, workers and what they run, what waits and comes next.
 
     `now` is in milliseconds, `width` in columns (0: as many as it takes).
@@ -6689,17 +7000,16 @@ def status_lines(status: Row, workers: Sequence[Row], now: int, width: int,
     lines = ["%-11s %d" % (state + ":", jobs[state]) for state in STATES
              if jobs[state] or state != CANCELLED]
     lines.append("%-11s %d" % ("Workers:", status["workers"]))
-    if rate:
-        lines.append("%-11s %s" % ("Rate:", rate))
+    lines.append("%-11s %s in the last minute, %s in the last hour" % (
+        "Runs:", show_rate(status["runs_per_second_1m"]), show_rate(status["runs_per_second_1h"])))
+    lines.append("%-11s %s" % ("Disk:", show_sizes(status)))
     if workers:
         rows = [worker_row(worker, now) for worker in workers]
         shown = table(WORKER_HEAD, rows, max(0, width - 2), False)
         lines += ["  " + line for line in shown]
     if oldest:
-        age = span(oldest["created_at"], now)
-        if (oldest["due"] or 0) > now:
-            age += " (not due yet)"
-        lines.append("Oldest waiting: %s, for %s: %s" % (oldest["id"], age, oldest["command"]))
+        lines.append("Oldest waiting: %s, for %s: %s" % (
+            oldest["id"], span(oldest["ready_at"], now), oldest["command"]))
     if upcoming:
         lines.append("Next at %s: %s: %s" % (
             show_time(upcoming["due"]), upcoming["id"], upcoming["command"]))
@@ -6712,19 +7022,59 @@ def status_lines(status: Row, workers: Sequence[Row], now: int, width: int,
     return [cut(clean(line), width) for line in lines]
 
 
+RUNNING_HEAD = ("RUNNING", "QUEUE", "FOR", "WORKER", "COMMAND")
+MOST_RUNNING = 10  # lines of `status --watch`
+
+
+def watch_lines(status: Row, workers: Sequence[Row], died: Sequence[Row],
+                now: int, width: int) -> list[str]:
+    """What `status --watch` shows: what runs, longest first, the status, and what died last."""
+    running = [worker for worker in workers if worker["job"] and not worker["trouble"]]
+    running.sort(key=lambda worker: worker["job_started_at"])
+    rows = [(worker["job"], worker["queue"], span(worker["job_started_at"], now),
+             worker["name"], worker["command"]) for worker in running[:MOST_RUNNING]]
+    lines = table(RUNNING_HEAD, rows, width, False)
+    if not rows:
+        lines = ["Nothing runs."]
+    if running[MOST_RUNNING:]:
+        lines.append("and %d more" % len(running[MOST_RUNNING:]))
+    lines += ["", *status_lines(status, [], now, width)]
+    for job in died:
+        lines.append("Died last: %s, %s ago: %s" % (
+            job["id"], span(job["finished_at"], now), clean(job["last_error"] or "")))
+    return lines
+
+
+OUTCOMES = "completed", "failed", "died"
+STATS_HEAD = ("COMPLETED", "FAILED", "DIED", "RUN FOR", "LONGEST", "WAITED", "LONGEST", "")
+
+
+def stats_rows(done: Sequence[Row]) -> Iterator[Sequence[str]]:
+    """What was done in some hours or days, or by some queues, a line each, with bars."""
+    most = max((each["runs"] for each in done), default=0)
+    for each in done:
+        runs = each["runs"]
+        outcomes = [str(each[name]) for name in OUTCOMES]
+        times = [show_duration(seconds) for seconds in (
+            each["run_seconds_sum"] / runs, each["run_seconds_max"],
+            each["wait_seconds_sum"] / runs, each["wait_seconds_max"])]
+        title = each.get("queue") or show_time(each["starts_at"])[:16]
+        yield (title, *outcomes, *times, "#" * -(-20 * runs // most))
+
+
 def progress_text(name: str, part: Any, rate: float | None,
                   time_left: float | None) -> str:
     """How a `run` goes, in a line: done, dead, running, waiting for a retry, rate and time left."""
     words = ["%s: %d of %d done" % (name, part.completed, part.total)]
+    if part.paused:
+        words.append("paused: `queuectl queue resume` lets it go on")
+    elif time_left is not None:
+        words.append("%s left" % show_duration(time_left))
     counts = [(part.dead, "dead"), (part.cancelled, "cancelled"), (part.processing, "running"),
               (part.failed, "to be tried again")]
     words += ["%d %s" % pair for pair in counts if pair[0]]
     if rate:
         words.append("%.1f/s" % rate)
-    if part.paused:
-        words.append("paused: `queuectl queue resume` lets it go on")
-    elif time_left is not None:
-        words.append("%s left" % show_duration(time_left))
     return ", ".join(words)
 
 
@@ -6763,26 +7113,50 @@ def summary_lines(name: str, part: Any, seconds: float,
     return lines
 
 
-def prometheus_lines(queues: Sequence[Row], workers: int, oldest: Row | None,
+def label_value(name: str) -> str:
+    """A queue's name as the value of a label."""
+    return '"%s"' % re.sub(r'([\\"])', r"\\\1", name)
+
+
+def summary(done: Sequence[Row], key: str) -> Iterator[str]:
+    """The samples of a summary: the sum that is `key`, and of how many runs it is."""
+    for queue in done:
+        name = label_value(queue["queue"])
+        yield "_sum{queue=%s} %.6f" % (name, queue[key])
+        yield "_count{queue=%s} %d" % (name, queue["runs"])
+
+
+def prometheus_lines(status: Row, totals: Sequence[Row], done: Sequence[Row],
                      now: int) -> list[str]:
-    """The queue in Prometheus' text format, version 0.0.4: what node_exporter's collector reads."""
-    waits = 0.0
+    """The queue in Prometheus' text format, version 0.0.4: what node_exporter's collector reads.
+
+    `totals` are the jobs there are and `done` all that was ever done, by queue.
+    """
+    oldest, waits = status["oldest_waiting"], 0.0
     if oldest:
-        waits = max(0, now - oldest["created_at"]) / 1000
-    jobs, paused = [], []
-    for queue in queues:
-        name = re.sub(r'([\\"])', r"\\\1", queue["name"])
-        jobs += ['{queue="%s",state="%s"} %d' % (name, state, queue[state]) for state in STATES]
-        paused.append('{queue="%s"} %d' % (name, queue["paused"]))
+        waits = max(0, now - oldest["ready_at"]) / 1000
+    disk = ['{of="%s"} %d' % (name, status[name + "_bytes"])
+            for name in ("database", "log", "output")]
+    jobs = ['{queue=%s,state="%s"} %d' % (label_value(queue["queue"]), state, queue[state])
+            for queue in totals for state in STATES]
+    paused = ["{queue=%s} %d" % (label_value(queue["queue"]), queue["paused"]) for queue in totals]
+    runs = ['{queue=%s,outcome="%s"} %d' % (label_value(queue["queue"]), outcome, queue[outcome])
+            for queue in done for outcome in OUTCOMES]
     lines = []
     for title, values in (
-            ("jobs Jobs kept, by queue and state.", jobs),
-            ("queue_paused Whether a queue is paused.", paused),
-            ("workers Workers alive.", [" %d" % workers]),
-            ("oldest_waiting_seconds Age of the oldest pending job.", [" %.3f" % waits])):
-        name = "queuectl_" + title.partition(" ")[0]
-        lines += ["# HELP queuectl_" + title, "# TYPE %s gauge" % name]
-        lines += [name + value for value in values]
+            ("jobs gauge Jobs kept, by queue and state.", jobs),
+            ("queue_paused gauge Whether a queue is paused.", paused),
+            ("workers gauge Workers alive.", [" %d" % status["workers"]]),
+            ("oldest_waiting_seconds gauge How long the job waits that could run for longest.",
+             [" %.3f" % waits]),
+            ("disk_bytes gauge Disk space of the database, its log, and current output.", disk),
+            ("runs_total counter Runs that have ended, by outcome.", runs),
+            ("run_seconds summary How long they took.", summary(done, "run_seconds_sum")),
+            ("wait_seconds summary How long they could have been claimed before.",
+             summary(done, "wait_seconds_sum"))):
+        name, kind, text = title.split(" ", 2)
+        lines += ["# HELP queuectl_%s %s" % (name, text), "# TYPE queuectl_%s %s" % (name, kind)]
+        lines += ["queuectl_%s%s" % (name, value) for value in values]
     return lines
 
 
@@ -6792,7 +7166,7 @@ Command = namedtuple("Command", "name run summary options examples writes")
 COMMANDS: dict[str, Command] = {}
 # In what order help and completion name them, by the first word.
 ORDER = (  # noqa: SIM905
-    "enqueue worker run status list show logs why doctor retry delete cancel edit wait purge "
+    "enqueue worker run status stats list show logs why doctor retry delete cancel edit wait purge "
     "backup restore install uninstall service completion dlq queue config").split()
 GROUPS = ("config", "dlq", "queue", "worker")
 
@@ -6991,10 +7365,9 @@ def show_again(frame: Callable[[], list[str]]) -> NoReturn:
     clear = "\033[2J"
     while True:
         title = "%s, every second until Ctrl-C" % show_time(now_millis())[:-5]
-        lines = [title, *map(as_called, frame())]
         width = terminal_width()
+        lines = [cut(line, width) for line in (title, *map(as_called, frame()))]
         if width:
-            lines[:2] = [cut(line, width) for line in lines[:2]]
             rows = os.get_terminal_size(sys.stdout.fileno()).lines
             shown = "".join(line + "\033[K\n" for line in lines[:rows - 2])
             emit_text(clear + "\033[H" + shown + "\033[J\n")
@@ -7008,24 +7381,27 @@ def show_again(frame: Callable[[], list[str]]) -> NoReturn:
 def status_of(store: Store) -> tuple[Row, list[Row]]:
     """What `status` tells, and the workers that live."""
     workers, pools = alive_of(store.workers()), alive_of(store.pools())
-    counts, queues = store.counts(), store.queues()
+    counts, queues, now = store.counts(), store.queues(), now_millis()
     lost = store.lost_jobs() if counts[PROCESSING] else []
-    names = [worker["name"] for worker in workers]
-    troubles = [(name, trouble_of(store.path, name)) for name in names]
     waiting = [queue["name"] for queue in queues
                if queue[PENDING] + queue[FAILED] and not queue["paused"]]
     return {
         "jobs": counts,
         "workers": len(workers),
+        "runs_per_second_1m": store.runs_per_second(MINUTE, now),
+        "runs_per_second_1h": store.runs_per_second(HOUR, now),
+        **sizes_of(store.path),
         "all_paused": store.all_paused(),
         "paused": [queue["name"] for queue in queues if queue["paused"]],
-        "oldest_waiting": store.oldest_waiting() if counts[PENDING] else None,
-        "next": store.next_due(),
+        "pauses": store.pauses(),
+        "oldest_waiting": store.oldest_waiting(now),
+        "next": store.next_due(now),
         "lost": [job["id"] for job in lost if store.is_own(job["worker"])],
         "unserved": [name for name in waiting
                      if pools and not any(serves(pool, name) for pool in pools)],
         "interrupted": list(left_runs(store)),
-        "troubles": ["%s: %s" % pair for pair in troubles if pair[1]],
+        "troubles": ["%s: %s" % (worker["name"], worker["trouble"])
+                     for worker in workers if worker["trouble"]],
     }, workers
 
 
@@ -7040,19 +7416,18 @@ queuectl status --format prometheus > queuectl.prom.new && mv queuectl.prom.new 
 def cmd_status(args: Any) -> None:
     if args.json + args.watch + bool(args.format) > 1:
         raise UsageError("give one of --json, --watch and --format")
-    store, rate = args.store, Rate()
+    store = args.store
 
     def frame() -> list[str]:
         store.changed()  # raises if the database is gone
         status, workers = status_of(store)
-        now = now_millis()
+        now, width = now_millis(), terminal_width()
         if args.format:
-            return prometheus_lines(
-                store.queues(), len(workers), status["oldest_waiting"], now)
-        speed, shown = rate(sum(status["jobs"][state] for state in ENDED)), ""
-        if speed is not None:
-            shown = "%.1f jobs/s in the last minute" % speed
-        return status_lines(status, workers, now, terminal_width(), shown)
+            return prometheus_lines(status, store.totals(), store.history("queue", 0, 0), now)
+        if args.watch:
+            died = list(store.last_to_die(Selection(), 3))
+            return watch_lines(status, workers, died, now, width)
+        return status_lines(status, workers, now, width)
 
     if args.watch:
         show_again(frame)
@@ -7063,6 +7438,7 @@ def cmd_status(args: Any) -> None:
     status, workers = status_of(store)
     for name in ("oldest_waiting", "next"):
         status[name] = status[name] and with_times(status[name])
+    status["pauses"] = [with_times(pause) for pause in status["pauses"]]
     status["running"] = [worker["job"] for worker in workers if worker["job"]]
     emit_json(status)
 
@@ -7089,6 +7465,28 @@ def time_named(text: str) -> int:
     if re.fullmatch(_NUMBER, text):
         raise UsageError("%s needs a unit, such as %sd or %sh" % (text, text, text))
     return now_millis() - to_millis(checked("delay", text, "how long ago"))
+
+
+@subcommand("stats", "show what was done: how many runs, how long they took and waited", """
+queuectl stats
+queuectl stats --by queue --since 7d
+""",
+    option("--since TIME",
+           "from this time on, or for so long: 2h (by hour 1d, else all that is kept)",
+           type=time_named),
+    option("--by", "what a line is for (hour)", choices=("hour", "day", "queue"), default="hour"),
+    JSON)
+def cmd_stats(args: Any) -> None:
+    now, since, step = now_millis(), args.since, MINUTE
+    if since is None:
+        since = now - DAY if args.by == "hour" else HOUR
+    if since < now - 2 * DAY:  # by hour is how that is kept
+        step = HOUR
+    done = args.store.history(args.by, max(MINUTE, since - since % step), now)
+    if args.json:
+        emit_list(map(with_times, done))
+    else:
+        emit_table((args.by.upper(), *STATS_HEAD), stats_rows(done), "Nothing was done.")
 
 
 # How jobs are selected, the same for all commands that take ids.
@@ -7143,7 +7541,7 @@ def _list(args: Any, selection: Selection, head: Sequence[str],
         return
     now = now_millis()
     rows = [row(job, now) for job in jobs]
-    emit_table(head, rows)
+    emit_table(head, rows, "No such jobs.")
     if len(rows) == limit:
         left = store.total(selection) - limit
         sys.stdout.flush()
@@ -7591,7 +7989,7 @@ def _obstacles(store: Store, job: Row, now: int) -> Iterator[str]:
     name, due = queue["name"], job["due"]
     for other in store.awaited_by(job["seq"]):
         reason = "it runs after %s, which is %s" % (other["id"], other["state"])
-        if other["due"]:
+        if (other["due"] or 0) > now:
             reason += " (next try in %s)" % span(now, other["due"])
         yield reason
     if due is not None and due > now:
@@ -7611,28 +8009,21 @@ def _obstacles(store: Store, job: Row, now: int) -> Iterator[str]:
                % (name, most, running, name))
 
 
-def _expected(store: Store, job: Row, now: int,
-              serving: Sequence[Row]) -> tuple[int, str]:
-    """When a job that nothing else holds up can be expected to start, and what stands before it."""
-    pools = {pool["name"]: pool["queues"] for pool in store.pools()}
-    everywhere = not all(pools.get(worker["pool"]) for worker in serving)
-    ahead = store.ahead_of(job, everywhere)
-    busy, count = sum(worker["job"] is not None for worker in serving), len(serving)
-    wait = store.recent_seconds() * (ahead + (busy == count)) / count
-    stand = "stands" if ahead == 1 else "stand"
-    reason = "%s %s before it" % (count_of(ahead, "job"), stand)
-    if ahead:
-        reason += ", by priority (up to %d) or arrival" % job["priority"]
-    workers = count_of(count, "worker")
-    return now + to_millis(wait), "%s; %d of %s busy" % (reason, busy, workers)
+def _stands_before(store: Store, job: Row, now: int, serving: Sequence[Row]) -> Iterator[str]:
+    """What a job waits for that nothing else holds up: its turn, and a worker."""
+    first = store.next((job["queue"],))
+    if first and first[0] != job["seq"]:
+        yield "%s goes before it, by priority or arrival" % first[1]
+    busy = [worker for worker in serving if worker["job"]]
+    busy.sort(key=lambda worker: worker["job_started_at"])
+    text = "%d of %s busy" % (len(busy), count_of(len(serving), "worker"))
+    shown = ["%s for %s, since %s" % (worker["job"], span(worker["job_started_at"], now),
+                                      show_time(worker["job_started_at"])) for worker in busy[:5]]
+    yield ": ".join(filter(None, (text, "; ".join(shown))))
 
 
-def why_waiting(store: Store, job: Row,
-                now: int) -> tuple[list[str], int | None]:
-    """Why a waiting job does not run now, and when it is expected to, in milliseconds.
-
-    None stands for a time that can't be told.
-    """
+def why_waiting(store: Store, job: Row, now: int) -> tuple[list[str], bool]:
+    """Why a waiting job does not run now, and whether that ends by itself."""
     reasons = list(_obstacles(store, job, now))
     serving = store.serving(job["queue"])
     if not serving:
@@ -7640,16 +8031,12 @@ def why_waiting(store: Store, job: Row,
         if alive_of(store.pools()):
             asks = " --queue " + job["queue"]
         reasons.append("no worker serves its queue; `queuectl worker start%s` does" % asks)
-        return reasons, None
-    troubles = [trouble_of(store.path, worker["name"]) for worker in serving]
-    if all(troubles):
-        reasons.append("its workers are held up: %s" % clean(troubles[0]))
+        return reasons, False
+    if all(worker["trouble"] for worker in serving):
+        reasons.append("its workers are held up: %s" % clean(serving[0]["trouble"]))
     if not reasons:
-        expected, reason = _expected(store, job, now, serving)
-        return [reason], expected
-    if len(reasons) == 1 and (job["due"] or 0) > now:
-        return reasons, job["due"]
-    return reasons, None
+        return list(_stands_before(store, job, now, serving)), True
+    return reasons, len(reasons) == 1 and (job["due"] or 0) > now
 
 
 def why_running(store: Store, job: Row, now: int) -> str:
@@ -7661,6 +8048,9 @@ def why_running(store: Store, job: Row, now: int) -> str:
     if not is_alive(store.path, worker):
         return ("its worker %s has died; the next worker ends what is left of the run: "
                 "`queuectl worker start`" % worker)
+    trouble = trouble_of(store.path, worker)
+    if trouble:
+        return "its worker is held up: %s" % clean(trouble)
     limit = "without a time-out"
     if job["timeout_seconds"]:
         end = job["started_at"] + job["timeout_seconds"] * 1000
@@ -7695,14 +8085,16 @@ def why_in_vain(store: Store, job: Row, now: int) -> str:
 
 
 @subcommand(
-    "why", "tell why a job isn't running now, and when it will", "\nqueuectl why job1\n",
+    "why", "tell why a job isn't running now, and what to do", "\nqueuectl why job1\n",
     ID, JSON)
 def cmd_why(args: Any) -> None:
     store, now, expected = args.store, now_millis(), None
     job = store.find(args.id)
     name, state = job["id"], job["state"]
     if state in WAITING:
-        reasons, expected = why_waiting(store, job, now)
+        reasons, passing = why_waiting(store, job, now)
+        if passing and (job["due"] or 0) > now:
+            expected = show_time(job["due"])
     elif state == PROCESSING:
         reasons = [why_running(store, job, now)]
     elif state in IN_VAIN:
@@ -7710,10 +8102,9 @@ def cmd_why(args: Any) -> None:
     else:
         reasons = ["it ended well %s ago; `queuectl retry %s` runs it once more"
                    % (span(job["finished_at"], now), name)]
-    when = None if expected is None else show_time(expected)
     if args.json:
         reasons = [as_called(reason) for reason in reasons]
-        emit_json({"id": name, "state": state, "reasons": reasons, "expected_at": when})
+        emit_json({"id": name, "state": state, "reasons": reasons, "expected_at": expected})
         return
     emit("%s is %s:" % (name, state))
     for reason in reasons:
@@ -7721,10 +8112,6 @@ def cmd_why(args: Any) -> None:
     if state == FAILED:
         emit("  its last run: %s (%d of %d attempts used)" % (
             job["last_error"], job["attempts"], max(1, job["max_retries"])))
-    if expected and expected > now:
-        emit("It is expected to start in %s, at %s." % (span(now, expected), when))
-    elif expected:
-        emit("It is expected to start at once.")
 
 
 def tell_if_idle(db: str) -> bool:
@@ -7742,10 +8129,10 @@ def tell_hold_up(store: Store, seq: int) -> bool:
     job = store.find_by_seq(seq)
     if job is None or job["state"] not in WAITING or store.awaited_by(seq):
         return False
-    reasons, expected = why_waiting(store, job, now_millis())
-    if expected is None:
+    reasons, passing = why_waiting(store, job, now_millis())
+    if not passing:
         complain("%s waits: %s" % (job["id"], reasons[0]))
-    return expected is None
+    return not passing
 
 
 def tell_ends(ends: Sequence[tuple[str, str, str | None] | None]) -> int:
@@ -7815,6 +8202,8 @@ def cmd_wait(args: Any) -> int:
 
 LEAST_SPACE = 100 * 1024 * 1024  # bytes
 LONG_RUN = 86400.0  # seconds
+MANY_DEAD = 100  # jobs
+LARGE_LOG = 64 * 1024 * 1024  # bytes; without readers a log is much smaller, see _connect
 
 
 def _findings_of_lost(store: Store) -> Iterator[tuple[str, str]]:
@@ -7853,11 +8242,25 @@ def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
         elif system.is_stopped(entry["pid"]):
             yield who + " is stopped by a signal", "kill -CONT %d" % entry["pid"]
     for worker in alive_of(workers):
+        if worker["trouble"]:
+            yield ("%s is held up: %s" % (worker["name"], worker["trouble"]),
+                   "it goes on by itself when that has passed")
         name, age = worker["job"], (now - (worker["job_started_at"] or now)) / 1000
         if age > LONG_RUN:
             yield ("%s has been running for %s" % (name, show_duration(age)),
                    "`queuectl logs %s` shows what it does, `queuectl cancel %s` ends it"
                    % (name, name))
+
+
+def _findings_of_queues(store: Store) -> Iterator[tuple[str, str]]:
+    """Many dead jobs, and a log that can't be emptied."""
+    dead, log = store.counts()[DEAD], store.path + "-wal"
+    if dead >= MANY_DEAD:
+        yield "%d jobs are dead" % dead, "`queuectl dlq list --causes` tells why"
+    if bytes_on_disk([log]) > LARGE_LOG:
+        yield ("%s has %d MiB: it can't be emptied while a program reads the database for long"
+               % (log, bytes_on_disk([log]) >> 20),
+               "`fuser -v %s` names who has it open" % shell_word(store.path))
 
 
 def findings_of(store: Store) -> Iterator[tuple[str, str]]:
@@ -7883,6 +8286,7 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
                "free some space outside the queue; workers that wait for it go on by themselves")
     yield from _findings_of_lost(store)
     yield from _findings_of_workers(store)
+    yield from _findings_of_queues(store)
 
 
 @subcommand(
@@ -7902,6 +8306,10 @@ def cmd_doctor(args: Any) -> int:
         for what, mend in findings:
             emit(what)
             advise("    " + mend)
+    if not args.json:
+        for line in pause_lines(store.pauses()):
+            advise(line)
+        emit("On disk: %s." % show_sizes(sizes_of(store.path)))
     return EXIT_FAILED if findings else EXIT_OK
 
 
@@ -7970,7 +8378,8 @@ def find_named(store: Store, change: Change, names: Iterable[str]) -> list[Row]:
     jobs = {job["seq"]: job for job in map(store.find, names)}
     for job in jobs.values():
         if job["state"] not in change.takes:
-            raise QueueError("%s is %s; %s" % (job["id"], job["state"], change.advice))
+            raise QueueError("%s is %s; %s" % (
+                job["id"], job["state"], change.advice.replace("ID", job["id"])))
     return list(jobs.values())
 
 
@@ -8034,7 +8443,8 @@ def tell_changed(args: Any, change: Change, seqs: Sequence[int],
     if args.json:
         emit_list(map(job_json, jobs))
     elif args.dry_run:
-        emit_table(JOB_HEAD, [job_row(job, now) for job in jobs_now(store, seqs[:50])])
+        emit_table(JOB_HEAD, [job_row(job, now) for job in jobs_now(store, seqs[:50])],
+                   "No such jobs.")
         complain("%s: it would be %s" % (change.done, count_of(len(seqs), "job")))
     elif args.ids:
         for job in jobs:
@@ -8112,7 +8522,8 @@ queuectl retry --state dead,cancelled --queue mail --since 2h
 """,
     *CHANGING, DEPENDENTS, writes=True)
 def cmd_retry(args: Any) -> None:
-    _retry(args, ENDED, IN_VAIN, "only a job that has ended can be retried")
+    _retry(args, ENDED, IN_VAIN, "only a job that has ended can be retried; `queuectl edit ID "
+           "--run-at now` starts one that waits for a time")
 
 
 @subcommand("dlq retry", "give dead jobs a new start", """
@@ -8737,14 +9148,11 @@ def new_pool_name(store: Store) -> str:
     return "%s-%s" % (store.queue_id(), os.urandom(3).hex())
 
 
-LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside when a pool starts
 
 
 def _open_log(path: str) -> int:
     """A descriptor to write the log of a detached pool with."""
     try:
-        if exists(path) and getsize(path) > LONGEST_LOG:
-            os.replace(path, path + ".1")
         return open_private(path, os.O_WRONLY | os.O_APPEND)
     except OSError as error:
         raise QueueError("the log %s can't be written: %s" % (path, error.strerror)) from None
@@ -8857,8 +9265,7 @@ def _start_detached(store: Store, name: str, count: int, words: Sequence[str],
                     drain: str) -> int:
     """Start a pool by these words in a session of its own; its process id when its workers run."""
     import subprocess
-    folder = dirname(store.path)
-    log = join(folder, "queuectl.log")
+    folder, log = dirname(store.path), log_path(store.path)
     fd = _open_log(log)
     process = subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, cwd=folder,
@@ -8893,7 +9300,11 @@ def cmd_worker_start(args: Any) -> int:
     if not args.detach and not args.drain:  # a drain is short
         start_compiled()
     store = open_trusted(args.db, tell=complain)
-    name = os.environ.pop("QUEUECTL_POOL", "") or new_pool_name(store)
+    name, log = os.environ.pop("QUEUECTL_POOL", ""), ""
+    if name:
+        log = log_path(args.db)
+        renew_log(log)
+    name = name or new_pool_name(store)
     drain = os.environ.pop("QUEUECTL_DRAIN", args.drain)
     if args.detach:
         words = start_words(args.db, args.count, args.queue)
@@ -8908,7 +9319,7 @@ def cmd_worker_start(args: Any) -> int:
     system.say("Starting %s, pool %s, pid %d, database %s\n"
                % (workers, name, os.getpid(), clean(args.db)))
     pool = Pool(args.db, name, args.count, args.queue,
-                drain=drain, max_jobs=args.max_jobs)
+                drain=drain, max_jobs=args.max_jobs, log=log)
     return pool.run()
 
 
@@ -9489,37 +9900,31 @@ def stop_pools(store: Store, now: bool) -> None:
     ring_all(store.path)
 
 
-def _ask_stop(store: Store, now: bool) -> None:
-    """Have every pool end after its running jobs, or end these now; also of an older schema.
+def _tell_stop(db: str, pools: Iterable[Row], now: bool) -> bool:
+    """The same without the disk: by the workers' bells, and signals; whether anybody was told."""
+    rung = ring_all(db, STOP_NOW if now else STOP_SOON)
+    told = [system.stop(pool["pid"], life_path(db, pool["name"]), now) for pool in pools]
+    return rung > 0 or any(told)
 
-    Where the disk is full supervisors can be told without it.
+
+def _await_stop(db: str, pids: dict[str, int], patience: float, now: bool) -> None:
+    """Wait until these pools and workers have ended: names, each with its process id (0: unknown).
+
+    `now`: their jobs are ended already.
     """
-    try:
-        with store.transaction():
-            store.ask_stop([pool["name"] for pool in store.pools()], 1 + now)
-    except Unavailable as error:
-        pools = {pool["pid"]: life_path(store.path, pool["name"])
-                 for pool in store.pools()}
-        told = [system.stop(pid, life, now) for pid, life in pools.items()]
-        if not any(told):
-            raise
-        complain("%s; the workers are told by signals" % error)
-    ring_all(store.path)
-
-
-def _await_stop(db: str, pids: dict[str, int], patience: float) -> None:
-    """Wait until these pools and workers have ended: names, each with its process id."""
+    advice = "`queuectl worker stop --now` ends their jobs"
+    if now:
+        advice = "`queuectl status` tells what they do"
     deadline = monotonic() + patience
     tell_at = monotonic() + WAIT_TOLD
     while any(is_alive(db, name) for name in pids):
         for name, pid in pids.items():
             system.wake(pid, life_path(db, name))
         if monotonic() >= deadline:
-            raise TimedOut("workers still run after %s; they go on stopping, "
-                           "`queuectl worker stop --now` ends their jobs" % show_duration(patience))
+            raise TimedOut("workers still run after %s; they go on stopping, %s"
+                           % (show_duration(patience), advice))
         if monotonic() >= tell_at:
-            complain("waiting for running jobs to finish; "
-                     "`queuectl worker stop --now` would end them")
+            complain("waiting for running jobs to end; " + advice)
             tell_at = ENDLESS
         sleep(0.02)
 
@@ -9537,14 +9942,22 @@ def cmd_worker_stop(args: Any) -> None:
             complain("there is no queue at %s" % args.db)
         emit("No workers are running.")
         return
-    store = open_store(args.db, as_it_is=True)
+    names = [name for name in names_beside(args.db, ".life") if is_alive(args.db, name)]
+    pids, pools = dict.fromkeys(names, 0), []
+    try:
+        store = open_store(args.db, as_it_is=True)
+        pools = store.pools()
+        pids.update((entry["name"], entry["pid"]) for entry in [*pools, *store.workers()]
+                    if entry["name"] in names)
+        stop_pools(store, args.now)
+    except Unavailable as error:
+        if not _tell_stop(args.db, pools, args.now):
+            raise
+        complain("%s; the workers are told without it" % error)
     worker, _ = own_run(args.db)
-    own = (worker, _pool_of(worker))  # which waits for the job that called this
-    entries = alive_of([*store.pools(), *store.workers()])
-    others = {entry["name"]: entry["pid"] for entry in entries
-              if entry["name"] not in own}
-    _ask_stop(store, args.now)
-    _await_stop(args.db, others, args.timeout)
+    for name in (worker, _pool_of(worker)):  # which waits for the job that called this
+        pids.pop(name, None)
+    _await_stop(args.db, pids, args.timeout, args.now)
     if worker:
         emit("All other workers have stopped; those of this pool do when this job has ended.")
     else:
@@ -9558,10 +9971,9 @@ def cmd_worker_list(args: Any) -> None:
     workers, now = alive_of(args.store.workers()), now_millis()
     if args.json:
         emit_list(map(with_times, workers))
-    elif workers:
-        emit_table(WORKER_HEAD, [worker_row(worker, now) for worker in workers])
     else:
-        emit("No workers are running.")
+        emit_table(WORKER_HEAD, [worker_row(worker, now) for worker in workers],
+                   "No workers are running.")
 
 
 # ─── setting up: settings, queues, copies, the program itself ─────────────────────────────────
@@ -9578,7 +9990,7 @@ def cmd_config_show(args: Any) -> None:
     else:
         emit_table(("SETTING", "VALUE", "DEFAULT"), [
             (name, show_setting(value), show_setting(SETTINGS[name]))
-            for name, value in settings.items()])
+            for name, value in settings.items()], "")
 
 
 @subcommand("config get", "show one setting", "\nqueuectl config get max_retries\n", KEY, JSON)
@@ -9633,7 +10045,7 @@ def cmd_queue_list(args: Any) -> None:
     if args.json:
         emit_list(queues)
     else:
-        emit_table(QUEUE_HEAD, map(queue_row, queues))
+        emit_table(QUEUE_HEAD, map(queue_row, queues), "No queues.")
 
 
 @subcommand("queue set", "limit how many jobs of a queue run at once, over all pools", """
@@ -9652,7 +10064,7 @@ def cmd_queue_set(args: Any) -> None:
 def _pause(args: Any, paused: bool) -> None:
     store, name = args.store, args.name
     unknown = name and all(queue["name"] != name for queue in store.queues())
-    pause_queue(store, name, paused)
+    pause_queue(store, name, paused, now_millis())
     if unknown:
         complain("no job has ever been in the queue %s" % name)
     if not paused and store.all_paused():

@@ -15,7 +15,7 @@ QUEUECTL_TEST_FULL=1 runs the tests of scale in full size, and those that take m
 
 Rooms: harness · values and store · saboteur jobs · seeds · enqueue · worker and pool · time · stop and signals ·
 reading · dlq, retry, delete, cancel · config · bad input · output faults · database faults · scale ·
-storms · found by attack · an operator's day · cancelled, selections, mending
+storms · found by attack · an operator's day · cancelled, selections, mending · what is going on, what was done
 """
 
 from __future__ import annotations
@@ -351,7 +351,7 @@ class Terminal(Background):
 
 SHORT_COMMANDS = {
     "cancel", "config", "delete", "dlq", "doctor", "edit", "enqueue", "list", "logs", "purge", "queue", "retry", "show",
-    "status", "why",
+    "stats", "status", "why",
 }  # fmt: skip
 LONG_OPTIONS = {"--follow", "-f", "--wait", "--watch"}
 ONE_AT_A_TIME = threading.RLock()
@@ -1260,13 +1260,16 @@ def test_claims_and_status_read_only_indexes(store: Any) -> None:
     for statement, values in (
         (queuectl.PULSE.replace("epoch, ", "").replace(",\n    unsettled FROM control", ""), ()),
         (queuectl.HELD_JOBS, ()),
-        (queuectl.OLDEST_WAITING, ()),
-        (queuectl.NEXT_DUE, ()),
+        (queuectl.NEXT_DUE, (0,)),
         (queuectl.select_jobs(queuectl.Selection(("dead",)), True, 50)[0], (0, "dead")),
     ):
         plan = " ".join(row[3] for row in store.db.execute("EXPLAIN QUERY PLAN " + statement, values))
         assert "USING" in plan and "INDEX" in plan and "TEMP B-TREE" not in plan, (statement, plan)
         assert "jobs_expiring" in plan or "min(expires_at)" not in statement, plan  # not all that are pending
+    for statement in queuectl.OLDEST_WAITING:  # what they sort is one row for each queue and priority
+        values = (0,) * statement.count("?")
+        plan = " ".join(row[3] for row in store.db.execute("EXPLAIN QUERY PLAN " + statement, values))
+        assert re.search(r"INDEX jobs_(ready|late|due) ", plan) and not re.search(r"SCAN (TABLE )?jobs", plan), plan
 
 
 def test_a_database_is_migrated_by_one_of_many_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2929,7 +2932,7 @@ def test_an_idle_pool_rests(q: Queue) -> None:
 
 def test_a_rest_that_is_over_is_not_taken_for_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a shortage of processes an idle worker once looked a hundred times a second, for ever."""
-    worker: Any = queuectl.Worker(queuectl.WorkerConfig("/q.db", None, "pool", 1, (), *[False] * 4, ()))
+    worker: Any = queuectl.Worker(queuectl.WorkerConfig("/q.db", None, "pool", 1, (), *[False] * 5, ()))
     pauses: list[float] = []
     monkeypatch.setattr(worker.bell, "wait", pauses.append)
     for rest_until in (time.monotonic() - 1, time.monotonic() + 0.5):
@@ -3526,7 +3529,7 @@ def test_a_chosen_id_has_no_prefixes(q: Queue) -> None:
 DEFAULTS = {
     "max_retries": 3, "backoff_base": 2, "backoff_max": 3600, "backoff_jitter": 0, "timeout_seconds": None,
     "priority": 10, "poll_interval_ms": 1000, "kill_grace_seconds": 5, "max_output_bytes": 1 << 20,
-    "retry_after": 60, "max_deferrals": 100, "keep_completed": 2592000.0, "keep_dead": None,
+    "retry_after": 60, "max_deferrals": 100, "keep_completed": 2592000.0, "keep_dead": None, "keep_history": 2592000.0,
     "on_dead": None, "on_end": None,
     "shell": "/bin/sh",
 }  # fmt: skip
@@ -3546,6 +3549,7 @@ def test_config_set_get_unset(q: Queue) -> None:
         "poll-interval-ms": ("2000", 2000), "kill_grace_seconds": ("0.5", 0.5),
         "max_output_bytes": ("4096", 4096), "retry-after": ("5m", 300),
         "max-deferrals": ("7", 7), "keep-completed": ("30d", 2592000), "keep_dead": ("1d", 86400),
+        "keep-history": ("7d", 604800),
         "on-dead": ("mail -s dead me", "mail -s dead me"), "on_end": ("echo", "echo"),
         "shell": ("bash", shutil.which("bash")),
     }  # fmt: skip
@@ -6325,7 +6329,7 @@ def test_file_names_are_enqueued_safely(q: Queue) -> None:
 
 
 @containers
-def test_a_full_file_system_of_small_blocks_is_an_error(q: Queue) -> None:
+def test_a_full_file_system_of_small_blocks_can_be_read_and_not_written(q: Queue) -> None:
     """SQLite's mapped index would end the program by SIGBUS there."""
     if not shutil.which("mkfs.ext4"):
         pytest.skip("there is no mkfs.ext4")
@@ -6335,12 +6339,13 @@ def test_a_full_file_system_of_small_blocks_is_an_error(q: Queue) -> None:
     script = f"""
         truncate -s 8M {image}; mkfs.ext4 -q -b 1024 -m 0 {image} && mount -o loop {image} {place} || exit 77
         export QUEUECTL_DB={place}/q/queue.db
-        {words} enqueue true && dd if=/dev/zero of={place}/fill bs=1k 2>/dev/null; {words} list; echo "code $?"
+        {words} enqueue true && dd if=/dev/zero of={place}/fill bs=1k 2>/dev/null; {words} enqueue true; echo "code $?"
+        {words} list
     """
     done = q.run(["unshare", "-m", "bash", "-c", script])
     if done.code == 77:
         pytest.skip("loop devices can't be had")
-    assert "code 1" in done.out and "no space left" in done.err
+    assert "code 1" in done.out and "no space left" in done.err and "pending" in done.out
 
 
 @pytest.mark.parametrize(
@@ -7142,11 +7147,18 @@ def test_the_same_is_read_before_and_after_a_migration(q: Queue, version: int) -
     names = [job["id"] for job in q.jobs() if job["state"] != "processing"]
     commands = [("list",), ("dlq", "list"), ("queue", "list"), ("config", "show"), ("status",)]
     commands += [(command, name) for name in names for command in ("show", "logs")]
-    shown = {words: q.look(*words) for words in commands}
+
+    def look() -> dict[Any, Any]:
+        shown = {words: q.look(*words) for words in commands}
+        for name in ("database_bytes", "log_bytes"):
+            del shown["status",][name]
+        return shown
+
+    shown = look()
     assert content(q.db) == before
     q("config", "set", "priority", "10")  # which it is already
     assert_migrated(q, version, before)
-    assert {words: q.look(*words) for words in commands} == shown
+    assert look() == shown
 
 
 @older
@@ -9342,8 +9354,8 @@ def test_why_tells_what_it_waits_behind_and_how_long(q: Queue) -> None:
     q.add("true", "--id", "first", "--priority", "2")
     q.add("true", "--id", "last", "--priority", "99")
     said = q.look("why", "last")
-    assert said["reasons"] == ["1 job stands before it, by priority (up to 99) or arrival; 1 of 1 worker busy"]
-    assert 0.1 < moment(said["expected_at"]) - time.time() < 10
+    assert said["reasons"][0] == "first goes before it, by priority or arrival" and said["expected_at"] is None
+    assert said["reasons"][1].startswith("1 of 1 worker busy: runs for ")
     assert "completed" in why(q, "took-a-second") and "retry took-a-second" in why(q, "took-a-second")
     q("cancel", "first")
     assert "it was cancelled" in why(q, "first") and "`queuectl retry first`" in why(q, "first")
@@ -9468,6 +9480,7 @@ def test_one_worker_at_a_time_sweeps_and_all_rest_after_a_round(store: Any, monk
     monkeypatch.setattr(queuectl, "STEADY_TIME", 0)
     ended(store, "a", "b")
     assert sweep(dict(keep, keep_completed=None)) == 2
+    os.unlink(lock)
     fd = queuectl.open_private(lock, os.O_RDWR)
     assert queuectl.system.try_lock(fd)
     assert sweep(keep) == 2
@@ -9477,8 +9490,11 @@ def test_one_worker_at_a_time_sweeps_and_all_rest_after_a_round(store: Any, monk
     assert sweep(keep) == 1  # the round has just ended
     os.utime(lock, (1, 1))
     monkeypatch.setattr(queuectl, "SWEEP_TIME", 1e-9)  # enough for one look each: the jobs, then the end
-    assert sweep(keep) == 0 and json.loads(Path(lock).read_text())["place"] == {"cancelled": queuectl.NEVER}
-    sweep(dict(keep, keep_completed=None, keep_dead=5))
+    assert sweep(keep) == 0 and json.loads(Path(lock).read_text())["place"] == dict.fromkeys(
+        ("cancelled", "history"), queuectl.NEVER
+    )
+    for _ in range(3):  # of the history there are the minutes that become an hour, and then no more
+        sweep(dict(keep, keep_completed=None, keep_dead=5))
     assert json.loads(Path(lock).read_text())["place"] == {}
 
 
@@ -9635,7 +9651,7 @@ def test_watching_without_a_terminal_repeats_plainly(q: Queue) -> None:
     watch.signal(signal.SIGINT)
     assert watch.wait() == 130
     assert "\033" not in watch.out and "pending:    1" in watch.out
-    assert "jobs/s in the last minute" in watch.out
+    assert "in the last minute, " in watch.out
     assert watch.err == ""
 
 
@@ -11732,3 +11748,380 @@ def test_states_are_named_in_any_case(q: Queue) -> None:
     q.add("true", "--id", "a")
     assert [job["id"] for job in q.jobs("--state", "PENDING,Dead")] == ["a"]
     q.fails("list", "--state", "DONE", code=2)
+
+
+# what is going on, what was done: history, oldest waiting, a full disk, the log
+
+
+def done_by_queue(store: Any, since: int = 0, until: int = 0) -> dict[str, list[int]]:
+    rows = store.history("queue", since, until)
+    return {row["queue"]: [row["completed"], row["failed"], row["died"]] for row in rows}
+
+
+def test_history_counts_runs_by_minute_and_queue(store: Any) -> None:
+    minute = NOW - NOW % 60_000
+    for at, queue, ending in ((0, "a", "completed"), (1, "a", "failed"), (2, "b", "lost"), (3, "a", "deferred"),
+                              (60_000, "a", "completed"), (60_001, "run-7", "completed"), (60_002, "run-8", "failed"),
+                              (120_000, "a", "stopped"), (120_001, "a", "cancelled")):  # fmt: skip
+        put(store, queue=queue, max_retries=1 if ending == "lost" else 3, now=minute + at)
+        job = take(store, minute + at, [queue])
+        with store.transaction():
+            end_run(store, job, ending, minute + at)
+            store.execute("UPDATE jobs SET ready = 0, due = NULL")
+    assert done_by_queue(store, minute, minute) == {"a": [1, 1, 0], "b": [0, 0, 1]}
+    assert done_by_queue(store, minute + 60_000, NOW + 10**9) == {"a": [1, 0, 0], "run": [1, 1, 0]}
+    assert done_by_queue(store) == {"a": [2, 1, 0], "b": [0, 0, 1], "run": [1, 1, 0]}
+    assert store.runs_per_second(60_000, minute + 60_000 + 30_000) == 6 * 1000 / 90_000
+
+
+def end_run(store: Any, job: Any, ending: str, now: int, seconds: float = 0.5) -> None:
+    ended = queuectl.RunResult(job, ending, None, None, now, seconds, b"", b"", "pool-1")
+    store.record(ended, now + 10**12, ["pool"], store.settings())
+
+
+def test_history_knows_how_long_runs_took_and_waited(store: Any) -> None:
+    minute = NOW - NOW % 60_000
+    for waited, seconds in ((2000, 0.5), (6000, 3.5)):
+        put(store, now=minute)
+        job = take(store, minute + waited)
+        with store.transaction():
+            end_run(store, job, "completed", minute + waited, seconds)
+    (row,) = store.history("hour", minute, NOW + 60_000)
+    assert (row["run_seconds_sum"], row["run_seconds_max"]) == (4.0, 3.5)
+    assert (row["wait_seconds_sum"], row["wait_seconds_max"]) == (8.0, 6.0)
+    assert row["starts_at"] == NOW - NOW % 3_600_000 and row["runs"] == 2
+
+
+def fill_history(store: Any, hours: int, now: int) -> None:
+    """A run each half hour of the last `hours`, the newest last."""
+    for n in range(2 * hours, 0, -1):
+        at = now - n * 1_800_000
+        put(store, now=at)
+        job = take(store, at)
+        with store.transaction():
+            end_run(store, job, "completed", at, float(n))
+            store.delete(job.seq)
+
+
+def test_history_is_thinned_and_its_totals_never_fall(store: Any) -> None:
+    hour, day = 3_600_000, 86_400_000
+    now = NOW - NOW % hour + 10_000
+    fill_history(store, 96, now)
+    before = {by: store.history(by, now - 97 * hour, now) for by in ("hour", "day", "queue")}
+    total = store.history("queue", 0, 0)
+    assert total[0]["completed"] == 192
+    while store.thin_history(now - 30 * day, now - 2 * day):
+        pass
+    assert {by: store.history(by, now - 97 * hour, now) for by in before} == before
+    spans = dict(store.rows("SELECT span, count(*) FROM history GROUP BY span"))
+    assert spans[0] == 1 and 46 <= spans[3600] <= 50 and 90 <= spans[60] <= 98
+    while store.thin_history(now - day, now - 2 * day):
+        pass
+    assert 46 <= store.history("queue", 1, now)[0]["completed"] <= 50
+    assert store.history("queue", 0, 0) == total
+    assert not store.thin_history(now - day, now - 2 * day)
+
+
+def test_history_is_bounded_with_thousands_of_queues(store: Any) -> None:
+    with store.transaction():
+        for n in range(1500):
+            store.execute("INSERT INTO queues (name, minute, runs_completed) VALUES (?, 60000, 1)", f"q{n}")
+    assert sum(row["completed"] for row in store.history("queue", 0, 0)) == 1500
+    with store.transaction():
+        store.execute("DELETE FROM queues")
+    done = done_by_queue(store)
+    assert len(done) == 1001 and done["other queues"] == [500, 0, 0]
+    put(store, queue="new")
+    job = take(store)
+    with store.transaction():
+        end_run(store, job, "completed", NOW)
+    assert done_by_queue(store)["other queues"] == [501, 0, 0]
+
+
+def test_history_with_a_clock_that_is_set(store: Any) -> None:
+    """What is counted stays counted, wherever the clock was."""
+    for at in (NOW, NOW + 10**10, NOW - 10**9, 5, -5, NOW):
+        put(store, now=at)
+        job = take(store, at)
+        with store.transaction():
+            end_run(store, job, "completed", at)
+    assert done_by_queue(store) == {"default": [6, 0, 0]}
+    assert done_by_queue(store, NOW - 60_000, NOW) == {"default": [2, 0, 0]}
+
+
+def test_history_survives_purges_and_a_killed_worker(q: Queue) -> None:
+    q.load([{"command": "true", "queue": "a"}, {"command": KILL_WORKER_ONCE, "queue": "b"}])
+    q.drain("--count", "2")
+    q("purge")
+    assert q.jobs() == []
+    done = {row["queue"]: row for row in q.look("stats", "--by", "queue")}
+    assert (done["a"]["completed"], done["b"]["completed"], done["b"]["failed"]) == (1, 1, 1)
+    assert done["b"]["run_seconds_max"] <= done["b"]["run_seconds_sum"]
+
+
+def test_stats_tell_what_was_done(q: Queue) -> None:
+    assert q("stats").out == "Nothing was done.\n" and q.look("stats") == []
+    q.add("sleep 0.2", "--queue", "slow")
+    q.add("exit 1", "--max-retries", "1")
+    q.drain(code=1)
+    q("run", "true x", "true y")
+    head, *lines = q("stats", "--by", "queue").out.splitlines()
+    assert head.split()[:4] == ["QUEUE", "COMPLETED", "FAILED", "DIED"]
+    shown = {line.split()[0]: line.split()[1:4] for line in lines}
+    assert shown == {"default": ["0", "0", "1"], "run": ["2", "0", "0"], "slow": ["1", "0", "0"]}
+    assert lines[1].endswith("#" * 20) and not lines[0].endswith("#" * 11)
+    assert [row["runs"] for row in q.look("stats", "--by", "queue")] == [1, 2, 1]
+    hours = q.look("stats", "--since", "10m")
+    assert sum(row["completed"] for row in hours) == 3 and TIME.fullmatch(hours[0]["starts_at"])
+    assert sum(row["died"] for row in q.look("stats", "--by", "day")) == 1
+    assert q.look("stats", "--since", "2001-01-01", "--by", "queue") and not q.look("stats", "--since", "now+1h")
+    q("stats", "--since", "10", code=2)
+    q("stats", "--by", "year", code=2)
+
+
+def test_the_rate_of_the_status_is_of_the_last_minute_and_hour(q: Queue) -> None:
+    q.load(["true"] * 30)
+    q.drain()
+    status = q.status()
+    assert 30 / 121 < status["runs_per_second_1m"] <= 30 / 60 and 30 / 3661 < status["runs_per_second_1h"] <= 30 / 3600
+    assert re.search(r"^Runs: +[0-9.]+/min in the last minute, 0\.\d+/min in the last hour$", q("status").out, re.M)
+
+
+def oldest(q: Queue) -> Any:
+    """The job that waits longest, and for how long."""
+    found = q.status()["oldest_waiting"]
+    return found and (found["id"], time.time() - moment(found["ready_at"]))
+
+
+def test_the_oldest_waiting_is_one_that_could_run(q: Queue) -> None:
+    q.add("true", "--id", "tomorrow", "--delay", "1d")
+    q.add("true", "--id", "after", "--after", "tomorrow")
+    q.add("true", "--id", "paused", "--queue", "rests")
+    q("queue", "pause", "rests")
+    assert oldest(q) is None
+    assert "Oldest waiting" not in q("status").out
+    assert "queuectl_oldest_waiting_seconds 0.000" in q("status", "--format", "prometheus").out
+    q("queue", "resume", "rests")
+    name, waits = oldest(q)
+    assert name == "paused" and waits < moment(q.show("paused")["created_at"]) + 86400
+    resumed = moment(q.status()["oldest_waiting"]["ready_at"])
+    assert resumed > moment(q.show("paused")["created_at"])
+    q("queue", "pause")
+    assert oldest(q) is None and "Paused: all queues, since 2" in q("status").out
+
+
+def test_the_oldest_waiting_counts_from_when_it_could_run(q: Queue) -> None:
+    q.set("backoff_base", "0.2")
+    q.add("exit 1", "--id", "again", "--max-retries", "1")
+    q.drain(code=1)
+    q.add("true", "--id", "waits")
+    q("retry", "again")  # it has come first, but waits since now
+    assert oldest(q)[0] == "waits"
+    q("delete", "waits", "again")
+    q.add("exit 1", "--id", "fails")
+    with q.working():
+        q.wait_state("fails", "failed")
+    due = moment(q.show("fails")["next_retry_at"])
+    wait_for(lambda: time.time() > due)
+    assert oldest(q)[0] == "fails" and moment(q.status()["oldest_waiting"]["ready_at"]) == due
+    q("delete", "fails")
+    q.add("true", "--id", "first")
+    q.add("true", "--id", "second", "--after", "first")
+    q.add("true", "--id", "urgent", "--priority", "1", "--queue", "other")
+    q.drain("--queue", "default", "--max-jobs", "1")
+    status = q.status()["oldest_waiting"]
+    assert status["id"] == "urgent" and status["queue"] == "other"
+    q("edit", "urgent", "--priority", "3")
+    assert q.status()["oldest_waiting"] == status
+    q("cancel", "urgent")
+    freed = moment(q.status()["oldest_waiting"]["ready_at"])
+    assert q.status()["oldest_waiting"]["id"] == "second" and freed > moment(q.show("second")["created_at"])
+
+
+def parser_of_prometheus(folder: Path) -> Any:
+    """That of the package prometheus_client; it is installed for the test if need be and possible."""
+    if not importlib.util.find_spec("prometheus_client"):
+        words = ["install", "--quiet", "--no-input", "--no-deps", "--target", str(folder), "prometheus_client"]
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([sys.executable, "-m", "pip", *words], timeout=60, capture_output=True)
+        sys.path.append(str(folder))
+    return pytest.importorskip("prometheus_client.parser", reason="prometheus_client can't be installed")
+
+
+def test_the_metrics_are_read_by_the_real_parser(q: Queue, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    parser = parser_of_prometheus(tmp_path / "prometheus")
+    q.add("true", "--queue", '"}{x="y')
+    q.add("false", "--max-retries", "1")
+    q.drain(code=1)
+    q("run", "true")
+    q("run", "true")
+    families = {each.name: each for each in parser.text_string_to_metric_families(
+        q("status", "--format", "prometheus").out)}  # fmt: skip
+    kinds = {name: each.type for name, each in families.items()}
+    assert kinds["queuectl_runs"] == "counter" and kinds["queuectl_run_seconds"] == "summary"
+    assert all(each.documentation for each in families.values())
+    runs = {(each.labels["queue"], each.labels["outcome"]): each.value for each in families["queuectl_runs"].samples}
+    assert runs['"}{x="y', "completed"] == 1 and runs["default", "died"] == 1 and runs["run", "completed"] == 2
+    for family in families.values():
+        keys = [(each.name, tuple(sorted(each.labels.items()))) for each in family.samples]
+        assert len(set(keys)) == len(keys), "the same twice"
+
+
+def test_why_does_not_guess(q: Queue) -> None:
+    """It once expected a job at once, behind one that sleeps for 30 s."""
+    q.load(["true"] * 5)
+    q.drain()
+    pool = q.pool()
+    q.add(HANG, "--id", "long")
+    q.wait_file("started")
+    q.add("true", "--id", "waits", "--priority", "50")
+    q.add("true", "--id", "before")
+    said = q.look("why", "waits")
+    started = q.show("long")["started_at"]
+    assert said["expected_at"] is None and said["reasons"][0] == "before goes before it, by priority or arrival"
+    assert re.fullmatch(rf"1 of 1 worker busy: long for [0-9.]+m?s, since {started}", said["reasons"][1])
+    assert "expected" not in why(q, "waits")
+    q("worker", "stop", "--now")
+    pool.wait()
+
+
+def test_stopping_at_once_in_vain_does_not_advise_the_same(q: Queue) -> None:
+    q.set("kill_grace_seconds", "3")
+    pool = q.pool()
+    q.add(IGNORE_TERM)
+    q.wait_file("started")
+    said = q("worker", "stop", "--timeout", "50ms", code=124).err
+    assert "`queuectl worker stop --now`" in said
+    said = q("worker", "stop", "--now", "--timeout", "50ms", code=124).err
+    assert "--now" not in said and "`queuectl status`" in said
+    pool.wait()
+
+
+@linux
+@pytest.mark.parametrize("order, state", [("STOP_SOON", "completed"), ("STOP_NOW", "pending")])
+def test_workers_hear_of_a_stop_by_their_bells_alone(q: Queue, order: str, state: str) -> None:
+    pool = q.pool("--count", "2")
+    q.add(SLOW_GATE, "--id", "a")
+    q.wait_file("started")
+    assert queuectl.ring_all(str(q.db), getattr(queuectl, order)) == 2
+    if state == "completed":
+        q.touch("go")
+    assert pool.wait() == (0 if state == "completed" else 130)
+    assert q.state("a") == state and q.workers() == 0
+
+
+FULL_AND_NOTHING_ELSE = """
+mount -t tmpfs -o size=700k,mode=700 none "$FOLDER" || exit 77
+queuectl enqueue --id a "$GATE"; queuectl enqueue --id b true; queuectl worker start --detach
+until [ -e started ]; do sleep 0.05; done; dd if=/dev/zero of="$FOLDER/fill" bs=1k 2>/dev/null; touch go
+until queuectl status | grep -q 'waits: the outcome of a'; do sleep 0.1; done
+queuectl status; queuectl why a; queuectl why b; queuectl doctor
+unshare --pid --fork --mount-proc bash -c 'queuectl worker stop --now --timeout 20s'; echo "stop: $?"
+cat /dev/zero > "$FOLDER/more"; queuectl status; echo "status: $?"; queuectl doctor; queuectl list
+"""
+
+
+@containers
+def test_a_full_disk_is_told_and_its_pool_can_be_stopped(q: Queue) -> None:
+    """From another container too, where no signal reaches the pool; and what nothing has open can be read."""
+    env = {"FOLDER": q.db.parent, "GATE": GATE}
+    script = define(q.program) + "export -f queuectl\n" + FULL_AND_NOTHING_ELSE
+    done = q.run(["unshare", "--mount", "bash", "-c", script], env=env)
+    if done.code == 77:
+        pytest.skip("no tmpfs can be mounted")
+    assert done.out.count("the outcome of a waits to be recorded: no space left") == 5, done
+    assert not re.search(r"\ba for [0-9.]+s", done.out) and "it runs now" not in done.out
+    assert "is held up: the outcome of a" in done.out and "MiB are free" in done.out
+    assert "told without it" in done.err and "stop: 0" in done.out
+    assert "status: 0" in done.out and "disk I/O" not in done.out.split("stop: 0")[1]
+    assert "Held by dead workers: a" in done.out and re.search(r"^Disk: +database 0\.\d MiB, log", done.out, re.M)
+
+
+def test_the_log_of_detached_pools_is_bounded_while_it_is_written(q: Queue) -> None:
+    log = q.db.parent / "queuectl.log"
+    log.write_text("x" * 1_048_000 + "\n")
+    q("worker", "start", "--detach", "--count", "2")
+    q.load(["true"] * 20)
+    wait_for(lambda: q.counts() == {"completed": 20})
+    wait_for(lambda: log.stat().st_size < 100_000, what="a new log")
+    aside = log.with_name("queuectl.log.1")
+    assert 1_048_000 < aside.stat().st_size < 1_100_000
+    os.rename(log, log.with_name("rotated"))  # as logrotate does
+    q.wait_state(q.add("true", "--id", "b"), "completed")
+    wait_for(lambda: log.exists() and "b completed" in log.read_text())
+    log.unlink()
+    q.wait_state(q.add("true", "--id", "c"), "completed")
+    wait_for(lambda: log.exists() and "c completed" in log.read_text())
+    q("worker", "stop")
+    assert "told to stop" in log.read_text() and stat.S_IMODE(log.stat().st_mode) == 0o600
+    wait_for(lambda: not q.processes(), what="the pool to be gone")
+
+
+def test_each_database_has_a_log_of_its_own(q: Queue) -> None:
+    db = q.db.with_name("other.db")
+    q("worker", "start", "--detach", env={"QUEUECTL_DB": db})
+    q("worker", "stop", env={"QUEUECTL_DB": db})
+    assert (q.db.parent / "other.db.log").exists() and not (q.db.parent / "queuectl.log").exists()
+    wait_for(lambda: not q.processes(), what="the pool to be gone")
+
+
+def test_what_a_worker_says_does_not_go_back_in_time(q: Queue) -> None:
+    q.load(["sleep 0.02"] * 20)
+    times = [line.split()[0] for line in q.drain().out.splitlines() if " worker 1: " in line]
+    assert len(times) == 40 and times == sorted(times)
+
+
+def test_watching_shows_what_runs_first(q: Queue) -> None:
+    q.add("exit 9", "--id", "broken", "--max-retries", "1")
+    q.drain(code=1)
+    pool = q.pool("--count", "2")
+    q.add(HANG, "--id", "older", "--queue", "gpu")
+    q.wait_file("started")
+    q.add("sleep 300", "--id", "younger")
+    q.wait_state("younger", "processing")
+    watch = q.terminal("status", "--watch", columns=100)
+    wait_for(lambda: watch.out.count("\033[H") >= 3)
+    watch.signal(signal.SIGINT)
+    assert watch.wait() == 130
+    frame = watch.out.split("\033[H")[2].replace("\033[K", "").splitlines()
+    assert frame[1].split() == ["RUNNING", "QUEUE", "FOR", "WORKER", "COMMAND"]
+    assert frame[2].split()[:2] == ["older", "gpu"] and frame[3].split()[0] == "younger"
+    assert any(line.startswith("Died last: broken, ") and "exit code 9" in line for line in frame)
+    assert any(line.startswith("Runs: ") for line in frame) and all(len(line) <= 100 for line in frame)
+    q("worker", "stop", "--now")
+    pool.wait()
+
+
+def test_what_is_empty_is_said(q: Queue) -> None:
+    assert q("list").out == "No such jobs.\n" and q("queue", "list").out == "No queues.\n"
+    q.add("true")
+    assert q("list", "--state", "dead").out == "No such jobs.\n" and q("dlq", "list").out == "No such jobs.\n"
+    assert q("list", "--state", "dead", "--json").out == "[\n]\n"
+
+
+def test_a_job_that_waits_for_a_time_says_how_to_start_it(q: Queue) -> None:
+    assert re.search(r"a will run in 59m \d+s, at 2", q("enqueue", "--id", "a", "--delay", "1h", "true").err)
+    assert "`queuectl edit a --run-at now`" in q.fails("retry", "a").err
+
+
+def test_the_time_left_stands_in_front_of_a_progress_line() -> None:
+    part = queuectl.Progress(123456, 100000, 23456, 1234, 0, 99, 16, False)
+    line = queuectl.progress_text("run-123", part, 1234.5, 3725.0)
+    assert line.startswith("run-123: 23456 of 123456 done, 1h 2m left, ") and line.index("left") < 50
+
+
+def test_doctor_speaks_of_pauses_dead_jobs_and_a_log_that_grows(q: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    q.add("true", "--queue", "x")
+    q("queue", "pause", "x")
+    said = q("doctor").out
+    assert re.search(r"^Paused: x, since 20.*Z; `queuectl queue resume x`", said, re.M)
+    assert re.search(r"^On disk: database 0\.\d MiB, log 0\.\d MiB, output 0\.0 MiB\.$", said, re.M)
+    monkeypatch.setattr(queuectl, "MANY_DEAD", 1)
+    monkeypatch.setattr(queuectl, "LARGE_LOG", 1000)
+    q.add("exit 1", "--max-retries", "1")
+    with q.working():
+        wait_for(lambda: q.counts().get("dead"))
+        found = q("doctor", code=1).out
+    assert "1 jobs are dead" in found and "dlq list --causes" in found
+    assert "queue.db-wal has 0 MiB: it can't be emptied" in found and f"fuser -v {q.db}" in found
