@@ -8831,9 +8831,9 @@ def _json_jobs(number: int, text: str, lines: Lines) -> Given:
     One that can't be read is yielded as text: its reader understands it, or tells what is wrong.
     """
     from itertools import chain
-    rest, depth = "", 0  # in how many arrays
+    rest, at, depth = "", 0, 0  # in how many arrays
     for last, line in chain([(number, text)], lines):
-        rest, at = rest + line + "\n", 0
+        rest += line + "\n"
         if "}" not in line and "]" not in line:
             continue
         while True:
@@ -8854,7 +8854,7 @@ def _json_jobs(number: int, text: str, lines: Lines) -> Given:
                 given = rest[at:end]
             yield last - rest.count("\n", at, end), given
             at = end
-        rest = rest[at:]
+        rest, at = rest[at:], 0
         if not rest and depth <= 0:
             return
     raise UsageError("line %d: the JSON that begins here has no end" % number)
