@@ -2978,10 +2978,13 @@ def prepare_place(path: str) -> None:
     Raises QueueError if a worker of one that was here still lives, or if its log stands there.
     """
     make_folder(dirname(path))
-    if anyone_alive(path):
+    alive, log = anyone_alive(path), exists(path + "-wal")
+    if exists(path):  # another process has made it meanwhile
+        return
+    if alive:
         raise QueueError("%s is gone, but workers of it still live; let them end before a new one "
                          "is made" % path)
-    if exists(path + "-wal"):
+    if log:
         raise QueueError("%s is gone, but its log stands there; `queuectl restore BACKUP`, or move "
                          "%s-wal away" % (path, path))
 

@@ -4640,6 +4640,23 @@ def start_to_be_killed(q: Queue, place: str, nth: int, *args: Word) -> Backgroun
     return q.launch([*q.program[:-1], "-c", code, *args])
 
 
+def test_a_database_that_another_makes_meanwhile_is_not_gone(q: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two first commands at once: the other has made the database since this one looked for it."""
+    real = queuectl.anyone_alive
+
+    def made_meanwhile(path: str) -> bool:
+        q.db.touch()
+        Path(path + "-wal").touch()
+        return real(path)
+
+    monkeypatch.setattr(queuectl, "anyone_alive", made_meanwhile)
+    queuectl.prepare_place(str(q.db))
+    q.db.unlink()
+    monkeypatch.setattr(queuectl, "anyone_alive", real)
+    with pytest.raises(queuectl.QueueError, match="its log stands there"):
+        queuectl.prepare_place(str(q.db))
+
+
 @pytest.mark.parametrize("nth", [1, 2] if FULL else [1])
 @pytest.mark.parametrize("place", ["migrating", "before commit"])
 @pytest.mark.parametrize("bulk", [False, True] if FULL else [True])
