@@ -216,7 +216,8 @@ class Unavailable(QueueError):
 # A claimed job, as its worker knows it; `seq` is its place in the order of arrival, `since` the
 # moment from which it could have been claimed.
 Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
-                        "backoff_base context env policy deferrals chained shell since place started_at")
+                        "backoff_base context env policy deferrals chained shell since place "
+                        "started_at")
 # How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
 # `seconds` was measured by the monotonic clock; `final`: its exit code says not to try again.
 RunResult = namedtuple("RunResult", "job ending exit_code error finished_at seconds stdout stderr "
@@ -492,20 +493,20 @@ def last_line(output: bytes, width: int = 300) -> str:
 # A word of plain characters, or in the quotes that queuectl itself puts around words.
 _PLAIN_WORD = r"""(?a:[\w@%+=:,./-]|'[^'\0-\x1f\x7f]*'|"'")+"""
 _PLAIN_COMMAND = r"%s(?:[ \t]%s)*" % (_PLAIN_WORD, _PLAIN_WORD)
-# What a shell does itself, or reads more into than a program's name: the reserved words and builtins
-# of dash, bash, busybox, zsh, and of the sh of the BSDs, illumos (ksh93) and AIX (ksh88).
+# What a shell does itself, or reads more into than a program's name: the reserved words and
+# builtins of dash, bash, busybox, zsh, and of the sh of the BSDs, illumos (ksh93), AIX (ksh88).
 _SHELL_WORDS = frozenset("""
-    . : [ alias always autoload bg bind bindkey break builtin bye caller case cd chdir coproc command
-    compadd comparguments compcall compctl compdescribe compfiles compgen compgroups complete compopt
-    compound compquote compset comptags comptry compvalues continue declare dirs disable disown do done
-    echo echotc echoti elif else emulate enable end enum esac eval exec exit export false fc fg fi
-    float for foreach freebsd_wordexp function functions getln getopts global hash help hist history if
-    in inlib integer jobid jobs kill let limit local log logout login mapfile nameref namespace newgrp
-    nocorrect noglob popd print printf private pushd pushln pwd r read readarray readonly redirect
-    rehash repeat return sched select set setopt setvar shift shopt sleep source stop suspend test then
-    time times trap true ttyctl type typeset ulimit umask unalias unfunction unhash unlimit unset
-    unsetopt until vared wait whence where which while wordexp zcompile zformat zle zmodload zparseopts
-    zregexparse zstyle""".split())  # noqa: SIM905
+    . : [ alias always autoload bg bind bindkey break builtin bye caller case cd chdir coproc
+    command compadd comparguments compcall compctl compdescribe compfiles compgen compgroups
+    complete compopt compound compquote compset comptags comptry compvalues continue declare dirs
+    disable disown do done echo echotc echoti elif else emulate enable end enum esac eval exec
+    exit export false fc fg fi float for foreach freebsd_wordexp function functions getln getopts
+    global hash help hist history if in inlib integer jobid jobs kill let limit local log logout
+    login mapfile nameref namespace newgrp nocorrect noglob popd print printf private pushd pushln
+    pwd r read readarray readonly redirect rehash repeat return sched select set setopt setvar
+    shift shopt sleep source stop suspend test then time times trap true ttyctl type typeset
+    ulimit umask unalias unfunction unhash unlimit unset unsetopt until vared wait whence where
+    which while wordexp zcompile zformat zle zmodload zparseopts zregexparse zstyle""".split())  # noqa: SIM905
 # Variables that shells set anew or take out (names that none can have, too), or that tell them what
 # to do: those of all, and those of others than dash and busybox. Found by trying all names in them.
 _OWN_VARIABLES = rb"(?!(?:IFS|OPTIND|PPID%s)\Z)[A-Za-z_]\w*"
@@ -700,7 +701,7 @@ def in_quotes(word: str) -> str:
 
 # What stands for the input in a command for --each, as in GNU parallel: {} all of it, {.} without
 # its extension, {/} its last part, {//} its folder, {/.} its last part without extension, {#} the
-# number of the job; with --colsep also {1} {2.} …: columns. All else that parallel knows is refused.
+# number of the job; with --colsep also {1} {2.} …: columns. What else parallel knows is refused.
 _PLACE = r"\{(%s)(\.|//|/\.|/|#|)\}"
 PLACE, COLUMN_PLACE = re.compile(_PLACE % ""), re.compile(_PLACE % r"(?:[1-9]\d*)?")
 _FOREIGN_PLACE = re.compile(r"\{(?:%|=.*?=|\+[./]*|/?\.{2,3}|[-0-9]\d*[./]*)\}")
@@ -1419,9 +1420,7 @@ class Posix(PosixFiles):
         try:
             os.chdir(self.native(cwd))
             streams = {0: self.null, 1: out, 2: err, self.token_fd: err}
-            pid = 0
-            if shell == self.shell:
-                pid = self._spawn_directly(command, env, streams)
+            pid = shell == self.shell and self._spawn_directly(command, env, streams)
             if pid:
                 return pid
             if command[0] in "-+":  # a shell would take it for an option
@@ -2292,7 +2291,7 @@ class OutputFiles:
         return total
 
     def _look(self, index: int) -> int:
-        """The size of a stream. Notes if the job has truncated it, as `echo x > /dev/stderr` does."""
+        """The size of a stream; notes if the job has truncated it, as `> /dev/stderr` does."""
         size = os.fstat(self.fds[index]).st_size
         if size < self.sizes[index]:
             self.punched[index], self.emptied[index] = 0, True
@@ -2666,7 +2665,8 @@ FORGET_QUEUE = """DELETE FROM queues WHERE name = ? AND concurrency IS NULL AND 
 WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
 ERROR_OF_DEAD = "SELECT last_error FROM jobs WHERE id = ? AND state = 'dead'"
 HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
-    backoff_base, context, env, policy, deferrals, chained, shell, place, worker, slot, started_at, cancel,
+    backoff_base, context, env, policy, deferrals, chained, shell, place, worker, slot,
+    started_at, cancel,
     started_at - waited AS since FROM jobs WHERE state = 'processing'"""
 # Since when a job could run that is ready or due.
 SINCE = "max(coalesce(due, created_at), switched_at, (SELECT switched_at FROM control))"
@@ -4610,7 +4610,7 @@ SLICE, BREATH = 0.2, 0.01
 
 
 def why_along(awaited: Row) -> str:
-    """The error of a job that was to run after one that ended in vain: which the first of all was."""
+    """The error of a job that was to run after one that ended in vain: which was the first."""
     reason, error = TAKEN_ALONG[awaited["state"]], awaited["last_error"] or ""
     return error if error.endswith(reason) else awaited["id"] + reason
 
@@ -5742,11 +5742,13 @@ def take_life(db: str, name: str) -> int:
 # a `run` also waits for the jobs that are not due yet.
 DUE, WHOLE = "due", "whole"
 
-WorkerConfig = namedtuple("WorkerConfig", "db file pool number queues drain limited run log supervisor fds")
-WorkerConfig.__doc__ = """What the supervisor tells a worker: the database, which file that was, its pool,
-its number there, the queues it serves (none: all), whether to drain (or DUE, WHOLE), whether --max-jobs
-was given, whether it serves a `run` (then it drains that run's queue), the log that it tells to
-("": none), the supervisor's process id, and the descriptors it inherits but must not keep."""
+WorkerConfig = namedtuple(
+    "WorkerConfig", "db file pool number queues drain limited run log supervisor fds")
+WorkerConfig.__doc__ = """What the supervisor tells a worker: the database, which file that was,
+its pool, its number there, the queues it serves (none: all), whether to drain (or DUE, WHOLE),
+whether --max-jobs was given, whether it serves a `run` (then it drains that run's queue), the log
+that it tells to ("": none), the supervisor's process id, and the descriptors it inherits but must
+not keep."""
 
 
 def signal_name(number: int) -> str:
@@ -7109,8 +7111,8 @@ def summary_lines(name: str, part: Any, seconds: float,
     if is_run_queue(name):
         again = "queuectl run --resume %s" % name
     if shown:
-        lines.append("`queuectl logs --state dead --queue %s` shows what they printed; `queuectl dlq "
-                     "retry --queue %s` and then `%s` try again." % (name, name, again))
+        lines.append("`queuectl logs --state dead --queue %s` shows what they printed; `queuectl "
+                     "dlq retry --queue %s` and then `%s` try again." % (name, name, again))
     if part.left:
         lines.append("`%s` goes on with the rest." % again)
     return lines
@@ -7705,7 +7707,7 @@ STREAMS = ("stdout", "stderr")
 
 
 def output_from(fd: int, start: int, limit: int) -> tuple[bytes, int]:
-    """What an output file holds behind offset `start`, and its size; of very much not the middle."""
+    """What an output file holds behind `start`, and its size; of very much not the middle."""
     size = os.fstat(fd).st_size
     if start == 0:
         return head_and_tail(fd, limit), size
