@@ -9897,6 +9897,9 @@ def cmd_run(args: Any) -> int:
     return _work_on_run(args, batch, pool)
 
 
+STOP_PATIENCE = 2.0  # seconds until workers are told to stop without a database that can't be written
+
+
 def stop_pools(store: Store, now: bool) -> None:
     """Have every pool end after its running jobs, or end these now; also of an older schema."""
     level = 2 if now else 1
@@ -9951,6 +9954,8 @@ def cmd_worker_stop(args: Any) -> None:
     pids, pools = dict.fromkeys(names, 0), []
     try:
         store = open_store(args.db, as_it_is=True)
+        if not WINDOWS:
+            store.patience = STOP_PATIENCE
         pools = store.pools()
         pids.update((entry["name"], entry["pid"]) for entry in [*pools, *store.workers()]
                     if entry["name"] in names)

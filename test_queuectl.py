@@ -11770,6 +11770,15 @@ def test_states_are_named_in_any_case(q: Queue) -> None:
 # what is going on, what was done: history, oldest waiting, a full disk, the log
 
 
+def test_worker_stop_does_not_wait_long_for_a_locked_database(q: Queue) -> None:
+    with q.working("--count", "2"), closing(sqlite3.connect(str(q.db), timeout=20)) as db:
+        db.isolation_level = None
+        db.execute("BEGIN EXCLUSIVE")
+        stop = q.start("worker", "stop")
+        assert stop.wait(20) == 0 and "told without it" in stop.err
+        db.execute("ROLLBACK")
+
+
 def done_by_queue(store: Any, since: int = 0, until: int = 0) -> dict[str, list[int]]:
     rows = store.history("queue", since, until)
     return {row["queue"]: [row["completed"], row["failed"], row["died"]] for row in rows}
