@@ -8826,8 +8826,8 @@ def numbered_lines(stream: BinaryIO) -> Lines:
             raise UsageError("line %d is not valid UTF-8" % number) from None
 
 
-# How JSON begins; `{ a; b; }` and `[ -f x ] && y` are commands.
-_JSON = r"""\{(?![ \t]+[^\s"'}])|\[\s*(?:[{\]]|$)|\[["\d]"""
+# How JSON begins; `{ a; b; }`, `[ -f x ] && y` and `[[ -f x ]]` are commands.
+_JSON = r"""\{(?![ \t]+[^\s"'}])|\[\s*(?:[{\]]|$)|\[+["\d{]"""
 
 
 def _json_jobs(number: int, text: str, lines: Lines) -> Given:

@@ -11538,6 +11538,7 @@ def test_run_skips_comments(q: Queue) -> None:
         ('# x\n[\n{"command":"a"},\n5\n]\n', 4),
         ('[\n"echo a"\n]\n', 2),
         ('["echo a","echo b"]\n', 1),
+        ('[["echo","a"],["echo","b"]]\n', 1),
         ("[1]\n", 1),
         ('\n[{"command":"a"},\n{"command":"b"}\n', 2),
         ('{"command":"a"}\n{"command":"b",\n"id":"x"\n', 2),
@@ -11567,6 +11568,11 @@ def test_an_array_is_read_whatever_its_size(q: Queue) -> None:
         assert [job["id"] for job in listed] == [str(n) for n in range(40)]
         assert listed[39]["command"] == f"echo {'x' * 60_000} 39"
         q("delete", "--all", "--state", "pending", "--yes")
+
+
+def test_arrays_in_an_array_on_one_line_are_jobs(q: Queue) -> None:
+    q("enqueue", "--file", "-", stdin='[[{"command":"echo a"}],[{"command":"echo b"}]]\n')
+    assert [job["command"] for job in q.jobs()] == ["echo a", "echo b"]
 
 
 def test_jobs_are_read_as_their_last_lines_arrive() -> None:
