@@ -8830,16 +8830,24 @@ def numbered_lines(stream: BinaryIO) -> Lines:
 _JSON = r"""\{(?![ \t]+[^\s"'}])|\[\s*(?:[{\]]|$)|\[+["\d{]"""
 
 
+def _opened_in(text: str) -> int:
+    """How many more objects begin than end in JSON."""
+    bare = re.sub(r'"(?:[^"\\\n]|\\.)*"', "", text)
+    return bare.count("{") - bare.count("}")
+
+
 def _json_jobs(number: int, text: str, lines: Lines) -> Given:
     """The objects in JSON that begins with `text`, up to the end of a line where none is open.
 
     One that can't be read is yielded as text: its reader understands it, or tells what is wrong.
     """
     from itertools import chain
-    rest, at, depth = "", 0, 0  # in how many arrays
+    rest, at, depth, opened = "", 0, 0, 0  # in how many arrays; in how many objects
     for last, line in chain([(number, text)], lines):
         rest += line + "\n"
-        if "}" not in line and "]" not in line:
+        if opened:  # it is not read anew at each }: that takes quadratic time
+            opened += _opened_in(line)
+        if opened > 0 or ("}" not in line and "]" not in line):
             continue
         while True:
             gap = re.compile(r"[\s,[\]]*").match(rest, at)[0]  # type: ignore[index]
@@ -8855,6 +8863,7 @@ def _json_jobs(number: int, text: str, lines: Lines) -> Given:
             except (ValueError, RecursionError, UsageError) as error:
                 end = len(rest.rstrip())
                 if getattr(error, "pos", 0) >= end:  # it goes on in the next line
+                    opened = _opened_in(rest[at:])
                     break
                 given = rest[at:end]
             yield last - rest.count("\n", at, end), given

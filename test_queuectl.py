@@ -11575,6 +11575,24 @@ def test_arrays_in_an_array_on_one_line_are_jobs(q: Queue) -> None:
     assert [job["command"] for job in q.jobs()] == ["echo a", "echo b"]
 
 
+def test_an_object_over_many_lines_is_not_read_anew_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other queues write `{"jobs": [`: read at each }, 20,000 of them took minutes to be refused."""
+    tried: list[int] = []
+
+    class Decoder:
+        def raw_decode(self, text: str, at: int) -> Any:
+            tried.append(at)
+            return strict.raw_decode(text, at)
+
+    strict = queuectl._STRICT
+    monkeypatch.setattr(queuectl, "_STRICT", Decoder())
+    wrapped = {"jobs": [{"command": 'echo "}" {'}] * 50}
+    lines = [*json.dumps(wrapped, indent=1).split("\n"), "echo b"]
+    given = [given for _, given in queuectl.read_jobs(iter(enumerate(lines, 1)))]
+    assert given == [wrapped, {"command": "echo b"}]
+    assert len(tried) <= 2
+
+
 def test_jobs_are_read_as_their_last_lines_arrive() -> None:
     """Nothing is read ahead: `run` works on what comes by a pipe."""
     lines = ["echo a", "echo \\", "b", "{", '"cmd":"c"', "}", "[", '{"cmd":"d"},', '{"cmd":', '"e"}', "]", "echo f"]
