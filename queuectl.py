@@ -6670,8 +6670,9 @@ class Pool:
         """
         context = _context()
         self.orders, theirs = context.Pipe()
-        self.unneeded, kept = [self.orders.fileno()], self.life
-        unneeded = [*self.unneeded, kept] if system.start_method == "fork" else []
+        self.unneeded, unneeded = [self.orders.fileno()], []
+        if system.start_method == "fork":
+            unneeded = [*self.unneeded, self.life]
         self.reporter = context.Process(target=target, args=(*values, theirs, unneeded))
         self.reporter.start()
         theirs.close()
@@ -7340,27 +7341,6 @@ def left_runs(store: Store) -> dict[str, int]:
             if count and is_run_queue(name) and name not in busy}
 
 
-RATE_SPAN = 60.0  # seconds
-
-
-class Rate:
-    """How fast a number has grown over the last minute of those it was told."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[float, int]] = []
-
-    def __call__(self, number: int) -> float | None:
-        """Its growth a second up to now; None until there is a span to speak of."""
-        now = monotonic()
-        self.seen.append((now, number))
-        while len(self.seen) > 1 and self.seen[1][0] < now - RATE_SPAN:
-            del self.seen[0]
-        then, before = self.seen[0]
-        if now - then < 0.2:
-            return None
-        return max(0, number - before) / (now - then)
-
-
 WATCH = option("--watch", "show it anew each second until Ctrl-C")
 WATCH_EVERY = 1.0  # seconds
 
@@ -7945,11 +7925,16 @@ def _follow_jobs(store: Store, jobs: Sequence[Row], logs: Logs) -> int:
     return code
 
 
+def find_each(store: Store, names: Iterable[str]) -> list[Row]:
+    """The jobs with these names, each once; raises QueueError unless all of them exist."""
+    return list({job["seq"]: job for job in map(store.find, names)}.values())
+
+
 def jobs_meant(args: Any) -> list[Row] | Iterator[Row]:
     """The jobs that a command was given by their ids, each once, or by a selection."""
     check_choice(args)
     if args.ids:
-        return list({job["seq"]: job for job in map(args.store.find, args.ids)}.values())
+        return find_each(args.store, args.ids)
     jobs: Iterator[Row] = args.store.jobs(selection_of(args))
     return jobs
 
@@ -8380,12 +8365,12 @@ add_jobs = one_change(Store.add)
 
 def find_named(store: Store, change: Change, names: Iterable[str]) -> list[Row]:
     """The jobs with these names, each once, if all of them exist and can be changed."""
-    jobs = {job["seq"]: job for job in map(store.find, names)}
-    for job in jobs.values():
+    jobs = find_each(store, names)
+    for job in jobs:
         if job["state"] not in change.takes:
             raise QueueError("%s is %s; %s" % (
                 job["id"], job["state"], change.advice.replace("ID", job["id"])))
-    return list(jobs.values())
+    return jobs
 
 
 def choose(args: Any, change: Change) -> Selection:
@@ -9383,6 +9368,27 @@ def run_source(args: Any, start: int) -> Iterator[Row]:
         yield draft
 
 
+RATE_SPAN = 60.0  # seconds
+
+
+class Rate:
+    """How fast a number has grown over the last minute of those it was told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, int]] = []
+
+    def __call__(self, number: int) -> float | None:
+        """Its growth a second up to now; None until there is a span to speak of."""
+        now = monotonic()
+        self.seen.append((now, number))
+        while len(self.seen) > 1 and self.seen[1][0] < now - RATE_SPAN:
+            del self.seen[0]
+        then, before = self.seen[0]
+        if now - then < 0.2:
+            return None
+        return max(0, number - before) / (now - then)
+
+
 class ProgressLine:
     """The line on stderr that tells how far a run is: redrawn on a terminal, else now and then."""
 
@@ -9528,7 +9534,7 @@ class Reporter:
         self.args, self.batch, self.orders, self.store = args, batch, orders, args.store
         self.line = ProgressLine(args.quiet)
         self.outputs = Outputs(args, batch, self.line)
-        self.total = sum(batch.counts[state] for state in UNFINISHED)
+        self.total = unfinished_of(batch.counts)
         self.reading = args.pipe  # whether more jobs may come
         self.code, self.seen, self.pause = EXIT_OK, -1, FOLLOW_EVERY
 
@@ -9559,12 +9565,13 @@ class Reporter:
         """Show what is new, if anything has changed."""
         began, seen = monotonic(), -1
         try:
-            seen = self.store.changed()
-            if seen != self.seen or final or self.outputs.live:
+            seen, part = self.store.changed(), self.part
+            news = seen != self.seen or final
+            if news:
                 part = self._progress()
-                if not (self.args.quiet or self.args.json):
-                    self.outputs.show(self.batch.last, final)
-                self.part = part  # only now: if all have ended, no other look follows
+            if (news or self.outputs.live) and not (self.args.quiet or self.args.json):
+                self.outputs.show(self.batch.last, final)
+            self.part = part  # only now: if all have ended, no other look follows
             if self.part and not final:
                 self.line.show_if_due(self.batch.queue, self.part)
         except Unavailable:  # it can't be read now: what is wrong, the workers say
@@ -9577,8 +9584,7 @@ class Reporter:
         batch = self.batch
         now = self.store.states_between(batch.queue, batch.before, batch.last)
         completed, dead, cancelled = [now[state] - batch.counts[state] for state in ENDED]
-        left = sum(now[state] for state in UNFINISHED)
-        return Progress(self.total, left, completed, dead, cancelled, now[FAILED],
+        return Progress(self.total, unfinished_of(now), completed, dead, cancelled, now[FAILED],
                         now[PROCESSING], self.store.queue(batch.queue)["paused"])
 
     # Jobs that come by a pipe.
@@ -9798,7 +9804,8 @@ def _prepare_run(args: Any) -> None:
     if args.pipe:
         if args.each is not None:
             check_each(args)
-        finish_draft(draft_of({"command": "true", **given_options(args)}, now_millis(), 4), {})
+        probe = {"command": "true", **given_options(args)}  # else each job would tell what is wrong
+        finish_draft(draft_of(probe, now_millis(), system.longest_command), {})
     elif not args.resume:
         args.drafts = begun(run_source(args, now_millis()), bool(args.words))
 
@@ -9808,15 +9815,15 @@ def _begin_run(args: Any, store: Store) -> tuple[Batch, Pool]:
 
     So of two that resume a run at the same time the second finds it taken.
     """
-    for name, left in left_runs(store).items():
-        if not args.resume:
-            complain("%s was interrupted with %s left; `queuectl run --resume %s` goes on with it"
-                     % (name, count_of(left, "job"), name))
+    others = {} if args.resume else left_runs(store)
+    for name, left in others.items():
+        complain("%s was interrupted with %s left; `queuectl run --resume %s` goes on with it"
+                 % (name, count_of(left, "job"), name))
     store.expect_bulk()
     with store.transaction():
         pool_name = new_pool_name(store)
         batch = (_old_batch if args.resume else _new_batch)(args, store)
-        count = min(args.workers or 1, sum(batch.counts[state] for state in UNFINISHED))
+        count = min(args.workers or 1, unfinished_of(batch.counts))
         if args.pipe:
             count = args.workers
         pool = Pool(args.db, pool_name, count, [batch.queue], args.drain)

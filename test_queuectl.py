@@ -9214,13 +9214,19 @@ def test_waiting_jobs_move_to_another_machine(q: Queue, other: Queue) -> None:
     assert (both[0]["b"]["after"], both[1]["b"]["after"]) == (["done", "a"], ["a"])  # what was met stays behind
 
 
-def test_a_database_of_the_second_version_is_brought_up_to_date(q: Queue) -> None:
+def database_of_version(q: Queue, version: int) -> sqlite3.Connection:
+    """An empty database as the program of that schema made it."""
     q.db.touch(0o600)
     db = sqlite3.connect(str(q.db))
     db.execute("PRAGMA journal_mode = WAL")
-    steps = [statement for migration in queuectl.MIGRATIONS[:2] for statement in migration]
-    for statement in (*steps, queuectl.SET_APPLICATION, "PRAGMA user_version = 2"):
+    steps = [statement for migration in queuectl.MIGRATIONS[:version] for statement in migration]
+    for statement in (*steps, queuectl.SET_APPLICATION, f"PRAGMA user_version = {version}"):
         db.execute(statement)
+    return db
+
+
+def test_a_database_of_the_second_version_is_brought_up_to_date(q: Queue) -> None:
+    db = database_of_version(q, 2)
     db.execute("INSERT INTO contexts VALUES (3, ?, '/bin:/usr/bin', 18)", (str(q.work),))
     db.execute("INSERT INTO queues (name, pending) VALUES ('default', 1)")
     db.execute(
@@ -11694,12 +11700,7 @@ def test_functions_that_bash_exports_are_there(q: Queue) -> None:
 
 
 def test_a_database_of_the_fifth_version_gets_shells(q: Queue) -> None:
-    q.db.touch(0o600)
-    db = sqlite3.connect(str(q.db))
-    db.execute("PRAGMA journal_mode = WAL")
-    steps = [statement for migration in queuectl.MIGRATIONS[:5] for statement in migration]
-    for statement in (*steps, queuectl.SET_APPLICATION, "PRAGMA user_version = 5"):
-        db.execute(statement)
+    db = database_of_version(q, 5)
     db.execute("INSERT INTO contexts VALUES (3, 0, ?, ?, 18, 1)", (str(q.work), os.environ["PATH"]))
     db.execute("INSERT INTO queues (name, pending) VALUES ('default', 1)")
     db.execute(
