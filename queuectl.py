@@ -282,16 +282,48 @@ def count_of(number: int, noun: str) -> str:
     return "%d %s%s" % (number, noun, "" if number == 1 else "s")
 
 
-# What words of other programs are called here.
-OURS = {"--command": "COMMAND", "--daemon": "--detach", "--force": "--now", "--concurrency": "-j",
-        "job_timeout": "timeout_seconds"}
+# Words of other programs (pueue, task-spooler, parallel, systemctl, docker, kubectl), and ours.
+OURS = """
+add             enqueue
+clean           purge
+follow          logs --follow
+jobs            list
+kill            cancel
+log             logs
+ls              list
+ps              list
+restart         retry
+rm              delete
+start           worker start
+stop            worker stop
+tail            logs --follow
+top             status --watch
+job_timeout     timeout_seconds
+--command       COMMAND
+--concurrency   -j
+--daemon        --detach
+--force         --now
+--group         --queue
+--halt          --fail-fast
+--jobs          -j
+--label         --id
+--lines         --tail
+--parallel      -j
+--retries       --max-retries
+"""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing where no known word is near."""
+def nearest(word: str, known: Iterable[str], before: str = "") -> str:
+    """`; did you mean X?`, or nothing where no known word is near.
+
+    `before` is put before X.
+    """
     import difflib
-    near = difflib.get_close_matches(OURS.get(word, word), known, 1)
-    return "; did you mean %s?" % near[0] if near else ""
+    ours = re.search("^%s +(.*)" % re.escape(word), OURS, re.MULTILINE)
+    near = difflib.get_close_matches(word, known, 1)
+    if ours:
+        near = [ours[1]] if ours[1].split(" --")[0] in known else []
+    return "; did you mean %s?" % (before + near[0]) if near else ""
 
 
 def shorten(text: str, width: int) -> str:
@@ -7170,11 +7202,21 @@ def prometheus_lines(status: Row, totals: Sequence[Row], done: Sequence[Row],
 
 Command = namedtuple("Command", "name run summary options examples writes")
 COMMANDS: dict[str, Command] = {}
-# In what order help and completion name them, by the first word.
-ORDER = (  # noqa: SIM905
-    "enqueue worker run status stats list show logs why doctor retry delete cancel edit wait purge "
-    "backup restore install uninstall service completion dlq queue config").split()
-GROUPS = ("config", "dlq", "queue", "worker")
+# In what order help and completion name them, by their first word.
+PURPOSES = {
+    "Run": "run enqueue worker",
+    "Inspect": "status list show logs why wait stats",
+    "Control": "retry cancel edit delete purge dlq queue",
+    "Maintain": "config doctor backup restore service completion install uninstall",
+}
+ORDER = " ".join(PURPOSES.values()).split()
+# Words that lead to several commands.
+GROUPS = {
+    "config": "show and change settings",
+    "dlq": "the dead letter queue: jobs that failed too often",
+    "queue": "limit, pause and resume queues",
+    "worker": "start, stop and list the processes that run jobs",
+}
 
 
 def option(usage: str, summary: str, **details: Any) -> Any:
@@ -7189,6 +7231,24 @@ def option(usage: str, summary: str, **details: Any) -> Any:
     elif "choices" not in details:
         details["action"] = "store_true"
     return names, dict(details, help=summary)
+
+
+def option_lengths(options: Iterable[Any]) -> dict[str, int]:
+    """Options, by all of their names, each with how many words it takes, itself included."""
+    lengths: dict[str, int] = {}
+    for names, details in options:
+        length = 1 if details.get("action") == "store_true" else 2
+        lengths.update((name, length) for name in names if name.startswith("-"))
+    return lengths
+
+
+def length_of(word: str, lengths: dict[str, int]) -> int:
+    """How many words belong to an option, if `word` is one; else 0."""
+    if "=" in word and word.partition("=")[0] in lengths:
+        return 1
+    if lengths.get(word[:2]) == 2 and word[2:]:  # -j4
+        return 1
+    return lengths.get(word, 0)
 
 
 def subcommand(name: str, summary: str, examples: str, *options: Any,
@@ -10004,7 +10064,7 @@ def cmd_worker_list(args: Any) -> None:
 
 # ─── setting up: settings, queues, copies, the program itself ─────────────────────────────────
 
-KEY = option("key KEY", "the setting, with - or _", type=setting_name)
+KEY = option("key SETTING", "the setting, with - or _", type=setting_name)
 
 
 @subcommand("config list", "the same as show", "\nqueuectl config list\n", JSON)
@@ -10243,7 +10303,7 @@ def put_program(prefix: Any) -> None:
 INSTALLED = """\
 installed: %s/bin/queuectl
 If the shell does not find it, put this into ~/.profile: export PATH=%s/bin:"$PATH"
-Completion, for ~/.bashrc: eval "$(queuectl completion)"
+Completion, for ~/.bashrc (or zsh, fish): eval "$(queuectl completion bash)"
 """
 
 
@@ -10346,88 +10406,108 @@ def cmd_service(args: Any) -> None:
         start=" ".join(map(unit_word, start_words(args.db, args.count, args.queue)))))
 
 
-COMPLETION = """\
-# bash completion of queuectl, for ~/.bashrc: eval "$(queuectl completion)"
+COMPLETION = {
+    "bash": """\
+# bash completion of queuectl, for ~/.bashrc: eval "$(queuectl completion bash)"
 _queuectl() {
-    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} name= words= i
-    local -a db=()
+    local found
     COMPREPLY=()
-    for ((i = 1; i < COMP_CWORD; i++)); do
-        case ${COMP_WORDS[i]} in
-            --db) [[ ${COMP_WORDS[i + 1]} != = ]] || ((i++)); db=(--db "${COMP_WORDS[++i]}") ;;
-            -*) ;;
-            *) case $name in '' | %(groups)s) name="$name${name:+ }${COMP_WORDS[i]}" ;; esac ;;
-        esac
-    done
-    case "$name $prev" in
-%(values)s
-        *" --db" | *" --file" | *" --cwd" | *" =") return ;;  # bash itself completes file names
-    esac
-    case $name in
-%(words)s
-    esac
-    case "$name $prev" in
-        *" --after") ;;
-        *) case $name in %(with_ids)s) ;; \
-*) COMPREPLY=($(compgen -W "$words" -- "$cur")); return ;; esac ;;
-    esac
-    [[ $cur == -* ]] || words="$words $(queuectl "${db[@]}" completion --ids 2>/dev/null)"
-    COMPREPLY=($(compgen -W "$words" -- "$cur"))
+    while IFS= read -r found; do
+        COMPREPLY+=("$found")
+    done < <(queuectl completion --answer -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
 }
 complete -o default -F _queuectl queuectl
-"""
-
-
-def _case(label: str, text: str) -> str:
-    return "        %s) %s ;;" % (label, text)
-
-
-def _words_of() -> dict[str, list[str]]:
-    """What may stand behind each command, each group, and in the first place."""
-    words = {"": [*ORDER, "--db", "--help", "--version"]}
-    for group in GROUPS:
-        words[group] = [entry.name.split()[1] for entry in commands_of(group)]
-    for entry in commands_of():
-        names = [names[-1] for names, _ in entry.options]
-        flags = [name for name in names if name.startswith("-")]
-        words[entry.name] = [*flags, "--db", "--help"]
-        if entry.name in ("config get", "config set", "config unset"):
-            words[entry.name] += SETTINGS
-    return words
-
-
-def completion_script() -> str:
-    """For bash: a list of words for each command, and who takes ids."""
-    words = _words_of()
-    values, with_ids = [], []
-    for entry in commands_of():
-        for names, details in entry.options:
-            known = details.get("choices") or (STATES if "--state" in names else ())
-            if known:
-                reply = 'COMPREPLY=($(compgen -W "%s" -- "$cur")); return' % " ".join(known)
-                values.append(_case('"%s %s"' % (entry.name, names[-1]), reply))
-            if names[0] in ("id", "ids"):
-                with_ids.append('"%s"' % entry.name)
-    return COMPLETION % {
-        "groups": " | ".join(GROUPS),
-        "with_ids": " | ".join(with_ids),
-        "values": "\n".join(values),
-        "words": "\n".join(_case('"%s"' % name, 'words="%s"' % " ".join(known))
-                           for name, known in words.items()),
-    }
-
-
-@subcommand("completion", "print a completion script for bash", """
-eval "$(queuectl completion)"
 """,
-    option("--ids", "print the ids of the newest jobs, as that script asks for"))
+    "zsh": """\
+# zsh completion of queuectl, for ~/.zshrc, below compinit: eval "$(queuectl completion zsh)"
+_queuectl() {
+    local -a found
+    found=("${(@f)$(queuectl completion --answer -- "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    if [[ -n $found ]]; then compadd -- $found; else _files; fi
+}
+compdef _queuectl queuectl
+""",
+    "fish": """\
+# fish completion of queuectl, for ~/.config/fish/completions/queuectl.fish
+function __queuectl_answer
+    set -l words (commandline -opc) (commandline -ct)
+    set -l found (queuectl completion --answer -- $words[2..-1] 2>/dev/null)
+    if set -q found[1]; printf '%s\\n' $found; else; __fish_complete_path (commandline -ct); end
+end
+complete -c queuectl -f -a '(__queuectl_answer)'
+""",
+}
+
+
+def _command_typed(args: Any, words: Iterator[str]) -> tuple[str, str]:
+    """The command that a command line names so far, and its last option if the value is to come.
+
+    Sets `args.db` if it names a database.
+    """
+    lengths, name = {"--db": 2}, ""
+    for word in words:
+        length = length_of(word, lengths)
+        if length == 2:
+            value = next(words, None)
+            if value is None:
+                return name, word
+            if word == "--db":
+                args.db = realpath(expanduser(value))
+        elif length == 0 and name not in COMMANDS:
+            name = (name + " " + word).strip()
+            if name in COMMANDS:
+                lengths.update(option_lengths(COMMANDS[name].options))
+    return name, ""
+
+
+def _known_values(args: Any, details: Row) -> Iterable[str]:
+    """The values there are for an option or argument; none where anything may stand."""
+    kind = details.get("metavar", "").partition("[,")[0]
+    if kind == "ID":
+        return [job["id"] for job in args.store.newest(Selection(), 200)]
+    if kind in ("QUEUE", "NAME"):
+        return [queue["name"] for queue in args.store.queues()]
+    known: dict[str, Iterable[str]] = {
+        "STATE": STATES, "SETTING": SETTINGS, "SHELL": COMPLETION}
+    return known.get(kind) or details.get("choices") or ()
+
+
+def completions(args: Any) -> Iterator[str]:
+    """Yield what the last word of a command line can become, which is still being typed."""
+    *before, word = [each for each in args.words if each not in ("=", "help")] or [""]
+    name, waiting = _command_typed(args, iter(before))  # bash makes three words of --state=dead
+    options: list[Any] = [(["--db"], {}), (["--help"], {})]
+    known: Iterable[str] = [entry.name.split()[1] for entry in commands_of(name)] if name else ORDER
+    if name in COMMANDS:
+        options += COMMANDS[name].options
+    if name in COMMANDS or word.startswith("-"):
+        known = option_lengths(options)
+    for names, details in options:
+        argument = not (waiting or word.startswith("-") or names[0].startswith("-"))
+        if argument or waiting in names:
+            known = _known_values(args, details) or (known if argument else ())
+            break
+    first, comma, word = word.rpartition(",")
+    for each in known:
+        if each.startswith(word) and re.fullmatch(r"[\w.%+-]+", each, re.ASCII):
+            yield first + comma + each  # a shell would expand or divide others
+
+
+@subcommand("completion", "print a completion script for bash, zsh or fish", """
+eval "$(queuectl completion bash)"
+queuectl completion fish > ~/.config/fish/completions/queuectl.fish
+""",
+    option("words SHELL", "bash, zsh or fish (default: bash)", nargs="*"),
+    option("--answer", "print what the last word of a command line can become: the scripts ask it"))
 def cmd_completion(args: Any) -> None:
-    if not args.ids:
-        emit_text(completion_script())
+    if args.answer:
+        for word in completions(args):
+            emit(word)
         return
-    for job in args.store.newest(Selection(), 200):
-        if re.fullmatch(r"[\w.%+-]+", job["id"], re.ASCII):  # bash would expand or divide others
-            emit(job["id"])
+    shell = " ".join(args.words) or "bash"
+    if shell not in COMPLETION:
+        raise UsageError("there is completion for bash, zsh and fish, not for %s" % quoted(shell))
+    emit_text(COMPLETION[shell])
 
 
 # ═══ main ═══ arguments in, exit code out ════════════════════════════════════════════════════
@@ -10436,16 +10516,17 @@ LONGEST_NAME = 220  # bytes of a database's file name; the system's limit is 255
 OVERVIEW = """\
 usage: queuectl [--db PATH] %(group)sCOMMAND ...
 
-A background job queue in one file: runs shell commands, retries failures, loses nothing.
-
-commands (`queuectl COMMAND --help` tells more):
+%(about)s
 %(commands)s
 
-examples:
+Examples:
 %(examples)s
+
+`queuectl help COMMAND` shows the options of a command.
 
 The database is --db PATH, else $QUEUECTL_DB, else ~/.queuectl/queue.db; it is made on first use.
 """
+ABOUT = "Background job queue in one file: runs shell commands, retries failures, loses nothing."
 EXAMPLES = """
 queuectl run 'echo hello' 'date -u'
 queuectl enqueue 'echo hello'
@@ -10478,27 +10559,70 @@ class Parser(argparse.ArgumentParser):
         emit_text(message)
 
 
+# The titles under which help shows the options of a command that has many.
+TITLES = {
+    "Selection": "--state QUEUE[,QUEUE] --grep --error --since --before --all",
+    "Job": "--id --queue --priority --after --after-any --unique --if-exists",
+    "Schedule": "--run-at --delay --expires --timeout",
+    "Retries": "--max-retries --backoff-base --retry-after --dead-on",
+    "Environment": "--cwd --shell --env --env-all",
+    "Output": "--unordered --tag --tail --stdout --stderr -f -q --json",
+}
+MANY_OPTIONS = 8
+
+
+def _add_titled(parser: Parser, options: Sequence[Any]) -> None:
+    """Give a parser many options, each under its title, and a short usage."""
+    usage = parser.format_usage().replace("[-h]", "[OPTIONS]")  # so far there are but arguments
+    parser.usage = usage.partition(": ")[2].strip()
+    groups = {title: parser.add_argument_group(title) for title in TITLES}
+    for names, details in options:
+        group: Any = parser
+        for title, members in TITLES.items():
+            if {names[0], details.get("metavar")} & set(members.split()):
+                group = groups[title]
+                break
+        group.add_argument(*names, **details)
+
+
 def parser_of(entry: Command) -> Parser:
     """The parser of one command; those of the others are never built."""
     width = (terminal_width() or 80) - 2  # argparse would import shutil to ask for it
     parser = Parser(
         prog="queuectl " + entry.name, description=entry.summary + ".", allow_abbrev=False,
-        epilog="examples:" + entry.examples.rstrip().replace("\n", "\n  "),
+        epilog="Examples:" + entry.examples.rstrip().replace("\n", "\n  "),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width))
-    for names, details in entry.options:
+    parser._optionals.title, parser._positionals.title = "Options", "Arguments"
+    options = sorted(entry.options, key=lambda each: each[0][0].startswith("-"))  # arguments first
+    for at, (names, details) in enumerate(options):
+        if names[0].startswith("-") and len(options) - at > MANY_OPTIONS:
+            _add_titled(parser, options[at:])
+            break
         parser.add_argument(*names, **details)
     parser.add_argument("--db", metavar="PATH", default=argparse.SUPPRESS, help="the database")
     return parser
 
 
+def _overview_line(word: str, summary: str) -> str:
+    return "  %-14s %s" % (word, summary)
+
+
 def overview(group: str = "") -> str:
     """The help of queuectl itself, or of a group of commands."""
-    shown = sorted(commands_of(group), key=lambda entry: entry.name != "run")  # that first
-    commands = ["  %-14s %s" % (entry.name, entry.summary) for entry in shown]
+    shown = commands_of(group)
+    lines = ["", *[_overview_line(entry.name, entry.summary) for entry in shown]]
+    if not group:
+        lines = []
+        for purpose, words in PURPOSES.items():
+            lines.append("\n%s:" % purpose)
+            for word in words.split():
+                summary = GROUPS.get(word) or COMMANDS[word].summary
+                lines.append(_overview_line(word, summary))
     examples = "".join(entry.examples for entry in shown) if group else EXAMPLES
     return OVERVIEW % {
+        "about": GROUPS.get(group, ABOUT),
         "group": group and group + " ",
-        "commands": "\n".join(commands),
+        "commands": "\n".join(lines),
         "examples": "\n".join("  " + line for line in examples.split("\n") if line),
     }
 
@@ -10507,28 +10631,32 @@ def _command_name(words: list[str]) -> tuple[str, list[str]]:
     """The name of a command ("" if its group's help was shown), and the words behind it."""
     name = words[0]
     if name in GROUPS:
-        if words[1:2] in (["-h"], ["--help"]):
+        if words[1:2] in ([], ["-h"], ["--help"]):
             emit_text(overview(name))
             return "", []
         name = " ".join(words[:2])
     if name not in COMMANDS:
-        known = list(COMMANDS)
+        group = ""
         if words[0] in GROUPS:
-            known = [entry for entry in COMMANDS if entry.startswith(words[0])]
-        raise UsageError("there is no command %s%s; `queuectl --help` lists them"
-                         % (quoted(name), nearest(name, known)))
+            group = words[0] + " "
+        known = [entry.name[len(group):] for entry in commands_of(group.strip())]
+        raise UsageError("there is no command %s%s; `queuectl %s--help` lists them"
+                         % (quoted(name), nearest(name[len(group):], known, group), group))
     return name, words[name.count(" ") + 1:]
 
 
 def split_arguments(words: list[str]) -> tuple[str | None, str, list[str]]:
     """--db if it stands before the command, the command's name ("" for help), and its arguments."""
     db = None
-    while words and words[0].startswith("-"):
+    words = words or ["--help"]
+    while words and (words[0].startswith("-") or words[0] == "help"):
         word = words.pop(0)
         if word == "--db" and words:
             db = words.pop(0)
         elif word.startswith("--db="):
             db = word[5:]
+        elif word == "help":
+            words = [*words[:2], "--help"]
         elif word in ("-h", "--help"):
             emit_text(overview())
             return db, "", []
@@ -10541,24 +10669,6 @@ def split_arguments(words: list[str]) -> tuple[str | None, str, list[str]]:
     if not words:
         raise UsageError("name a command; `queuectl --help` lists them")
     return (db, *_command_name(words))
-
-
-def option_lengths(options: Iterable[Any]) -> dict[str, int]:
-    """Options, by all of their names, each with how many words it takes, itself included."""
-    lengths: dict[str, int] = {}
-    for names, details in options:
-        length = 1 if details.get("action") == "store_true" else 2
-        lengths.update((name, length) for name in names if name.startswith("-"))
-    return lengths
-
-
-def length_of(word: str, lengths: dict[str, int]) -> int:
-    """How many words belong to an option, if `word` is one; else 0."""
-    if "=" in word and word.partition("=")[0] in lengths:
-        return 1
-    if lengths.get(word[:2]) == 2 and word[2:]:  # -j4
-        return 1
-    return lengths.get(word, 0)
 
 
 def refuse_late_option(name: str, options: list[str], rest: list[str], behind: int,

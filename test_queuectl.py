@@ -3385,6 +3385,53 @@ def test_help_has_examples_at_every_level(q: Queue, command: str) -> None:
     assert not q.db.exists()
 
 
+@pytest.mark.parametrize(
+    "words, like",
+    [
+        ("", "--help"), ("help", "--help"), ("dlq", "dlq --help"), ("help dlq", "dlq --help"),
+        ("help run", "run --help"), ("help dlq retry", "dlq retry --help"), ("--db x worker", "worker --help"),
+    ],
+)  # fmt: skip
+def test_help_is_a_command_too(q: Queue, words: str, like: str) -> None:
+    shown = q.here(words.split())
+    assert (shown.code, shown.err) == (0, "") and shown.out == q.here(like.split()).out
+    assert not q.db.exists()
+
+
+def test_help_is_divided(q: Queue) -> None:
+    purposes = re.findall(r"^(\w+):$", q.here(["help"]).out, re.M)
+    assert purposes == ["Run", "Inspect", "Control", "Maintain", "Examples"]
+    for name in queuectl.COMMANDS:
+        assert f"\n  {name.split()[0]} " in q.here(["help"]).out
+    titles = re.findall(r"^(\w+):$", q.here(["help", "enqueue"]).out, re.M)
+    assert titles == [
+        "Arguments", "Options", "Job", "Schedule", "Retries", "Environment", "Output", "Examples",
+    ]  # fmt: skip
+    assert q.here(["help", "enqueue"]).out.startswith("usage: queuectl enqueue [OPTIONS] [COMMAND ")
+    assert "Selection:" in q.here(["help", "cancel"]).out
+    assert "--concurrency N" in q.here(["help", "queue", "set"]).out.split("\n")[0]
+
+
+@pytest.mark.parametrize(
+    "words, meant",
+    [
+        ("add", "enqueue"), ("ls", "list"), ("ps", "list"), ("rm", "delete"), ("kill", "cancel"),
+        ("top", "status --watch"), ("log", "logs"), ("tail", "logs --follow"), ("start", "worker start"),
+        ("stop", "worker stop"), ("restart", "retry"), ("clean", "purge"), ("follow", "logs --follow"),
+        ("jobs", "list"), ("dlq ls", "dlq list"), ("worker strat", "worker start"), ("help lits", "list"),
+        ("run --jobs 2 true", "-j"), ("enqueue --label x true", "--id"), ("run --halt true", "--fail-fast"),
+    ],
+)  # fmt: skip
+def test_words_of_other_programs_are_understood_in_the_error(q: Queue, words: str, meant: str) -> None:
+    assert f"did you mean {meant}?" in q.fails(*words.split(), code=2).err
+    assert not q.db.exists()
+
+
+@pytest.mark.parametrize("words", ["worker run", "dlq rm", "list --lines 3 --since 1h", "xyzzy"])
+def test_no_guess_is_better_than_a_wrong_one(q: Queue, words: str) -> None:
+    assert "did you mean" not in q.fails(*words.split(), code=2).err
+
+
 def test_importing_runs_nothing(q: Queue) -> None:
     result = q.run(
         [sys.executable, "-c", "import queuectl; print(callable(queuectl.main))"],
@@ -10482,23 +10529,27 @@ def test_the_unit_of_the_service(q: Queue, tmp_path: Path) -> None:
         assert q.run(["systemd-analyze", "verify", tmp_path / name]).code == 0
 
 
-COMPLETE = """
-eval "$(queuectl completion)"
-COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _queuectl; printf '%s\\n' "${{COMPREPLY[@]}}" | sort
-"""
-
-
 @pytest.mark.parametrize(
     "words, wanted, unwanted",
     [
         ("queuectl wor", "worker", "wait"),
+        ("queuectl ''", "run dlq", "--db"),
+        ("queuectl --d", "--db", "dlq"),
+        ("queuectl help lo", "logs", "--help"),
+        ("queuectl nonsense ''", "", "run"),
         ("queuectl worker st", "start stop", "list"),
         ("queuectl worker start --d", "--detach --drain --db", "--count"),
         ("queuectl --db x/x.db list --st", "--state", "--json"),
         ("queuectl --db x/x.db show ''", "--env", "job-one"),
         ("queuectl show --db = x/x.db --e", "--env", "job-one"),
         ("queuectl enqueue --file ''", "", "--id"),
+        ("queuectl list --db ''", "", "--state"),
         ("queuectl list --state p", "pending processing", "dead"),
+        ("queuectl list --state = p", "pending processing", "dead"),
+        ("queuectl list --state dead,p", "dead,pending dead,processing", "dead,dead"),
+        ("queuectl list --queue ''", "mail", "$(touch"),
+        ("queuectl queue pause m", "mail", "default"),
+        ("queuectl completion ''", "bash zsh fish", "job-one"),
         ("queuectl enqueue --if-exists ''", "fail skip", "--id"),
         ("queuectl config set keep", "keep_completed keep_dead", "priority"),
         ("queuectl show ''", "job-one job-two", "$(touch"),
@@ -10507,11 +10558,50 @@ COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _queuectl; printf
         ("queuectl status ''", "--watch", "job-one"),
     ],
 )
-def test_bash_completes(q: Queue, words: str, wanted: str, unwanted: str) -> None:
-    q.load([{"id": name, "command": "true"} for name in ("job-one", "job-two", "$(touch${IFS}pwned)", "`touch`")])
-    said = q.bash(COMPLETE.format(words=words)).out.split()
+def test_completion_answers(q: Queue, words: str, wanted: str, unwanted: str) -> None:
+    hostile = ["$(touch${IFS}pwned)", "`touch`"]
+    q.load([{"id": name, "command": "true", "queue": "mail"} for name in ("job-one", "job-two", *hostile)])
+    said = q.here(["completion", "--answer", "--", *shlex.split(words)[1:]]).out.split()
     assert set(wanted.split()) <= set(said) and unwanted not in said
-    assert not (q.work / "pwned").exists() and not (q.work / "x").exists()
+    assert not (q.work / "x").exists()
+
+
+# Each shell is asked what it makes of two command lines.
+ASKING = {
+    "bash": """
+        eval "$(queuectl completion)"
+        for last in job-o ""; do
+            COMP_WORDS=(queuectl show "$last"); COMP_CWORD=2; _queuectl; echo "${COMPREPLY[@]}"
+        done""",
+    "zsh": """
+        compdef() { }
+        compadd() { echo "${@[2,-1]}" }
+        _files() { echo }
+        eval "$(queuectl completion zsh)"
+        for last in job-o ""; do words=(queuectl show "$last"); CURRENT=3; _queuectl; done""",
+    "fish": """
+        queuectl completion fish | source
+        for last in job-o ''; echo (complete -C "queuectl show $last"); end""",
+}
+
+
+@pytest.mark.parametrize("shell", ASKING)
+def test_a_shell_completes(q: Queue, shell: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"there is no {shell} here")
+    q.load([{"id": name, "command": "true"} for name in ("job-one", "job-two", "$(touch${IFS}pwned)")])
+    launcher = q.home / "bin" / "queuectl"
+    launcher.parent.mkdir()
+    launcher.write_text("#!/bin/sh\nexec %s \"$@\"\n" % shlex.join(map(str, q.program)))
+    launcher.chmod(0o755)
+    path = f"{launcher.parent}:{os.environ['PATH']}"
+    said = q.run([shell, "-c", ASKING[shell]], env={"PATH": path})
+    assert said.code == 0 and said.out == "job-one\njob-one job-two\n" and not said.err
+    assert not (q.work / "pwned").exists()
+
+
+def test_completion_knows_three_shells(q: Queue) -> None:
+    assert 'not for "tcsh"' in q.fails("completion", "tcsh", code=2).err
 
 
 # =====================================================================================================
