@@ -7302,8 +7302,9 @@ def whole(name: str, most: int) -> Callable[[str], int]:
 
 def workers_wanted(text: str) -> int:
     """How many workers `-j` asks for: a number, or 50% of the cores."""
-    if text.strip("0") == "":
-        raise UsageError("-j 0 would be no worker; give a number, or 100%% for one on each core")
+    if not text.strip("0%") or text.startswith("+"):
+        raise UsageError("-j must be 1 or more workers, or N%% of the cores (100%%: one on each), "
+                         "not %s" % quoted(text))
     check = whole("--workers", 1000)
     if not text.endswith("%"):
         return check(text)
@@ -7621,10 +7622,11 @@ def causes_of(store: Store, jobs: Iterable[Row]) -> list[Row]:
         key = cause_of(first or error)
         cause = causes.setdefault(key, {
             "cause": key, "count": 0, "after": 0, "since": NEVER,
-            "example": None, "ids": []})
+            "example": None, "ids": [], "along": []})
         cause["since"] = min(cause["since"], job["finished_at"])
         if first:
             cause["after"] += 1
+            cause["along"].append(job["id"])
         else:
             cause["count"] += 1
             cause["example"] = error
@@ -7635,6 +7637,8 @@ def causes_of(store: Store, jobs: Iterable[Row]) -> list[Row]:
 def retry_words(store: Store, selection: Selection, cause: Row) -> str:
     """The command that retries the dead jobs of a cause, and just these."""
     terms = ["dlq", "retry"]
+    if not cause["count"]:  # the jobs that these waited for are not selected
+        return join_words([*terms, *cause["along"]])
     if selection.queues:
         terms += ["--queue", ",".join(selection.queues)]
     if selection.grep is not None:
@@ -7656,7 +7660,7 @@ def _list_causes(args: Any, selection: Selection) -> None:
     causes = causes_of(store, store.jobs(selection))
     for cause in causes:
         cause["retry"] = CALLED[0] + " " + retry_words(store, selection, cause)
-        del cause["ids"]
+        del cause["ids"], cause["along"]
     if args.json:
         emit_list(dict(cause, since=show_time(cause["since"])) for cause in causes)
         return
@@ -8244,8 +8248,11 @@ queuectl wait --queue mail --timeout 1h
 def cmd_wait(args: Any) -> int:
     store = args.store
     seqs = {store.find(name)["seq"] for name in args.ids}
+    usual: Names = UNFINISHED
+    if any(map(is_run_queue, (name for names in args.queue for name in names))):
+        usual = STATES  # of a run that was detached jobs may have died before this command came
     if not seqs:
-        seqs = set(store.look(selection_of(args, UNFINISHED))[0])
+        seqs = set(store.look(selection_of(args, usual))[0])
     seqs.discard(own_run(args.db)[1])  # a job doesn't wait for itself
     return await_jobs(store, seqs, args.timeout)
 

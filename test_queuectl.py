@@ -10227,10 +10227,21 @@ def test_a_killed_supervisor_takes_its_reporter_along(q: Queue) -> None:
     wait_for(lambda: q.processes() == [])
 
 
+def test_wait_knows_what_a_detached_run_has_done_before(q: Queue) -> None:
+    q("run", "--detach", "--max-retries", "1", "exit 3")
+    wait_for(lambda: q.counts() == {"dead": 1})
+    assert "is dead" in q("wait", "--queue", "run-1", code=1).err
+    q("run", "--detach", "true")
+    wait_for(lambda: q.counts() == {"dead": 1, "completed": 1})
+    q("wait", "--queue", "run-2")
+    q("wait")  # what ended in a run concerns who names it
+
+
 @pytest.mark.parametrize("given, count", [("1", 1), ("100%", os.cpu_count() or 1), ("1%", 1)])
 def test_how_many_workers(q: Queue, given: str, count: int) -> None:
     assert queuectl.workers_wanted(given) == count
-    assert "would be no worker" in q.fails("run", "-j", "0", "true", code=2).err
+    for wrong in ("0", "+1", "0%"):
+        assert f'not "{wrong}"' in q.fails("run", "-j", wrong, "true", code=2).err
 
 
 def test_a_summary_tells_causes(q: Queue) -> None:
@@ -10853,6 +10864,17 @@ def test_the_command_of_a_cause_keeps_to_the_selection(q: Queue) -> None:
     assert "--queue a" in cause["retry"]
     q.bash(cause["retry"])
     assert [job["queue"] for job in q.jobs("--state", "pending")] == ["a"]
+
+
+def test_the_command_of_a_cause_retries_what_died_with_a_job_of_another_queue(q: Queue) -> None:
+    q.load([{"id": "a", "command": "false", "max_retries": 1, "queue": "a"},
+            {"id": "b", "command": "true", "after": ["a"], "queue": "b"}])  # fmt: skip
+    q.drain(code=1)
+    (cause,) = q("dlq", "list", "--causes", "--queue", "b", "--json").json()
+    assert (cause["count"], cause["after"]) == (0, 1)
+    q("dlq", "retry", "a")
+    q.bash(cause["retry"])
+    assert q.states() == {"a": "pending", "b": "pending"}
 
 
 def test_what_a_selection_cannot_change_is_not_told_as_changed(q: Queue) -> None:
