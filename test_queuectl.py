@@ -12207,6 +12207,7 @@ def test_the_log_of_detached_pools_is_bounded_while_it_is_written(q: Queue) -> N
     q("worker", "start", "--detach", "--count", "2")
     q.load(["true"] * 20)
     wait_for(lambda: q.counts() == {"completed": 20})
+    q.add("true", "--id", "a")  # the first line behind one that made the log too long
     wait_for(lambda: log.stat().st_size < 100_000, what="a new log")
     aside = log.with_name("queuectl.log.1")
     assert 1_048_000 < aside.stat().st_size < 1_100_000
