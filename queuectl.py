@@ -18,40 +18,41 @@ A job is always in one of six states:
        │            │
        └────────────┴────────> dead                   (no try left: `dlq retry`)
 
-and `cancelled`: what a person took out, what expired, and what was to run after it.
+and `cancelled`: a person took the job out, it expired, or a job that it was to
+run after was cancelled.
 
 How a job flows. `enqueue` inserts a row, commits, and rings the bell of every
-worker. A worker locks the files that will take the run's output (these locks
-are the run's token), claims the row in a transaction, starts the command with
-those files as its output, and sleeps until it ends. One commit then records
-the outcome and claims the next job.
+worker. A worker locks two files for the run's output (these locks are the run's
+token), claims the row in a transaction, starts the command with these files as
+its output, and sleeps until the command ends. One commit then records the
+outcome and claims the next job.
 
-How nothing gets lost, and nothing runs twice. A worker holds a lock (its life
-lock) that the kernel drops when the process dies, however it dies. The token
-is inherited by the job's processes and is dropped when the last one is gone.
-A job whose worker's life lock is free was lost; what is left of its run is
-ended first, and only then is it given back. No lease, no heartbeat, no clock,
-no process id is trusted for this.
+How no job is lost, and none runs twice at once. A worker holds a lock (its life
+lock) that the kernel drops when the process dies, however it dies. The job's
+processes inherit the token, and the kernel drops it when the last of them is
+gone. A job is lost if the life lock of its worker is free. Then queuectl first
+ends the processes of its run, and gives the job back when none is left. It
+trusts no lease, no heartbeat, no clock and no process id for this.
 
-Beside the database `queue.db` stand `queue.db-wal` and `queue.db-shm` (SQLite's
-own), `queue.db.lock` (the write mutex) and the folder `queue.db.d` (life locks,
-bells, the output of current runs, the locks of recovery and of sweeping).
+Files beside the database `queue.db`: `queue.db-wal` and `queue.db-shm` (made by
+SQLite), `queue.db.lock` (the write mutex), and the folder `queue.db.d` (life
+locks, bells, the output of current runs, the locks of recovery and of sweeping).
 
 Contents, in reading order; a section calls only those above it:
 
     Vocabulary   states, the fields of a job, exit codes, errors, settings and limits
     Values       durations, times, backoff, checks of job input: pure functions
     Platform     processes, signals, locks, bells and the disk; POSIX and Windows
-    Files        what stands beside the database: paths, bells, life files, output of live runs
-    Schema       the tables, their migrations, and the statements that several use
-    Database     the file: trust, opening, the mutex, commits, what is on disk, copies
-    Store        what is read of the queue, jobs and the runs kept; each change of state
+    Files        files beside the database: paths, bells, life files, output of live runs
+    Schema       the tables, their migrations, and statements that several functions use
+    Database     the file: trust, opening, the mutex, commits, syncing, copies
+    Store        reading queues, jobs and runs; one method for each change of state
     Runner       one run's processes: start, bound and end them
     Worker       claim, run, record; when a run must end; recovery after dead workers
-    Console      what is printed: where, how wide, with what escaped
+    Console      printing: to which stream, how wide, and with what escaped
     Pool         the supervisor: start, watch, replace and stop workers
     Views        rows to text or JSON: pure functions
-    Commands     what a user types, each beside its options: reading, changing, working, setup
+    Commands     each command beside its options: reading, changing, working, setting up
     main         arguments in, exit code out
 """
 from __future__ import annotations
@@ -78,7 +79,7 @@ except ImportError:
 if sys.version_info < (3, 8):  # noqa: UP036
     sys.exit("queuectl: error: this is Python %d.%d, and 3.8 or newer is needed" % sys.version_info[:2])
 
-TYPE_CHECKING = False  # the name type checkers know; typing itself is slow to import
+TYPE_CHECKING = False  # type checkers take it for True; importing typing is slow
 if TYPE_CHECKING:
     from types import FrameType
     from typing import Any, BinaryIO, Callable, Iterable, Iterator, NoReturn, Sequence
@@ -93,40 +94,42 @@ if TYPE_CHECKING:
     Settings = dict[str, Any]
     Names = Sequence[str]  # of queues, states, files or columns
     Tell = Callable[[str], None]
-    Lines = Iterator[tuple[int, str]]  # each with its number
-    Given = Iterator[tuple[int, str | Row]]  # what was given as jobs, each with its line
+    Lines = Iterator[tuple[int, str]]  # the number of each line, and its text
+    # The jobs given to a command, each behind its line number.
+    Given = Iterator[tuple[int, str | Row]]
 
 PENDING, PROCESSING, COMPLETED, FAILED, DEAD, CANCELLED = STATES = (
     "pending", "processing", "completed", "failed", "dead", "cancelled")
 UNFINISHED = PENDING, PROCESSING, FAILED
 WAITING, ENDED = (PENDING, FAILED), (COMPLETED, DEAD, CANCELLED)
-# A job ends in vain if it fails too often, if a person takes it out, or if it was to run after one
-# of those.
+# A job ends in vain if it is dead or cancelled; so does every job that was to run after it.
 IN_VAIN = DEAD, CANCELLED
-# How a run can end besides completed, failed and cancelled: queuectl itself ended it to shut down,
-# its worker was lost, or it asked to be tried again later.
+# A run can also end in these ways: queuectl ended it to shut down, its worker was lost, or the job
+# asked to be tried again later.
 STOPPED, LOST, DEFERRED = "stopped", "lost", "deferred"
-UNSTARTED = "unstarted"  # the machine had no room for it: that was no run, and nothing is recorded
-TRY_LATER = 75  # the exit code that asks for it: EX_TEMPFAIL of sysexits.h
+# The machine had no room for another process: there was no run, and none is recorded.
+UNSTARTED = "unstarted"
+TRY_LATER = 75  # the exit code with which a job asks for that: EX_TEMPFAIL of sysexits.h
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUG, EXIT_TIMED_OUT, EXIT_INTERRUPTED = 0, 1, 2, 3, 124, 130
-# Of workers, which the pool replaces: a signal of its own sent it home; the machine failed it.
+# Exit codes of workers that the pool replaces. Dismissed: the worker stopped because of a signal
+# sent to it alone. Troubled: the machine failed it (no memory, an error of the disk).
 EXIT_DISMISSED, EXIT_TROUBLED = 10, 11
 
-# The fields of a job as users see them, in the order they are shown in. What ends in `_at` is a
-# time: milliseconds since the epoch, and ISO 8601 in JSON. A new field also goes to GIVEN_FIELDS
+# The fields of a job as users see them, in this order. A field whose name ends in `_at` is a time:
+# milliseconds since the epoch here, ISO 8601 in JSON. Who adds a field also adds it to GIVEN_FIELDS
 # (and EDITABLE), LIMITS and _checked_field, MIGRATIONS, ADD_JOB and Intake._row, SELECT_JOBS and
-# FIELD_OPTIONS; if its run needs it, to Job, next_job and HELD_JOBS.
+# FIELD_OPTIONS, and if a run needs it, to Job, next_job and HELD_JOBS.
 FIELDS = tuple("""
     id command shell state queue priority run_at timeout_seconds attempts max_retries backoff_base
     cwd env after after_any unique retry_after dead_on expires_at created_at updated_at started_at
     finished_at next_retry_at exit_code last_error locked_by locked_at
     """.split())  # noqa: SIM905
-# Columns that `edit` changes to what is given.
+# Columns that `edit` sets to the given value as it is.
 EDITABLE = """
     command shell queue priority run_at timeout_seconds max_retries backoff_base expires_at
     """.split()  # noqa: SIM905
-# What exit codes mean for a job. These are kept together, for few jobs have any.
+# These say what exit codes mean for a job. One column holds them all, for few jobs have any.
 POLICY_FIELDS = ("retry_after", "dead_on")
 GIVEN_FIELDS = tuple("""
     id command shell queue priority run_at timeout_seconds max_retries backoff_base cwd env
@@ -137,18 +140,19 @@ ALIASES = {"cmd": "command", "timeout": "timeout_seconds", "delay": "run_at",
 
 RUN_QUEUE = "run-%s"  # the queues that `run` makes: run-1, run-2, …
 MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000  # in milliseconds
-HOOK_QUEUE = "on-dead"  # where the jobs wait that `on_dead` and `on_end` make; every pool serves it
-HOOK_TIME, HOOK_PRIORITY = 60.0, 0  # their time-out in seconds, and that they go before other jobs
+# The queue of the jobs that `on_dead` and `on_end` make; every pool serves it.
+HOOK_QUEUE = "on-dead"
+HOOK_TIME, HOOK_PRIORITY = 60.0, 0  # their time-out in seconds; their priority, before other jobs
 
-# The environment variables a job is given; nobody else may set them.
+# The environment variables that queuectl sets for a job; `env` may not set them.
 JOB_VARIABLES = ("QUEUECTL_JOB_ID", "QUEUECTL_ATTEMPT", "QUEUECTL_MAX_RETRIES",
                  "QUEUECTL_QUEUE", "QUEUECTL_DB", "QUEUECTL_RUN", "QUEUECTL_SLOT")
 
-CENTURY = 100 * 365.25 * 86400.0  # seconds; longer durations are taken for mistakes
+CENTURY = 100 * 365.25 * 86400.0  # seconds: a longer duration must be a mistake
 NAME_LENGTH = 128
 
 Limit = namedtuple("Limit", "shape low high default", defaults=(None, None, None))
-# What is sound for settings and for fields of jobs, and the defaults of settings.
+# Bounds for settings and for fields of jobs, and the defaults of settings.
 LIMITS = {
     "max_retries": Limit("whole number", 0, 10**6, 3),
     "backoff_base": Limit("number", 0.001, 10**6, 2.0),
@@ -158,7 +162,7 @@ LIMITS = {
     "priority": Limit("whole number", -10**9, 10**9, 10),
     "poll_interval_ms": Limit("whole number", 10, 3_600_000, 1000),
     "kill_grace_seconds": Limit("duration", 0, 86400, 5.0),
-    # A worker takes several times that much memory.
+    # A worker needs several times as much memory.
     "max_output_bytes": Limit("whole number", 1024, 64 * 1024 * 1024, 1024 * 1024),
     "retry_after": Limit("duration", 0, CENTURY, 60.0),
     "max_deferrals": Limit("whole number", 0, 10**6, 100),
@@ -168,8 +172,10 @@ LIMITS = {
     "on_dead": Limit("shell command"),
     "on_end": Limit("shell command"),
 }
-SETTINGS: Row = {name: limit.default for name, limit in LIMITS.items()}  # and `shell`: Platform's
-RUN_OUTPUT = 64 * 1024 * 1024  # bytes of output kept of a job of a `run`, unless that is set
+# And `shell`, which Platform adds.
+SETTINGS: Row = {name: limit.default for name, limit in LIMITS.items()}
+# Bytes kept of each stream in a `run`, unless max_output_bytes is set.
+RUN_OUTPUT = 64 * 1024 * 1024
 LIMITS.update(
     delay=Limit("duration", 0, CENTURY),
     dead_on=Limit("whole number", 1, 2**32 - 1),  # exit codes; Windows has long ones
@@ -177,11 +183,11 @@ LIMITS.update(
 
 
 def test_point(place: str) -> None:
-    """Nothing. Tests put a function here that kills the process at one of these places."""
+    """Do nothing. Tests replace it to kill the process here."""
 
 
 def clean(text: str) -> str:
-    """`text` with control characters, escape sequences and bidirectional marks shown escaped."""
+    """Return `text` with control characters, escape sequences and bidirectional marks escaped."""
     if text.isprintable():
         return text
     shown = list(text)
@@ -192,7 +198,7 @@ def clean(text: str) -> str:
 
 
 class QueueError(Exception):
-    """The request could not be met. Its text says what to do next, and is safe on a terminal."""
+    """The request could not be met. The text says what to do next, and is safe on a terminal."""
     code = EXIT_FAILED
 
     def __str__(self) -> str:
@@ -205,33 +211,33 @@ class UsageError(QueueError):
 
 
 class TimedOut(QueueError):
-    """A `--timeout` of queuectl's own ran out."""
+    """A time limit of the command itself, such as `wait --timeout`, ran out."""
     code = EXIT_TIMED_OUT
 
 
 class Unavailable(QueueError):
-    """The database can't be written now, but perhaps later: locked, or the disk is full."""
+    """The database can't be written now, but perhaps later: it is locked, or the disk is full."""
 
 
-# A claimed job, as its worker knows it; `seq` is its place in the order of arrival, `since` the
-# moment from which it could have been claimed.
+# A claimed job, as its worker knows it. `seq` is its place in the order in which jobs came; it
+# could have been claimed from the moment `since` on.
 Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
                         "backoff_base context env policy deferrals chained shell since place "
                         "started_at")
-# How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch,
-# `seconds` was measured by the monotonic clock; `final`: its exit code says not to try again.
+# How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch;
+# `seconds` was measured by the monotonic clock; `final` is true if the exit code forbids a retry.
 RunResult = namedtuple("RunResult", "job ending exit_code error finished_at seconds stdout stderr "
                                     "worker final", defaults=[False])
-# Which jobs a command is for: those that fit all of what is given. `states` and `queues` are names
-# (none: all), `grep` stands in the command or id, `error` in the last error; `since` and `before`
-# (milliseconds) are when a job ended or, where it has not, was last changed.
+# The jobs that a command selects: those that meet every condition that is given. `states` and
+# `queues` are names (none: all); `grep` must stand in the command or id, `error` in the last error;
+# `since` and `before` (milliseconds) bound when a job ended or, if it has not, was last changed.
 Selection = namedtuple("Selection", "states queues grep error since before",
                        defaults=((), (), None, None, None, None))
 
 # ═══ Values ═══ durations, times, backoff, checks of job input: pure functions ═══════════════
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-# Patterns are compiled when they are first needed: each would take a millisecond at every start.
+# Each pattern is compiled when it is first needed: at every start it would cost a millisecond.
 _NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 _WHOLE = r"[+-]?[0-9]{1,20}"
 _PART = r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)"
@@ -240,7 +246,7 @@ _TIME = (r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?
 
 
 def to_number(value: Any) -> float:
-    """The number that `value` (int, float or text) stands for, or ValueError."""
+    """Return the number in `value` (int, float or text), or raise ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(value)
     if isinstance(value, str) and not re.fullmatch(_NUMBER, value):
@@ -249,7 +255,7 @@ def to_number(value: Any) -> float:
 
 
 def to_whole(value: Any) -> int:
-    """The whole number that `value` (int, integral float or text) stands for, or ValueError."""
+    """Return the whole number in `value` (int, float or text), or raise ValueError."""
     if isinstance(value, str):
         if not re.fullmatch(_WHOLE, value):
             raise ValueError(value)
@@ -259,7 +265,10 @@ def to_whole(value: Any) -> int:
 
 
 def to_duration(value: Any) -> float:
-    """Seconds from a number (`90`, `1.5`) or text with units (`500ms`, `1h30m`), or ValueError."""
+    """Return the seconds in a number (`90`, `1.5`) or in text with units (`500ms`, `1h30m`).
+
+    Raises ValueError.
+    """
     if not isinstance(value, str) or re.fullmatch(_NUMBER, value):
         return to_number(value)
     parts = re.findall(_PART, value)
@@ -273,12 +282,12 @@ SHAPES: dict[str, Callable[[Any], Any]] = {
 
 
 def show_number(value: float) -> str:
-    """A number as short as it can be written: 3 for 3.0."""
+    """Write a number as short as possible: 3 for 3.0."""
     return str(int(value)) if value == int(value) else repr(value)
 
 
 def count_of(number: int, noun: str) -> str:
-    """`1 job`, `2 jobs`."""
+    """Count things in words: `1 job`, `2 jobs`."""
     return "%d %s%s" % (number, noun, "" if number == 1 else "s")
 
 
@@ -327,12 +336,12 @@ def nearest(word: str, known: Iterable[str], before: str = "") -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """`text` in at most `width` characters."""
+    """Cut `text` to at most `width` characters."""
     return text if len(text) <= width else text[:width - 3] + "..."
 
 
 def quoted(value: Any, width: int = 60) -> str:
-    """A value as it stands in JSON, safe for any terminal: what an error message shows."""
+    """Write a value as JSON, safe for any terminal: error messages show it so."""
     try:
         return shorten(json.dumps(value), width)
     except (TypeError, ValueError, RecursionError):
@@ -340,10 +349,10 @@ def quoted(value: Any, width: int = 60) -> str:
 
 
 def checked(name: str, value: Any, called: str = "") -> Any:
-    """`value` as the number or duration (in seconds) that `name` in LIMITS asks for.
+    """Return `value` as the number or duration (in seconds) that LIMITS demands for `name`.
 
-    Raises UsageError, with the bounds, for anything else: nan, infinity, true, 2**63, "abc";
-    it speaks of `called`, by default of `name`.
+    Raises UsageError, with the bounds, for anything else: nan, infinity, true, 2**63, "abc".
+    The message calls the value `called` (default: `name`).
     """
     shape, low, high, _ = LIMITS[name]
     try:
@@ -359,7 +368,7 @@ def checked(name: str, value: Any, called: str = "") -> Any:
 
 
 def setting_name(text: str) -> str:
-    """The setting called `text` (with `-` or `_`), or UsageError with the nearest name."""
+    """Return the name of the setting `text` (with `-` or `_`), or raise UsageError."""
     name = text.replace("-", "_")
     if name not in SETTINGS:
         raise UsageError("there is no setting %s%s; `queuectl config show` lists them"
@@ -368,7 +377,7 @@ def setting_name(text: str) -> str:
 
 
 def show_setting(value: Any) -> str:
-    """The value of a setting as `config set` takes it."""
+    """Write the value of a setting in the form that `config set` takes."""
     if value is None:
         return "none"
     if isinstance(value, float):
@@ -396,17 +405,17 @@ def _time_from(text: str) -> int:
 
 
 class Delayed(int):
-    """A time that was given as a delay from now."""
+    """A time that the user gave as a delay from now."""
 
 
 LAST_TIME = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 
 
 def parse_time(text: Any, now: int, name: str = "run_at") -> int:
-    """Milliseconds since the epoch from ISO 8601 (UTC where no offset stands) or `now+5m`.
+    """Return the milliseconds since the epoch of a time in ISO 8601 or of `now+5m`.
 
-    `now` is in milliseconds. A fraction of a millisecond is rounded up: a job never starts before
-    its time. Raises UsageError for anything else.
+    ISO 8601 without an offset is UTC. `now` is in milliseconds. A fraction of a millisecond is
+    rounded up: a job never starts before its time. Raises UsageError for anything else.
     """
     if text == "now":
         return now
@@ -428,12 +437,12 @@ def _show_second(second: int) -> str:
 
 
 def show_time(millis: int) -> str:
-    """UTC as `2026-01-31T10:00:00.000Z` from milliseconds since the epoch."""
+    """Write milliseconds since the epoch as UTC: `2026-01-31T10:00:00.000Z`."""
     return "%s.%03dZ" % (_show_second(millis // 1000), millis % 1000)
 
 
 def show_duration(seconds: float) -> str:
-    """7ms, 0.56s, 12.3s, 5m 3s, 2h 7m, 3d 4h."""
+    """Write seconds as 7ms, 0.56s, 12.3s, 5m 3s, 2h 7m or 3d 4h."""
     if seconds < 0.1:
         return "%dms" % round(seconds * 1000)
     if seconds < 10:
@@ -451,9 +460,9 @@ def show_duration(seconds: float) -> str:
 
 def backoff(base: float, attempts: int, longest: float, jitter: float,
             chance: float) -> float:
-    """Seconds until the next try: `base ** attempts`, at most `longest`, plus jitter.
+    """Return the seconds until the next try: `base ** attempts`, at most `longest`, plus jitter.
 
-    `jitter` is the share of the delay that may come on top, `chance` (0 to 1) how much of it does.
+    The jitter is `jitter` times `chance` (a random number from 0 to 1) of the delay.
     """
     try:
         delay = min(base ** attempts, longest)
@@ -464,10 +473,10 @@ def backoff(base: float, attempts: int, longest: float, jitter: float,
 
 def next_state(ending: str, attempts: int, max_retries: int,
                final: bool = False) -> tuple[str, int]:
-    """The job's next state and its attempts, after the run `attempts` ended as `ending`.
+    """Return a job's next state and its attempts, after the run number `attempts` ended.
 
-    A run that queuectl ended to shut down gives its attempt back, and so do one that asked to be
-    tried later and one that there was no room for. A `final` failure is not tried again.
+    A run uses no attempt if queuectl ended it to shut down, if it asked to be tried again later, or
+    if there was no room to start it. A `final` failure is not tried again.
     """
     if ending == COMPLETED:
         return COMPLETED, attempts
@@ -481,8 +490,8 @@ def next_state(ending: str, attempts: int, max_retries: int,
     return FAILED, attempts
 
 
-# What differs between errors that have one cause: quoted text, paths and names of files,
-# hexadecimal and other numbers.
+# Errors of one cause differ in these parts: quoted text, paths and names of files, hexadecimal and
+# other numbers.
 VARYING = (
     r"""'[^']*'|"[^"]*"|`[^`]*`"""
     r"|(?:[A-Za-z]:)?(?:[\w.+~@%-]*[/\\])+[\w.+~@%-]*"
@@ -492,19 +501,19 @@ VARYING = (
 
 
 def cause_of(error: str) -> str:
-    """What errors of one cause have in common: what varies is `…`, how the run ended stays."""
+    """Return what errors of one cause have in common: `…` for what varies, but not exit codes."""
     ending = re.match(r"(exit code|signal|killed by signal) \d+", error)
     head = ending.group() if ending else ""
     return head + re.sub(VARYING, "…", error[len(head):])
 
 
 def is_run_queue(name: str) -> bool:
-    """Whether a queue is called as those are that `run` makes."""
+    """Tell whether a queue has a name like `run-7`, which only `run` gives."""
     return re.fullmatch(RUN_QUEUE % "[0-9]+", name) is not None
 
 
 def output_limit(settings: Settings, queue: str, in_run: bool = False) -> int:
-    """How many bytes of each stream of a job's run are kept; of a `run` more than of others."""
+    """Return how many bytes of each stream are kept of a run; in a `run` more than elsewhere."""
     name = "max_output_bytes"
     if in_run or is_run_queue(queue):
         name = "run_output_bytes"
@@ -512,21 +521,21 @@ def output_limit(settings: Settings, queue: str, in_run: bool = False) -> int:
 
 
 def policy_of(job: Any) -> Row:
-    """Those of the POLICY_FIELDS that were given for a claimed job."""
+    """Return those of the POLICY_FIELDS that a claimed job has."""
     return json.loads(job.policy or "{}")  # type: ignore[no-any-return]
 
 
 def last_line(output: bytes, width: int = 300) -> str:
-    """The last line with something on it, shortened: the part of stderr that says why."""
+    """Return the last line that is not blank, shortened: in stderr it usually says why."""
     lines = output[-4096:].decode("utf-8", "replace").strip().split("\n")
     return shorten(lines[-1].strip(), width)
 
 
-# A word of plain characters, or in the quotes that queuectl itself puts around words.
+# A word of plain characters, or a word in quotes as queuectl writes them.
 _PLAIN_WORD = r"""(?a:[\w@%+=:,./-]|'[^'\0-\x1f\x7f]*'|"'")+"""
 _PLAIN_COMMAND = r"%s(?:[ \t]%s)*" % (_PLAIN_WORD, _PLAIN_WORD)
-# What a shell does itself, or reads more into than a program's name: the reserved words and
-# builtins of dash, bash, busybox, zsh, and of the sh of the BSDs, illumos (ksh93), AIX (ksh88).
+# Words that some shell does not take for the name of a program: the reserved words and builtins of
+# dash, bash, busybox, zsh, and of the sh of the BSDs, illumos (ksh93) and AIX (ksh88).
 _SHELL_WORDS = frozenset("""
     . : [ alias always autoload bg bind bindkey break builtin bye caller case cd chdir coproc
     command compadd comparguments compcall compctl compdescribe compfiles compgen compgroups
@@ -539,8 +548,9 @@ _SHELL_WORDS = frozenset("""
     shift shopt sleep source stop suspend test then time times trap true ttyctl type typeset
     ulimit umask unalias unfunction unhash unlimit unset unsetopt until vared wait whence where
     which while wordexp zcompile zformat zle zmodload zparseopts zregexparse zstyle""".split())  # noqa: SIM905
-# Variables that shells set anew or take out (names that none can have, too), or that tell them what
-# to do: those of all, and those of others than dash and busybox. Found by trying all names in them.
+# Variables that shells set, remove or obey, and names that no shell variable can have. First those
+# of every shell, then those of shells other than dash and busybox. Found by trying every name that
+# stands in the shells' programs.
 _OWN_VARIABLES = rb"(?!(?:IFS|OPTIND|PPID%s)\Z)[A-Za-z_]\w*"
 _OTHER_VARIABLES = (
     rb"|BASH\w*|COMP_WORDBREAKS|ENV|EPOCH\w+|EXECIGNORE|FPATH|HISTCMD|KSH\w*|LINENO|OPT\w+|PATHSEP"
@@ -549,17 +559,17 @@ _OTHER_VARIABLES = (
 
 @lru_cache(16)
 def _leaves_alone(shell: str, names: tuple[bytes, ...]) -> bool:
-    """Whether a shell would pass on the variables of these names as they are, and heed none."""
+    """Tell whether a shell would pass these variables on unchanged, and obey none of them."""
     others = b"" if shell.endswith(("/dash", "/busybox")) else _OTHER_VARIABLES
     return all(re.fullmatch(_OWN_VARIABLES % others, name) for name in names)
 
 
 def words_without_shell(command: str, shell: str, names: tuple[bytes, ...]) -> list[str]:
-    """The words of a command that `shell` would do no more for than start it; [] if it must.
+    """Return the words of a command that needs no shell, or [] if it needs one.
 
-    The `shell` is given by its real path, the environment by its variables' `names`. Whatever
-    could mean more to any shell than a program's name is the shell's. So is setsid(1): behind
-    one it waits for its program, and without it forks and leaves it alone.
+    `shell` is the shell's real path, `names` are the names of the variables. A command needs the
+    shell if any part of it could mean more to a shell than a program and its arguments. So does
+    setsid(1): started by a shell it waits for its program, started directly it forks and returns.
     """
     if (not re.fullmatch(_PLAIN_COMMAND, command) or "setsid" in command
             or not _leaves_alone(shell, names)):
@@ -574,8 +584,8 @@ def words_without_shell(command: str, shell: str, names: tuple[bytes, ...]) -> l
     return words
 
 
-# What a shell may read next, outside of quotes and within them, by the name of its kind. A kind
-# has its code in _SHELL_CODES, or is refused with the text in _SHELL_REFUSED.
+# The kinds of text that a shell may read next, outside of quotes and within them. Each kind has a
+# code in _SHELL_CODES, or is refused with the text in _SHELL_REFUSED.
 _SHELL_ANYWHERE = r"""(?asx)
     (?P<null>    \0 )
   | (?P<ticks>   ` )
@@ -644,23 +654,23 @@ _SHELL_REFUSED = {
 
 
 def shell_contexts(text: str) -> str:
-    """In which context a shell reads each character of `text`: a string of as many codes.
+    """Return one code for each character of `text`: how a shell reads it.
 
     ' ' blank between words, 'w' plain character of a word, 'q' quoting that the shell takes away,
     '1' literal within '…', '2' within "…", 'e' after a backslash, '$' parameter, 'o' operator,
     newline, $( or ), '#' comment.
-    Raises UsageError for what shells don't read alike, or this doesn't know.
+    Raises UsageError for text that shells read in different ways, or that this does not know.
     Source: POSIX, Shell Command Language, 2.2 Quoting, 2.3 Token Recognition, 2.6 Expansions.
     """
     codes, text = "", text + "\n"
-    opened: list[str] = []  # the quotes, ( and $( around what comes next
+    opened: list[str] = []  # the quotes, ( and $( that are open
     while len(codes) < len(text):
         innermost = opened[-1] if opened else ""
         pattern = _SHELL_QUOTED.get(innermost, _SHELL_UNQUOTED)
         match = next(re.compile(pattern).finditer(text, len(codes)))
         kind, piece = match.lastgroup or "", match.group()
         if kind in ("case", "comment", "number") and "$(" in opened:
-            kind = "inner"  # old versions of bash err about where these end
+            kind = "inner"  # old versions of bash look for their end in the wrong place
         if kind in _SHELL_REFUSED and (kind != "close" or not opened):
             raise UsageError(_SHELL_REFUSED[kind])
         if kind == "close" or (kind == "quote" and innermost == piece):
@@ -673,8 +683,8 @@ def shell_contexts(text: str) -> str:
     return codes[:-1]
 
 
-# What may open, close or cut off a part of a line, within "…" and elsewhere. What is whole in itself
-# is passed over: it has no `mark`.
+# Marks that may open, close or cut off a part of a line, within "…" and elsewhere. A part that is
+# complete in itself is matched whole, without a `mark`.
 _SHELL_MARKS = {
     True: r"""(?sx)
     \\.
@@ -694,7 +704,7 @@ _SHELL_MARKS = {
       | \) )
 """,
 }
-# The usual line, on which nothing is unfinished, and that is no comment, no JSON and not empty.
+# The usual line: every quote and bracket is closed; it is no comment, no JSON and not empty.
 _FINISHED = r"""(?x)
     (?! [\#{[\ufeff] | \Z ) [^'"\\`()<|&;\#]*
     (?: (?: '[^']*' | \\. | < (?! [<(] ) | (?<= [^\s;&|()<>] ) \#
@@ -707,11 +717,11 @@ _FINISHED = r"""(?x)
 
 
 def unfinished(text: str) -> str:
-    """What makes a shell read on behind a line: an open quote or (, <<, a backslash, a last `do`.
+    """Return what makes a shell read on after a line: an open quote or (, <<, a backslash, `do`.
 
-    "" if nothing does, or if that is beyond what can be judged here.
+    Returns "" if the line is complete, or if this function can't judge it.
     """
-    opened, at = "", 0  # what is to close what is open
+    opened, at = "", 0  # the characters that close what is open
     while True:
         innermost = opened[-1:]
         match = re.compile(_SHELL_MARKS[innermost == '"']).search(text, at)
@@ -727,25 +737,25 @@ def unfinished(text: str) -> str:
 
 
 def in_quotes(word: str) -> str:
-    """A word as a shell reads it, always in quotes."""
+    """Write a word for a shell, always in quotes."""
     return "'%s'" % word.replace("'", "'\"'\"'")
 
 
-# What stands for the input in a command for --each, as in GNU parallel: {} all of it, {.} without
-# its extension, {/} its last part, {//} its folder, {/.} its last part without extension, {#} the
-# number of the job; with --colsep also {1} {2.} …: columns. What else parallel knows is refused.
+# The placeholders of --each, as in GNU parallel: {} the input, {.} without its extension, {/} its
+# last part, {//} its folder, {/.} its last part without extension, {#} the number of the job; with
+# --colsep also {1} {2.} …: columns. Other placeholders of parallel are refused.
 _PLACE = r"\{(%s)(\.|//|/\.|/|#|)\}"
 PLACE, COLUMN_PLACE = re.compile(_PLACE % ""), re.compile(_PLACE % r"(?:[1-9]\d*)?")
 _FOREIGN_PLACE = re.compile(r"\{(?:%|=.*?=|\+[./]*|/?\.{2,3}|[-0-9]\d*[./]*)\}")
 
 
 def with_place(template: str, place: re.Pattern[str] = PLACE) -> str:
-    """A template with a {} for the input: at the end, unless it says itself where."""
+    """Add a {} for the input at the end of a template that has no placeholder."""
     return template if place.search(template) else template + " {}"
 
 
 def _refuse_foreign(found: str) -> NoReturn:
-    """Raise UsageError for what parallel would put something in for, and this does not."""
+    """Raise UsageError for a placeholder that parallel knows and queuectl does not."""
     if found == "{%}":
         raise UsageError("write $QUEUECTL_SLOT instead of {%}")
     advice = "write {} {.} {/} {//} {/.} or {#}"
@@ -755,12 +765,13 @@ def _refuse_foreign(found: str) -> NoReturn:
 
 
 def check_template(template: str, place: re.Pattern[str] = PLACE) -> str:
-    """The `template`, a command for --each, if any input put in by `fill` stays part of a word.
+    """Return the `template`, a command for --each, if every input of `fill` stays part of a word.
 
-    Raises UsageError if a {} is in quotes, in a comment or behind \\ or $, if no command is before
-    one that is put at the end, if only parallel knows it, and as shell_contexts does.
+    Raises UsageError if a {} is in quotes, in a comment or behind \\ or $, if there is no command
+    before a {} that is added at the end, if only parallel knows a placeholder, and as
+    shell_contexts does.
     """
-    shell_contexts(template)  # on its own too: a {} put at the end must not hide how it ends
+    shell_contexts(template)  # without the {} too, which must not hide how the text ends
     text, before = with_place(template, place), template.rstrip(" \t")
     codes = shell_contexts(text)
     ending = codes[:len(before)][-1:] + before[-1:]
@@ -778,7 +789,7 @@ def check_template(template: str, place: re.Pattern[str] = PLACE) -> str:
 
 
 def _part_of(word: str, form: str) -> str:
-    """What {} with this form stands for: as parallel has it, `.` takes off the extension."""
+    """Return the part of an input that a placeholder names; `.` takes off the extension."""
     if form == "//":
         return dirname(word.rstrip("/")) or "."
     if form.startswith("/"):
@@ -788,10 +799,10 @@ def _part_of(word: str, form: str) -> str:
 
 def fill(template: str, columns: Sequence[str], number: int,
          quote: Callable[[str], str], place: re.Pattern[str] = PLACE) -> str:
-    """The command for one input, the `number`-th: it is put into a checked `template`, in quotes.
+    """Return the command for the `number`-th input: a checked `template` with the input in quotes.
 
-    Always in quotes: a shell would read more into a bare `2`, `if` or `a=b` than a word. Without
-    --colsep the input is the only column. A column that the input does not have is empty.
+    Always in quotes, because a bare `2`, `if` or `a=b` is more than a word to a shell. Without
+    --colsep the input is the only column. A missing column is empty.
     """
     def put_in(match: re.Match[str]) -> str:
         column, form = match.groups()
@@ -805,11 +816,11 @@ def fill(template: str, columns: Sequence[str], number: int,
     return place.sub(put_in, with_place(template, place))
 
 
-# What a user hands in as a job is a shell command or a JSON object. The functions below make a
-# draft of it: the GIVEN_FIELDS, each checked, and None where nothing was given.
+# A user gives a job as a shell command or a JSON object. The functions below turn it into a draft:
+# the GIVEN_FIELDS, each checked, and None for those not given.
 
 def check_name(kind: str, name: Any) -> str:
-    """A sound id or queue name, or UsageError: it is shown everywhere and typed by hand."""
+    """Return an id or queue name that can be shown anywhere and typed, or raise UsageError."""
     if not isinstance(name, str):
         raise UsageError("%s must be text, not %s" % (kind, quoted(name)))
     typed = name.isprintable() and set(name).isdisjoint(" ,/\\")
@@ -822,7 +833,7 @@ def check_name(kind: str, name: Any) -> str:
 
 
 def check_text(what: str, text: Any) -> str:
-    """Text that a command line can carry: no NUL, encodable, or UsageError."""
+    """Return text that a command line can carry (no NUL, encodable), or raise UsageError."""
     if not isinstance(text, str):
         raise UsageError("%s must be text, not %s" % (what, quoted(text)))
     if "\0" in text:
@@ -835,7 +846,7 @@ def check_text(what: str, text: Any) -> str:
 
 
 def check_command(command: Any, longest: int) -> str:
-    """A command the system can run, of at most `longest` bytes, or UsageError."""
+    """Return a command that the system can run, at most `longest` bytes, or raise UsageError."""
     check_text("command", command)
     if not command.strip():
         raise UsageError("command must not be empty")
@@ -847,9 +858,9 @@ def check_command(command: Any, longest: int) -> str:
 
 
 def check_env(env: Any, hook: bool = False) -> dict[str, str]:
-    """Extra environment variables: an object of strings, or UsageError.
+    """Return extra environment variables, an object of strings, or raise UsageError.
 
-    Those that queuectl itself sets are refused, except for a `hook`, which has some of them.
+    Variables that queuectl sets are refused; a `hook` (on_dead, on_end) is given some of them.
     """
     if not isinstance(env, dict):
         raise UsageError("env must be an object of strings, not %s" % quoted(env))
@@ -864,7 +875,7 @@ def check_env(env: Any, hook: bool = False) -> dict[str, str]:
 
 
 def check_setting(name: str, value: str) -> Any:
-    """The value of setting `name` that the text `value` stands for, or UsageError."""
+    """Return the value of setting `name` from the text `value`, or raise UsageError."""
     if value == "none" and (SETTINGS[name] is None or name == "keep_completed"):
         return None
     if name in ("on_dead", "on_end"):
@@ -875,7 +886,7 @@ def check_setting(name: str, value: str) -> Any:
 
 
 def check_key(key: Any) -> str:
-    """A sound key of `unique`, or UsageError."""
+    """Return a key for `unique`, or raise UsageError."""
     most = 8 * NAME_LENGTH
     if not check_text("unique", key).isprintable() or not 1 <= len(key) <= most:
         raise UsageError("unique must be 1 to %d printable characters, not %s"
@@ -884,7 +895,7 @@ def check_key(key: Any) -> str:
 
 
 def check_list(name: str, value: Any, check: Callable[..., Any]) -> list[Any]:
-    """A list, also where it is text with commas, each of its entries checked; or UsageError."""
+    """Return a list, given as such or as text with commas, each entry checked; or UsageError."""
     if isinstance(value, str):
         value = value.split(",")
     elif not isinstance(value, list):
@@ -893,7 +904,7 @@ def check_list(name: str, value: Any, check: Callable[..., Any]) -> list[Any]:
 
 
 def _checked_field(key: str, name: str, value: Any, now: int, hook: bool) -> Any:
-    """The value of field `name` of a job, which was given as `key`."""
+    """Return the checked value of a job's field `name`, which the user called `key`."""
     if key == "delay":
         return Delayed(now + to_millis(checked("delay", value)))
     if name in ("run_at", "expires_at"):
@@ -916,11 +927,11 @@ def _checked_field(key: str, name: str, value: Any, now: int, hook: bool) -> Any
 
 
 def draft_of(fields: Row, now: int, longest: int) -> Row:
-    """The draft of a job from fields as users name them.
+    """Return the draft of a job from fields as users name them.
 
-    `now` is in milliseconds, `longest` the longest command in bytes. What only queuectl sets is
-    ignored, so that the output of `list --json` can be enqueued again; null means not given.
-    Raises UsageError for anything unknown, doubled or unsound.
+    `now` is in milliseconds, `longest` the longest command in bytes. Fields that only queuectl sets
+    are ignored, so that the output of `list --json` can be enqueued again; null means not given.
+    Raises UsageError for a field that is unknown, given twice or out of bounds.
     """
     draft: Row = dict.fromkeys(GIVEN_FIELDS)
     hook = fields.get("queue") == HOOK_QUEUE
@@ -935,21 +946,22 @@ def draft_of(fields: Row, now: int, longest: int) -> Row:
             raise UsageError("%s is given twice (%s is the same field)" % (name, key))
         draft[name] = _checked_field(key, name, value, now, hook)
     if hook and "state" not in fields:
-        raise UsageError("the queue %s is for what on_dead and on_end ask for; name another"
+        raise UsageError("the queue %s is reserved for on_dead and on_end; name another"
                          % HOOK_QUEUE)
     if draft["queue"] and is_run_queue(draft["queue"]):
         if "state" not in fields:
-            raise UsageError("the queue %s is that of a run; name another" % draft["queue"])
+            raise UsageError("the queue %s belongs to a run; name another" % draft["queue"])
         draft["queue"] = None
-    draft["moved"] = "state" in fields  # then it may have waited for what was left behind
-    if fields.get("state") in ENDED:  # what was over there has no claim to the key, and no hurry
+    # On its old machine it may have waited for jobs that did not come along.
+    draft["moved"] = "state" in fields
+    if fields.get("state") in ENDED:  # an ended job needs neither its key nor its time limit
         draft["unique"] = draft["expires_at"] = None
     draft["command"] = check_command(draft["command"] or "", longest)
     return draft
 
 
 def _bounded_int(digits: str) -> int:
-    if len(digits) > 20:  # int() takes quadratic time, and no field takes a number this long
+    if len(digits) > 20:  # int() would take quadratic time, and no field takes so long a number
         raise UsageError("the number %s is too large" % shorten(digits, 30))
     return int(digits)
 
@@ -973,7 +985,7 @@ _BARE = r"(?:^|,)\s*(%s)\s*:" % "|".join(FIELDS + tuple(ALIASES))
 
 
 def _bare_object(text: str) -> Row | None:
-    """`{id:job1,command:echo hi}`: JSON whose quotes a shell took; None where that is a guess."""
+    """Read JSON whose quotes a shell took, `{id:job1,command:echo hi}`; None if that is a guess."""
     body = text.strip()[1:-1]
     if not text.strip().endswith("}") or not re.match(_BARE, body):
         return None
@@ -986,26 +998,26 @@ def _bare_object(text: str) -> Row | None:
     return {name: None if value == "null" else value for name, value in fields.items()}
 
 
-CALLED = ["queuectl"]  # how this program was called, for advice that can be pasted
+CALLED = ["queuectl"]  # how the user called this program, for advice that can be pasted
 
 
 def as_called(text: str) -> str:
-    """`text` with the commands it advises as they work here: with the program's path and --db."""
+    """Make the commands in `text` work when pasted: with the program's path and --db."""
     return text.replace("`queuectl ", "`%s " % CALLED[0])
 
 
 def shell_word(text: str) -> str:
-    """A text as one word of a command; bytes that are no UTF-8 stand in it as octal numbers."""
+    """Write text as one word for a shell; bytes that are no UTF-8 become octal numbers."""
     import shlex
     word = re.sub("[\udc80-\udcff]",
                   lambda byte: "'\"$(printf '\\%o')\"'" % (ord(byte[0]) - 0xdc00), shlex.quote(text))
-    return word.replace("')\"''\"$(printf '", "")  # one process for bytes that stand together
+    return word.replace("')\"''\"$(printf '", "")  # one printf for neighbouring bytes
 
 
 def read_object(text: str) -> Row:
-    """The JSON object in `text`, also where a shell took its quotes or doubled its backslashes.
+    """Read the JSON object in `text`, also if a shell took its quotes or doubled its backslashes.
 
-    Raises UsageError, showing what arrived and what works, if it can't be understood.
+    Raises UsageError, which shows the text that arrived and a form that works.
     """
     try:
         return _STRICT.decode(text)  # type: ignore[no-any-return]
@@ -1013,7 +1025,7 @@ def read_object(text: str) -> Row:
         problem = error
     except RecursionError:
         raise UsageError("the JSON is nested too deep for a job") from None
-    if re.match(r'\{\s*\\"', text):  # `{\"id\":…`: the shell left the backslashes in
+    if re.match(r'\{\s*\\"', text):  # `{\"id\":…`: the shell has left the backslashes in
         try:
             return _STRICT.decode(re.sub(r'\\(["\\])', r"\1", text))  # type: ignore[no-any-return]
         except (ValueError, RecursionError):
@@ -1023,34 +1035,35 @@ def read_object(text: str) -> Row:
         shown = shorten(json.dumps(text)[1:-1], 200)
         raise UsageError(
             "this JSON can't be read (%s): %s; write it as '{\"command\":\"echo hello\"}' in "
-            "single quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"), or put -- before a "
-            "shell command that begins with {, in a file a blank behind it" % (problem, shown))
+            "single quotes (in cmd.exe \"{\\\"command\\\":\\\"echo hello\\\"}\"); put -- before a "
+            "shell command that begins with {; in a file write `{ `" % (problem, shown))
     return bare
 
 
 # ═══ Platform ═══ processes, signals, locks, bells and the disk; POSIX and Windows ═══════════
 #
-# The only section that knows the operating system. `Posix` and `Windows` are twins with one
-# signature; `system`, at its end, is the one in use. `Bell` and `PollingBell` are twins too.
+# The only section that knows the operating system. `Posix` and `Windows` have the same methods;
+# `system`, at the end of the section, is the one in use. So have `Bell` and `PollingBell`.
 
 WINDOWS = os.name == "nt"
 SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # processes, memory, files
 if TYPE_CHECKING:
     Env = dict[Any, Any]  # environment variables in native form
-    Living = dict[int, str]  # living processes by their ids, each with the time it started
-LONGEST_WAIT = 1 << 30  # milliseconds; poll(2) knows no infinity
-TICK = 0.25  # seconds a write waits in the kernel before it looks at flags and deadlines again
-TOKEN_FD = 239  # where a job's processes inherit the token: above what scripts use with flock(1)
+    Living = dict[int, str]  # processes by id, each with the time it started
+LONGEST_WAIT = 1 << 30  # milliseconds: stands for "for ever", which poll(2) does not take
+# Seconds that a writer waits in the kernel before it looks at flags and deadlines again.
+TICK = 0.25
+TOKEN_FD = 239  # the token's descriptor in a job: above those that scripts use with flock(1)
 NETWORK_FILE_SYSTEMS = (
     "nfs nfs4 cifs smb3 smbfs 9p ceph lustre gpfs afs beegfs davfs virtiofs vboxsf fuse.davfs "
     "fuse.glusterfs fuse.grpcfuse fuse.rclone fuse.s3fs fuse.sshfs")
 
-OPEN_BESIDE = 0  # how files beside the database are opened: no link, no waiting, closed at exec
+OPEN_BESIDE = 0  # for files beside the database: follow no link, never wait, close at exec
 for _name in ("O_CLOEXEC", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
     OPEN_BESIDE |= getattr(os, _name, 0)
 
 
-# What else than `!` a worker hears by its bell; signals ring it with their numbers, up to 64.
+# Orders that a worker hears by its bell, besides `!`. Signals ring it with their numbers, up to 64.
 STOP_SOON, STOP_NOW = b"S", b"N"
 
 
@@ -1066,21 +1079,20 @@ def _raise_tick(signum: int, frame: FrameType | None) -> NoReturn:
     raise _Tick
 
 
-# What a process is, as far as a run is concerned: the ids of its parent and its session, when it
-# started (a text that is only compared, "" if unknown), and whether it was seen to carry the mark
-# of the run or to write to its files.
+# A process: the ids of its parent and its session, when it started (a text to compare, "" if
+# unknown), and whether it was seen to carry the mark of the run or to write to the run's files.
 _Process = namedtuple("_Process", "parent session started marked")
 
 
 class Leader(namedtuple("Leader", "pid first last")):
-    """The first process of a run, whose id is that of its session too.
+    """The first process of a run, which leads a session with its own id.
 
-    It started between the clock ticks `first` and `last`. When it is gone its id can be given to
-    a stranger, but only once the session is empty.
+    It started between the clock ticks `first` and `last`. After its end the system may give its id
+    to a strange process, but only when the session is empty.
     """
 
     def is_a_stranger(self, entry: _Process | None) -> bool:
-        """Whether the process that has its id now is another."""
+        """Tell whether another process has its id now."""
         if entry is None or not entry.started:
             return False
         return not self.first <= int(entry.started) <= self.last
@@ -1090,9 +1102,9 @@ NOBODY = Leader(0, 0, 0)
 
 
 def _proc_file(pid: int, name: str) -> bytes:
-    """A file in /proc/PID; nothing if the process is gone or another user's.
+    """Read a file in /proc/PID; nothing if the process is gone or belongs to another user.
 
-    Raises OSError where there is no room to look: a process that can't be seen now is not gone.
+    Raises OSError if there is no memory or descriptor to look with: then the process may live.
     """
     try:
         with open("/proc/%d/%s" % (pid, name), "rb") as file:
@@ -1104,12 +1116,12 @@ def _proc_file(pid: int, name: str) -> bytes:
 
 
 def _proc_stat(pid: int) -> list[bytes]:
-    """State, parent, group, session, … from /proc/PID/stat (proc(5)); nothing if it is gone."""
+    """Read state, parent, group, session, … from /proc/PID/stat (proc(5)); [] if it is gone."""
     return _proc_file(pid, "stat").rpartition(b")")[2].split()
 
 
 def _living(pid: int) -> _Process | None:
-    """A process that has not ended."""
+    """Return the process with this id if it has not ended."""
     fields = _proc_stat(pid)
     if not fields or fields[0] in (b"Z", b"X"):
         return None
@@ -1118,7 +1130,7 @@ def _living(pid: int) -> _Process | None:
 
 
 def _writes_to(pid: int, files: Names) -> bool:
-    """Whether a process has one of `files` open for writing; who only reads them is no member."""
+    """Tell whether a process has one of `files` open for writing; a reader is no member."""
     folder = "/proc/%d/fd" % pid
     try:
         for name in os.listdir(folder):
@@ -1132,11 +1144,11 @@ def _writes_to(pid: int, files: Names) -> bool:
 
 
 class PosixFiles:
-    """Locks, descriptors, the disk, and whom a file can be trusted with, on POSIX systems.
+    """Locks, descriptors, the disk, and the trust in files, on POSIX systems.
 
-    A lock (flock) belongs to the open file: whoever inherits the descriptor holds it too, and it
-    is free when the last copy is closed, however its holders ended. LOCK_UN would free it under
-    all of them, so nothing but the write mutex, which nobody inherits, is ever unlocked.
+    A lock (flock) belongs to the open file: a process that inherits the descriptor holds it too.
+    The kernel frees it when the last copy is closed, however the holders ended. LOCK_UN would
+    free it for all of them at once; so only the write mutex, which nobody inherits, is unlocked.
     """
 
     linux = sys.platform.startswith("linux")
@@ -1148,7 +1160,7 @@ class PosixFiles:
         self.read_at, self.write_at = os.pread, os.pwrite
 
     def try_lock(self, fd: int, shared: bool = False) -> bool:
-        """Take the lock on an open file; False if another process holds it. Raises OSError."""
+        """Take the lock on an open file; return False if another holds it. Raises OSError."""
         kind = self.fcntl.LOCK_SH if shared else self.fcntl.LOCK_EX
         try:
             self.fcntl.flock(fd, kind | self.fcntl.LOCK_NB)
@@ -1157,16 +1169,16 @@ class PosixFiles:
             return False
 
     def unlock(self, fd: int) -> None:
-        """Free the write mutex: the one lock that is never inherited."""
+        """Free the write mutex, the only lock that nobody inherits."""
         self.fcntl.flock(fd, self.fcntl.LOCK_UN)
 
     def wait_lock(self, fd: int) -> None:
-        """Wait for a lock for at most a TICK; the caller's next `try_lock` tells if it came.
+        """Wait for a lock for at most a TICK; then the caller tries it again with `try_lock`.
 
-        The kernel queues who waits, so writers take turns. An alarm whose handler raises ends the
-        wait, because handlers that only set flags don't: flock would be resumed after them. The
-        alarm may also strike between flock's return and the disarming: nothing is lost then,
-        for a lock that is held already can be tried again.
+        The kernel keeps a queue of waiting processes, so writers take turns. An alarm ends the
+        wait. Its handler must raise: after a handler that only sets a flag Python would resume
+        flock. The alarm may strike after flock has returned and before it is disarmed; that does no
+        harm, for `try_lock` succeeds on a lock that this process holds.
         """
         try:
             signal.signal(signal.SIGALRM, _raise_tick)
@@ -1180,7 +1192,7 @@ class PosixFiles:
             pass
 
     def held(self, path: str) -> bool:
-        """Whether a living process holds the lock on a file; also if that can't be found out."""
+        """Tell whether a living process holds the lock on a file; True if that is unknown."""
         try:
             fd = os.open(path, os.O_RDONLY | OPEN_BESIDE)
             try:
@@ -1195,7 +1207,7 @@ class PosixFiles:
     # Descriptors.
 
     def descriptors(self) -> set[int]:
-        """The open descriptors but the standard streams; none if they can't be listed."""
+        """Return the open descriptors, without the standard streams; [] if unknown."""
         try:
             found = {int(name) for name in os.listdir("/dev/fd")}
         except OSError:
@@ -1205,12 +1217,12 @@ class PosixFiles:
     def _is_open(self, fd: int) -> bool:
         try:
             os.fstat(fd)
-        except OSError:  # that of the listing itself, for one
+        except OSError:  # such as the one of the listing itself
             return False
         return True
 
     def keep_standard_streams(self) -> None:
-        """Before anything is opened: no file must become a standard stream that was closed."""
+        """Open /dev/null for each closed standard stream, lest a file takes its number."""
         for number in (0, 1, 2):
             if not self._is_open(number):
                 os.open(os.devnull, os.O_RDWR)
@@ -1218,25 +1230,25 @@ class PosixFiles:
     # The disk.
 
     def sync(self, fd: int) -> None:
-        """Have the disk keep what was written to a file; macOS has a call of its own for that."""
+        """Sync a file to the disk; macOS needs a call of its own for that."""
         if hasattr(self.fcntl, "F_FULLFSYNC"):
             self.fcntl.fcntl(fd, self.fcntl.F_FULLFSYNC)
         else:
             getattr(os, "fdatasync", os.fsync)(fd)
 
     def read_elsewhere(self, path: str, size: int) -> bytes:
-        """The first `size` bytes of a file, read by another process.
+        """Have another process read the first `size` bytes of a file.
 
-        If this process read it, it would lose its locks on the file by closing it again.
+        This process must not: closing the file again would drop its own locks on it.
         """
         import subprocess
         command = ["head", "-c", str(size), path]
         return subprocess.run(command, stdout=subprocess.PIPE).stdout
 
     def punch(self, fd: int, start: int, end: int) -> bool:
-        """Give back the disk space between two offsets while others go on writing at the end.
+        """Free the disk space between two offsets while others go on writing at the end.
 
-        Returns whether the file system can do that.
+        Returns False if the file system can't do that.
         """
         libc = self._libc()
         if not libc:
@@ -1246,7 +1258,7 @@ class PosixFiles:
         return bool(libc.fallocate(fd, 3, offset, length) == 0)  # PUNCH_HOLE | KEEP_SIZE
 
     def _libc(self) -> Any:
-        """Linux's C library; None elsewhere, and for a Python that was built without libffi."""
+        """Return Linux's C library; None elsewhere, and in a Python without libffi."""
         if not self.linux:
             return None
         try:
@@ -1256,19 +1268,19 @@ class PosixFiles:
         return ctypes.CDLL(None, use_errno=True)
 
     def refuse_full(self, folder: str) -> None:
-        """Raise Unavailable where writing to SQLite's mapped index would end the process.
+        """Raise Unavailable if a write to SQLite's mapped index could end the process by SIGBUS.
 
-        Where blocks are smaller than pages of memory, SQLite does not make sure that a page of
-        its index has all its blocks before it writes to it: on a full disk that is a SIGBUS.
+        That happens on a full disk whose blocks are smaller than pages of memory: SQLite writes to
+        a page of its index without making sure that all blocks of the page exist.
         """
         disk = os.statvfs(folder)
         if disk.f_bsize < 4096 and disk.f_bavail * disk.f_frsize < 1 << 20:
             raise Unavailable("no space left in %s; free some and try again" % folder)
 
     def _mounts(self) -> dict[str, str]:
-        """The mount points, each with the type of its file system (known on Linux alone).
+        """Return the mount points, each with the type of its file system (on Linux only).
 
-        Of equal ones the last covers the others.
+        If a mount point comes twice, the last one covers the others.
         """
         try:
             with open("/proc/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
@@ -1276,34 +1288,34 @@ class PosixFiles:
         except OSError:
             return {}
         unescaped = partial(re.sub, r"\\[0-7]{3}", lambda code: chr(int(code[0][1:], 8)))
-        return {unescaped(point): kind for point, kind in entries}  # a blank is written as \040
+        return {unescaped(point): kind for point, kind in entries}  # a blank in a path is \040
 
     def is_mount_point(self, path: str) -> bool:
-        """Whether something is mounted at `path` itself."""
+        """Tell whether `path` itself is a mount point."""
         return path in self._mounts()
 
     def network_file_system(self, folder: str) -> str:
-        """The type of the network file system that a folder is on, or nothing."""
+        """Return the type of the network file system that holds a folder, or ""."""
         mounts, folder = self._mounts(), realpath(folder)
         while folder not in mounts and folder != "/":
             folder = dirname(folder)
         kind = mounts.get(folder, "")
         return kind if kind in NETWORK_FILE_SYSTEMS.split() else ""
 
-    # Whose a file is, and who else may write it.
+    # Who owns a file, and who else may write it.
 
     def give_to_owner(self, fd: int, path: str) -> None:
-        """A file that root has made is given to the owner of `path`, as SQLite does it."""
+        """Give a file that root has made to the owner of `path`, as SQLite does."""
         owner = os.stat(path)
         if self.user == 0 and os.fstat(fd).st_uid != owner.st_uid:
             os.fchown(fd, owner.st_uid, owner.st_gid)
 
     def distrust(self, path: str, above: bool = False) -> str:
-        """Why others could change the file or folder `path`, or nothing.
+        """Return why others could change the file or folder `path`, or "".
 
-        A group that is known to have no member but this user and root may write it. In a folder
-        `above` that of the database others may make names of their own where it is sticky; and
-        there a group without a name, as containers are given for a volume, is no threat.
+        A group may write it if it is known to have no member but this user and root. `above`: it
+        is a folder above the database's. There others may make files of their own if it is sticky,
+        and a group without a name (as containers have for volumes) is no threat.
         Raises FileNotFoundError.
         """
         info = os.lstat(path)
@@ -1324,7 +1336,7 @@ class PosixFiles:
         return "%s can be written by others; %s" % (path, mend)
 
     def _has_acl(self, path: str) -> bool:
-        """Whether a list says who may write: then the bits of the group are those of its mask."""
+        """Tell whether a file has an access list: then its group bits are the list's mask."""
         try:
             return self.linux and bool(os.getxattr(  # type: ignore[attr-defined,unused-ignore]
                 path, "system.posix_acl_access"))
@@ -1332,7 +1344,7 @@ class PosixFiles:
             return False
 
     def _is_private_group(self, group: int, nameless: bool) -> bool:
-        """Whether a group has no member but this user and root; `nameless` if it has no name."""
+        """Tell whether a group has only this user and root; `nameless` if it has no name."""
         import grp
         import pwd
         accounts = pwd.getpwall()
@@ -1350,24 +1362,24 @@ class Posix(PosixFiles):
 
     shell = "/bin/sh"
     longest_command = 131071 if PosixFiles.linux else 200_000  # bytes, E2BIG beyond
-    # Forking takes 2 ms; elsewhere than on Linux system libraries don't survive a fork.
+    # A fork takes 2 ms. Only on Linux: other systems' libraries may fail after a fork.
     start_method = "fork" if PosixFiles.linux else "spawn"
-    childless = False  # nobody but the run just reaped was left below this process
+    childless = False  # the run just reaped was the last process below this one
     subreaper = False
     token_fd = TOKEN_FD
 
     def __init__(self) -> None:
         super().__init__()
-        self.environment = os.environb.copy  # this process's, in native form
+        self.environment = os.environb.copy  # this process's variables, in native form
         self.ticks_per_second = os.sysconf("SC_CLK_TCK")
 
     # Before the first job.
 
     def check_room(self, workers: int) -> None:
-        """Raise QueueError if a supervisor can't do its work here, with so many workers."""
+        """Raise QueueError if a supervisor can't run so many workers here."""
         if self.linux and not exists("/proc/%d" % os.getpid()):
             raise QueueError("/proc does not show the processes here, "
-                             "so what jobs leave behind could not be ended; mount it")
+                             "so queuectl could not end what jobs leave behind; mount it")
         if not exists(os.devnull):
             raise QueueError("there is no %s here, which jobs need as their stdin" % os.devnull)
         need, have = 2 * workers + 64, self._most_descriptors()
@@ -1377,50 +1389,51 @@ class Posix(PosixFiles):
                 % (workers, need, have, need))
 
     def _most_descriptors(self) -> int:
-        """How many descriptors this process may have; -1 if there is no limit."""
+        """Return how many descriptors this process may have; -1 for no limit."""
         import resource
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
     def prepare_parent(self) -> None:
-        """Before workers are forked: load what all need, and keep the caller's files from jobs."""
+        """Before a fork: load what every worker needs, and keep the caller's files from jobs."""
         self._libc()
         for fd in self.descriptors():
             os.set_inheritable(fd, False)
 
     def prepare_reporter(self) -> None:
-        """The first steps of a run's reporter: it goes on while signals stop the pool.
+        """Take the first steps of a run's reporter.
 
-        But it ends, as `ls` does, when nobody reads what it shows.
+        It goes on while signals stop the pool, but ends, as `ls` does, when its reader is gone.
         """
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
     def prepare_worker(self, supervisor: int) -> None:
-        """A worker's first steps: out of the terminal's reach, told of its supervisor's death."""
+        """Take a worker's first steps: leave the terminal, learn of the supervisor's death."""
         os.setsid()
         os.umask(0o077)
         limit = self._most_descriptors()
         if 0 <= limit <= TOKEN_FD:
             self.token_fd = limit - 1
-        self.to_default = list(signal.valid_signals())  # jobs ignore and block none
+        self.to_default = list(signal.valid_signals())  # jobs must neither ignore nor block signals
         self.null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # the stdin of jobs
         self.real_shell = realpath(self.shell)
         libc = self._libc()
         if libc:  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
             libc.prctl(1, int(signal.SIGHUP), 0, 0, 0)
             self.subreaper = libc.prctl(36, 1, 0, 0, 0) == 0
-        if os.getppid() != supervisor:  # it died before the line above: no signal will come
+        # The supervisor died before the line above, so no signal will come.
+        if os.getppid() != supervisor:
             os.kill(os.getpid(), signal.SIGHUP)
 
     def orphaned(self, supervisor: int, life: str) -> bool:
-        """Whether a worker's supervisor has died."""
+        """Tell whether a worker's supervisor has died."""
         return os.getppid() != supervisor
 
     def place(self) -> str:
-        """What process ids and start times are counted in; "" if that is not known.
+        """Name the start of the machine and the namespace that process ids belong to.
 
-        It is this start of the machine, and the namespace of process ids.
+        Returns "" if that is not known.
         """
         try:
             with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
@@ -1429,7 +1442,7 @@ class Posix(PosixFiles):
             return ""
 
     def ticks(self) -> int:
-        """Now, in the unit of start times in /proc/PID/stat."""
+        """Return the time in the unit of the start times in /proc/PID/stat."""
         if sys.platform != "linux":
             return 0
         return int(time.clock_gettime(time.CLOCK_BOOTTIME) * self.ticks_per_second)
@@ -1437,16 +1450,16 @@ class Posix(PosixFiles):
     # A run begins.
 
     def native(self, text: str) -> Any:
-        """Text as the system takes it: UTF-8, whatever the locale says."""
+        """Encode text for the system: as UTF-8, whatever the locale says."""
         return text.encode("utf-8", "surrogateescape")
 
     def spawn(self, command: str, shell: str, env: Env, cwd: str, umask: int,
               out: int, err: int) -> int:
         """Start `command` in a session of its own; return its process id, or raise OSError.
 
-        A shell would take most of a short command's time. posix_spawn is twice as fast as
-        subprocess. It can't set folder or umask, so the worker takes them on for a moment; nothing
-        is imported or opened by relative path meanwhile.
+        A simple command starts without a shell, which would take most of its time. posix_spawn is
+        twice as fast as subprocess, but can't set folder or umask: so the worker takes them on for
+        a moment, in which it imports nothing and opens nothing by a relative path.
         """
         os.umask(umask)
         try:
@@ -1455,7 +1468,7 @@ class Posix(PosixFiles):
             pid = shell == self.shell and self._spawn_directly(command, env, streams)
             if pid:
                 return pid
-            if command[0] in "-+":  # a shell would take it for an option
+            if command[0] in "-+":  # a shell would take the command for an option
                 command = " " + command
             argv = [self.native(shell), "-c", self.native(command)]
             return self._spawn(argv[0], argv, env, streams)
@@ -1464,10 +1477,10 @@ class Posix(PosixFiles):
             os.umask(0o077)
 
     def _spawn_directly(self, command: str, env: Env, streams: dict[int, int]) -> int:
-        """Start a command that needs no shell; 0 if it does.
+        """Start a command without a shell and return its process id; 0 if it needs one.
 
-        What can't be started (it is not there, no program, or a script without #!) is the shell's
-        too: it runs the script, or says in its own words what is wrong.
+        It also needs one if it can't be started (no such file, no program, a script without #!):
+        the shell runs the script, or says in its own words what is wrong.
         """
         words = words_without_shell(command, self.real_shell, tuple(env))
         if not words:
@@ -1476,18 +1489,19 @@ class Posix(PosixFiles):
         try:
             here, told = os.getcwdb(), env.get(b"PWD", b"")
             if told != here and not (told[:1] == b"/" and os.path.samefile(told, here)):
-                env[b"PWD"] = here  # as a shell sets it
+                env[b"PWD"] = here  # as a shell does
             file = self._program(argv[0], env[b"PATH"])
             return self._spawn(file, argv, env, streams)
         except OSError:
             return 0
 
     def _program(self, name: bytes, path: bytes) -> bytes:
-        """The file that a shell would take; raises OSError if it finds none, or shells differ."""
+        """Find the program that a shell would start; OSError if there is none, or shells differ."""
         if b"/" in name:
             return name
         for folder in path.split(b":"):
-            if not re.fullmatch(b"/[^%]*[^/%]", folder):  # relative, or with an option to dash
+            # A relative folder, or one with an option of dash.
+            if not re.fullmatch(b"/[^%]*[^/%]", folder):
                 break
             file = folder + b"/" + name
             if os.access(file, os.F_OK):
@@ -1495,7 +1509,7 @@ class Posix(PosixFiles):
         raise FileNotFoundError(name)
 
     def _spawn(self, file: Any, argv: list[Any], env: Env, streams: dict[int, int]) -> int:
-        """`streams` gives the job's descriptors, each with the one here that it is a copy of."""
+        """Start a program. `streams`: the job's descriptors, each with the one here to copy."""
         try:
             actions = [(os.POSIX_SPAWN_DUP2, have, want) for want, have in streams.items()]
             return os.posix_spawn(file, argv, env, file_actions=actions, setsid=True,
@@ -1515,17 +1529,17 @@ class Posix(PosixFiles):
 
         child = subprocess.Popen(argv, executable=file, env=env, start_new_session=True,
                                  close_fds=False, preexec_fn=prepare)
-        child.returncode = 0  # else Popen, when it is forgotten here, would reap the exit code
+        child.returncode = 0  # without this, Popen's end would take the exit code
         return child.pid
 
     # A run's processes.
 
     def reap(self, pid: int) -> int | None:
-        """Collect dead children; the exit code of `pid` (negative: its signal) if that was one.
+        """Reap dead children; return the exit code of `pid` (negative: its signal) if it died.
 
-        Orphans of earlier runs come to a subreaper too. Sets `childless` if no child is left:
-        then a run that failed has left nothing behind, and nobody has to search for it. Raises
-        ChildProcessError if `pid` (0: none) is no child any more: somebody else has its exit code.
+        Orphans of earlier runs are children of a subreaper, too. Sets `childless` if no child is
+        left: then a failed run has left nothing behind, and nobody needs to search. Raises
+        ChildProcessError if `pid` (0: none) is no child any more: another took its exit code.
         """
         code = None
         while True:
@@ -1540,14 +1554,14 @@ class Posix(PosixFiles):
                 self.childless = False
                 return code
             if dead == pid:
-                if status == 0:  # then nobody will ask for `childless`, and strangers can wait
+                if status == 0:  # nobody will ask for `childless` now, so orphans can wait
                     return 0
                 code = os.WEXITSTATUS(status)
                 if os.WIFSIGNALED(status):
                     code = -os.WTERMSIG(status)
 
     def reap_strangers(self, own: set[int]) -> None:
-        """As process 1 of a container: collect dead processes that are not multiprocessing's."""
+        """As process 1 of a container: reap dead children that multiprocessing does not know."""
         while self.linux and os.getpid() == 1:
             try:
                 info = os.waitid(  # type: ignore[attr-defined,unused-ignore]
@@ -1560,13 +1574,14 @@ class Posix(PosixFiles):
 
     def members(self, mark: str, files: Names,
                 leader: Leader, known: Living) -> Living:
-        """The living processes of a run, ancestors first.
+        """Return the living processes of a run, ancestors first.
 
-        `mark` is how its QUEUECTL_RUN begins (a NUL ends it), `files` its output files, `leader`
-        its first process, `known` those found before. A member carries QUEUECTL_RUN, can write to
-        the files, is in the leader's session, shares a session with a member or descends from one;
-        so also children that closed all descriptors and left the session are found. Processes of
-        other users and namespaces are not. Raises OSError if the processes can't be seen now.
+        `mark` is the beginning of its QUEUECTL_RUN (a NUL ends it), `files` are its output files,
+        `leader` is its first process, `known` are members found before. A member carries
+        QUEUECTL_RUN, can write to the files, is in the leader's session, shares a session with a
+        member or descends from one. So children are found that closed all descriptors and left the
+        session; processes of other users and namespaces are not. Raises OSError if the processes
+        can't be seen now.
         """
         processes = self._from_proc(mark, files) if self.linux else self._from_ps(mark)
         session = leader.pid
@@ -1585,10 +1600,10 @@ class Posix(PosixFiles):
 
     def _from_the_top(self, found: set[int],
                       processes: dict[int, _Process]) -> list[int]:
-        """Processes in the order in which they are to be signalled: ancestors before descendants.
+        """Sort processes so that ancestors are signalled before their descendants.
 
         A shell whose child dies first would go on with its next command. A parent starts before
-        its child; of those that started in the same tick the one with fewer ancestors is first.
+        its child; if two started in the same tick, the one with fewer ancestors is first.
         """
         def rank(pid: int) -> tuple[int, int]:
             depth, at = 0, pid
@@ -1599,7 +1614,7 @@ class Posix(PosixFiles):
         return sorted(found, key=rank)
 
     def _from_proc(self, mark: str, files: Names) -> dict[int, _Process]:
-        """Every process but this one, its session and process 1, from /proc."""
+        """Read every process from /proc, but this one, its session and process 1."""
         needle = b"QUEUECTL_RUN=%s" % mark.encode()
         processes = {}
         pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
@@ -1615,7 +1630,7 @@ class Posix(PosixFiles):
         return processes
 
     def _from_ps(self, mark: str) -> dict[int, _Process]:
-        """The same by ps(1), where there is no /proc; process groups stand in for sessions."""
+        """Do the same with ps(1) if there is no /proc, with process groups for sessions."""
         import subprocess
         command = ["ps", "-A", "-E", "-ww", "-o", "pid=,ppid=,pgid=,stat=,command="]
         listing = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
@@ -1632,30 +1647,30 @@ class Posix(PosixFiles):
         return processes
 
     def end_process(self, pid: int, started: str, kill: bool) -> None:
-        """SIGTERM or SIGKILL to a member, if it still is the process that `members` saw."""
+        """Send SIGTERM or SIGKILL to a member if it is still the process that `members` saw."""
         if self.linux:
             entry = _living(pid)
             if entry is None or entry.started != started:
-                return  # gone, and its number perhaps given to a stranger
+                return  # it is gone, and a stranger may have its id
         try:
             os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
-            os.kill(pid, signal.SIGCONT)  # a stopped process would not hear SIGTERM
+            os.kill(pid, signal.SIGCONT)  # a stopped process would not act on SIGTERM
         except (ProcessLookupError, PermissionError):
             pass
 
     # Workers and supervisors.
 
     def hold_signals(self) -> Any:
-        """Let the signals wait that workers have handlers for; what `let_through` takes then."""
+        """Block the signals that workers handle; return what `let_through` restores."""
         return signal.pthread_sigmask(signal.SIG_BLOCK, (
             signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD))
 
     def let_through(self, mask: Any = ()) -> None:
-        """Hold back the signals in `mask` alone."""
+        """Block only the signals in `mask`."""
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def dismiss(self, pid: int, now: bool) -> None:
-        """Tell a worker of ours to go: after its job, or now."""
+        """Tell a worker of this pool to stop: after its job, or now."""
         os.kill(pid, signal.SIGUSR1 if now else signal.SIGHUP)
 
     def stop(self, pid: int, life: str, now: bool) -> bool:
@@ -1671,19 +1686,19 @@ class Posix(PosixFiles):
         return True
 
     def is_stopped(self, pid: int) -> bool:
-        """Whether a process is stopped, by SIGSTOP or a debugger, as far as this can be seen."""
+        """Tell whether a process is stopped, by SIGSTOP or a debugger, if that can be seen."""
         return _proc_stat(pid)[:1] in ([b"T"], [b"t"])
 
     def wake(self, pid: int, life: str) -> None:
-        """Let a process go on that was stopped, by Ctrl-Z for one, if it holds the file `life`."""
+        """Continue a stopped process (by Ctrl-Z, for example) that holds the file `life`."""
         if self.is_stopped(pid) and _writes_to(pid, (life,)):
             os.kill(pid, signal.SIGCONT)
 
     def say(self, text: str, stream: int = 1) -> None:
-        """Write what a worker or supervisor has to say to a standard stream, without ever waiting.
+        """Write a message of a worker or supervisor to a standard stream, without ever waiting.
 
-        A full pipe or a stopped terminal holds up no job: what the stream does not take now is
-        not said. A stream that can be written to takes 4096 bytes at least.
+        A full pipe or a stopped terminal must hold up no job: text that the stream does not take
+        at once is dropped. A stream that is ready takes at least 4096 bytes.
         """
         import select
         room = select.poll()
@@ -1693,14 +1708,14 @@ class Posix(PosixFiles):
             while data and room.poll(0):
                 data = data[os.write(stream, data[:4096]):]
         except OSError:
-            pass  # the terminal is gone; the record in the database is what counts
+            pass  # the terminal is gone; the database has the record
 
 
 class Bell:
-    """What a process sleeps on: anyone who knows the path can ring it, and so do its own signals.
+    """A bell that wakes a sleeping process: others ring it by its path, and its signals ring it.
 
-    A FIFO, held open for reading and writing, so that it neither ends nor blocks. A bell without
-    a path, or where the file system has no FIFOs, hears signals alone.
+    It is a FIFO, open for reading and writing, so that it neither ends nor blocks. A bell without
+    a path, or on a file system without FIFOs, hears signals only.
     """
 
     def __init__(self, path: str = ""):
@@ -1717,20 +1732,20 @@ class Bell:
         self._poll.register(self.fd, select.POLLIN)
 
     def hear_signals(self) -> None:
-        """From now on a signal that has a handler rings this bell too."""
+        """Have every signal that has a handler ring this bell."""
         signal.set_wakeup_fd(max(self.fd, self.write_end), warn_on_full_buffer=False)
 
     def watch(self, fd: int) -> None:
-        """From now on `wait` ends when this descriptor can be read, too."""
+        """Have `wait` also end when this descriptor can be read."""
         self._poll.register(fd, 1)  # POLLIN
 
     def forget(self, fd: int) -> None:
         self._poll.unregister(fd)
 
     def wait(self, seconds: float) -> bool:
-        """Sleep until the bell rings, a watched descriptor ends, or for `seconds`; True if rung.
+        """Sleep until the bell rings or a watched descriptor ends, at most `seconds`; True if rung.
 
-        All rings so far are taken together: look at everything afterwards, and none is lost.
+        It takes all rings so far together. So look at everything after it, and no ring is lost.
         """
         millis = int(min(seconds * 1000 + 0.999, LONGEST_WAIT))
         if not self._poll.poll(max(0, millis)):
@@ -1740,15 +1755,15 @@ class Bell:
         except BlockingIOError:
             return False
         for order, number in ((STOP_SOON, signal.SIGHUP), (STOP_NOW, signal.SIGUSR1)):
-            if order in heard:  # where no signal can come from
+            if order in heard:  # no signal has this number
                 signal.raise_signal(number)
         return True
 
 
 class Windows:
-    """Windows, where a run is a Job Object that ends with its worker, and sleeping is polling.
+    """Windows: a run is a Job Object that ends with its worker; sleeping is polling.
 
-    Locks are byte-range locks far behind the end of the file; they block nobody's reading.
+    Locks are byte-range locks far behind the end of the file, so that they block no reader.
     Tokens are not needed: the kernel ends the job's processes when the worker's handle closes.
     """
 
@@ -1756,7 +1771,7 @@ class Windows:
     longest_command = 8000
     linux = False
     start_method = "spawn"
-    user = 0  # the system's own rights are not looked at
+    user = 0  # the rights of files on Windows are not checked
     childless = False
     LOCK_AT = 1 << 30
 
@@ -1779,7 +1794,8 @@ class Windows:
         self.msvcrt.locking(fd, self.msvcrt.LK_UNLCK, 1)
 
     def wait_lock(self, fd: int) -> None:
-        sleep(0.001 + os.urandom(1)[0] / 25600)  # jitter: nobody is queued
+        # At random: Windows keeps no queue of waiting processes.
+        sleep(0.001 + os.urandom(1)[0] / 25600)
 
     def held(self, path: str) -> bool:
         try:
@@ -1800,7 +1816,7 @@ class Windows:
         return os.write(fd, data)
 
     def read_elsewhere(self, path: str, size: int) -> bytes:
-        with open(path, "rb") as file:  # locks are lost here with their own handle alone
+        with open(path, "rb") as file:  # here a lock ends only with its own handle
             return file.read(size)
 
     def network_file_system(self, folder: str) -> str:
@@ -1815,7 +1831,7 @@ class Windows:
     # Processes.
 
     def prepare_reporter(self) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console tells every process
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console sends it to every process
 
     def prepare_worker(self, supervisor: int) -> None:
         self.prepare_reporter()
@@ -1835,7 +1851,7 @@ class Windows:
 
     def spawn(self, command: str, shell: str, env: Env, cwd: str, umask: int,
               out: int, err: int) -> int:
-        """Start `command` suspended, put it into a Job Object, and let it go: nothing escapes."""
+        """Start `command` suspended, put it into a Job Object, then resume it: no child escapes."""
         import subprocess
         ctypes: Any = __import__("ctypes")
         line = "%s /d /s /c \"%s\"" % (shell, command)
@@ -1844,7 +1860,7 @@ class Windows:
         process = subprocess.Popen(
             line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
             creationflags=0x4 | 0x200)  # SUSPENDED, NEW_PROCESS_GROUP
-        for _, old in self.runs.values():  # of runs that failed: nothing of them may live on
+        for _, old in self.runs.values():  # of failed runs: none of their processes may live on
             self._kernel("CloseHandle", old)
         self.runs.clear()
         handle = self._kernel("CreateJobObjectW", None, None)
@@ -1866,7 +1882,7 @@ class Windows:
             return None
         process, handle = self.runs[pid]
         code: int | None = process.poll()
-        if code == 0:  # whatever a completed run left behind may live on
+        if code == 0:  # what a completed run left behind may live on
             del self.runs[pid]
             self._kill_on_close(handle, False)
             self._kernel("CloseHandle", handle)
@@ -1874,7 +1890,7 @@ class Windows:
 
     def members(self, mark: str, files: Names,
                 leader: Leader, known: Living) -> Living:
-        """The run's Job Object while any process lives in it; nothing for other workers' runs."""
+        """Return the run's Job Object while a process lives in it; {} for other workers' runs."""
         if leader.pid not in self.runs:
             return {}
         # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION (1), in which ActiveProcesses is the number at 40
@@ -1886,26 +1902,26 @@ class Windows:
     def end_process(self, pid: int, started: str, kill: bool) -> None:
         self._kernel("TerminateJobObject", self.runs[pid][1], 1)
 
-    # What needs nothing doing here, or nothing to be looked at.
+    # These methods have nothing to do on Windows.
 
     def _nothing(self, *values: Any) -> None:
-        """Workers poll the stop flag of their pool, for one."""
+        """Do nothing: workers poll, for example the stop flag of their pool."""
 
     prepare_parent = refuse_full = give_to_owner = check_room = keep_standard_streams = _nothing
     reap_strangers = dismiss = stop = wake = punch = is_mount_point = is_stopped = _nothing
     distrust = hold_signals = let_through = _nothing
     sync = staticmethod(os.fsync)
-    descriptors, place, ticks = set, str, os.getpid  # when called: an empty set, "", any number
+    descriptors, place, ticks = set, str, os.getpid  # calling these returns an empty set, "", or 0
 
 
 class PollingBell(Bell):
-    """The bell where there are no FIFOs to wait on: it rings every 20 ms."""
+    """The bell of a system without FIFOs: it rings every 20 ms."""
 
     def __init__(self, path: str = ""):
         self.fd = self.write_end = -1
 
     def watch(self, fd: int = -1) -> None:
-        """Nothing is heard."""
+        """Do nothing: this bell hears no descriptor."""
 
     hear_signals = forget = watch
 
@@ -1914,18 +1930,18 @@ class PollingBell(Bell):
         return True
 
 
-# The types are those of Posix; a Windows that lacks something is found by running it alone.
+# Type checkers see Posix; only a run on Windows finds what the class Windows lacks.
 system: Posix = Windows() if WINDOWS else Posix()  # type: ignore[assignment]
 make_bell = PollingBell if WINDOWS else Bell
-SETTINGS["shell"] = system.shell  # how a job is run that has none of its own
+SETTINGS["shell"] = system.shell  # what runs the commands of jobs without a shell of their own
 
 
-# ═══ Files ═══ what stands beside the database: paths, bells, life files, output of live runs ═
+# ═══ Files ═══ files beside the database: paths, bells, life files, output of live runs ══════
 #
-# The write mutex `queue.db.lock`, and the folder `queue.db.d`. In the folder each worker and pool
-# has a life file, whose lock says that it lives and in which workers leave notes; a worker has a
-# bell, and pairs of output files, whose locks are the token of the run that writes to them.
-# The names begin with that of the worker or pool, which is never used twice.
+# The write mutex `queue.db.lock`, and the folder `queue.db.d`. In the folder each worker and each
+# pool has a life file: its lock says that it lives, and workers write notes into it. A worker also
+# has a bell, and pairs of output files; their locks are the token of the run that writes to them.
+# The files' names begin with the name of the worker or pool, which is never used twice.
 
 
 def _refuse_planted(info: os.stat_result, path: str) -> None:
@@ -1937,11 +1953,10 @@ def _refuse_planted(info: os.stat_result, path: str) -> None:
 
 
 def open_beside(path: str, flags: int) -> int:
-    """A descriptor of a file that stands beside a database.
+    """Open a file beside a database; return the descriptor.
 
-    Raises QueueError if it is anything but a plain file of this user with one name: others may
-    have put there a link to a file that they can't write themselves, and wait for us to do it.
-    Raises OSError if it can't be opened.
+    Raises QueueError unless it is a plain file of this user with one name: another user may have
+    put a link there, to a file that only this user can write. Raises OSError if it can't be opened.
     """
     try:
         fd = os.open(path, flags | OPEN_BESIDE, 0o600)
@@ -1952,18 +1967,18 @@ def open_beside(path: str, flags: int) -> int:
     try:
         _refuse_planted(os.fstat(fd), path)
         return fd
-    except BaseException:  # who kept it open would be taken for a process of the file's run
+    except BaseException:  # an open copy would make this process look like one of the file's run
         os.close(fd)
         raise
 
 
 def open_private(path: str, flags: int) -> int:
-    """The same; it is made for this user alone if it is new."""
+    """Open a file beside a database, as open_beside; if it is new, only this user may read it."""
     return open_beside(path, flags | os.O_CREAT)
 
 
 def is_link(path: str) -> bool:
-    """Whether a symbolic link stands there, or a file that has other names too."""
+    """Tell whether a path is a symbolic link, or a file with several names."""
     try:
         info = os.lstat(path)
     except FileNotFoundError:
@@ -1974,7 +1989,7 @@ def is_link(path: str) -> bool:
 
 
 def sync_folder(folder: str) -> None:
-    """Have the disk keep the names in a folder, where the system can do that."""
+    """Sync the names in a folder to the disk, if the system can do that."""
     try:
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -1986,7 +2001,7 @@ def sync_folder(folder: str) -> None:
 
 
 def read_between(fd: int, start: int, end: int) -> bytes:
-    """The bytes of a file from `start` to `end`, fewer if it is shorter."""
+    """Read the bytes of a file from `start` to `end`, fewer if it is shorter."""
     parts = []
     while start < end:
         part = system.read_at(fd, end - start, start)
@@ -1999,7 +2014,7 @@ def read_between(fd: int, start: int, end: int) -> bytes:
 
 def read_beside(path: str, missing: Any, read: Callable[..., Any],
                 *values: Any) -> Any:
-    """What `read(fd, *values)` makes of a life or output file, open for that moment alone."""
+    """Open a life or output file, return `read(fd, *values)`, and close it again."""
     try:
         fd = open_beside(path, os.O_RDONLY)
     except (OSError, QueueError):
@@ -2029,11 +2044,11 @@ def folder_path(db: str) -> str:
 
 
 def files_of(db: str) -> list[str]:
-    """A database and what stands beside it, whoever has made that."""
+    """Return the paths of a database and the files beside it."""
     return [db, db + "-wal", db + "-shm", mutex_path(db), folder_path(db)]
 
 
-# Workers are called POOL-NUMBER: no name is the beginning of another with a dot behind it.
+# A worker's name is POOL-NUMBER. So no name with a dot behind it is the beginning of another.
 
 
 def life_path(db: str, name: str) -> str:
@@ -2050,13 +2065,13 @@ def output_paths(db: str, worker: str, slot: int) -> tuple[str, str]:
 
 
 def log_path(db: str) -> str:
-    """The log of detached pools."""
+    """Return the path of the log of detached pools."""
     folder, name = os.path.split(db)
     return join(folder, "queuectl.log") if name == "queue.db" else db + ".log"
 
 
 def bytes_on_disk(paths: Iterable[str]) -> int:
-    """How much space files take; where they have holes, that is less than their size."""
+    """Return the disk space that files take: with holes in them less than their size."""
     total = 0
     for path in paths:
         try:
@@ -2068,48 +2083,49 @@ def bytes_on_disk(paths: Iterable[str]) -> int:
 
 
 def names_beside(db: str, ending: str) -> list[str]:
-    """The workers and pools that have a file with this ending in the folder."""
+    """Name the workers and pools that have a file with this ending in the folder."""
     try:
         files = os.listdir(folder_path(db))
-    except OSError:  # there is none, or it can't be read: then nobody can be rung or asked
+    except OSError:  # no folder, or unreadable: there is nobody to ring or ask
         return []
     end = -len(ending) or None
     return [file[:end] for file in files if file.endswith(ending)]
 
 
 def sizes_of(db: str) -> dict[str, int]:
-    """The bytes that a database, its log, and the output of current runs take."""
+    """Return the bytes that the database, its log, and the output of current runs take."""
     outputs = [join(folder_path(db), name) for name in names_beside(db, "")]
     return {"database_bytes": bytes_on_disk([db]), "log_bytes": bytes_on_disk([db + "-wal"]),
             "output_bytes": bytes_on_disk(outputs)}
 
 
 def remove_files(db: str, name: str) -> None:
-    """Remove what a worker or pool that has ended left in the folder."""
+    """Remove the files of a worker or pool that has ended."""
     files = [file for file in names_beside(db, "") if file.startswith(name + ".")]
-    files.sort(key=lambda file: file.endswith(".life"))  # that last: it tells of the rest
+    # The life file last: a sweep finds the others by it.
+    files.sort(key=lambda file: file.endswith(".life"))
     for file in files:
         try:
             os.unlink(join(folder_path(db), file))
-        except OSError:  # open on Windows, or the folder is read-only: the next sweep gets it
+        except OSError:  # open on Windows, or the folder is read-only: the next sweep removes it
             pass
 
 
-# Who lives, and is to wake up.
+# Is a process alive? Wake it.
 
 
 def is_alive(db: str, name: str) -> bool:
-    """Whether the worker or pool `name` lives: the kernel's word, by its life lock."""
+    """Tell whether the worker or pool `name` lives: the kernel says so by its life lock."""
     return system.held(life_path(db, name))
 
 
 def anyone_alive(db: str) -> bool:
-    """Whether any worker or pool of this database lives."""
+    """Tell whether any worker or pool of this database lives."""
     return any(is_alive(db, name) for name in names_beside(db, ".life"))
 
 
 def ring(path: str, order: bytes = b"!") -> None:
-    """Wake the process that sleeps on the bell `path`; nothing happens if nobody does."""
+    """Wake the process that sleeps on the bell `path`, if there is one; True if rung."""
     try:
         fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
         try:
@@ -2117,42 +2133,43 @@ def ring(path: str, order: bytes = b"!") -> None:
                 os.write(fd, order)
         finally:
             os.close(fd)
-    except OSError:  # nobody sleeps on it; or it is full, and was rung often enough
+    except OSError:  # nobody sleeps on it; or it is full of rings already
         pass
 
 
 def ring_all(db: str, order: bytes = b"!") -> int:
-    """Wake every worker, after a commit that may concern them; how many bells there are."""
+    """Wake every worker, after a commit that may concern them; return how many were rung."""
     names = names_beside(db, ".bell")
     for name in names:
         ring(bell_path(db, name), order)
     return len(names)
 
 
-# In its life file a worker notes, for whoever comes after it: the process its run began as, at
-# once when it was started (a job may give up its descriptors and its environment, but it can
-# leave its session only later); and behind that, what keeps it from working.
+# A worker writes two notes into its life file, for the process that recovers its job if it dies.
+# First, as soon as a run starts, the first process of the run: a job may close its descriptors and
+# clear its environment, but this process's session still shows what belongs to the run. Behind it,
+# the trouble that keeps the worker from working.
 
 RUN_NOTE, TROUBLE_NOTE = 200, 300  # bytes
 RunNote = namedtuple("RunNote", "place seq run leader first last")
-RunNote.__doc__ = """`place` is what process ids are counted in, `seq` and `run` which run of which
-job it is, and the rest is a Leader."""
+RunNote.__doc__ = """`place` is the machine's start and namespace of process ids (see Posix.place),
+`seq` and `run` are the job and its run, and the rest is a Leader."""
 
 
 def _note(life: int, start: int, size: int, text: str) -> None:
     try:
         write_at(life, start, text.encode("utf-8", "replace")[:size].ljust(size))
-    except OSError:  # the disk is full, or the file not yet there: notes help in rare cases only
+    except OSError:  # the disk is full, or the file is not there yet; a note is rarely needed
         pass
 
 
 def note_run(life: int, note: RunNote) -> None:
-    """Note as which process a run began, in the life file that is open as `life`."""
+    """Write the first process of a run into the life file that is open as `life`."""
     _note(life, 0, RUN_NOTE, " ".join(map(str, note)))
 
 
 def note_trouble(life: int, text: str) -> None:
-    """Note what keeps a worker from working, or nothing."""
+    """Write into the life file what keeps a worker from working; "": nothing does."""
     _note(life, RUN_NOTE, TROUBLE_NOTE, text)
 
 
@@ -2162,7 +2179,7 @@ def _read_life(db: str, name: str, start: int, size: int) -> str:
 
 
 def leader_of(db: str, worker: str, seq: int, run: int) -> Leader:
-    """The process that a run of a dead worker began as; NOBODY if that isn't known for sure."""
+    """Read the first process of a dead worker's run; NOBODY if that is not certain."""
     fields = _read_life(db, worker, 0, RUN_NOTE).split()
     if len(fields) != len(RunNote._fields):
         return NOBODY
@@ -2173,17 +2190,17 @@ def leader_of(db: str, worker: str, seq: int, run: int) -> Leader:
 
 
 def trouble_of(db: str, worker: str) -> str:
-    """What keeps a worker from working, or nothing."""
+    """Read what keeps a worker from working, or ""."""
     return _read_life(db, worker, RUN_NOTE, TROUBLE_NOTE)
 
 
-# The log of detached pools, which is the standard output of all their processes.
+# The log of detached pools is the standard output of all their processes.
 
-LONGEST_LOG = 1 << 20  # bytes; a longer log is put aside, in the place of the one before
+LONGEST_LOG = 1 << 20  # bytes; a longer log is renamed to .1, which replaces the one before
 
 
 def _put_aside(path: str) -> None:
-    """Rename a log that is too long, unless another process does it."""
+    """Rename a log that is too long, unless another process is doing so."""
     fd = open_private(path, os.O_WRONLY)
     try:
         info = os.fstat(fd)
@@ -2195,7 +2212,7 @@ def _put_aside(path: str) -> None:
 
 
 def renew_log(path: str) -> None:
-    """Before something is told: open the log anew if it is too long, was renamed or is gone."""
+    """Open the log anew if it is too long, was renamed or is gone; before each message."""
     own = os.fstat(1)
     try:
         if own.st_size <= LONGEST_LOG and os.path.samestat(own, os.stat(path)):
@@ -2205,7 +2222,7 @@ def renew_log(path: str) -> None:
     try:
         _put_aside(path)
         fd = open_private(path, os.O_WRONLY | os.O_APPEND)
-    except (OSError, QueueError):  # it goes on where it was
+    except (OSError, QueueError):  # then the messages go on into the old log
         return
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -2215,14 +2232,14 @@ def renew_log(path: str) -> None:
 # The output of runs.
 
 GAP = b"\n[queuectl: %d bytes left out here]\n"
-# Stands before what is left of an output that the run's own processes have truncated.
+# Stands at the beginning of an output that the run's own processes have truncated.
 EMPTIED = b"[queuectl: the job truncated this output; what it had printed before is lost]\n"
 
 
 def head_and_tail(fd: int, limit: int) -> bytes:
-    """The contents of an output file: if it has more than `limit` bytes its head and its tail.
+    """Read an output file; if it has more than `limit` bytes only its head and its tail.
 
-    Between the two stands how much was left out. Raises OSError.
+    A line between the two says how many bytes were left out. Raises OSError.
     """
     size = os.lseek(fd, 0, os.SEEK_END)
     if size <= limit:
@@ -2233,7 +2250,7 @@ def head_and_tail(fd: int, limit: int) -> bytes:
 
 
 def gap_of(output: bytes) -> int:
-    """Where in what `head_and_tail` made the gap stands, in its middle; -1 if all is there."""
+    """Return where the line about the gap stands in the output; -1 if there is no gap."""
     middle = len(output) // 2
     around = output[max(0, middle - 50):middle + 50]
     match = re.search(re.escape(GAP).replace(b"%d", rb"\d+"), around)
@@ -2241,12 +2258,12 @@ def gap_of(output: bytes) -> int:
 
 
 class OutputFiles:
-    """The two files that take a run's output; the locks on them are the run's token.
+    """A slot: the two files that take a run's output. The locks on them are the run's token.
 
-    A worker has several: it must hold the next run's token before the commit that records the last
-    one, and keeps the output of runs whose record is not on disk yet. They are opened anew for each
-    run: if a daemon that an earlier job left behind still holds one of them, `open` fails, and a
-    slot with a new number takes its place, so nobody's late output lands in another job's record.
+    A worker has several slots: it must hold the next run's token before the commit that records the
+    last run, and it keeps the output of runs whose record is not on disk yet. The files are opened
+    anew for each run. If a daemon that an earlier job left behind still holds one, `open` fails and
+    a slot with a new number takes its place: so no late output lands in another job's record.
     """
 
     def __init__(self, db: str, worker: str, number: int):
@@ -2261,7 +2278,7 @@ class OutputFiles:
         self.punched, self.sizes, self.emptied = [0, 0], [0, 0], [False, False]
 
     def open(self) -> bool:
-        """Open the files and take the token; False if somebody still holds it. Raises OSError."""
+        """Open the files and take the token; False if another holds it. Raises OSError."""
         taken = False
         try:
             for path in self.paths:
@@ -2269,27 +2286,27 @@ class OutputFiles:
             taken = all(system.try_lock(fd) for fd in self.fds)
             return taken
         finally:
-            if not taken:  # who kept them open would be taken for a process of that run
+            if not taken:  # open copies would make this process look like one of that run
                 self.close()
 
     def close(self) -> None:
-        """Let go of the token, as far as it is this process's."""
+        """Close the files: this process holds the token no more."""
         for fd in self.fds:
             os.close(fd)
         self.fds = []
         self._start_anew()
 
     def remove(self) -> None:
-        """Close the files and give up their names."""
+        """Close the files and delete them."""
         self.close()
         for path in self.paths:
             try:
                 os.unlink(path)
-            except OSError:  # open on Windows: it goes with its worker's other files
+            except OSError:  # open on Windows: it is removed with the worker's other files
                 pass
 
     def read(self, limit: int) -> list[bytes]:
-        """What the run has printed to stdout and stderr, at most `limit` bytes each."""
+        """Read what the run has printed to stdout and stderr, at most `limit` bytes each."""
         return [self._read_one(index, limit) for index in (0, 1)]
 
     def _read_one(self, index: int, limit: int) -> bytes:
@@ -2301,11 +2318,10 @@ class OutputFiles:
             return b"[queuectl: this output can't be read: %s]\n" % str(error.strerror).encode()
 
     def bound(self, limit: int) -> int:
-        """Keep a run that prints without end from filling the disk; the bytes it has printed.
+        """Keep a run that prints without end from filling the disk; return the bytes printed.
 
-        Head and tail stay; what lies between them is given back to the file system once it is
-        more than `limit` bytes. Where holes are not supported, the file is cut behind its head.
-        Raises OSError.
+        Head and tail stay; the middle is freed once it has more than `limit` bytes. If the file
+        system knows no holes, the file is cut behind its head. Raises OSError.
         """
         total, half = 0, limit // 2
         for index, fd in enumerate(self.fds):
@@ -2323,7 +2339,7 @@ class OutputFiles:
         return total
 
     def _look(self, index: int) -> int:
-        """The size of a stream; notes if the job has truncated it, as `> /dev/stderr` does."""
+        """Return the size of a stream; note if the job truncated it, as `> /dev/stderr` does."""
         size = os.fstat(self.fds[index]).st_size
         if size < self.sizes[index]:
             self.punched[index], self.emptied[index] = 0, True
@@ -2331,55 +2347,56 @@ class OutputFiles:
         return size
 
     def empty(self) -> None:
-        """Throw the contents away. Raises OSError."""
+        """Empty the files. Raises OSError."""
         for fd in self.fds:
             if os.lseek(fd, 0, os.SEEK_END):
                 os.ftruncate(fd, 0)
 
     def clear(self, printed: bool) -> None:
-        """After the commit that recorded the run: empty the files, then let go of the token.
+        """After the commit that recorded the run: empty the files, then close them.
 
-        `printed` is whether there is anything in them. Raises OSError.
+        `printed`: whether the files hold anything. Raises OSError.
         """
         if printed:
             self.empty()
         self.close()
 
 
-# ═══ Schema ═══ the tables, their migrations, and the statements that several use ════════════
+# ═══ Schema ═══ the tables, their migrations, and statements that several functions use ══════
 #
-# A statement that one method alone executes stands in that method (sections Database and Store).
-# Here stand the others, and those whose plans the tests look at. Nothing is newer than SQLite
+# A statement that only one method executes stands in that method (sections Database and Store).
+# The others stand here, and those whose query plans the tests check. Nothing is newer than SQLite
 # 3.8.3. Times are milliseconds since the epoch.
 #
-# `ready` is 1 for a job that a worker may claim now. A job that waits for a time has ready = 0,
-# and that time in `due`; when it has come, the job is made ready. So the index that claims read,
-# ordered exactly as claims are, holds no job that can't be claimed. Of a job that is ready, `due`
-# is since when, if not since it came. A pause is not in these: `switched_at` is when a queue was
-# paused or resumed last. `waited` is how long a job waited for its last claim. `runs` counts a
-# job's runs for life, `attempts` those since it was enqueued or retried. `worker`, `slot` and
-# `locked_at` are set while it is processing; they also tell what the output files of that run are
-# called.
+# Columns of `jobs`. `ready` is 1 if a worker may claim the job now. A job that waits for a time has
+# ready = 0 and the time in `due`; when the time has come, the job is made ready. So the index that
+# claims read, ordered exactly as claims are, holds no job that can't be claimed. In a ready job,
+# `due` is the time since when it is ready, or null if it has been ready since it came. These two do
+# not know about pauses: `switched_at` is when a queue was last paused or resumed. `waited` is how
+# long a job waited for its last claim. `runs` counts all runs of a job, `attempts` those since it
+# was enqueued or retried. `worker`, `slot` and `locked_at` are set while the job is processing;
+# `worker` and `slot` also give the names of the run's output files.
 #
 # The key of a run is the seq of its job * 2**24 + the run's number.
 #
-# `contexts` keeps once what would else be repeated in a million jobs. `queues` counts the jobs of
-# each queue by state, so that `status` need not. Triggers keep these counts; only what is
-# inserted is counted by Intake, once for a whole bulk.
+# `contexts` stores once what a million jobs would otherwise repeat. `queues` counts the jobs of
+# each queue by state, so that `status` need not count. Triggers keep these counts, except for
+# inserted jobs: Intake counts those, once for a whole bulk.
 #
-# A row in `waits` stands until the awaited job is completed, or the waiting one is forgotten. So
-# it stands also while both are dead, and when an awaited job that died has been forgotten.
+# A row in `waits` says that one job waits for another. It is deleted when the awaited job is
+# completed or the waiting job is forgotten. So it stays while both are dead, and also after an
+# awaited job that died was forgotten.
 
-# `history` is what was done, in the words of Prometheus: by minute (span 60), and after two days by
-# hour (span 3600), for each queue; with span 0, all there ever was. It has nothing to do with which
-# jobs are kept, and its numbers of span 0 never fall. The runs of a minute are first counted with
-# their queue, for that row is written anyway; triggers move the counts when another minute begins,
-# or the queue is forgotten. When a thousand queues are known there, others count as `other queues`,
-# which no queue can be called.
+# `history` counts what was done, for each queue: by minute (span 60), after two days by hour (span
+# 3600), and in all (span 0). It does not depend on which jobs are kept, and the numbers of span 0
+# never fall, as Prometheus demands of a counter. The runs of the current minute are counted in the
+# row of their queue, which each run writes anyway; triggers move them to `history` when another
+# minute begins or the queue is forgotten. If `history` knows a thousand queues, all others count as
+# `other queues`, a name that no queue can have.
 
 APPLICATION_ID = 0x71637431  # "qct1"
 
-# The statements that lead from version N to N + 1. Never edit one that was released.
+# The statements that migrate from version N to N + 1. Never edit one that was released.
 MIGRATIONS = (
     (
         """CREATE TABLE contexts (
@@ -2430,7 +2447,8 @@ MIGRATIONS = (
             name TEXT PRIMARY KEY, pool TEXT NOT NULL, pid INTEGER NOT NULL,
             started_at INTEGER NOT NULL) WITHOUT ROWID""",
         "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-        "CREATE TABLE control (epoch INTEGER NOT NULL)",  # counts changes that workers follow
+        # Counts the changes that workers must notice.
+        "CREATE TABLE control (epoch INTEGER NOT NULL)",
         "INSERT INTO control VALUES (0)",
     ),
     # Queues can be paused and limited. The runs of a job stand together by their key, which saves
@@ -2478,7 +2496,7 @@ MIGRATIONS = (
             UPDATE contexts SET jobs = jobs - 1 WHERE id = old.context AND jobs > 0;
             DELETE FROM contexts WHERE id = old.context AND jobs = 0 AND environ <> ''; END""",
     ),
-    # A queue has an id, by which a copy is told from the queue that it was copied from.
+    # A queue has an id, which tells a copy from its original.
     (
         "ALTER TABLE control ADD COLUMN identity TEXT NOT NULL DEFAULT ''",
         "UPDATE control SET identity = lower(hex(randomblob(4)))",
@@ -2489,7 +2507,7 @@ MIGRATIONS = (
         "UPDATE jobs SET chained = 1 WHERE seq IN (SELECT job FROM waits)",
         # Whether its time was given as a delay, which begins anew if the clock is set back.
         "ALTER TABLE jobs ADD COLUMN delayed INTEGER NOT NULL DEFAULT 0",
-        # Who waited for a dead job that is forgotten still knows that it never was completed.
+        # A job that waited for a dead job, now forgotten, still knows that it was never completed.
         "DROP TRIGGER jobs_forgotten",
         """CREATE TRIGGER jobs_forgotten AFTER DELETE ON jobs BEGIN
             DELETE FROM waits WHERE job = old.seq;
@@ -2505,9 +2523,10 @@ MIGRATIONS = (
         "ALTER TABLE jobs ADD COLUMN after_any_ids TEXT",
         "ALTER TABLE jobs ADD COLUMN expires_at INTEGER",
         "ALTER TABLE jobs ADD COLUMN place INTEGER",
-        # Whether a job is met by any end of the one that it waits for.
+        # 1 if any end of the awaited job will do, as --after-any says.
         "ALTER TABLE waits ADD COLUMN either INTEGER NOT NULL DEFAULT 0",
-        # The number of the last `run`; whether jobs that ended in vain are to take others along.
+        # The number of the last `run`; whether jobs that ended in vain must still end their
+        # dependents.
         "ALTER TABLE control ADD COLUMN runs INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE control ADD COLUMN unsettled INTEGER NOT NULL DEFAULT 0",
         """UPDATE control SET runs = coalesce((SELECT max(CAST(substr(name, 5) AS INTEGER)) FROM queues
@@ -2545,7 +2564,7 @@ MIGRATIONS = (
         """UPDATE jobs SET after_ids = (SELECT group_concat(awaited.id) FROM waits
             JOIN jobs AS awaited ON awaited.seq = waits.awaited WHERE waits.job = jobs.seq)
             WHERE seq IN (SELECT job FROM waits)""",
-        # A stderr may say the same, but the text of such an error begins otherwise.
+        # An error that quotes stderr begins differently, even if stderr says the same words.
         """UPDATE jobs SET state = 'cancelled' WHERE state = 'dead' AND (
             last_error IN ('cancelled', 'cancelled before it ran again')
             OR substr(last_error, 1, 11) = 'cancelled: ')""",
@@ -2588,7 +2607,7 @@ MIGRATIONS = (
         # A run may end at the first job of its queue that dies: 1 until then, 2 while the jobs
         # that wait are being cancelled.
         "ALTER TABLE queues ADD COLUMN fail_fast INTEGER NOT NULL DEFAULT 0",
-        # The limit of a run's queue is no reason to keep it without jobs.
+        # The queue of a run is forgotten with its last job, though it has a limit.
         "DROP TRIGGER jobs_discounted",
         """CREATE TRIGGER jobs_discounted AFTER DELETE ON jobs BEGIN
             UPDATE queues SET
@@ -2604,7 +2623,7 @@ MIGRATIONS = (
         # A job may have a shell of its own, by its path; NULL: the configured one.
         "ALTER TABLE jobs ADD COLUMN shell TEXT",
     ),
-    # What was done is counted, and since when jobs wait is known.
+    # Counts of what was done; the time since when each job waits.
     (
         """CREATE TABLE history (
             span INTEGER NOT NULL, start INTEGER NOT NULL, queue TEXT NOT NULL,
@@ -2620,7 +2639,8 @@ MIGRATIONS = (
         "ALTER TABLE queues ADD COLUMN run_max REAL NOT NULL DEFAULT 0",
         "ALTER TABLE queues ADD COLUMN wait_sum REAL NOT NULL DEFAULT 0",
         "ALTER TABLE queues ADD COLUMN wait_max REAL NOT NULL DEFAULT 0",
-        # What is inserted here is added to a minute of the history, and to all there ever was.
+        # A row inserted into this view is added to its minute in `history`, and to the sum of all
+        # time.
         """CREATE VIEW minutes AS SELECT name, name AS queue, minute, runs_completed, runs_failed,
             runs_died, run_sum, run_max, wait_sum, wait_max FROM queues""",
         """CREATE TRIGGER minutes_named INSTEAD OF INSERT ON minutes WHEN new.queue IS NULL BEGIN
@@ -2700,13 +2720,13 @@ HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, time
     backoff_base, context, env, policy, deferrals, chained, shell, place, worker, slot,
     started_at, cancel,
     started_at - waited AS since FROM jobs WHERE state = 'processing'"""
-# Since when a job could run that is ready or due.
+# The time since when a ready or due job could have run.
 SINCE = "max(coalesce(due, created_at), switched_at, (SELECT switched_at FROM control))"
 WAITING_SINCE = "SELECT id, command, queue, %s AS ready_at FROM " % SINCE
 MAY_RUN = "AND NOT paused AND NOT (SELECT paused FROM control)"
-# Which waits longest of those that are ready since they came: the first of each queue and priority;
-# of those that became ready later; and of those that the next claim will make ready, which there
-# may be none of for long.
+# The job that waits longest, one statement for each kind: jobs that were ready when they came (the
+# first of each queue and priority); jobs that became ready later; and jobs whose time has come,
+# which the next claim will make ready.
 OLDEST_WAITING = (
     """WITH RECURSIVE groups (name, switched_at, priority) AS (
         SELECT name, switched_at, (SELECT min(priority) FROM jobs WHERE ready = 1 AND queue = name)
@@ -2727,7 +2747,8 @@ OLDEST_WAITING = (
     % (WAITING_SINCE, MAY_RUN))
 NEXT_DUE = """SELECT id, command, due FROM jobs WHERE ready = 0 AND due > ?
     ORDER BY due LIMIT 1"""
-# A run is counted with its queue, if it has the minute in which the run ended; else that begins.
+# The first counts a run in its queue's row, if the row is about the minute in which the run ended.
+# Otherwise the second begins that minute.
 COUNT_RUN = """UPDATE queues SET runs_completed = runs_completed + ?, runs_failed = runs_failed + ?,
     runs_died = runs_died + ?, run_sum = run_sum + ?, run_max = max(run_max, ?),
     wait_sum = wait_sum + ?, wait_max = max(wait_max, ?) WHERE name = ? AND minute = ?"""
@@ -2736,12 +2757,12 @@ BEGIN_MINUTE = """UPDATE queues SET runs_completed = 0, runs_failed = 0, runs_di
 SUMS = """sum(completed) AS completed, sum(failed) AS failed, sum(died) AS died,
     sum(run_seconds_sum) AS run_seconds_sum, max(run_seconds_max) AS run_seconds_max,
     sum(wait_seconds_sum) AS wait_seconds_sum, max(wait_seconds_max) AS wait_seconds_max"""
-# As what a queue is counted: all runs are one, and a thousand queues are told from each other.
+# The name under which a queue is counted: `run` for every run; `other queues` beyond a thousand.
 COUNTED_AS = """CASE WHEN name GLOB 'run-[0-9]*' AND NOT substr(name, 5) GLOB '*[^0-9]*' THEN 'run'
     WHEN EXISTS (SELECT 1 FROM history WHERE span = 0 AND start = 0 AND queue = name)
         OR (SELECT count(*) FROM history WHERE span = 0) < 1000 THEN name
     ELSE 'other queues' END"""
-# From one time to another; from 0 to 0 is all there ever was.
+# The history from one time to another; from 0 to 0 it is the sum of all time.
 DONE = """(SELECT * FROM history WHERE span IN (0, 60, 3600) AND start BETWEEN ? AND ?
     UNION ALL SELECT 60, minute, %s, runs_completed, runs_failed, runs_died,
         run_sum, run_max, wait_sum, wait_max FROM queues
@@ -2751,7 +2772,7 @@ RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 167772
 ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
     timeout_seconds, max_retries, backoff_base, context, env, created_at, updated_at, delayed,
     expires_at, shell) VALUES (?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-# A retry is ignored for a job whose key is taken.
+# This changes nothing if another unfinished job has the same `unique` key.
 RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', attempts = 0, deferrals = 0, updated_at = ?,
     expires_at = CASE WHEN expires_at > ? THEN expires_at END,
     ready = coalesce(run_at, 0) <= ? AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq),
@@ -2764,7 +2785,7 @@ LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?,
 HOOKED = """SELECT seq, id, queue, command, state, attempts, max_retries, exit_code, last_error,
     updated_at FROM jobs """
 
-# CROSS JOIN keeps jobs the outer loop, in the order of its key.
+# CROSS JOIN makes jobs the outer loop, in the order of its key.
 SELECT_JOBS = """SELECT seq, jobs.id AS id, command, shell, state, queue, priority, run_at,
     timeout_seconds, attempts, max_retries, backoff_base, cwd, env, policy,
     unique_key AS "unique", after_ids AS after, after_any_ids AS after_any, expires_at,
@@ -2776,14 +2797,15 @@ SELECT_JOBS = """SELECT seq, jobs.id AS id, command, shell, state, queue, priori
 
 @lru_cache(16)
 def next_job(queues: int) -> str:
-    """The statement for the job that is next: of each queue's first the lowest (priority, seq).
+    """Return the statement that finds the next job to claim.
 
-    `queues` is the number of names that are its parameters; 0 means all queues. Each costs one
-    seek in jobs_ready, however many jobs wait. A job that is processing counts against its
-    queue's limit until its run is recorded. So do those of dead workers: their processes may
-    still live.
+    Of the first ready jobs of all queues it is the one with the lowest (priority, seq). `queues` is
+    the number of queue names that are the statement's parameters; 0 means all queues. Each queue
+    costs one seek in jobs_ready, however many jobs wait. A job counts against its queue's limit
+    until its run is recorded, also if its worker is dead: its processes may still live.
     """
-    from_busy, among = "INDEXED BY queues_busy", ""  # thousands of queues may have finished
+    # Skips queues without waiting jobs, of which there may be thousands.
+    from_busy, among = "INDEXED BY queues_busy", ""
     if queues:
         from_busy, among = "", "AND name IN (%s)" % ", ".join("?" * queues)
     return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries,
@@ -2796,16 +2818,16 @@ def next_job(queues: int) -> str:
         ORDER BY priority, seq LIMIT 1""" % (SINCE, from_busy, among)
 
 
-# When a job ended or, where it has not, was last changed.
+# When a job ended or, if it has not, when it was last changed.
 TIME_OF = """CASE WHEN state IN ('completed', 'dead', 'cancelled') THEN finished_at
     ELSE updated_at END"""
 
 
 def terms_of(selection: Selection) -> tuple[str, list[Any]]:
-    """What a job must be to be selected: the end of a WHERE, which begins with AND, and its values.
+    """Return the end of a WHERE that selects jobs (it begins with AND), and its values.
 
-    One state is read by its index; several by the key, which needs no sorting (`+` rules the
-    index out).
+    A single state is read by its index; several are read by the key, for this needs no sorting
+    (the `+` rules the index out).
     """
     state = "state" if len(selection.states) == 1 else "+state"
     terms, values = "", []
@@ -2825,7 +2847,7 @@ def terms_of(selection: Selection) -> tuple[str, list[Any]]:
 
 
 def select_jobs(selection: Selection, newest: bool, count: int) -> tuple[str, list[Any]]:
-    """The statement for a page of `count` jobs, and its values behind the seq to start from."""
+    """Return the statement for a page of `count` jobs, and its values, which follow the seq."""
     bound, order = ("<", "DESC") if newest else (">", "ASC")
     terms, values = terms_of(selection)
     statement = "%s WHERE seq %s ?%s ORDER BY seq %s LIMIT %d" % (
@@ -2833,50 +2855,52 @@ def select_jobs(selection: Selection, newest: bool, count: int) -> tuple[str, li
     return statement, values
 
 
-# ═══ Database ═══ the file: trust, opening, the mutex, commits, what is on disk, copies ══════
+# ═══ Database ═══ the file: trust, opening, the mutex, commits, syncing, copies ══════════════
 #
-# Nobody but SQLite ever opens the database file. Closing any other descriptor of it would drop
-# the locks that SQLite holds on it. Its log and the lock file may be opened.
+# Only SQLite ever opens the database file. If this process opened it too and closed that
+# descriptor, the kernel would drop the locks that SQLite holds on it. The log and the lock file may
+# be opened.
 #
-# Who writes takes these steps (Connection.begin and end):
+# A writer takes these steps (Connection.begin and end):
 #
-#   1. The mutex: a lock on the lock file beside the database. The kernel keeps its queue: SQLite's
-#      own waiting is unfair, and deaf to signals. A write can't race a checkpoint, by which SQLite
-#      before 3.51.3 could lose commits. All that follows is done while it is held.
-#   2. Is it still the same file? What is written to a deleted or replaced one would be lost.
-#   3. Is there the mark of a failed sync? Then the log is written again, for a commit on top of
-#      frames that the disk has not got would be told as done, and be lost with them.
-#   4. The first time: is it a copy? Then it gets an id of its own, so that nobody who works on the
-#      copy ends the processes of the original.
-#   5. BEGIN IMMEDIATE, the statements, COMMIT. A deferred transaction would fail where it turns
-#      into a write, if another program had written meanwhile.
-#   6. The mark again. A worker syncs without the mutex: that may have failed after step 3, and
-#      then this commit stands on frames that the disk has not got.
-#   7. The mutex is freed, whatever went wrong before.
+#   1. Take the mutex, a lock on the lock file beside the database. The kernel serves waiting
+#      writers in turn; SQLite's own waiting is unfair, and deaf to signals. The mutex also keeps a
+#      write from racing a checkpoint, by which SQLite before 3.51.3 could lose commits. It is held
+#      to the end.
+#   2. Check that the file is still the same. A write to a deleted or replaced file would be lost.
+#   3. Look for the mark of a failed sync. If it is there, write the log again: otherwise this
+#      commit would follow frames that never reached the disk, and would be lost with them.
+#   4. At the first write, check whether this is a copy. A copy gets an id of its own, so that its
+#      workers never end the processes of the original.
+#   5. BEGIN IMMEDIATE, the statements, COMMIT. A deferred transaction would fail when it turns into
+#      a write after another program has written.
+#   6. Look for the mark again. Workers sync without the mutex, so a sync may have failed since step
+#      3, and this commit may follow frames that never reached the disk.
+#   7. Free the mutex, whatever went wrong before.
 #
-# Commands let COMMIT sync the log (synchronous=FULL). Workers don't (defer_sync): they call
+# In commands COMMIT syncs the log (synchronous=FULL). Workers defer this (defer_sync): they call
 # `sync` when the mutex is free again and the next job runs already, and tell nothing before.
 #
-# A reader takes no mutex. Every answer is fetched whole: an open cursor would keep checkpoints
-# from finishing.
+# A reader takes no mutex. It fetches every answer whole: an open cursor would keep checkpoints from
+# finishing.
 #
-# Who opens takes the mutex only to migrate, or to look again where the first look found trouble:
-# perhaps the database was being made at that moment.
+# Opening takes the mutex only to migrate, or to look again if the first look found trouble: another
+# process may have been making the database at that moment.
 
-PATIENCE = 30.0  # seconds a command waits to write before it gives up
-WAIT_TOLD = 5.0  # seconds after which it says that it waits
+PATIENCE = 30.0  # seconds that a command waits for the mutex before it gives up
+WAIT_TOLD = 5.0  # seconds after which it tells that it is waiting
 
-# Words in an error of SQLite; what that error means to the user, and what to do next.
+# Patterns of SQLite's errors, each with what it means to the user and what to do next.
 MEANINGS = (
     ("locked|busy", Unavailable,
      "%(path)s is locked by another program; try again when it has finished"),
-    ("full", Unavailable, "no space left for %(path)s; free some and try again"),
+    ("full", Unavailable, "no space is left for %(path)s; free some and try again"),
     ("disk I/O", Unavailable,
      "%(path)s can't be read or written (%(text)s); check the disk and its quota"),
     ("readonly|read-only", Unavailable,
      "%(path)s can't be written: it or its folder is read-only"),
     ("not a database|encrypted", QueueError,
-     "%(path)s is not a queuectl database; nothing was changed, name another with --db"),
+     "%(path)s is not a queuectl database, and was not changed; name another with --db"),
     ("malformed", QueueError,
      ("%(path)s is damaged (%(text)s); move it, %(path)s-wal and %(path)s-shm away together, "
       "then `queuectl restore BACKUP` or start anew")),
@@ -2884,7 +2908,7 @@ MEANINGS = (
 
 
 def shortage_of_descriptors() -> str:
-    """Why no file can be opened now, or nothing: SQLite does not tell."""
+    """Return why no file can be opened now, or "": SQLite does not say it."""
     try:
         os.close(os.dup(0))
     except OSError as error:
@@ -2893,7 +2917,7 @@ def shortage_of_descriptors() -> str:
 
 
 def translate(error: sqlite3.Error, path: str) -> QueueError:
-    """What an error of SQLite means to the user, and what to do next."""
+    """Turn an error of SQLite into one that tells the user what to do next."""
     text = str(error)
     for words, kind, meaning in MEANINGS:
         if re.search(words, text):
@@ -2908,7 +2932,7 @@ def translate(error: sqlite3.Error, path: str) -> QueueError:
 
 
 def open_as_it_is(path: str) -> sqlite3.Connection:
-    """A database for reading, without its log and without any lock.
+    """Open a database for reading, without its log and without any lock.
 
     See https://www.sqlite.org/uri.html.
     """
@@ -2918,7 +2942,7 @@ def open_as_it_is(path: str) -> sqlite3.Connection:
 
 
 def value_in_file(path: str, statement: str) -> Any:
-    """The first value that a statement finds in a database as it is; None if it can't be read."""
+    """Return the first value of a statement, reading the file as it is; None if unreadable."""
     db = open_as_it_is(path)
     try:
         row = db.execute(statement).fetchone() or (None,)
@@ -2930,14 +2954,14 @@ def value_in_file(path: str, statement: str) -> Any:
 
 
 def is_queue(path: str) -> bool:
-    """Whether a file is the database of a queue."""
+    """Tell whether a file is the database of a queue."""
     return bool(value_in_file(path, GET_APPLICATION) == APPLICATION_ID)
 
 
 def has_log(db: str) -> bool:
-    """Whether anything stands in the log beside a database.
+    """Tell whether the log beside a database holds anything.
 
-    Whoever closes the database last removes the log, at any moment.
+    The process that closes the database last removes the log; that may happen at any moment.
     """
     try:
         return getsize(db + "-wal") > 0
@@ -2945,14 +2969,14 @@ def has_log(db: str) -> bool:
         return False
 
 
-# What is refused: what others could have written, and where locks don't hold.
+# Refused: databases that others could have written, and places where locks don't hold.
 
 
 def make_folder(folder: str) -> None:
     """Make the folder of a database, for this user alone.
 
-    Raises QueueError if that can't be, or if it is on a network file system, where SQLite's locks
-    don't hold.
+    Raises QueueError if that fails, or if the folder is on a network file system, where SQLite's
+    locks don't hold.
     """
     try:
         if not isdir(folder):
@@ -2970,15 +2994,15 @@ def make_folder(folder: str) -> None:
 def _distrust(path: str) -> str:
     try:
         return system.distrust(path)
-    except FileNotFoundError:  # then there is nothing to distrust, as the folder is looked at too
+    except FileNotFoundError:  # then there is nothing to distrust; the folder is checked too
         return ""
 
 
 def distrust_of(db: str) -> str:
-    """Why nothing that a database says may be executed, or nothing: others could have written it.
+    """Return why others could have written a database, or "". Then nothing in it may be executed.
 
-    Who can write to the database, to what stands beside it or to its folder can have commands run
-    as this user; and who can write to a folder above can put another in its place.
+    A user who can write to the database, to a file beside it or to its folder can have commands
+    run as this user. A user who can write to a folder above can put another in its place.
     """
     reasons = [_distrust(path) for path in files_of(db)]
     folder, above = dirname(db), False
@@ -2987,16 +3011,16 @@ def distrust_of(db: str) -> str:
         while not above or folder != dirname(folder):
             reasons.append(system.distrust(folder, above))
             folder, above = dirname(folder), True
-    except FileNotFoundError:  # moved away: whoever did that can put another there
-        return "%s was moved away while it was looked at" % folder
+    except FileNotFoundError:  # moved away: whoever did that can put another file there
+        return "%s was moved away while it was checked" % folder
     return next(filter(None, reasons), "")
 
 
 def refuse_untrusted(db: str) -> None:
     """Raise QueueError if others could change what is executed, or if locks can't be trusted.
 
-    Whatever executes a command of a database, or ends processes by what it says, asks here first.
-    A folder that is not there is made: nobody can then put another in its place.
+    All code that executes a command of a database, or ends processes that it names, calls this
+    first. It makes a missing folder, so that nobody can put another in its place.
     """
     make_folder(dirname(db))
     reason = distrust_of(db)
@@ -3005,26 +3029,26 @@ def refuse_untrusted(db: str) -> None:
 
 
 def prepare_place(path: str) -> None:
-    """Before a database is made: a private folder, on a disk of this machine, and nobody uses it.
+    """Before a database is made: make a private folder for it, on a disk of this machine.
 
-    Raises QueueError if a worker of one that was here still lives, or if its log stands there.
+    Raises QueueError if a database was here before and its worker still lives or its log is left.
     """
     make_folder(dirname(path))
     alive, log = anyone_alive(path), exists(path + "-wal")
-    if exists(path):  # another process has made it meanwhile
+    if exists(path):  # another process has just made it
         return
     if alive:
-        raise QueueError("%s is gone, but workers of it still live; let them end before a new one "
+        raise QueueError("%s is gone, but its workers still live; let them end before a new one "
                          "is made" % path)
     if log:
-        raise QueueError("%s is gone, but its log stands there; `queuectl restore BACKUP`, or move "
+        raise QueueError("%s is gone, but its log is still there; `queuectl restore BACKUP` or move "
                          "%s-wal away" % (path, path))
 
 
 def refuse_strange_file(path: str) -> None:
-    """Before a database is opened; raises QueueError for what SQLite would take for one.
+    """Raise QueueError for a path that SQLite would open, but that is no sound database.
 
-    It would make a new queue of an empty file, follow links, and keep a log for each name.
+    SQLite would make a new database of an empty file, follow links, and keep a log for each name.
     """
     info, folder = os.stat(path), folder_path(path)
     if not stat.S_ISREG(info.st_mode):
@@ -3041,14 +3065,14 @@ def refuse_strange_file(path: str) -> None:
         if is_link(beside):
             raise QueueError("%s is a link, which is not followed; remove it" % beside)
     if info.st_size == 0 and isdir(folder):
-        raise QueueError("%s is empty, but has been a queue before; restore a backup, or move it "
+        raise QueueError("%s is empty, but was a queue before; restore a backup, or move it "
                          "and %s away" % (path, folder))
 
 
 def advice_on_owner(path: str) -> str:
-    """Whose a database's files are, and what to do, if they are another user's.
+    """If another user owns a file of a database, say so and what to do; else return "".
 
-    They were made by `sudo`, for instance.
+    This happens after a command with `sudo`, for instance.
     """
     folder = dirname(path)
     for file in (folder, path, mutex_path(path)):
@@ -3062,24 +3086,25 @@ def advice_on_owner(path: str) -> str:
 
 
 class Identity:
-    """Which file and which queue a database is, for everybody who has to know.
+    """The identity of a database: which file it is, and which queue.
 
-    The file is its device and inode: they change if the database is replaced while it is open.
-    The queue is an id, kept in the database; the names of its workers, and so the QUEUECTL_RUN of
-    its runs, begin with it. The lock file beside the database notes the id and the file. Where that
-    note and the database disagree, it is a copy (by `cp`, of the file or of the whole folder; by
-    `mv` away from its lock file; put in the place of another). It gets an id of its own by the
-    first write: so nobody who works on a copy ends the processes of the original.
+    The file's identity is its device and inode, which change if the database is replaced while it
+    is open. The queue's identity is an id, kept in the database; the names of its workers, and so
+    the QUEUECTL_RUN of its runs, begin with it. The lock file beside the database notes both. If
+    the note and the database disagree, the database is a copy: made by `cp`, of the file or of the
+    whole folder, moved away from its lock file, or put in the place of another. The first write
+    gives it an id of its own, so that the workers of a copy never end the original's processes.
     """
 
-    queue = ""  # known once something was written
+    queue = ""  # known after the first write
     next_look, index, changed_at = 0.0, 0, 0
-    # Then even closing it may do harm: SQLite would write its log into another file.
+    # Then even closing the database may do harm: SQLite would write the log into another file.
     replaced = False
 
     def __init__(self, path: str, mutex: int):
         self.path, self.mutex = path, mutex
-        self.watched = [mutex]  # descriptors of files that must not be deleted while it is in use
+        # Descriptors of files that must not be deleted while the database is in use.
+        self.watched = [mutex]
         self.file = self._look()
 
     def _look(self) -> tuple[int, int]:
@@ -3097,8 +3122,8 @@ class Identity:
     def check(self) -> None:
         """Raise QueueError if the database was deleted or replaced since it was opened.
 
-        At most every tenth of a second it is also looked at whether the lock file or the index of
-        the log was deleted, and whether the database was overwritten.
+        At most ten times a second it also checks whether the lock file or the index of the log was
+        deleted, and whether the database was overwritten.
         """
         if self._look() != self.file:
             raise self._trouble("was replaced")
@@ -3111,7 +3136,8 @@ class Identity:
             self.replaced = True
             raise QueueError("files beside %s were deleted while it was in use; nothing more is "
                              "written" % self.path)
-        changed_at = os.stat(self.path).st_mtime_ns  # by a checkpoint, or by who overwrites it
+        # A checkpoint has written to it, or somebody overwrites it.
+        changed_at = os.stat(self.path).st_mtime_ns
         touched = self.changed_at not in (0, changed_at)
         if self.queue and touched and self._is_another(self.queue):
             self.replaced = True
@@ -3119,7 +3145,7 @@ class Identity:
         self.changed_at = changed_at
 
     def watch(self, fd: int) -> None:
-        """From now on look whether this file, and the index of SQLite's log, are deleted."""
+        """Have `check` notice if this file, or the index of SQLite's log, is deleted."""
         self.watched.append(fd)
         self.index = self._inode_of_index()
 
@@ -3132,17 +3158,17 @@ class Identity:
             return -1
 
     def _noted(self) -> list[bytes]:
-        """What the lock file tells: the queue's id, the device and the inode.
+        """Read the queue's id, the device and the inode from the lock file.
 
-        Older programs noted the inode alone.
+        Older programs noted only the inode.
         """
         return read_between(self.mutex, 0, 51).split()
 
     def check_log(self) -> None:
-        """Raise QueueError for a database in the place of another whose workers or log are there.
+        """Raise QueueError for a database that replaced another whose workers or log are there.
 
-        SQLite would mix that log with it. Devices may have other numbers after a restart of the
-        machine.
+        SQLite would mix that log with it. The device's number alone proves nothing: it may change
+        when the machine restarts.
         """
         path, noted, log = self.path, self._noted(), has_log(self.path)
         overwritten = log and len(noted) == 3 and self._is_another(noted[0].decode())
@@ -3160,9 +3186,9 @@ class Identity:
                              "with it" % (path, path, path, mutex_path(path)))
 
     def _lacks_index(self) -> bool:
-        """Whether workers live, but the index of the log is gone.
+        """Tell whether workers live although the index of the log is gone.
 
-        Whoever closes the database last removes the index, then the log; perhaps at this moment.
+        The process that closes the database last removes the index, then the log; perhaps just now.
         """
         path = self.path
         for _ in range(10):
@@ -3172,10 +3198,10 @@ class Identity:
         return True
 
     def _is_another(self, queue: str) -> bool:
-        """Whether the file was overwritten in place with another queue than the noted one.
+        """Tell whether the file was overwritten in place with another queue than the noted one.
 
-        The file is read as it is, without its log. What is written to it meanwhile can make it
-        look damaged, which tells nothing, but not three times like a whole other queue.
+        The file is read as it is, without its log. A write meanwhile can make it look damaged,
+        which proves nothing, but it can't look like another whole queue three times.
         """
         for _ in range(3):
             if value_in_file(self.path, GET_IDENTITY) in (queue, None):
@@ -3187,7 +3213,7 @@ class Identity:
                renew: Callable[[], str] | None = None) -> None:
         """Under the mutex, before the first write: note which queue this is.
 
-        A copy is given a new id by `renew`. Where workers live it is no copy: in a container the
+        `renew` gives a copy a new id. While workers live it is no copy: in another container the
         same file may have another device.
         """
         if renew and self.is_copy(queue):
@@ -3197,22 +3223,22 @@ class Identity:
         self.queue = queue
 
     def is_copy(self, queue: str) -> bool:
-        """Whether this is a copy of `queue` that has no id of its own yet."""
+        """Tell whether this is a copy of `queue` that has no id of its own yet."""
         noted = self._note(queue).split()
         return self._noted() != noted and not anyone_alive(self.path)
 
     def _note(self, queue: str) -> bytes:
-        """The queue's id, device and inode; 51 bytes."""
+        """Write the queue's id, device and inode as 51 bytes."""
         return b"%-8.8b %20d %20d\n" % (queue.encode(), *self.file)
 
     def same_file(self) -> bool:
-        """Whether the lock file tells of this file."""
+        """Tell whether the note in the lock file is about this file."""
         return self._noted()[-1:] == [b"%d" % self.file[1]]
 
 
 def wal_checksum(data: bytes, sums: tuple[int, int],
                  order: str) -> tuple[int, int]:
-    """The checksum of SQLite's log over `data`, going on from `sums`.
+    """Return the checksum of SQLite's log over `data`, continued from `sums`.
 
     `order` is the byte order (`<` or `>`) of its 32-bit words.
     """
@@ -3226,45 +3252,45 @@ def wal_checksum(data: bytes, sums: tuple[int, int],
 
 
 class Log:
-    """SQLite's log (-wal), and whether the disk has what was written to it.
+    """SQLite's log (-wal), and whether it is on the disk.
 
-    Commits of workers don't wait for the disk; the log is synced later, by one call, before
-    anything is told of them. Should that call fail, the kernel forgets what it could not write:
-    it takes the pages for clean, and a later sync succeeds without them. So who sees a sync fail
-    leaves a mark in the lock file. While it stands there, nobody commits, tells, or lets SQLite
-    copy the log into the database (a checkpoint, at the end of a commit or when the last
-    connection closes): first somebody, under the mutex, writes the log's frames over themselves,
+    Commits of workers don't wait for the disk. One call syncs the log later, before anything is
+    told of them. If that call fails, the kernel forgets the pages it could not write: it takes them
+    for clean, and a later sync succeeds without them. So the process whose sync failed leaves a
+    mark in the lock file. While the mark stands, no process commits, tells of a commit, or lets
+    SQLite copy the log into the database (a checkpoint, at the end of a commit or when the last
+    connection closes). First one of them, under the mutex, writes the log's frames over themselves,
     which makes the pages dirty again, and syncs them.
-    (The kernel's part: https://wiki.postgresql.org/wiki/Fsync_Errors; the log's format:
+    (The kernel: https://wiki.postgresql.org/wiki/Fsync_Errors; the format of the log:
     https://www.sqlite.org/fileformat2.html#walformat)
     """
 
     MARK_AT = 63  # in the lock file, behind the note of Identity
     HEADER, FRAME_HEADER = 32, 24  # bytes
-    fd = -1  # it is opened when it is needed
+    fd = -1  # opened when it is first needed
 
     def __init__(self, path: str, mutex: int):
         self.path, self.mutex = path + "-wal", mutex
         self.index = path + "-shm"
 
     def open(self) -> int:
-        """The descriptor of the log."""
+        """Return the descriptor of the log, opening it if need be."""
         if self.fd < 0:
             self.fd = open_beside(self.path, os.O_RDWR)
         return self.fd
 
     def failed(self) -> bool:
-        """Whether a sync has failed, anybody's, and the log was not written again since."""
+        """Tell whether any process's sync failed and the log was not written again since."""
         return read_between(self.mutex, self.MARK_AT, self.MARK_AT + 1) == b"!"
 
     def mark(self, sign: bytes) -> None:
-        """Leave the mark (`!`), or take it away (a blank)."""
+        """Set the mark (`!`), or remove it (a blank)."""
         write_at(self.mutex, self.MARK_AT, sign)
 
     def sync(self) -> None:
-        """Have the disk keep all that was committed.
+        """Sync the log: after this the disk has every commit so far.
 
-        Raises OSError if it can't, having left the mark.
+        If that fails, sets the mark and raises OSError.
         """
         self.open()
         try:
@@ -3274,13 +3300,13 @@ class Log:
             raise
 
     def write_again(self) -> None:
-        """Under the mutex: write what was committed over itself and sync it.
+        """Under the mutex: write all committed frames over themselves, and sync them.
 
-        Raises OSError if the disk still can't take it, QueueError if a part is lost.
+        Raises OSError if the disk still can't take them, QueueError if some are lost.
         """
         end = self.cut()
         if not self._is_sound(end):
-            raise QueueError("the disk has lost a part of %s, which failed to be synced before: "
+            raise QueueError("the disk has lost a part of %s, which it failed to sync before: "
                              "stop the workers, keep a copy of all files, and restore a backup"
                              % self.path)
         size = 1 << 16
@@ -3291,10 +3317,10 @@ class Log:
         self.mark(b" ")
 
     def cut(self) -> int:
-        """Under the mutex: end the log behind what was committed; the offset there.
+        """Under the mutex: cut the log behind the last committed frame; return the offset.
 
-        A commit that failed while it was synced has left its frames there: the next who reads the
-        log from the disk would take them for committed.
+        A commit whose sync failed has left its frames there. The next process that reads the log
+        from the disk would take them for committed.
         """
         self.open()
         end = self.HEADER + self._frame_size() * self._frames_in_index()
@@ -3303,9 +3329,9 @@ class Log:
         return end
 
     def _frames_in_index(self) -> int:
-        """How many frames were committed, as SQLite's index of the log tells (mxFrame).
+        """Return how many frames were committed, by SQLite's index of the log (mxFrame).
 
-        Another process reads it: to close the file here would drop the locks that SQLite has on it.
+        Another process reads it: closing the file in this one would drop SQLite's locks on it.
         """
         head = system.read_elsewhere(self.index, 20)
         if len(head) < 20:
@@ -3316,7 +3342,7 @@ class Log:
         return self.FRAME_HEADER + int.from_bytes(read_between(self.fd, 8, 12), "big")
 
     def _is_sound(self, end: int) -> bool:
-        """Whether the frames up to the offset `end` read as they were written, by checksums."""
+        """Tell by their checksums whether the frames up to the offset `end` are undamaged."""
         size = self._frame_size()
         header = read_between(self.fd, 0, self.HEADER)
         order = ">" if header[3:4] == b"\x83" else "<"
@@ -3337,7 +3363,7 @@ class Log:
 
 
 class Guard:
-    """A `with` block: `enter` is called before it, `leave` after it with the error it ended by."""
+    """A `with` block: calls `enter` before it, and after it `leave` with its error or None."""
 
     def __init__(self, enter: Callable[[], None],
                  leave: Callable[[BaseException | None], None]):
@@ -3351,17 +3377,17 @@ class Guard:
 
 
 class Connection:
-    """The doors through which everything goes: one for writes, some for reads.
+    """The only way to the database: one method for writing, some for reading.
 
-    What goes wrong there is raised as QueueError, or as Unavailable if it may pass.
+    An error there is raised as QueueError, or as Unavailable if it may pass by itself.
     """
 
     db: sqlite3.Connection
     identity: Identity
     log: Log
-    mutex = -1  # the descriptor of the lock file; -1: it is not open, nothing is written
-    told = False  # that it waits
-    deferring = False  # then a commit does not wait for the disk
+    mutex = -1  # the descriptor of the lock file; -1: not open, for nothing was written yet
+    told = False  # that it is waiting
+    deferring = False  # if true, a commit does not wait for the disk
     reading = as_it_is = False  # see Database
 
     def __init__(self, path: str, patience: float, tell: Tell | None):
@@ -3369,7 +3395,7 @@ class Connection:
         self.folder = dirname(path)
 
     def _connect(self) -> None:
-        # Who only reads writes to no new page of the index, if somebody has made it.
+        # A reader writes to no new page of the index if another process has made it.
         if not (self.reading and anyone_alive(self.path)):
             system.refuse_full(self.folder)
         mask = os.umask(0o077)
@@ -3379,26 +3405,25 @@ class Connection:
             os.umask(mask)
         self.execute("PRAGMA journal_size_limit = 16777216")
         self.execute("PRAGMA trusted_schema = OFF")
-        # Some builds write zeros over all that is deleted, through the log: a purge then takes
-        # minutes. FAST does so where it costs no extra write.
+        # Some builds write zeros over all deleted data, through the log: then a purge takes
+        # minutes. FAST does so only where it costs no extra write.
         self.execute("PRAGMA secure_delete = FAST")
-        if sys.platform == "darwin":  # where an fsync does not reach the disk
+        if sys.platform == "darwin":  # there an fsync does not reach the disk
             self.execute("PRAGMA fullfsync = 1")
             self.execute("PRAGMA checkpoint_fullfsync = 1")
         self.execute("PRAGMA synchronous = %s" % ("NORMAL" if self.deferring else "FULL"))
 
     def _trouble(self, error: sqlite3.Error) -> QueueError:
-        """What an error means.
+        """Translate an error of SQLite; first look into two errors that may mislead.
 
-        Of a page that could not be read SQLite says the same as of a damaged one: that is looked
-        into. Where a descriptor was lacking it has opened the database for reading alone: that is
-        mended.
+        For a page that it could not read SQLite reports damage: so the database is checked. If it
+        lacked a descriptor, it opened the database for reading only: so it is opened again.
         """
         trouble = translate(error, self.path)
         if "readonly" in str(error) and os.access(self.path, os.W_OK):
             try:
                 self._connect()
-            except sqlite3.Error:  # tried again with what is to be written
+            except sqlite3.Error:  # opened again with the next write
                 pass
         if "malformed" not in str(error):
             return trouble
@@ -3413,16 +3438,16 @@ class Connection:
     # Reading.
 
     def _patiently(self, read: Callable[[], Any]) -> Any:
-        """What `read()` returns; tried again for `patience` seconds while a program has it locked.
+        """Return `read()`; try again for `patience` seconds while the database is locked.
 
-        SQLite itself locks all out while it reads the log that a crash has left.
+        SQLite itself locks it while it reads the log that a crash has left.
         """
         deadline = None
         while True:
             try:
                 return read()
             except sqlite3.Error as error:
-                if deadline is None:  # it is looked into if it fails again
+                if deadline is None:  # _trouble looks into it if it fails again
                     deadline, self.told = monotonic() + self.patience, False
                     continue
                 trouble = self._trouble(error)
@@ -3432,20 +3457,20 @@ class Connection:
                 sleep(0.02)
 
     def rows(self, statement: str, *values: Any) -> list[Any]:
-        """All rows that a statement finds, as tuples."""
+        """Return all rows that a statement finds, as tuples."""
         return self._patiently(  # type: ignore[no-any-return]
             lambda: self.db.execute(statement, values).fetchall())
 
     def column(self, statement: str, *values: Any) -> list[Any]:
-        """The first value of each row."""
+        """Return the first value of each row."""
         return [row[0] for row in self.rows(statement, *values)]
 
     def value(self, statement: str, *values: Any) -> Any:
-        """The first value of the first row; None if there is no row."""
+        """Return the first value of the first row; None if there is no row."""
         return next(iter(self.column(statement, *values)), None)
 
     def dicts(self, statement: str, *values: Any) -> list[Row]:
-        """Each row with the names of its columns."""
+        """Return each row as a dict, by the names of its columns."""
         def read() -> list[Row]:
             cursor = self.db.execute(statement, values)
             names = [column[0] for column in cursor.description]
@@ -3454,20 +3479,20 @@ class Connection:
         return self._patiently(read)  # type: ignore[no-any-return]
 
     def first(self, statement: str, *values: Any) -> Row | None:
-        """The first row with the names of its columns; None if there is no row."""
+        """Return the first row as a dict; None if there is no row."""
         return next(iter(self.dicts(statement, *values)), None)
 
     # Writing.
 
     def transaction(self) -> Guard:
-        """`with store.transaction():` is one write: all of it is committed, or nothing.
+        """Return a `with` block that is one write: all of it is committed, or nothing.
 
         Raises Unavailable if it can't begin within `patience` seconds, or the disk can't take it.
         """
         return Guard(self.begin, self.end)
 
     def execute(self, statement: str, *values: Any) -> int:
-        """Change something; how many rows were changed."""
+        """Execute a statement; return how many rows it changed."""
         return self.db.execute(statement, values).rowcount
 
     def begin(self) -> None:
@@ -3492,10 +3517,10 @@ class Connection:
                 trouble = self._trouble(error)
                 if not isinstance(trouble, Unavailable) or monotonic() >= deadline:
                     raise trouble from error
-                self._tell_wait(deadline)  # a program that is not queuectl may hold the lock
+                self._tell_wait(deadline)  # a program other than queuectl may hold the lock
 
     def end(self, error: BaseException | None = None) -> None:
-        """Commit; or, if the transaction ended by an error, roll back."""
+        """Commit, or roll back if the transaction ended by an error."""
         test_point("before commit")
         try:
             if error is None:
@@ -3506,7 +3531,8 @@ class Connection:
         except sqlite3.Error as failure:
             if self.db.in_transaction:
                 self.execute("ROLLBACK")
-            if "I/O" in str(failure):  # perhaps of a sync, and others' commits are forgotten too
+            # If a sync failed, the kernel may have forgotten others' commits too.
+            if "I/O" in str(failure):
                 self._note_failed_sync()
             if error is None:
                 raise self._trouble(failure) from failure
@@ -3525,11 +3551,11 @@ class Connection:
     # The mutex.
 
     def alone(self) -> Guard:
-        """`with self.alone():` holds the mutex without a transaction."""
+        """Return a `with` block that holds the mutex without a transaction."""
         return Guard(self._lock, self._unlock)
 
     def _lock(self, deadline: float = 0.0) -> None:
-        """Take the mutex until `deadline`, by default for `patience` seconds."""
+        """Take the mutex; wait for it until `deadline`, by default for `patience` seconds."""
         deadline = deadline or monotonic() + self.patience
         try:
             while not system.try_lock(self.mutex):
@@ -3543,12 +3569,12 @@ class Connection:
             raise Unavailable("%s can't be locked: %s" % (file, error.strerror)) from error
 
     def _unlock(self, error: BaseException | None = None) -> None:
-        """Free the mutex; this must not fail, for what was committed would be taken for failed."""
+        """Free the mutex. This must not fail: the caller would take a commit for failed."""
         try:
             system.unlock(self.mutex)
         except OSError:
             again = open_private(mutex_path(self.path), os.O_RDWR)
-            # This closes the descriptor that holds it.
+            # This closes the descriptor, which frees the mutex.
             os.dup2(again, self.mutex, inheritable=False)
             os.close(again)
 
@@ -3558,26 +3584,27 @@ class Connection:
             self.tell("waiting for another process to finish writing to %s" % self.path)
             self.told = True
 
-    # What is on disk: see Log.
+    # Syncing: see Log.
 
     def defer_sync(self) -> None:
-        """From now on a commit does not wait for the disk.
+        """Let commits no longer wait for the disk: the caller syncs them later.
 
-        A power cut may undo it, until `sync` has returned. With synchronous=FULL SQLite does the
-        same inside COMMIT: it syncs its log. Done outside, nobody waits for the mutex meanwhile,
-        and a worker's next job runs already.
+        Until `sync` has returned a power cut may undo a commit. With synchronous=FULL SQLite syncs
+        inside COMMIT. Outside of it nobody waits for the mutex meanwhile, and a worker's next job
+        runs already.
         """
         self.deferring = True
         self.execute("PRAGMA synchronous = NORMAL")
-        self.value(COUNT_TABLES)  # which makes the log, if there was none
-        # Before the first commit: who opens it after a sync has failed does not hear of that.
+        self.value(COUNT_TABLES)  # this makes the log, if there was none
+        # Before the first commit: the kernel reports a failed sync only to descriptors open before
+        # it.
         self.identity.watch(self.log.open())
 
     def sync(self) -> None:
         """Make every commit so far survive a power cut; raises Unavailable if the disk can't.
 
-        The log may be opened: unlike the database's, nobody's locks depend on its descriptors.
-        While a connection is open the log is never replaced, only written anew from its start.
+        This process may open the log: no locks depend on its descriptors, unlike the database's.
+        While a connection is open the log is never replaced, only written again from its start.
         """
         if self.mutex < 0:  # there is no database
             return
@@ -3593,12 +3620,12 @@ class Connection:
             raise self._trouble(error) from error
 
     def _repair_after_commit(self) -> None:
-        """What others committed before is perhaps not on disk; then this commit is not either."""
-        if self.deferring:  # `sync` will see to it
+        """If a sync failed meanwhile, write the log again: this commit may stand on lost ones."""
+        if self.deferring:  # `sync` will do that
             return
         try:
             failed = self.log.failed()
-        except OSError:  # SQLite has synced it, and who failed to sync will see to it
+        except OSError:  # SQLite has synced this one; the process whose sync failed repairs the log
             return
         if failed:
             self._write_log_again()
@@ -3607,38 +3634,39 @@ class Connection:
         try:
             self.log.mark(b"!")
             self.log.cut()
-        except OSError:  # then whoever repairs the log does it
+        except OSError:  # another process will repair the log
             pass
 
     def _unsynced(self, error: OSError) -> Unavailable:
-        return Unavailable("%s can't be synced: %s; nothing more is done until the disk takes it"
+        return Unavailable("%s can't be synced: %s; nothing goes on until the disk takes it"
                            % (self.log.path, error.strerror))
 
     def _write_log_again(self) -> None:
-        """Under the mutex, after a sync has failed."""
-        if self.log.failed():  # nobody else has done it meanwhile
-            # After a crash SQLite makes its index anew now.
+        """Under the mutex, after a failed sync: write the log's frames again."""
+        if self.log.failed():  # no other process has done it meanwhile
+            # If a process has crashed, SQLite makes its index anew here.
             self.db.execute(COUNT_TABLES).fetchall()
             self.log.write_again()
 
 
-# Those that close_stores closes: Python would close one that nobody names any more.
+# The stores that close_stores closes. The list also keeps Python from closing them earlier.
 OPENED: list[Database] = []
 
 
 class Database(Connection):
     """The queue's database at `path`, made if it does not exist.
 
-    `patience` is how many seconds a write may wait; `tell` gets a line when it waits long.
-    `reading`: nothing is to be written; where there is no database it is an empty queue, and one
-    of an older schema is read from a copy in memory that is brought up to date. `as_it_is`: of an
-    older schema only what has not changed since is to be used. Raises QueueError if the database
-    can't be used, Unavailable if perhaps later it can.
+    `patience` is how many seconds a write may wait; `tell` is called with a line if it waits long.
+    `reading`: the caller only reads; a missing database is an empty queue, and one of an older
+    schema is copied into memory, where the copy is migrated. `as_it_is`: an older schema is not
+    migrated, and the caller uses only the part that has not changed since. Raises QueueError if the
+    database can't be used, Unavailable if it perhaps can later.
     """
 
-    source: sqlite3.Connection | None = None  # of an older schema; `db` is a copy of it
+    # The database has an older schema, and `db` is a copy of it.
+    source: sqlite3.Connection | None = None
     seen_in_source = -1
-    failed_once = False  # to be opened
+    failed_once = False  # must be opened first
 
     def __init__(self, path: str, patience: float = PATIENCE, tell: Tell | None = None,
                  reading: bool = False, as_it_is: bool = False):
@@ -3705,24 +3733,24 @@ class Database(Connection):
     def _check_log(self) -> None:
         try:
             self.identity.check_log()
-        except QueueError:  # perhaps it is being made at this moment: look again when that is done
+        except QueueError:  # another process may be making it just now: look again under the mutex
             with self.alone():
                 self.identity.check_log()
 
     def _open_unwritable(self, error: OSError) -> None:
-        """Read a database that can't be written as it is: without locks.
+        """Read a database that this user can't write, as it is and without locks.
 
-        Raises `error` if anything waits in its log, which can't be read then.
+        Raises `error` if its log holds anything, for that could not be read.
         """
         if has_log(self.path):
             raise error
         self._read_as_it_is()
 
     def _open_without_room(self, error: Exception) -> None:
-        """Read a database likewise where the disk has no room for the index of its log.
+        """Read a database in the same way if the disk has no room for the index of its log.
 
-        Raises `error` if it is another, if it may have been for a moment only (then this is tried
-        again), or if the database is to be written.
+        Raises `error` if it is another error, if it may be over in a moment (then the caller tries
+        again), or if the caller wants to write.
         """
         if not self.reading or not re.search("I/O|no space|to open", str(error)):
             raise error
@@ -3730,7 +3758,7 @@ class Database(Connection):
             self.failed_once = True
             raise error
         if self.tell and has_log(self.path):
-            self.tell("%s: what was recorded last is not shown" % error)
+            self.tell("%s: the newest records are not shown" % error)
             self.tell = None
         os.close(self.mutex)
         self.mutex = -1
@@ -3742,17 +3770,17 @@ class Database(Connection):
             self._read_copy_of(self.db)
 
     def _open_nothing(self) -> None:
-        """An empty queue, in memory."""
+        """Open an empty queue in memory."""
         if self.tell:
             self.tell("there is no queue at %s" % self.path)
         self.db = sqlite3.connect(":memory:", isolation_level=None)
         self._run_migrations(0)
 
     def close(self) -> bool:
-        """Close the database; whether that was done.
+        """Close the database; return whether that was done.
 
-        While the mark of a failed sync stands, it is left to the kernel: the last connection would
-        copy the log into the database.
+        While the mark of a failed sync stands, it must stay open until the process ends: the last
+        connection that SQLite closes would copy the log into the database.
         """
         if self.mutex < 0:
             return True
@@ -3772,11 +3800,11 @@ class Database(Connection):
         return True
 
     def changed(self) -> int:
-        """A number that differs from the last one if anybody else has committed meanwhile.
+        """Return a number that changes whenever another connection has committed.
 
-        Raises QueueError if the database was deleted or replaced: nobody would hear of it else.
+        Raises QueueError if the database was deleted or replaced, which nobody else would notice.
         """
-        if self.mutex < 0:  # there was none, or it can't be written
+        if self.mutex < 0:  # there was no database, or it can't be written
             if exists(self.path):
                 self._open()
             return 0
@@ -3788,19 +3816,19 @@ class Database(Connection):
         return self.seen_in_source
 
     def _version_of(self, db: sqlite3.Connection) -> int:
-        """It changes when another connection has committed.
+        """Return a number that changes when another connection has committed.
 
-        SQLite before 3.8.8 does not know it; then everything is looked at each time.
+        SQLite before 3.8.8 has none: then it changes each time, and callers look at everything.
         """
         row = self._patiently(lambda: db.execute("PRAGMA data_version").fetchone())
         if row is None:
             return time.monotonic_ns()
         return int(row[0])
 
-    # The schema: who only reads brings a copy up to date, who writes the file itself.
+    # The schema: a reader migrates a copy, a writer migrates the file.
 
     def _checked_version(self) -> int:
-        """The schema version of a database that is ours and not newer than this program."""
+        """Return the schema version; raise QueueError for a foreign or newer database."""
         version = int(self.value(GET_VERSION))
         if self.value(COUNT_TABLES) and self.value(GET_APPLICATION) != APPLICATION_ID:
             raise QueueError("%s is a database of another program; name another with --db"
@@ -3811,7 +3839,7 @@ class Database(Connection):
         return version
 
     def _read_copy_of(self, source: sqlite3.Connection) -> None:
-        """Copy a database of an older schema into memory, and bring the copy up to date."""
+        """Copy a database of an older schema into memory, and migrate the copy."""
         self.source = source
         self.seen_in_source = self._version_of(source)
         self.db = sqlite3.connect(":memory:", isolation_level=None)
@@ -3821,10 +3849,10 @@ class Database(Connection):
             self.execute(KEEP_OLDER)
 
     def _migrate(self) -> None:
-        """Bring the schema to this version, under the mutex: whole or not at all.
+        """Migrate the schema to this version, under the mutex: whole or not at all.
 
-        Many may try at once: who comes later sees that it is done. Workers of an older program
-        would go on with the old schema: they have to end before.
+        Of many that try at once, one does it, and the others see that it is done. Workers of an
+        older program would go on with the old schema: they must end first.
         """
         version = self._checked_version()
         if version == SCHEMA_VERSION:
@@ -3839,16 +3867,17 @@ class Database(Connection):
                                  "with --db" % self.path)
             self._run_migrations(version)
             self.identity = Identity(self.path, self.mutex)
-            if self.identity.same_file():  # no copy: what older workers left is its own
+            # It is no copy: what older workers left belongs to this queue.
+            if self.identity.same_file():
                 self.execute(KEEP_OLDER)
             self.identity.settle(self.value(GET_IDENTITY))
-            self.value(CHECKPOINT)  # so that its id stands in the file itself
+            self.value(CHECKPOINT)  # now the id stands in the file itself
             sync_folder(self.folder)
         finally:
             os.umask(mask)
 
     def registered(self, statement: str) -> list[Row]:
-        """The pools or workers that a statement finds, each with `alive`."""
+        """Return the pools or workers that a statement finds, each with `alive`."""
         return [dict(entry, alive=is_alive(self.path, entry["name"]))
                 for entry in self.dicts(statement)]
 
@@ -3880,7 +3909,7 @@ class Database(Connection):
     # Which queue it is: see Identity.
 
     def is_own(self, worker: str) -> bool:
-        """Whether a worker is of this queue, and not of one that it was copied from."""
+        """Tell whether a worker belongs to this queue, and not to the one it was copied from."""
         if worker in self.value("SELECT older FROM control").split(","):
             return True
         queue = str(self.value(GET_IDENTITY))
@@ -3889,7 +3918,7 @@ class Database(Connection):
         return worker.startswith(queue + "-")
 
     def queue_id(self) -> str:
-        """The id of this queue, which a copy gets by this at the latest."""
+        """Return the id of this queue; a copy gets its own here, if it has none yet."""
         if not self.identity.queue:
             with self.transaction():
                 pass
@@ -3900,12 +3929,12 @@ class Database(Connection):
     def expect_bulk(self) -> None:
         """Before many jobs are added: keep more of the index of ids in memory.
 
-        Random ids hit it everywhere.
+        Random ids hit every page of it.
         """
         self.execute("PRAGMA cache_size = -40000")  # KiB
 
     def shrink(self) -> None:
-        """Give disk space back after a purge, once a quarter of the file is free."""
+        """After a purge: give disk space back if a quarter of the file is free."""
         free = self.value("PRAGMA freelist_count")
         if free * 4 > self.value("PRAGMA page_count"):
             with self.alone():
@@ -3917,7 +3946,7 @@ class Database(Connection):
     def backup(self, path: str) -> None:
         """Copy the database into the file `path`, as another queue.
 
-        What was running is pending there. Raises QueueError if it can't be written.
+        Jobs that were running are pending there. Raises QueueError if it can't be written.
         """
         self.copy_to(
             path,
@@ -3932,8 +3961,8 @@ class Database(Connection):
     def copy_to(self, path: str, *changes: str) -> None:
         """Copy the database as it is at this moment into a file, and change the copy.
 
-        By SQLite's own online backup, in one step: in several, each write of a worker between two
-        of them would start it anew. The file appears whole, or not at all.
+        SQLite's online backup does it, in one step: with several steps, each write of a worker
+        between them would make it begin again. The file appears whole, or not at all.
         """
         part = "%s.%d.part" % (path, os.getpid())
         try:
@@ -3959,63 +3988,63 @@ class Database(Connection):
 
 
 def close_stores() -> bool:
-    """Close the stores before the process ends; if False it must end by os._exit, see Log."""
+    """Close the stores before the process ends; if False, it must end by os._exit: see Log."""
     closed = [store.close() for store in list(OPENED)]
     return all(closed)
 
 
-# ═══ Store ═══ what is read of the queue, jobs and the runs kept; each change of state ═══════
+# ═══ Store ═══ reading queues, jobs and runs; one method for each change of state ════════════
 #
 # Five layers: Administration (workers, pools, settings, queues), Reading (jobs and runs), Endings
-# (what follows when a job has ended), Editing (what is changed by hand), Store (jobs change).
-# Whatever changes anything is called in a transaction; `settle`, `change_each` and `forget_some`
-# make their own, many short ones. So each change is whole, whoever is killed meanwhile, and each
-# is made only if the job is still in the state that it is made from.
+# (what follows when a job has ended), Editing (changes by a person), Store (changes of state).
+# Methods that change anything are called in a transaction; `settle`, `change_each` and
+# `forget_some` make their own, many short ones. So each change is whole, whichever process is
+# killed, and each is made only if the job is still in the state from which the change was decided.
 #
-#   add      Jobs come in: one transaction, all or none. A job that waits for others is not ready
-#            until the transaction that records the last of those makes it so: nobody can miss it.
-#   claim    First the jobs whose time has come are made ready, then one is taken, in the
-#            transaction that records the worker's last run. Two workers can't take the same: the
-#            second begins after the first has committed. The worker holds the run's token before.
-#   record   WHERE runs = ? AND state = 'processing': a run is recorded once. A worker that was
-#            taken for lost, and goes on, changes nothing: its job was given back, and perhaps
-#            runs again. With the end of a job goes what follows from it: who waited is let go or
-#            dies too, and the jobs of on_end and on_dead are added. So no death goes untold. The
-#            run is kept with its output (_keep_run), and counted (_count_run).
-#   cancel   A running job is only marked. Its worker may miss the mark and record a failure: then
-#            `record` sees it, and the job is cancelled all the same.
-#   settle   A job that ends in vain takes along those that were to run after it, a part of them in
-#            its own transaction. A mark there says that there are more, for whoever goes on.
-#   delete   WHERE state <> 'processing', and nobody waits for it: both could have changed since
-#            the user, or the sweep, looked.
+#   add      Add jobs in one transaction, all or none. A job that waits for others becomes ready in
+#            the transaction that records the end of the last of them, so no end can be missed.
+#   claim    Make the jobs ready whose time has come, then take one, all in the transaction that
+#            records the worker's last run. Two workers can't take the same job: the second begins
+#            after the first has committed. The worker takes the run's token before.
+#   record   WHERE runs = ? AND state = 'processing': record a run once. A worker that was taken for
+#            dead and goes on changes nothing: its job was given back, and perhaps runs again. The
+#            same transaction does what follows from the end of a job: jobs that waited for it
+#            become ready or end in vain, and the jobs of on_end and on_dead are added. So no death
+#            goes untold. The run is kept with its output (_keep_run), and counted (_count_run).
+#   cancel   Mark a running job. Its worker may miss the mark and record a failure: then `record`
+#            sees the mark and cancels the job.
+#   settle   A job that ends in vain takes along the jobs that were to run after it, some of them in
+#            its own transaction. A mark in the database says that more are left to be ended.
+#   delete   WHERE state <> 'processing', and no job waits for it: both could have changed since the
+#            user, or the sweep, looked.
 #
-# Who makes a job claimable, or changes what workers follow, rings their bells after its commit.
-# A ring before it would wake them to look at what was there before.
+# Whoever makes a job claimable, or changes what workers must notice, rings their bells after the
+# commit. After a ring before the commit they would look and find everything unchanged.
 #
-# Ranges of jobs: from `first` to `last`, both included; or those behind `before`, which is not
-# included itself, up to `last`, which is.
+# Ranges of jobs: from `first` to `last`, both included; or from behind `before` up to `last`
+# (included).
 
 NEVER = 1 << 62
 
 
 def at_line(line: int, problem: str) -> str:
-    """What is wrong with a job, and on which line of its file (0: it has none)."""
+    """Say what is wrong with a job, and on which line of its file (0: no file)."""
     return "line %d: %s" % (line, problem) if line else problem
 
 
 def serves(pool: Row, queue: str) -> bool:
-    """Whether the workers of a pool take jobs of a queue."""
+    """Tell whether the workers of a pool take jobs of a queue."""
     return not pool["queues"] or queue in (HOOK_QUEUE, *pool["queues"].split(","))
 
 
 class Administration(Database):
-    """Who works, by which settings, and which queues may run."""
+    """Pools and workers, settings, and the limits and pauses of queues."""
 
-    # Workers and pools come and go, and are told what to do.
+    # Workers and pools: registered, forgotten, told to stop.
 
     def add_pool(self, name: str, workers: int, queues: Names,
                  max_jobs: int | None, now: int) -> None:
-        """Register a pool of this process: its queues (none: all) and its claims (None: no end)."""
+        """Register a pool: its queues (none: all), how many jobs it may claim (None: no limit)."""
         self.execute(
             """INSERT INTO pools (name, pid, started_at, workers, queues, jobs_left)
                 VALUES (?, ?, ?, ?, ?, ?)""",
@@ -4032,27 +4061,27 @@ class Administration(Database):
         self.execute("DELETE FROM workers WHERE name = ?", name)
 
     def pool(self, name: str) -> Row:
-        """How a pool was told to `stop`, its `jobs_left` to claim, and how many `died` there."""
+        """Return a pool's `stop` level, its `jobs_left` to claim, and how many jobs `died`."""
         return self.first(GET_POOL, name) or {"stop": 0, "jobs_left": 0, "died": 0}
 
     def pools(self) -> list[Row]:
-        """Every pool that is registered, each with `alive`."""
+        """Return every registered pool, each with `alive`."""
         return self.registered(ALL_POOLS)
 
     def workers(self) -> list[Row]:
-        """Every worker that is registered: if it lives, the job it runs, and what it waits for."""
+        """Return every registered worker: whether it lives, its job, and its trouble."""
         return [dict(worker, trouble=trouble_of(self.path, worker["name"]))
                 for worker in self.registered(ALL_WORKERS)]
 
     def serving(self, queue: str) -> list[Row]:
-        """The live workers that serve a queue."""
+        """Return the live workers that serve a queue."""
         pools = {pool["name"] for pool in self.pools()
                  if pool["alive"] and serves(pool, queue)}
         return [worker for worker in self.workers()
                 if worker["alive"] and worker["pool"] in pools]
 
     def queues_of_runs(self) -> set[str]:
-        """The queues of every `run` under way: it counts its jobs at its end."""
+        """Return the queues of every `run` under way; a run counts its jobs when it ends."""
         return {pool["queues"] for pool in self.pools()
                 if pool["alive"] and is_run_queue(pool["queues"] or "")}
 
@@ -4063,16 +4092,16 @@ class Administration(Database):
         self.execute(NEXT_EPOCH)
 
     def holders(self) -> set[str]:
-        """The workers in whose name a job is processing."""
+        """Return the workers that hold a job."""
         return set(self.column("SELECT DISTINCT worker FROM jobs WHERE state = 'processing'"))
 
     def sleepers(self) -> list[str]:
-        """The workers that run no job."""
+        """Return the workers that run no job."""
         return self.column("""SELECT name FROM workers
             EXCEPT SELECT worker FROM jobs WHERE state = 'processing'""")
 
     def lost_jobs(self) -> list[Row]:
-        """Every job whose worker is dead."""
+        """Return every job whose worker is dead."""
         return [job for job in self.dicts(HELD_JOBS)
                 if not is_alive(self.path, job["worker"])]
 
@@ -4087,28 +4116,28 @@ class Administration(Database):
         return self.settings(), orders["stop"], set(limited)
 
     def settings(self) -> Settings:
-        """Every setting with the value that holds now, and what follows from them for a `run`."""
+        """Return every setting with its value now, and `run_output_bytes`, which follows."""
         found = self.rows("SELECT name, value FROM settings")
         given = {name: json.loads(value) for name, value in found}
         given.setdefault("run_output_bytes", given.get("max_output_bytes", RUN_OUTPUT))
         return {**SETTINGS, **given}
 
     def set_setting(self, name: str, value: Any) -> None:
-        """Let a checked value hold from now on; ring the workers afterwards."""
+        """Set a setting to a checked value; ring the workers afterwards."""
         self.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", name, json.dumps(value))
         self.execute(NEXT_EPOCH)
 
     def unset_setting(self, name: str) -> None:
-        """Let the default hold again; ring the workers afterwards."""
+        """Put a setting back to its default; ring the workers afterwards."""
         self.execute("DELETE FROM settings WHERE name = ?", name)
         self.execute(NEXT_EPOCH)
 
-    # Queues are limited, paused and counted.
+    # Queues: limited, paused and counted.
 
     def set_concurrency(self, queue: str, most: int | None) -> None:
-        """Let at most so many jobs of a queue run at once, over all pools.
+        """Limit how many jobs of a queue run at once, over all pools.
 
-        None: as many as there are workers.
+        None: no limit.
         """
         self.execute(ADD_QUEUE, queue)
         self.execute("UPDATE queues SET concurrency = ? WHERE name = ?", most, queue)
@@ -4116,9 +4145,9 @@ class Administration(Database):
         self.execute(NEXT_EPOCH)
 
     def pause(self, queue: str | None, paused: bool, now: int) -> None:
-        """Start no more jobs of a queue, or start them again.
+        """Pause a queue (start no more of its jobs), or resume it.
 
-        None: of any queue, those to come included.
+        Without a name this concerns all queues, future ones too.
         """
         switch = "SET paused = ?, switched_at = ? WHERE paused <> ?"
         if queue is None:
@@ -4130,11 +4159,11 @@ class Administration(Database):
         self.execute(NEXT_EPOCH)
 
     def set_fail_fast(self, queue: str, fail_fast: bool) -> None:
-        """Whether none of a queue's jobs is to start after the first that dies."""
+        """Say whether a queue starts no more jobs after the first that dies."""
         self.execute("UPDATE queues SET fail_fast = ? WHERE name = ?", fail_fast, queue)
 
     def new_run(self) -> str:
-        """A name for the queue of a `run`, which no queue has or ever had."""
+        """Return a name for the queue of a `run` that no queue has or ever had."""
         while True:
             self.execute("UPDATE control SET runs = runs + 1")
             name: str = RUN_QUEUE % self.value("SELECT runs FROM control")
@@ -4142,43 +4171,43 @@ class Administration(Database):
                 return name
 
     def all_paused(self) -> bool:
-        """Whether all queues are paused, those to come included."""
+        """Tell whether all queues are paused, future ones too."""
         return bool(self.value("SELECT paused FROM control"))
 
     def pauses(self) -> list[Row]:
-        """Each pause: of which queue (None: of all), and since when, where that is known."""
+        """Return each pause: its queue (None: all), and since when, if that is known."""
         return self.dicts(
             """SELECT NULL AS queue, nullif(switched_at, 0) AS paused_at FROM control WHERE paused
                 UNION ALL SELECT name, nullif(switched_at, 0) FROM queues WHERE paused""")
 
     def queues(self) -> list[Row]:
-        """Every queue that has a job, a limit or a pause, with its jobs in each state."""
+        """Return every queue that has a job, a limit or a pause, with its jobs by state."""
         return self.dicts(
             """SELECT name, concurrency, queues.paused OR control.paused AS paused, pending,
                 processing, completed, failed, dead, cancelled
                 FROM queues CROSS JOIN control ORDER BY name""")
 
     def queue(self, name: str) -> Row:
-        """One of `queues`, also if it has no job."""
+        """Return one of `queues`, even if it has no job."""
         empty = {"name": name, "concurrency": None, "paused": self.all_paused(),
                  **dict.fromkeys(STATES, 0)}
         return next((queue for queue in self.queues() if queue["name"] == name), empty)
 
     def count(self, selection: Selection) -> int:
-        """How many jobs there are in the states (none: all) and queues (none: all) selected."""
+        """Count the jobs of a selection's states and queues (none: all)."""
         found = [each for each in self.queues()
                  if not selection.queues or each["name"] in selection.queues]
         return sum(each[state] for each in found for state in set(selection.states or STATES))
 
     def counts(self) -> dict[str, int]:
-        """The number of jobs in each state."""
+        """Count the jobs in each state."""
         totals = self.rows(
             """SELECT total(pending), total(processing), total(completed), total(failed),
                 total(dead), total(cancelled) FROM queues""")
         return dict(zip(STATES, map(int, totals[0])))
 
     def damage(self) -> list[str]:
-        """What SQLite's own check, and a recount of all jobs, find wrong with the database."""
+        """Return what SQLite's own check, and a recount of all jobs, find wrong."""
         found = [line for line in self.column("PRAGMA integrity_check(5)") if line != "ok"]
         recount = "SELECT queue, state, count(*) FROM jobs GROUP BY queue, state"
         counted = {(queue, state): count for queue, state, count in self.rows(recount)}
@@ -4192,12 +4221,12 @@ class Administration(Database):
 
 
 class Reading(Administration):
-    """What there is to see of the jobs and their runs; nothing here changes anything."""
+    """Reading jobs and their runs; nothing here changes anything."""
 
     # Jobs, with all their fields.
 
     def find(self, name: str) -> Row:
-        """The job with this id, or with this unique prefix of an id that queuectl made.
+        """Return the job with this id, or with this unique prefix of an id that queuectl made.
 
         Raises QueueError if there is none, or more than one.
         """
@@ -4215,7 +4244,7 @@ class Reading(Administration):
                          % shorten(clean(name), 140))
 
     def find_by_seq(self, seq: int) -> Row | None:
-        """A job with all its fields; None if it was forgotten."""
+        """Return a job with all its fields; None if it was forgotten."""
         return self.first(SELECT_JOBS + "WHERE seq = ?", seq)
 
     def _page(self, selection: Selection, start: int, newest: bool, count: int) -> list[Row]:
@@ -4223,11 +4252,11 @@ class Reading(Administration):
         return self.dicts(statement, start, *values)
 
     def newest(self, selection: Selection, count: int) -> list[Row]:
-        """The newest `count` jobs that are selected, newest last."""
+        """Return the newest `count` jobs of a selection, newest last."""
         return self._page(selection, NEVER, True, count)[::-1]
 
     def jobs(self, selection: Selection, seq: int = 0, size: int = 1000) -> Iterator[Row]:
-        """All jobs behind `seq` that are selected, oldest first, `size` at a time."""
+        """Yield all selected jobs behind `seq`, oldest first; read `size` at a time."""
         while True:
             page = self._page(selection, seq, False, size)
             yield from page
@@ -4236,7 +4265,7 @@ class Reading(Administration):
             seq = page[-1]["seq"]
 
     def last_to_die(self, selection: Selection, count: int) -> Iterator[Row]:
-        """At most `count` jobs of a selection of dead ones, the last to die first, in pages."""
+        """Yield at most `count` dead jobs of a selection, the last to die first."""
         terms, values = terms_of(selection._replace(states=()))
         in_order = SELECT_JOBS.replace("FROM jobs ", "FROM jobs INDEXED BY jobs_in_vain ")
         time_, seq, size = NEVER, NEVER, 1000
@@ -4253,9 +4282,9 @@ class Reading(Administration):
             count -= size
 
     def look(self, selection: Selection) -> tuple[Any, Any]:
-        """The jobs that are selected now: their seqs, and when each was last changed.
+        """Return the jobs that are selected now: their seqs, and when each was last changed.
 
-        Two arrays: a million jobs take 16 MB.
+        These are two arrays: a million jobs take 16 MB.
         """
         from array import array
         seqs, times = array("q"), array("q")
@@ -4270,27 +4299,27 @@ class Reading(Administration):
         return seqs, times
 
     def total(self, selection: Selection) -> int:
-        """How many jobs are selected; where states and queues are all that is said, as counted."""
+        """Count the selected jobs; from the queues' counts if only states and queues matter."""
         if selection == Selection(selection.states, selection.queues):
             return self.count(selection)
         return len(self.look(selection)[0])
 
     def jobs_between(self, before: int, last: int, size: int = 1000) -> Iterator[Row]:
-        """The jobs behind seq `before` up to `last`, in the order they came, `size` at a time."""
+        """Yield the jobs behind seq `before` up to `last`, in the order they came."""
         for job in self.jobs(Selection(), before, size):
             if job["seq"] > last:
                 return
             yield job
 
     def ended_between(self, queue: str, before: int, last: int) -> list[int]:
-        """The seqs of the jobs of a queue behind `before` up to `last` that have ended."""
+        """Return the seqs of the ended jobs of a queue behind `before` up to `last`."""
         return self.column(
             """SELECT seq FROM jobs WHERE seq > ? AND seq <= ? AND queue = ?
                 AND +state IN ('completed', 'dead', 'cancelled') ORDER BY seq""",
             before, last, queue)
 
     def states_between(self, queue: str, before: int, last: int) -> dict[str, int]:
-        """How many jobs of a queue behind `before` up to `last` are in each state."""
+        """Count the jobs of a queue behind `before` up to `last`, by state."""
         found = self.rows(
             """SELECT state, count(*) FROM jobs WHERE seq > ? AND seq <= ? AND queue = ?
                 GROUP BY state""", before, last, queue)
@@ -4299,7 +4328,7 @@ class Reading(Administration):
     # Runs.
 
     def runs(self, seq: int, last: int = 0) -> Iterator[Row]:
-        """The recorded runs of a job after run `last`, with their output, oldest first."""
+        """Yield the recorded runs of a job after run `last`, with their output, oldest first."""
         page: list[Row] = []
         while len(page) in (0, 20):
             page = self.dicts(
@@ -4313,14 +4342,14 @@ class Reading(Administration):
             last = page[-1]["run"]
 
     def run_times(self, seq: int) -> tuple[int, float]:
-        """How many runs of a job are recorded, and their average in seconds."""
+        """Return how many runs of a job are recorded, and their average in seconds."""
         count, average = self.rows("SELECT count(*), avg(seconds) " + RUNS_OF_JOB, seq, seq)[0]
         return count, average or 0.0
 
     def history(self, by: str, since: int, until: int) -> list[Row]:
-        """What was done from one time to another, by hour, day or queue.
+        """Return what was done from one time to another, by hour, day or queue.
 
-        From 0 to 0 is all that was ever done.
+        From 0 to 0 means all that was ever done.
         """
         keys = {"queue": "queue", "hour": "start - start % 3600000",
                 "day": "start - start % 86400000"}
@@ -4331,7 +4360,7 @@ class Reading(Administration):
             % (keys[by], name, SUMS, DONE), since, until, since, until, until)
 
     def runs_per_second(self, length: int, now: int) -> float:
-        """How many runs ended a second in the last `length` milliseconds, from a full minute on."""
+        """Return the runs ended per second in the last `length` ms, from a full minute on."""
         since = now - length
         since -= since % MINUTE
         count = self.value("SELECT total(completed + failed + died) FROM " + DONE,
@@ -4339,37 +4368,37 @@ class Reading(Administration):
         return float(count * 1000 / (now - since))
 
     def totals(self) -> list[Row]:
-        """The queues as the history has them, with their jobs in each state."""
+        """Return the queues by their names in the history, with their jobs by state."""
         states = ", ".join("sum(%s) AS %s" % (state, state) for state in STATES)
         return self.dicts("""SELECT %s AS queue, max(queues.paused OR control.paused) AS paused, %s
             FROM queues CROSS JOIN control GROUP BY 1 ORDER BY 1""" % (COUNTED_AS, states))
 
-    # What a worker looks at.
+    # Questions of workers.
 
     def pulse(self) -> tuple[int, int, bool]:
-        """What it looks at first: the epoch of settings and orders, the next time, unsettled jobs.
+        """Return what a worker reads first: the epoch, the next time, the mark `unsettled`.
 
-        The time is the earliest for which a job waits, or at which one expires (milliseconds, or
-        NEVER). Unsettled: see Endings.
+        The epoch changes with settings and orders. The time is the earliest for which a job waits,
+        or at which one expires (milliseconds, or NEVER). For `unsettled` see Endings.
         """
         epoch, due, expiry, unsettled = self.rows(PULSE)[0]
         return epoch, min(due or NEVER, expiry or NEVER), bool(unsettled)
 
     def next(self, queues: Names) -> tuple[Any, ...] | None:
-        """The job that is next in these queues (none: all); None if there is none.
+        """Return the next job of these queues (none: all), or None.
 
-        It is told as it would be claimed: the fields of Job up to `since`.
+        It has the fields that its claim would give it: those of Job up to `since`.
         """
         return next(iter(self.rows(next_job(len(queues)), *queues)), None)
 
     def ready(self, queues: Names, due: int, now: int) -> bool:
-        """Without the mutex: whether a job can be claimed now; `due` is what `pulse` told."""
+        """Tell, without the mutex, if a job can be claimed now; `due` is `pulse`'s time."""
         return due <= now or self.next(queues) is not None
 
     def drained(self, queues: Names, now: int) -> bool:
-        """Whether no job of these queues (none: all) is due, failed or processing.
+        """Tell whether no job of these queues (none: all) is due, failed or processing.
 
-        Those of paused queues don't count.
+        Jobs of paused queues don't count.
         """
         for queue in self.queues():
             served = not queues or queue["name"] in queues
@@ -4378,11 +4407,11 @@ class Reading(Administration):
         return not self.ready(queues, self.pulse()[1], now)
 
     def is_busy(self, queue: str) -> bool:
-        """Whether a job of a queue, or a hook of one, has not ended."""
+        """Tell whether a job of a queue, or a hook of one, has not ended."""
         return bool(self.count(Selection(UNFINISHED, (queue,)))) or self.hooks_left(queue)
 
     def hooks_left(self, queue: str) -> bool:
-        """Whether a hook of a job of this queue has not ended, and is not paused."""
+        """Tell whether a hook of a job of this queue has not ended, and is not paused."""
         mark = "%%%s%%" % json.dumps({"QUEUECTL_QUEUE": queue})[1:-1]
         left = self.rows(
             """SELECT 1 FROM jobs WHERE state IN ('pending', 'processing', 'failed')
@@ -4390,34 +4419,34 @@ class Reading(Administration):
         return bool(left) and not self.queue(HOOK_QUEUE)["paused"]
 
     def context(self, key: int) -> tuple[str, str, int, str]:
-        """Of whoever enqueued a job: folder, PATH, umask and (JSON, if kept) environment."""
+        """Return the folder, PATH, umask and environment (JSON, or "") of a job's caller."""
         return self.rows(  # type: ignore[no-any-return]
             """SELECT cwd, path, umask, coalesce(environ, '') FROM contexts
                 LEFT JOIN environments ON environments.id = environment
                 WHERE contexts.id = ?""", key)[0]
 
     def orders_of(self, seq: int) -> tuple[bool, float | None]:
-        """Whether a job is to be cancelled, and the time-out of its run in seconds (None: none)."""
+        """Return whether a job must be cancelled, and its run's time-out (seconds or None)."""
         found = self.rows("SELECT cancel, timeout_seconds FROM jobs WHERE seq = ?", seq)
         return (found[0][0] == 1, found[0][1]) if found else (False, None)
 
-    # Who waits for whom.
+    # Which job waits for which.
 
     def awaited_by(self, seq: int) -> list[Row]:
-        """The jobs that a job still waits for."""
+        """Return the jobs that a job still waits for."""
         return self.dicts(
             """SELECT seq, id, state, due FROM waits JOIN jobs ON jobs.seq = awaited
                 WHERE job = ? ORDER BY seq""", seq)
 
     def waiters_of(self, seq: int) -> list[Row]:
-        """The jobs that wait for a job."""
+        """Return the jobs that wait for a job."""
         return self.dicts(
             """SELECT seq, id FROM waits JOIN jobs ON jobs.seq = job
                 WHERE awaited = ? AND state IN ('pending', 'processing', 'failed')
                 ORDER BY seq""", seq)
 
     def dependents_in_vain(self, seq: int) -> list[int]:
-        """The dead or cancelled jobs that were to run after a job, or after one of those."""
+        """Return the dead or cancelled jobs that were to run after a job, directly or not."""
         return self.column(
             """WITH RECURSIVE dependents (seq) AS (SELECT job FROM waits WHERE awaited = ?
                     UNION SELECT job FROM waits JOIN dependents ON awaited = dependents.seq)
@@ -4425,9 +4454,9 @@ class Reading(Administration):
                 AND seq IN (SELECT seq FROM dependents) ORDER BY seq""", seq)
 
     def causes_in_vain(self, seq: int) -> list[str]:
-        """The ids of the dead or cancelled jobs for which a job waits, or would.
+        """Return the ids of the dead or cancelled jobs that hold a job up, directly or not.
 
-        Only of those that wait for no such job themselves.
+        Only the first causes: jobs that wait for no dead or cancelled job themselves.
         """
         return self.column(
             """WITH RECURSIVE causes (seq) AS (SELECT ? UNION SELECT awaited FROM causes
@@ -4439,97 +4468,95 @@ class Reading(Administration):
                 ORDER BY seq""", seq, seq)
 
     def awaited_in_vain(self, seq: int) -> set[int]:
-        """The seqs of the dead or cancelled jobs that a job waits for."""
+        """Return the seqs of the dead or cancelled jobs that a job waits for."""
         return {job["seq"] for job in self.awaited_by(seq) if job["state"] in IN_VAIN}
 
     def waits_for_gone(self, seq: int) -> bool:
-        """Whether a job was to run after one that died and was forgotten."""
+        """Tell whether a job was to run after one that died and was forgotten."""
         return bool(self.rows(
             """SELECT 1 FROM waits WHERE job = ?
                 AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq = awaited)""", seq))
 
-    # How far it is, and what is next.
+    # Progress, and what comes next.
 
     def running_in(self, queue: str, count: int) -> list[str]:
-        """The ids of the first few jobs of a queue that are processing."""
+        """Return the ids of the first `count` jobs of a queue that are processing."""
         return self.column(
             """SELECT id FROM jobs WHERE state = 'processing' AND queue = ?
                 ORDER BY seq LIMIT ?""", queue, count)
 
     def last_seq(self) -> int:
-        """The seq of the job that came last, be it forgotten; 0 if there was none."""
+        """Return the seq of the last job that came, even if it is forgotten; 0 if none came."""
         return int(self.value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'") or 0)
 
     def unfinished(self, first: int, last: int) -> set[int]:
-        """The seqs from `first` to `last` of jobs that have not ended."""
+        """Return the seqs from `first` to `last` of jobs that have not ended."""
         return set(self.column(
             """SELECT seq FROM jobs WHERE state IN ('pending', 'processing', 'failed')
                 AND seq BETWEEN ? AND ?""", first, last))
 
     def end_of(self, seq: int) -> tuple[str, str, str | None] | None:
-        """Id, state and last error of a job; None if it was forgotten."""
+        """Return id, state and last error of a job; None if it was forgotten."""
         rows = self.rows("SELECT id, state, last_error FROM jobs WHERE seq = ?", seq)
         return next(iter(rows), None)
 
     def oldest_waiting(self, now: int) -> Row | None:
-        """The job that could run for longest, and since when: `ready_at`.
+        """Return the job that has waited longest, and the time since when it could run: `ready_at`.
 
-        Of those whose queue is not paused; they may wait for a worker, or for a place in the limit
-        of their queue.
+        Jobs of paused queues are left out; others may wait for a worker or for their queue's limit.
         """
         fresh, late, overdue = OLDEST_WAITING
         found = self.dicts(fresh) + self.dicts(late) + self.dicts(overdue, now)
         return min(found, key=lambda job: job["ready_at"], default=None)
 
     def next_due(self, now: int) -> Row | None:
-        """The job that waits for the earliest time after `now`."""
+        """Return the job that waits for the earliest time after `now`."""
         return self.first(NEXT_DUE, now)
 
 
 def _draw_ids(count: int) -> list[str]:
-    """Random ids: 40 bits, ten hex digits each."""
+    """Draw random ids: 40 bits, ten hex digits each."""
     digits = os.urandom(5 * count).hex()
     return [digits[at:at + 10] for at in range(0, 10 * count, 10)]
 
 
 def as_json(value: Any) -> str | None:
-    """The JSON of what few jobs have."""
+    """Write what few jobs have as JSON; None if there is nothing."""
     return json.dumps(value) if value else None
 
 
 def policy_of_draft(draft: Draft) -> str | None:
-    """Its POLICY_FIELDS as they are kept, and its input of --each: those that say something."""
+    """Return those of a draft's POLICY_FIELDS and its input of --each that are given."""
     return as_json({name: draft[name] for name in (*POLICY_FIELDS, "input")
                     if draft.get(name) not in (None, [])})
 
 
 def is_special(draft: Draft) -> bool:
-    """Whether a draft has what few jobs have, and bulks are to be fast without."""
+    """Tell whether a draft has what few jobs have; bulks without it are inserted faster."""
     lists = draft["after"], draft["after_any"], draft["dead_on"]
     return any(lists) or {draft["unique"], draft["retry_after"], draft.get("input")} != {None}
 
 
 class Intake:
-    """Jobs that come in together, in one transaction.
+    """Adds jobs in one transaction, a thousand with one statement, which is faster.
 
-    They are inserted by the thousand, which is faster than each alone. `caller` is the PATH,
-    umask and environment (JSON, or empty) of whoever enqueues. Jobs whose id or key is taken are
-    refused; with `skip_existing` they are left out, and the seqs of those that were there before
-    are in `existing`.
+    `caller` is the PATH, umask and environment (JSON, or empty) of the process that enqueues. A job
+    whose id or key is taken is refused; with `skip_existing` it is left out, and `existing` has the
+    seq of the job that was there before.
     """
 
     def __init__(self, store: Reading, settings: Settings, caller: tuple[str, int, str],
                  now: int, skip_existing: bool = False):
         self.store, self.settings, self.caller = store, settings, caller
         self.now, self.skip_existing = now, skip_existing
-        self.contexts: Row = {}  # their keys, by folder
-        self.users: Counter[str] = Counter()  # how many jobs were added, by folder
-        self.chunk: list[Draft] = []  # drafts that are not inserted yet
-        self.added: Counter[str] = Counter()  # the same, by queue
+        self.contexts: Row = {}  # folder: the key of its context
+        self.users: Counter[str] = Counter()  # folder: how many jobs were added
+        self.chunk: list[Draft] = []  # drafts not inserted yet
+        self.added: Counter[str] = Counter()  # queue: how many jobs were added
         self.existing: list[int] = []
 
     def look_up_context(self, cwd: str) -> None:
-        """Before a draft of this folder is inserted."""
+        """Find or make the context of a folder, before its first draft is inserted."""
         if cwd in self.contexts:
             return
         path, umask, environ = self.caller
@@ -4542,14 +4569,14 @@ class Intake:
                 AND environment = ?""", *values)
 
     def _environment(self, environ: str) -> Any:
-        """The key of an environment, which is kept once for all folders; 0 for none."""
+        """Return the key of the caller's environment, stored once for all folders; 0: none."""
         if not environ:
             return 0
         self.store.execute("INSERT OR IGNORE INTO environments (environ) VALUES (?)", environ)
         return self.store.value("SELECT id FROM environments WHERE environ = ?", environ)
 
     def _row(self, draft: Draft, job_id: str) -> tuple[Any, ...]:
-        """The values of ADD_JOB; what was not given takes the setting of this moment."""
+        """Return the values of ADD_JOB; fields not given take their settings of this moment."""
         priority, timeout, max_retries = (
             self.settings[name] if draft[name] is None else draft[name]
             for name in ("priority", "timeout_seconds", "max_retries"))
@@ -4564,12 +4591,12 @@ class Intake:
             draft["shell"])
 
     def count(self, draft: Draft) -> None:
-        """Remember that it was inserted."""
+        """Count an inserted draft."""
         self.added[draft["queue"] or "default"] += 1
         self.users[draft["cwd"]] += 1
 
     def insert_chunk(self) -> None:
-        """Insert the chunk at once; if an id is taken, one by one, which finds out whose."""
+        """Insert the chunk at once; if an id is taken, one by one, to find which."""
         db = self.store.db
         drawn = iter(_draw_ids(sum(draft["id"] is None for draft in self.chunk)))
         names = [draft["id"] or next(drawn) for draft in self.chunk]
@@ -4586,7 +4613,7 @@ class Intake:
         self.chunk = []
 
     def insert(self, draft: Draft, name: str = "") -> bool:
-        """Insert one job, as `name` if it was drawn already; False if it is skipped."""
+        """Insert one job, with the id `name` if it was drawn already; False if skipped."""
         name = name or draft["id"]
         while draft["id"] is None and (not name or self.store.rows(WITH_ID, name)):
             name = _draw_ids(1)[0]
@@ -4609,7 +4636,7 @@ class Intake:
         raise QueueError(at_line(draft.get("line", 0), problem))
 
     def finish(self) -> None:
-        """Insert what is left, and have queues and contexts count all that were added."""
+        """Insert what is left, and count all added jobs in queues and contexts."""
         self.insert_chunk()
         for queue, count in self.added.items():
             self.store.execute(ADD_QUEUE, queue)
@@ -4622,7 +4649,7 @@ class Intake:
 
 
 def hook_env(job: Row) -> dict[str, str]:
-    """The variables by which a hook learns which job has ended, and how."""
+    """Return the variables that tell a hook which job has ended, and how."""
     shown = {
         "JOB_ID": job["id"], "QUEUE": job["queue"],
         "ATTEMPT": job["attempts"], "MAX_RETRIES": job["max_retries"],
@@ -4632,38 +4659,38 @@ def hook_env(job: Row) -> dict[str, str]:
             for name, value in shown.items()}
 
 
-# Why a job was taken along by one that is dead or cancelled, whose id stands before it.
+# Errors of jobs that ended because another did; the other's id stands before the text.
 TAKEN_ALONG = {
     DEAD: " is dead, and this job was to run after it",
     CANCELLED: " was cancelled, and this job was to run after it"}
-# Seconds that a change of many jobs may hold the mutex at a time, and rests between two times: who
-# waits for the mutex would else hardly ever get it.
+# Seconds that a change of many jobs may hold the mutex at a time, and seconds that it rests
+# between: without a rest, others would hardly ever get the mutex.
 SLICE, BREATH = 0.2, 0.01
 
 
 def why_along(awaited: Row) -> str:
-    """The error of a job that was to run after one that ended in vain: which was the first."""
+    """Return the error of a job that was to run after one that ended in vain: names the first."""
     reason, error = TAKEN_ALONG[awaited["state"]], awaited["last_error"] or ""
     return error if error.endswith(reason) else awaited["id"] + reason
 
 
 class Endings(Reading):
-    """What follows when a job has ended, in the transaction that records its end.
+    """What follows from the end of a job, in the transaction that records the end.
 
-    A job that ends in vain, dead or cancelled, takes along those that were to run after it, and
-    those after them. These may be a hundred thousand, and writers must not wait so long: so a part
-    of them is left for transactions of its own (`settle`), and a mark in the database, `unsettled`,
-    says so. Should the process be killed meanwhile, a worker sees the mark and goes on. Until then
-    they wait for a job that is never completed, so nobody can claim them.
+    A job that ends in vain (dead or cancelled) takes along the jobs that were to run after it, and
+    those after them. There may be a hundred thousand, and other writers must not wait so long. So
+    some are left for transactions of their own (`settle`), and the mark `unsettled` in the database
+    says so. If the process is killed meanwhile, a worker sees the mark and goes on. Until then
+    these jobs wait for a job that is never completed, so no worker can claim them.
     """
 
-    unsettled = False  # whether the last job that ended here has yet to take others along
+    unsettled = False  # whether the job that ended last here must still take others along
 
     def follow_up(self, seq: int, state: str, settings: Settings, now: int) -> bool:
-        """A job has ended by itself, or was cancelled; whether others can start, or went along.
+        """Do what follows from the end of a job; return whether other jobs can start, or ended too.
 
-        The jobs that `settings` ask for are added: by on_end, and by on_dead if it died. Those
-        that waited for it alone go on, or are taken along.
+        Adds the jobs that `settings` demand: by on_end, and by on_dead if it died. Jobs that waited
+        for nothing else become ready, or are taken along.
         """
         news = self._meet(seq, state, now)
         if state != COMPLETED or settings["on_end"]:
@@ -4675,9 +4702,9 @@ class Endings(Reading):
         return news
 
     def _fail_fast(self, seq: int) -> None:
-        """A job has died: if its run is to end at that, let none of its jobs start from now on.
+        """After a death: if the job's run has --fail-fast, let none of its jobs start any more.
 
-        Those that wait are cancelled by `settle`.
+        `settle` cancels those that wait.
         """
         ending = self.execute(
             """UPDATE queues SET fail_fast = 2, paused = 1 WHERE fail_fast = 1
@@ -4687,7 +4714,7 @@ class Endings(Reading):
             self.execute("UPDATE control SET unsettled = 1")
 
     def _cancel_rest(self, now: int) -> list[Row]:
-        """Cancel some of the jobs that wait in a run that ends because one has died."""
+        """Cancel some of the waiting jobs of a run that ends by --fail-fast."""
         waiting = self.dicts(
             HOOKED + """WHERE +state IN ('pending', 'failed') AND queue IN (
                 SELECT name FROM queues WHERE fail_fast = 2) LIMIT 500""")
@@ -4698,7 +4725,7 @@ class Endings(Reading):
         return waiting
 
     def _meet(self, seq: int, state: str, now: int) -> bool:
-        """Let go on who waited for such an end of a job, and for nothing else; whether any did."""
+        """Make jobs ready that waited only for such an end of a job; return if there were any."""
         completed = state == COMPLETED
         waiting = self.column("SELECT job FROM waits WHERE awaited = ? AND (either OR ?)",
                               seq, completed)
@@ -4708,7 +4735,7 @@ class Endings(Reading):
         return bool(waiting)
 
     def _take_along(self, doomed: list[Row], now: int) -> bool:
-        """Let the jobs end in vain that were to run after these, and after those, for SLICE.
+        """End in vain the jobs that were to run after these jobs, and after those, for SLICE.
 
         Returns whether there were any.
         """
@@ -4732,7 +4759,7 @@ class Endings(Reading):
         return found
 
     def end_in_vain(self, job: Row, state: str, error: str, now: int) -> None:
-        """Let a job that waits be dead or cancelled."""
+        """Make a waiting job dead or cancelled."""
         job.update(state=state, last_error=error)
         self.execute(
             """UPDATE jobs SET state = ?, ready = 0, due = NULL, last_error = ?, updated_at = ?,
@@ -4743,20 +4770,20 @@ class Endings(Reading):
         self._meet(job["seq"], state, now)
 
     def _count_in_vain(self, queue: str) -> None:
-        """Have drains of a queue tell by their exit code that not all was completed."""
+        """Note that a job of a queue ended in vain: so drains of it exit with 1."""
         self.execute(
             """UPDATE pools SET died = died + 1
                 WHERE queues IS NULL OR instr(',' || queues || ',', ?)""", ",%s," % queue)
 
     def settle(self, now: int) -> bool:
-        """In transactions of its own: let all end that are still to be taken along.
+        """In transactions of its own: end all jobs that must still be taken along.
 
-        Whether there were any.
+        Returns whether there were any.
         """
         found = False
         while self.value("SELECT unsettled FROM control"):
             with self.transaction():
-                doomed = self.dicts(  # as they are now: others may have settled or retried some
+                doomed = self.dicts(  # read again, for others may have settled or retried some
                     HOOKED + """WHERE +state IN ('dead', 'cancelled') AND seq IN (
                         SELECT awaited FROM waits JOIN jobs ON seq = job
                         WHERE NOT either AND state = 'pending') LIMIT 500""")
@@ -4768,9 +4795,9 @@ class Endings(Reading):
         return found
 
     def _add_hooks(self, job: Row, died: bool, now: int) -> bool:
-        """Add the jobs that on_end asks for, and on_dead if it `died`; whether there are any.
+        """Add the jobs of on_end, and of on_dead if the job `died`; return whether there are any.
 
-        They are jobs like others, but their own end makes none.
+        They are ordinary jobs, but their own end adds none.
         """
         settings = self.settings()
         commands = settings["on_end"], died and settings["on_dead"]
@@ -4790,17 +4817,17 @@ class Endings(Reading):
 
 
 class Editing(Endings):
-    """What a job waits for, and how it is changed by hand."""
+    """What a job waits for, and changes of a job by a person."""
 
     def _known(self, names: list[str], moved: Any) -> list[str]:
-        """What a job is to wait for: of one `moved` here from another queue not what it has met."""
+        """Return the ids that a job must wait for; without those it has met if it `moved` here."""
         return [name for name in names if not moved or self.first(WITH_ID, name)]
 
     def set_waits(self, seq: int, after: Names, after_any: Names, now: int) -> None:
-        """Have a job wait for others, and note which. Raises QueueError if one is unknown.
+        """Have a job wait for others. Raises QueueError if one is unknown.
 
-        Of those in `after` each must be completed; of those in `after_any` each must have ended.
-        A pending job is held back until then, or ends with the first that ended in vain.
+        Each job in `after` must be completed; each in `after_any` must have ended. A pending job is
+        held back until then, or ends in vain if one in `after` has.
         """
         awaited = [self._awaited(name, seq) for name in after]
         either = [self._awaited(name, seq) for name in after_any]
@@ -4821,7 +4848,7 @@ class Editing(Endings):
             self.end_in_vain(pending[0], cause["state"], why_along(cause), now)
 
     def _awaited(self, name: str, seq: int) -> Row:
-        """A job that the one at `seq` is to run after."""
+        """Find a job that the one at `seq` is to run after."""
         found = self.first("SELECT seq, id, state, last_error FROM jobs WHERE id = ?", name)
         job = found or self.find(name)
         if job["seq"] == seq:
@@ -4829,9 +4856,9 @@ class Editing(Endings):
         return job
 
     def edit(self, job: Row, changes: Draft, now: int) -> None:
-        """Change given fields of a job that waits or has ended.
+        """Change the given fields of a job that waits or has ended.
 
-        Of a running one `changes` may have the time-out alone. Raises QueueError if the job would
+        For a running job `changes` may only have the time-out. Raises QueueError if the job would
         wait for itself, or if its key is taken.
         """
         seq, new = job["seq"], {**job, **changes}
@@ -4860,7 +4887,7 @@ class Editing(Endings):
             self._die(seq, now)
 
     def _count_in_queue(self, job: Row, queue: str) -> None:
-        """Count a job in another queue than before."""
+        """Move the count of a job to another queue."""
         state, before = job["state"], job["queue"]
         self.execute(ADD_QUEUE, queue)
         for name, step in ((queue, 1), (before, -1)):
@@ -4869,21 +4896,21 @@ class Editing(Endings):
         self.execute(FORGET_QUEUE, before)
 
     def _count_in_folder(self, job: Row, cwd: str) -> int:
-        """Count a job in another folder than before; the key of its context there."""
+        """Move the count of a job to another folder; return the key of the context there."""
         intake = Intake(self, {}, self.context(job["context"])[1:], 0)
         intake.look_up_context(cwd)
         key: int = intake.contexts[cwd]
-        intake.contexts[""] = job["context"]  # the folder that it leaves
+        intake.contexts[""] = job["context"]  # the old folder
         intake.users.update({cwd: 1, "": -1})
         intake.finish()
         return key
 
     def _wait_anew(self, job: Row, new: Row, now: int) -> None:
-        """Have a job wait for other jobs than before."""
+        """Replace the jobs that a job waits for."""
         seq = job["seq"]
-        if job["state"] == FAILED:  # its next try is one more thing that it waits for
+        if job["state"] == FAILED:  # it still has to wait for its next try
             self.execute("UPDATE jobs SET state = 'pending', run_at = due WHERE seq = ?", seq)
-        after, after_any = [  # what was kept is one text
+        after, after_any = [  # the database keeps it as one text
             names.split(",") if isinstance(names, str) else names or []
             for names in (new["after"], new["after_any"])]
         self.execute("DELETE FROM waits WHERE job = ?", seq)
@@ -4893,12 +4920,12 @@ class Editing(Endings):
                     UNION SELECT awaited FROM waits JOIN awaited_ones ON job = awaited_ones.seq)
                 SELECT 1 FROM awaited_ones WHERE seq = ?""", seq, seq)
         if circle:
-            raise QueueError("%s would wait for itself: what it is to run after waits for it"
+            raise QueueError("%s would wait for itself: a job that it is to run after waits for it"
                              % job["id"])
         self.execute(LET_GO, now, now, seq)
 
     def _die(self, seq: int, now: int) -> None:
-        """Let a failed job be dead at once, as if its last run had been the last one allowed."""
+        """Make a failed job dead, as if its last run had been the last one allowed."""
         job = self.dicts(HOOKED + "WHERE seq = ?", seq)[0]
         job["state"] = DEAD
         self.execute("UPDATE jobs SET state = 'dead', ready = 0, due = NULL WHERE seq = ?", seq)
@@ -4915,23 +4942,23 @@ class Store(Editing):
     Arguments and errors: see Database. Times are in milliseconds since the epoch.
     """
 
-    # Jobs come in.
+    # Jobs are added.
 
     def add(self, drafts: Iterable[Draft], settings: Settings, path: str, umask: int,
             now: int, skip_existing: bool = False,
             environ: str = "") -> tuple[int, int, list[int]]:
-        """Insert jobs; the seq before the first, that of the last, and those that existed.
+        """Insert jobs; return the seq before the first, the seq of the last, and existing seqs.
 
-        `path`, `umask` and `environ` (JSON, or empty) are those of whoever enqueues. Raises
-        QueueError if an id exists already, or a key is taken, unless `skip_existing`; and if a
-        job is to wait for one that does not exist.
+        `path`, `umask` and `environ` (JSON, or empty) are those of the process that enqueues.
+        Raises QueueError if an id or a key is taken, unless `skip_existing`, and if a job is to run
+        after one that does not exist.
         """
         before = self.last_seq()
         intake = Intake(self, settings, (path, umask, environ), now, skip_existing)
         for draft in drafts:
             intake.look_up_context(draft["cwd"])
             if is_special(draft):
-                intake.insert_chunk()  # it may wait for one of these
+                intake.insert_chunk()  # the job may wait for one of these
                 self._add_special(intake, draft)
                 continue
             intake.chunk.append(draft)
@@ -4941,9 +4968,9 @@ class Store(Editing):
         return before, self.last_seq(), intake.existing
 
     def _add_special(self, intake: Intake, draft: Draft) -> None:
-        """Insert a job with a key, a policy, or others to wait for.
+        """Insert a job with a key, a policy, or jobs to wait for.
 
-        If one of those has ended in vain already, so does the job.
+        If one of those has ended in vain already, so does this job.
         """
         if not intake.insert(draft):
             return
@@ -4951,7 +4978,8 @@ class Store(Editing):
         self.execute("UPDATE jobs SET unique_key = ?, policy = ? WHERE seq = ?",
                      draft["unique"], policy_of_draft(draft), seq)
         intake.count(draft)
-        self.execute(ADD_QUEUE, draft["queue"] or "default")  # its end in vain is counted there
+        # A drain of this queue must know of its end in vain.
+        self.execute(ADD_QUEUE, draft["queue"] or "default")
         try:
             after, after_any = [
                 self._known(draft[name] or [], draft.get("moved"))
@@ -4965,11 +4993,11 @@ class Store(Editing):
 
     def claim(self, worker: str, slot: int, queues: Names, due: int,
               now: int, pool: str = "") -> Job | None:
-        """Claim the job that is next in these queues (none: all); None if there is none.
+        """Claim the next job of these queues (none: all); return None if there is none.
 
-        If `due`, the time that `pulse` told, has come, jobs are made ready before; where they are
-        very many, a part of them is made ready instead of a claim, so that the mutex is not held
-        for long. `pool` is given if its claims are counted against a --max-jobs.
+        If `due`, the time from `pulse`, has come, jobs are made ready first. If there are very
+        many, some are made ready instead of a claim, so that the mutex is not held for long. `pool`
+        is given if its claims count against --max-jobs.
         """
         if due <= now:
             if self._expire(now):
@@ -4999,13 +5027,13 @@ class Store(Editing):
         return job
 
     def _free_place(self, queue: str) -> int:
-        """The lowest number from 1 that no running job of a queue has."""
+        """Return the lowest number from 1 that no running job of a queue has."""
         taken = self.column(
             "SELECT place FROM jobs WHERE state = 'processing' AND queue = ?", queue)
         return min(set(range(1, len(taken) + 2)) - set(taken))
 
     def _expire(self, now: int) -> bool:
-        """Cancel jobs whose first run should have begun by now, for SLICE; whether some are left."""
+        """Cancel expired jobs for at most SLICE; return whether some are left."""
         end = monotonic() + SLICE
         expired = self.column(
             """SELECT seq FROM jobs INDEXED BY jobs_expiring WHERE expires_at IS NOT NULL
@@ -5017,9 +5045,9 @@ class Store(Editing):
         return len(expired) == 1000
 
     def make_ready_after_clock_step(self, now: int) -> None:
-        """Make due the retries that were put off by a clock that has since been set back.
+        """After the clock was set back: make retries due that would otherwise wait too long.
 
-        Delays begin anew.
+        Delays begin again.
         """
         self.execute(
             """UPDATE jobs SET ready = 1, due = min(due, ?)
@@ -5031,16 +5059,16 @@ class Store(Editing):
 
     def record(self, ended: RunResult, retry_at: int | None, pools: Iterable[str],
                settings: Settings) -> tuple[str, bool]:
-        """Record how a run ended; the job's new state, and whether others can start now.
+        """Record how a run ended; return the job's new state, and whether other jobs can start.
 
-        If it ended in vain, `pools` are told. The jobs that `settings` ask for are added when a
-        job ends.
-        Only if the job is still in that very run: otherwise somebody else has recorded it as lost,
-        and that stands; the state is "" then.
+        If the job ended in vain, this counts for drains of `pools`. The hooks in `settings` add
+        their jobs when it ends. If the job is no longer in this very run, another process has
+        recorded the run as lost: then nothing changes, and the state is "".
         """
         job, now = ended.job, ended.finished_at
         state, attempts = next_state(ended.ending, job.attempts, job.max_retries, ended.final)
-        if state not in ENDED and self.orders_of(job.seq)[0]:  # its worker has not heard of it
+        # Its worker did not notice the mark in time.
+        if state not in ENDED and self.orders_of(job.seq)[0]:
             state, attempts = CANCELLED, job.attempts
         if not self._leave_run(ended, state, attempts, retry_at):
             return "", False
@@ -5055,7 +5083,7 @@ class Store(Editing):
 
     def _leave_run(self, ended: RunResult, state: str, attempts: int,
                    retry_at: int | None) -> int:
-        """Give a job its new state, if it is still in the run that ended."""
+        """Give a job its new state if it is still in the run that ended."""
         job, now = ended.job, ended.finished_at
         due = {FAILED: retry_at, PENDING: now}.get(state)
         if ended.ending == UNSTARTED:
@@ -5069,7 +5097,7 @@ class Store(Editing):
             ended.ending == DEFERRED, job.seq, job.runs)
 
     def _keep_run(self, ended: RunResult) -> None:
-        """Keep what is shown of a run; where there was no room for it, it was none."""
+        """Keep a run's record, unless there was no room to start it: then it was no run."""
         job = ended.job
         if ended.ending == UNSTARTED:
             self.execute("UPDATE jobs SET runs = runs - 1 WHERE seq = ?", job.seq)
@@ -5081,9 +5109,9 @@ class Store(Editing):
             ended.stdout or None, ended.stderr or None)
 
     def _count_run(self, ended: RunResult, state: str) -> None:
-        """Count a run that was completed, failed or (its job is dead) died.
+        """Count a run as completed, failed, or died (its job is dead).
 
-        One that was ended from outside, or asked to be tried later, is none of these.
+        A run that was ended from outside, or asked to be tried later, is not counted.
         """
         outcomes = [state == outcome for outcome in (COMPLETED, FAILED, DEAD)]
         if not any(outcomes) or ended.ending == DEFERRED:
@@ -5096,9 +5124,9 @@ class Store(Editing):
             self.execute(COUNT_RUN, *values)
 
     def thin_history(self, kept_from: int, minutes_from: int) -> bool:
-        """Put the oldest minutes together to an hour if all are older than `minutes_from`.
+        """Merge the oldest minutes into an hour if the hour ended before `minutes_from`.
 
-        Forget what is older than `kept_from`. Whether there was anything to do, and may be again.
+        Also forgets hours older than `kept_from`. Returns whether there may be more to do.
         """
         oldest = self.value("SELECT min(start) FROM history WHERE span = 60") or NEVER
         hour = oldest - oldest % HOUR
@@ -5116,11 +5144,11 @@ class Store(Editing):
             self.execute("DELETE " + too_old, kept_from)
         return True
 
-    # Jobs are cancelled, retried, changed and forgotten; each tells if it was done.
+    # Jobs are cancelled, retried, changed and forgotten; each method tells whether it did so.
 
     def cancel_waiting(self, seq: int, now: int,
                        reason: str = "cancelled before it ran again") -> bool:
-        """Cancel a job that waits."""
+        """Cancel a waiting job."""
         job = self.first(HOOKED + "WHERE seq = ? AND state IN ('pending', 'failed')", seq)
         if job:
             self.end_in_vain(job, CANCELLED, reason, now)
@@ -5134,16 +5162,16 @@ class Store(Editing):
                 WHERE seq = ? AND state = 'processing'""", now, seq)
 
     def retry(self, seq: int, now: int) -> int:
-        """Give a job that has ended a new start, if its key is not taken.
+        """Let an ended job start afresh, unless its key is taken.
 
-        Should it wait for one that ended in vain, `settle` lets it end so again.
+        If it waits for a job that ended in vain, `settle` ends it in vain again.
         """
         self.execute("""UPDATE control SET unsettled = 1
             WHERE EXISTS (SELECT 1 FROM waits WHERE job = ? AND NOT either)""", seq)
         return self.execute(RETRY, now, now, now, now, seq)
 
     def delete(self, seq: int) -> int:
-        """Forget a job that is not running, and that no other waits for."""
+        """Forget a job that is not running and that no other job waits for."""
         done = self.execute(
             """DELETE FROM jobs WHERE seq = ? AND state <> 'processing' AND NOT EXISTS (
                 SELECT 1 FROM waits JOIN jobs AS waiting ON waiting.seq = waits.job
@@ -5154,10 +5182,10 @@ class Store(Editing):
 
     def change_each(self, looked: tuple[Any, Any], change: Callable[[Row], Any],
                     newest_first: bool = False) -> Any:
-        """Call `change` with each job that is as it was when `look` saw it; the seqs it changed.
+        """Call `change` with each job that has not changed since `look`; return the changed seqs.
 
-        In transactions of SLICE each, so that nobody waits long for the mutex. A job is left out
-        if anybody else has changed it, or if `change` returns nothing.
+        It works in transactions of SLICE each, so that nobody waits long for the mutex. It leaves
+        out jobs that another process has changed, and those for which `change` returns nothing.
         """
         from array import array
         done, left = array("q"), zip(*looked)
@@ -5181,9 +5209,9 @@ class Store(Editing):
                     spared: Iterable[str] = ()) -> int:
         """Forget selected jobs of one state below seq `last`, the newest first, for SLICE at most.
 
-        Returns the seq that was reached; 0: there are no more. What waits goes before what it
-        waits for. Jobs of the queues `spared` are kept, and those that others changed meanwhile.
-        The mutex is taken only if there is anything to forget.
+        Returns the seq that was reached; 0 if no more are left. A waiting job goes before the job
+        it waits for. Jobs of the queues `spared` are kept, and those that another process changed
+        meanwhile. The mutex is taken only if there is anything to forget.
         """
         state = selection.states[0]
         reached: int = self.value(
@@ -5209,10 +5237,10 @@ class Store(Editing):
 
 def open_trusted(db: str, file: tuple[int, int] | None = None,
                  tell: Tell | None = None, patience: float = PATIENCE) -> Store:
-    """The store of a database from which something is to be executed.
+    """Open the store of a database whose commands will be executed.
 
-    `file` is its identity where it was checked before: it must be the same. Raises QueueError if
-    others could have written it, or if it was replaced.
+    `file` is its identity from an earlier check: it must be the same. Raises QueueError if others
+    could have written the database, or if it was replaced.
     """
     refuse_untrusted(db)
     store = Store(db, patience, tell)
@@ -5223,11 +5251,11 @@ def open_trusted(db: str, file: tuple[int, int] | None = None,
     return store
 
 
-# A backup is restored: a copy of it is put in the database's place.
+# Restoring: a copy of the backup replaces the database.
 
 
 def copy_backup(backup: str, part: str) -> None:
-    """Copy a backup that is sound; raises QueueError if it is not."""
+    """Copy a backup; raises QueueError if it is damaged."""
     source = Store(backup, reading=True)
     try:
         damage = source.damage()
@@ -5239,7 +5267,7 @@ def copy_backup(backup: str, part: str) -> None:
 
 
 def fold_log(db: str) -> None:
-    """Have SQLite write the log into the database, if it can still read them."""
+    """Have SQLite write the log into the database; return whether it could."""
     old = sqlite3.connect(db, isolation_level=None)
     try:
         old.execute(CHECKPOINT).fetchall()
@@ -5250,7 +5278,7 @@ def fold_log(db: str) -> None:
 
 
 def keep_aside(db: str) -> str:
-    """Give a database, and a log that could not be folded in, a second name; the name."""
+    """Give a database, and a log that could not be folded in, a second name; return it."""
     number, kept = 1, db + ".replaced1"
     while exists(kept) or exists(kept + "-wal"):
         number += 1
@@ -5264,11 +5292,12 @@ def keep_aside(db: str) -> str:
 
 
 def put_in_place(backup: str, db: str) -> str:
-    """Put a copy of a backup in a database's place; the name of what it replaces, or nothing.
+    """Replace a database by a copy of a backup; return the old one's new name, or "".
 
-    Under the mutex. The old log is folded into the old database first, for it would be mixed with
-    the new one; where that can't be, it is kept beside it. There is a database at every moment:
-    until the last step the old one, which then has two names, and so is not mistaken for the new.
+    Under the mutex. First the old log is folded into the old database, for SQLite would mix it with
+    the new one; if that fails, it is kept beside the old database. There is a database at every
+    moment: the old one until the last step. By then it has two names, so that nobody mistakes it
+    for the new one.
     """
     if system.is_mount_point(db):
         raise QueueError("%s is mounted as a single file; mount the folder that it is in" % db)
@@ -5294,28 +5323,28 @@ def put_in_place(backup: str, db: str) -> str:
 
 # ═══ Runner ═══ one run's processes: start, bound and end them ═══════════════════════════════
 #
-# When a run has to end (time-out, cancel, stop) its worker decides: Worker, class Attending. How
-# its processes are found and ended, and how its output is bounded, stands here; the signals and
-# system calls are Platform's.
+# The worker decides when a run must end (time-out, cancel, stop): see Attending in section Worker.
+# This section finds and ends the run's processes, and bounds its output. The signals and system
+# calls themselves are in section Platform.
 
 if TYPE_CHECKING:
-    Pause = Callable[[float], object]  # sleeps up to so many seconds
+    Pause = Callable[[float], object]  # seconds: the longest sleep
 FOREVER = float("inf")  # seconds
-SHORTEST_LOOK, LONGEST_LOOK = 0.02, 0.5  # seconds between looks at a run's output
-LONGEST_PAUSE = 0.25  # seconds between looks at processes that were told to end
+SHORTEST_LOOK, LONGEST_LOOK = 0.02, 0.5  # seconds between two looks at a run's output
+LONGEST_PAUSE = 0.25  # seconds between two looks at processes that were signalled
 
 
 def run_name(worker: str, seq: int, run: int) -> str:
-    """The QUEUECTL_RUN of a run: unique, for no worker's name is used twice."""
+    """Return the QUEUECTL_RUN of a run: unique, for no worker's name is used twice."""
     return "%s-%d-%d" % (worker, seq, run)
 
 
 def members_of(mark: str, files: Names,
                leader: Leader = NOBODY) -> Callable[[], Living]:
-    """A function that finds the living processes of one run; arguments as for `system.members`.
+    """Return a function that finds the living processes of a run (see `system.members`).
 
-    It remembers whom it has found: a child whose only tie to the run was its parent stays a
-    member when that parent is gone.
+    It remembers the members it has found. So a child that only its parent tied to the run is still
+    known as a member when the parent is gone.
     """
     known: Living = {}
 
@@ -5329,16 +5358,16 @@ def members_of(mark: str, files: Names,
 
 def end_processes(members: Callable[[], Living], grace: float, pause: Pause,
                   patience: float = FOREVER) -> bool:
-    """End the processes that `members` finds: SIGTERM, after `grace` seconds SIGKILL.
+    """End the processes that `members` finds: by SIGTERM, and by SIGKILL after `grace` seconds.
 
-    `members` is asked again until it finds none, for they may start others meanwhile. Gives up,
-    and returns False, `patience` seconds after the first SIGKILL.
+    It calls `members` until no process is left, for they may start others meanwhile. It gives up
+    and returns False `patience` seconds after the first SIGKILL.
     """
     start = monotonic()
     nap = 0.005
     asked: set[tuple[int, str]] = set()
     while True:
-        found = None  # they can't be looked for now: they may all live
+        found = None  # they can't be seen now, so they may all live
         try:
             found = members()
         except OSError:
@@ -5360,7 +5389,7 @@ def end_processes(members: Callable[[], Living], grace: float, pause: Pause,
         nap = min(nap * 2, LONGEST_PAUSE)
 
 
-# Where the jobs of a context run: their folder, umask, and environment in native form.
+# How the jobs of a context run: folder, umask, and environment in native form.
 JobEnvironment = namedtuple("JobEnvironment", "cwd umask env")
 
 
@@ -5372,13 +5401,13 @@ class Run:
     """One run of a claimed job: its shell, its deadline, its output, its end."""
 
     pid, leader = 0, NOBODY
-    lost = False  # whether it has ended with an exit code that nobody knows
-    short = False  # whether it could not start because the machine has no room for it
+    lost = False  # whether it ended, but its exit code went elsewhere
+    short = False  # whether the machine had no room to start it
     exit_code: int | None = None
     printed, look_every = 0, SHORTEST_LOOK
 
     def __init__(self, job: Job, worker: str, slot: OutputFiles, limit: int):
-        """`slot` is open and takes its output, of which up to `limit` bytes a stream are kept."""
+        """`slot` is open and takes the output; `limit` bytes of each stream are kept."""
         self.job, self.worker, self.slot, self.limit = job, worker, slot, limit
         self.name = run_name(worker, job.seq, job.runs)
         self.began = monotonic()
@@ -5386,7 +5415,7 @@ class Run:
         self.next_look = self.began + SHORTEST_LOOK
 
     def start(self, environment: JobEnvironment, db: str, shell: str) -> str:
-        """Start the command in its environment by a shell; why it could not, or ""."""
+        """Start the command in its environment; return why that failed, or ""."""
         cwd, umask, env = environment
         env = {**env, **self._variables(db)}
         try:
@@ -5402,21 +5431,21 @@ class Run:
             return "can't start %s: %s" % (shell, error.strerror)
 
     def _variables(self, db: str) -> Env:
-        """The job's own part of its environment."""
+        """Return the variables that the job has beside its context's."""
         job = self.job
         values = job.id, job.attempts, job.max_retries, job.queue, db
         given = dict(zip(JOB_VARIABLES, map(str, values)))
-        given.update(json.loads(job.env or "{}"))  # a hook's tells of the job that has ended
+        given.update(json.loads(job.env or "{}"))  # a hook has those of the job that has ended
         given.update(QUEUECTL_RUN=self.name, QUEUECTL_SLOT=str(job.place))
         return native_items(given)
 
     def set_timeout(self, seconds: float | None) -> None:
-        """End it so many seconds after its start; None: it may take as long as it likes."""
+        """Bound the run to so many seconds from its start; None: no bound."""
         self.timeout = seconds
         self.deadline = self.began + (seconds or FOREVER)
 
     def has_ended(self) -> bool:
-        """Whether the shell has ended; `exit_code` (negative: its signal) is known from then on."""
+        """Tell whether the command has ended; then `exit_code` is set (negative: a signal)."""
         if self.exit_code is not None or self.lost:
             system.reap(0)
             return True
@@ -5427,11 +5456,11 @@ class Run:
         return self.exit_code is not None or self.lost
 
     def patience(self) -> float:
-        """Seconds for which the worker may sleep without harm to this run."""
+        """Return the seconds for which the worker may sleep without harm to this run."""
         return max(0.0, min(self.next_look, self.deadline) - monotonic())
 
     def bound_output(self) -> None:
-        """Look at the output if it is time to: often while it grows fast, seldom while not."""
+        """Bound the output, if it is time for a look: the faster it grows, the sooner."""
         now = monotonic()
         if now < self.next_look:
             return
@@ -5446,22 +5475,22 @@ class Run:
         self.next_look = now + self.look_every
 
     def end(self, grace: float, pause: Pause) -> None:
-        """End the shell and everything it started, wherever that went; see `end_processes`."""
+        """End the command and every process it started; see `end_processes`."""
         members = members_of(self.name + "\0", self.slot.paths, self.leader)
 
         def living() -> Living:
-            self.has_ended()  # the dead are collected, and the exit code of the shell is not lost
+            self.has_ended()  # reaps dead children without losing the command's exit code
             return members()
 
         end_processes(living, grace, pause)
 
     def end_leftovers(self, grace: float, pause: Pause) -> None:
-        """After a run that did not complete: nothing of it may live beside the next one."""
+        """After a failed run: end what it left, which must not live beside the next run."""
         if not system.childless:
             self.end(grace, pause)
 
     def result(self, ending: str, error: str | None = None) -> RunResult:
-        """What there is to record; the reason of a failure ends with the last line of stderr."""
+        """Return what to record; the error of a failure ends with the last line of stderr."""
         stdout, stderr = self.slot.read(self.limit)
         why = last_line(stderr) if error else ""
         if why:
@@ -5473,8 +5502,8 @@ class Run:
 
 # ═══ Worker ═══ claim, run, record; when a run must end; recovery after dead workers ═════════
 #
-# What a worker does for a job, and in which order. All the time it holds its life lock, from the
-# transaction that registers it until its process has ended: the others ask that lock if it lives.
+# The steps of a worker for one job, in this order. Meanwhile it holds its life lock, from the
+# transaction that registers it until its process has ended; others try the lock to see if it lives.
 #
 #     take the next run's token     flock of the slot's two output files
 #     ┌ mutex, BEGIN IMMEDIATE
@@ -5484,36 +5513,36 @@ class Run:
 #     start the command             its processes inherit the token
 #     note its first process        in the life file
 #     sync the log                  some milliseconds later, while the command runs
-#     tell how the last run ended, empty its output files, let go of its token
-#     wait: for the end of the shell, the deadline, a cancellation, an order to stop
+#     tell how the last run ended, empty its output files, close them (frees its token)
+#     wait: for the end of the command, the deadline, a cancellation, an order to stop
 #
-# * The token is taken before the commit, which notes the number of its slot. From the commit on,
-#   whoever finds this worker dead asks that slot whether the run still lives. A claim whose token
-#   could not be taken (no descriptor is left, a daemon keeps the files) would look like a run that
-#   has ended.
-# * The last run is recorded and the next job claimed in one commit, under one mutex. So the last
-#   token and the next are held at once, which takes two slots; while records are not on disk yet,
-#   some more.
-# * The sync comes before telling, and before the output files are emptied. A power cut may undo a
-#   commit until then: nobody has heard of it, and the job runs again.
-# * A job that another was to run after may have been recorded by another worker, whose commit is
-#   not on disk yet. So before it starts, the log is synced.
-# * The first process is noted when it has just begun: while it is young it can't have left its
-#   session, by which alone a job is found that has given up its descriptors and environment.
-# * Handlers of signals set `leave` and ring the bell. Whoever waits drains the bell first and
-#   looks at everything then, so nothing is lost that happens between the look and the sleep.
+# * The worker takes the token before the commit, which records the slot's number. From the commit
+#   on, a process that finds this worker dead tries the token of that slot to see if the run still
+#   lives. A claim without its token (no descriptor left, files held by a daemon) would look like a
+#   run that has ended.
+# * One commit, under one mutex, records the last run and claims the next job. So a worker holds two
+#   tokens at once, which takes two slots; it takes more while records are not on disk yet.
+# * The worker syncs before it tells of a record and before it empties the output files. A power cut
+#   may undo the commit until then: nobody has heard of it, and the job runs again.
+# * A job that was to run after another starts only when the log is synced: another worker may have
+#   recorded that other job in a commit that is not on disk yet.
+# * The first process is noted right after its start. By then it can't have left its session, which
+#   is the only trace of a job that closes its descriptors and clears its environment.
+# * Signal handlers set `leave` and ring the bell. A waiting worker drains the bell first and then
+#   looks at everything, so it misses nothing that happens between the look and the sleep.
 
-SHUTDOWN_CODES = (-15, -9, 143, 137)  # SIGTERM and SIGKILL, or what programs make of them
-SHARED_SYNC = 16  # records that may share a sync of the disk, where jobs are short
-SYNC_WAIT = 0.005  # seconds a record waits for others to share its sync
-LONGEST_REST = 30.0  # seconds for which a worker rests while the machine has no room for a job
-SYNC_AGAIN = 1.0  # seconds until a sync of the disk is tried again that has failed
-LAST_PATIENCE = 0.4  # seconds that who leaves waits to write that it is gone
-CLOCK_STEP = 1.0  # seconds the wall clock must be set back by before retries are looked at again
+# Exit codes: ended by SIGTERM or SIGKILL, directly or as a shell reports it.
+SHUTDOWN_CODES = (-15, -9, 143, 137)
+SHARED_SYNC = 16  # how many records of short jobs may share a sync of the disk
+SYNC_WAIT = 0.005  # seconds that a record waits for others to share its sync
+LONGEST_REST = 30.0  # seconds that a worker rests if the machine has no room for a job
+SYNC_AGAIN = 1.0  # seconds until a failed sync is tried again
+LAST_PATIENCE = 0.4  # seconds that a leaving worker waits for the database to delete its row
+CLOCK_STEP = 1.0  # seconds by which the clock must be set back before retries are looked at again
 
 
 def retry_time(job: Any, ending: str, settings: Settings, now: int) -> int:
-    """When a job runs again that failed, or asked to be tried later, at `now`; in milliseconds."""
+    """Return when a job runs again that at `now` failed or asked for it; in milliseconds."""
     if ending == DEFERRED:
         return now + to_millis({**settings, **policy_of(job)}["retry_after"])
     base = job.backoff_base
@@ -5528,31 +5557,31 @@ def _pool_of(worker: str) -> str:
     return worker.rpartition("-")[0]
 
 
-# Recovery gives back what dead workers held. What is held, and in which order:
+# Recovery gives back the jobs of dead workers. Its steps, and the locks held during each:
 #
 #     recovery lock                 one process at a time; the others leave it the work
 #       look for lost jobs          processing, and the life lock of their worker is free
-#       end what is left of them    SIGTERM, grace, SIGKILL; all of them together, without the mutex
+#       end their processes         SIGTERM, grace, SIGKILL; all together, without the mutex
 #       for each lost job
-#         look again                if anything still lives, the job stays as it is
-#         take the token            if it is held by whom we can't see, likewise
+#         look again                if a process still lives, the job stays as it is
+#         take the token            if an unseen process holds it, the job stays as it is
 #         mutex: record the run     only if the job is still in that very run
-#         let go of the token
-#         sync, remove its output, tell
+#         free the token
+#         sync, remove the output, tell
 #       mutex: forget dead workers and pools, and their files
 #     ring every worker
 #
-# * Ending processes takes seconds. The write mutex must not be held so long, hence the lock.
-# * A recoverer may be killed at any moment. The job is then as it was, or recorded; what it left
-#   of files goes with the other files of the dead worker.
-# * Between the look and the record somebody may cancel the job. The record looks again, in its
+# * Ending processes takes seconds. Nobody may hold the write mutex so long; hence a lock for this.
+# * The recovering process may be killed at any moment. Then the job is as it was, or recorded; its
+#   output files are removed with the dead worker's other files.
+# * A person may cancel the job between the look and the record. The record looks again, in its
 #   transaction, and changes nothing if the job is no longer in that very run.
-# * The dead are forgotten in a transaction, for workers are born in one: a life file whose lock
-#   is not taken yet is never seen.
+# * Dead workers are forgotten in a transaction, because workers are created in one: so nobody sees
+#   a life file whose lock is not taken yet.
 
 
 class LostRun:
-    """A job whose worker is dead, and what is left of its run."""
+    """A job whose worker is dead, and the processes and output that its run left."""
 
     def __init__(self, store: Store, row: Row):
         """`row` is one of `store.lost_jobs()`."""
@@ -5572,17 +5601,18 @@ class LostRun:
             self.orphans = members_of(original + "-", ())
 
     def give_back(self, tell: Tell, pool: str) -> bool:
-        """Record it, now that its orphans were ended; False if some could not be.
+        """Record the lost run after its processes were ended; False if some could not be.
 
-        `tell` and `pool` are as for `recover`.
+        `tell` and `pool` are as in `recover`.
         """
         job, settings = self.job, self.store.settings()
         test_point("recovering")
-        # Whoever cancels a job of the original doesn't wait for its run there to end.
+        # A person who cancels a job of the original does not wait for its run to end there.
         given_up = self.row["cancel"] and not self.own
         if not given_up and self.orphans():
             return False
-        if not self.slot.open() and not given_up:  # held in another container, or by another user
+        # A process in another container, or of another user, holds it.
+        if not self.slot.open() and not given_up:
             return False
         try:
             result = self._result(output_limit(settings, job.queue))
@@ -5591,9 +5621,10 @@ class LostRun:
             with self.store.transaction():
                 state, _ = self.store.record(result, retry_at, pools, settings)
         finally:
-            self.slot.close()  # kept by mistake it would keep the job from ever being given back
+            # A token kept by mistake would keep the job from ever being given back.
+            self.slot.close()
         test_point("recovered")
-        self.store.sync()  # before the output is thrown away
+        self.store.sync()  # before the output is removed
         if not given_up:
             self.slot.remove()
         if state:
@@ -5602,7 +5633,7 @@ class LostRun:
         return bool(state)
 
     def _result(self, limit: int) -> RunResult:
-        """What there is to record."""
+        """Return what to record."""
         stdout, stderr = b"", b""
         if self.slot.fds:
             stdout, stderr = self.slot.read(limit)
@@ -5621,14 +5652,14 @@ class LostRun:
 
 
 def _forget_dead(store: Store) -> None:
-    """Remove dead workers and pools, and their files, unless a job is still held in their name."""
+    """Remove dead workers and pools, and their files, unless a worker still has a job."""
     names = set(names_beside(store.path, ".life"))
     names.update(entry["name"] for entry in store.pools() + store.workers())
     if all(is_alive(store.path, name) for name in names):
         return
     with store.transaction():
         keep = {name for name in names if is_alive(store.path, name)}
-        # A dead pool is kept while any of its workers lives: `stop` reaches them through it.
+        # A dead pool's row stays while any of its workers lives: `stop` reaches them through it.
         keep.update([_pool_of(name) for name in keep])
         keep.update(job["worker"] for job in store.lost_jobs())
         for name in names - keep:
@@ -5638,11 +5669,11 @@ def _forget_dead(store: Store) -> None:
 
 def recover(store: Store, pause: Pause, tell: Tell,
             pool: str = "") -> int:
-    """Give back what dead workers held, after ending what is left of it; how many jobs.
+    """End the processes of lost runs, and give their jobs back; return how many jobs.
 
-    `tell` gets a line for each. A job whose tries are used up by that has died in the hands of
-    `pool` too. Raises QueueError if the database can't be trusted: by what it says, processes are
-    ended. Raises Unavailable or OSError if it can't be done now.
+    `tell` is called with a line for each. If a job has no try left and dies, that counts for a
+    drain of `pool`. Raises QueueError if others could have written the database, for it names the
+    processes that are ended. Raises Unavailable or OSError if it can't be done now.
     """
     folder = folder_path(store.path)
     if not isdir(folder) and not store.lost_jobs():
@@ -5658,7 +5689,8 @@ def recover(store: Store, pause: Pause, tell: Tell,
             return 0
         store.queue_id()
         lost = [LostRun(store, row) for row in store.lost_jobs()]
-        own = [run.orphans for run in lost if run.own]  # those of the original are left alone
+        # This does not touch the original's processes.
+        own = [run.orphans for run in lost if run.own]
         end_processes(
             lambda: {pid: started for orphans in own for pid, started in orphans().items()},
             store.settings()["kill_grace_seconds"], pause, 1.0)
@@ -5671,19 +5703,21 @@ def recover(store: Store, pause: Pause, tell: Tell,
     return count
 
 
-# Sweeping forgets jobs that have ended long ago.
+# Sweeping forgets jobs that ended long ago.
 
-HISTORY = "history"  # what is swept beside jobs of some states
-SWEEP_TIME, SWEEP_REST = 0.1, 60.0  # seconds of work in one second; between rounds, at least
-YOUNGEST_SWEPT = 5.0  # seconds for which ended jobs are kept at least: somebody may wait for them
-STEADY_TIME = 60.0  # seconds for which the clock must have gone as the machine's own does
+HISTORY = "history"  # the step of a round that sweeps the history, beside steps for states of jobs
+# Seconds of work in one second; least seconds between two rounds.
+SWEEP_TIME, SWEEP_REST = 0.1, 60.0
+YOUNGEST_SWEPT = 5.0  # least seconds that ended jobs are kept: `wait` may still ask for them
+STEADY_TIME = 60.0  # seconds for which the wall clock must have agreed with the monotonic clock
 
 
 def _sweep_on(store: Store, keep: dict[str, float],
               place: dict[str, int]) -> dict[str, int]:
-    """Go on with a round from a place; the place that was reached."""
+    """Go on with a round from a place; return the place reached."""
     spared, end = store.queues_of_runs(), monotonic() + SWEEP_TIME
-    place = {state: last for state, last in place.items() if state in keep}  # not unset meanwhile
+    # The setting was not unset meanwhile.
+    place = {state: last for state, last in place.items() if state in keep}
     for state in place:
         while place[state]:
             before = to_millis(time.time() - keep[state])
@@ -5698,25 +5732,25 @@ def _sweep_on(store: Store, keep: dict[str, float],
 
 
 def _steady_clock(noted: Any) -> tuple[bool, list[float]]:
-    """Whether the time of day can be believed, and what to note of it.
+    """Tell whether the wall clock can be trusted, and what to note about it.
 
-    A clock that is a year ahead for some seconds must not let everything be forgotten: it has to
-    have gone for STEADY_TIME as the machine's own clock, which nobody sets.
+    A clock that is a year ahead for some seconds must not make sweeping forget everything. So the
+    wall clock must have agreed for STEADY_TIME with the monotonic clock, which nobody can set.
     """
     now = [time.time(), monotonic()]
     if noted:
         passed, own = now[0] - noted[0], now[1] - noted[1]
         if own >= 0 and abs(passed - own) <= CLOCK_STEP:
             return own >= STEADY_TIME, noted
-    return STEADY_TIME == 0, now  # it was set, or the machine started anew
+    return STEADY_TIME == 0, now  # the clock was set, or the machine was restarted
 
 
 def _sweep_from_note(store: Store, keep: dict[str, float], file: int) -> None:
-    """Go on where the note in the file says that the last worker stopped, and note where this does.
+    """Go on from the place that the last worker noted in a file, and note the place reached.
 
-    The note has the `place` in the round: for each state that is not done, the seq of the last
-    job that was looked at. There is none before the first round, and it is empty when a round is
-    done, since the date of the file. `clock` is since when the clock was steady.
+    The note's `place` has, for each state that is not done, the seq of the last job looked at. It
+    is missing before the first round, and empty after a round, which ended at the file's date.
+    `clock` is the time since when the wall clock can be trusted.
     """
     note = json.loads(read_between(file, 0, 200) or b"{}")
     place = note.get("place")
@@ -5735,11 +5769,11 @@ def _sweep_from_note(store: Store, keep: dict[str, float], file: int) -> None:
 
 
 def sweep(store: Store, settings: Settings) -> None:
-    """Forget jobs that ended longer ago than `keep_completed` and `keep_dead` say, and old history.
+    """Forget jobs that ended longer ago than `keep_completed` and `keep_dead`, and old history.
 
-    Works for SWEEP_TIME, then leaves off until it is called again. One worker at a time does that,
-    under a lock. The longer jobs are kept, the longer it rests between two rounds: a hundredth of
-    that. Raises QueueError, OSError or ValueError if it can't be done now.
+    It works for SWEEP_TIME, then stops until it is called again. A lock lets one worker at a time
+    sweep. Between two rounds it rests for a hundredth of the time that jobs are kept. Raises
+    QueueError, OSError or ValueError if it can't be done now.
     """
     times = {DEAD: settings["keep_dead"]}
     times[COMPLETED] = times[CANCELLED] = settings["keep_completed"]
@@ -5758,11 +5792,12 @@ def sweep(store: Store, settings: Settings) -> None:
 
 
 def take_life(db: str, name: str) -> int:
-    """Take the life lock of a worker or pool, in the transaction that registers it; its file."""
+    """Take the life lock of a worker or pool, in the transaction that registers it."""
     os.makedirs(folder_path(db), 0o700, exist_ok=True)
     fd = open_private(life_path(db, name), os.O_RDWR)
     try:
-        while not system.try_lock(fd):  # somebody asks at this moment whether it is alive
+        # Another process tries the lock just now, to see if it is alive.
+        while not system.try_lock(fd):
             sleep(0.001)
         return fd
     except OSError:
@@ -5770,17 +5805,17 @@ def take_life(db: str, name: str) -> int:
         raise
 
 
-# How a pool in the background drains: nobody sees by its exit code whether a job died, and that of
-# a `run` also waits for the jobs that are not due yet.
+# How a detached pool drains. Nobody reads its exit code, so it does not count deaths. The pool of a
+# `run` (WHOLE) also waits for jobs that are not due yet; others (DUE) do not.
 DUE, WHOLE = "due", "whole"
 
 WorkerConfig = namedtuple(
     "WorkerConfig", "db file pool number queues drain limited run log supervisor fds")
-WorkerConfig.__doc__ = """What the supervisor tells a worker: the database, which file that was,
-its pool, its number there, the queues it serves (none: all), whether to drain (or DUE, WHOLE),
-whether --max-jobs was given, whether it serves a `run` (then it drains that run's queue), the log
-that it tells to ("": none), the supervisor's process id, and the descriptors it inherits but must
-not keep."""
+WorkerConfig.__doc__ = """What the supervisor tells a worker: the database, its file's identity,
+the pool, the worker's number there, the queues it serves (none: all), whether to drain (or DUE,
+WHOLE), whether --max-jobs was given, whether it serves a `run` (then it drains that run's queue),
+the log file ("": none), the supervisor's process id, and inherited descriptors that it must
+close."""
 
 
 def signal_name(number: int) -> str:
@@ -5791,32 +5826,32 @@ def signal_name(number: int) -> str:
 
 
 class Records:
-    """What a worker knows; how it tells, commits, and has the disk keep what it has recorded.
+    """What a worker knows; how it writes messages, commits, and syncs its records.
 
-    A worker has four layers: on this one rest Turns (between two runs), on them Attending (one run),
-    on them Worker (its life).
+    A worker has four layers: this one, Turns (between two runs), Attending (one run), and Worker
+    (from start to end).
     """
 
     store: Store
     epoch, settings = -1, SETTINGS
     # Its life.
     leave = 0  # 1: after the running job, 2: now
-    dismissed = False  # by a signal of its own, while the pool goes on
+    dismissed = False  # stopped by a signal sent to it alone; the pool replaces it
     life = -1  # the descriptor that holds its life lock
-    seen = -1  # the last data version that was looked at; -1: look at everything again
+    seen = -1  # the last data version seen; -1: look at everything again
     next_due = NEVER  # milliseconds
     next_patrol = next_sweep = 0.0
     unpatrolled = True
     # What it tells.
-    trouble = ""  # what was told last of what keeps it from working
+    trouble = ""  # the trouble that it told last: what keeps it from working
     rest_until, shortages = 0.0, 0
     # What it has recorded.
-    unsynced = False  # whether a record may not be on disk yet
-    sync_failed = False  # whether the last try to change that has failed
-    retry_at: int | None = None  # of the run that was recorded last
+    unsynced = False  # whether a record may be missing on disk
+    sync_failed = False  # whether the last sync failed
+    retry_at: int | None = None  # the slot of the run recorded last
     # Where output goes.
-    slots = 0  # how many there were
-    next_slot: OutputFiles | None = None  # whose token is held for the next run
+    slots = 0  # how many slots were made
+    next_slot: OutputFiles | None = None  # the slot whose token is held for the next run
     running: OutputFiles
 
     def __init__(self, order: WorkerConfig):
@@ -5827,43 +5862,44 @@ class Records:
         self.limited: set[str] = set()  # the queues that have a limit of jobs running at once
         self.clock = time.time() - monotonic()
         self.place = system.place()
-        self.lines: list[str] = []  # to be said once what they tell of is on disk
+        self.lines: list[str] = []  # messages that wait until their records are on disk
         self.spare: list[OutputFiles] = []
-        self.used: list[tuple[OutputFiles, bool]] = []  # of unsynced records; whether they printed
+        # Slots of unsynced records, each with whether its run printed anything.
+        self.used: list[tuple[OutputFiles, bool]] = []
         self.environment: dict[int, JobEnvironment] = {}  # by the key of their context
 
     # What it says.
 
     def say(self, text: str) -> None:
-        """Say a line as soon as what was recorded is on disk."""
+        """Write a message as soon as the records are on disk."""
         self.lines.append(text)
 
     def announce(self, text: str) -> None:
-        """Say something at once, whatever waits to be said."""
+        """Write a message at once, before others that wait."""
         self._write([as_called(text)])
 
     def _write(self, lines: Iterable[str]) -> None:
-        """Each with the time at which it is said: a log doesn't go back in time."""
+        """Write messages, each with the time of writing: times in a log must not go back."""
         now = show_time(now_millis())
         said = "".join("%s worker %d: %s\n" % (now, self.order.number, line) for line in lines)
-        if self.order.run and os.isatty(1):  # in place of the line that shows the progress
+        if self.order.run and os.isatty(1):  # over the line that shows the progress
             said = "\r\033[K" + said
         if self.order.log:
             renew_log(self.order.log)
         system.say(said)
 
     def tell_trouble(self, text: str) -> None:
-        """Say at once what keeps this worker from working, and note it; nothing: it works again."""
+        """Tell at once what keeps this worker from working, and note it; "": it works again."""
         if text != self.trouble:
             self.trouble = text
             note_trouble(self.life, text)
             if text:
                 self.announce(text)
 
-    # What it follows, and what it commits.
+    # Settings, orders, commits.
 
     def follow(self, epoch: int) -> None:
-        """Take on settings that have changed since the epoch before, and the order to stop."""
+        """Read changed settings, and whether to stop, if the epoch has changed."""
         if epoch == self.epoch:
             return
         self.epoch = epoch
@@ -5873,15 +5909,15 @@ class Records:
             self.say("told to stop" + " now" * (stop == 2))
 
     def commit(self, change: Callable[[], Any], holding: str = "") -> Any:
-        """Make a change in a transaction, again and again until it is committed; what it returns.
+        """Make a change in a transaction; try again until it is committed; return its result.
 
-        `holding` is the id of the job whose outcome the change records, or nothing. Raises
-        Unavailable or OSError only if the worker is told to leave; while it is `holding` an
-        outcome, only if it is to leave now.
+        `holding` is the id of the job whose outcome the change records, or "". Raises Unavailable
+        or OSError only if the worker must leave; while `holding` an outcome, only if it must leave
+        now.
         """
         why, told_from = "", monotonic() + WAIT_TOLD
         if holding:
-            why, told_from = "the outcome of %s waits to be recorded: " % holding, 0.0
+            why, told_from = "the outcome of %s could not be recorded yet: " % holding, 0.0
         while True:
             try:
                 if self.sync_failed:
@@ -5899,11 +5935,11 @@ class Records:
                 self.bell.wait(SYNC_AGAIN if self.sync_failed else TICK)
 
     def sync_records(self) -> None:
-        """Have the disk keep what was recorded; then tell of it, and empty its output files.
+        """Sync the records; then tell of them, and empty their output files.
 
-        Done while the next job runs already, and where jobs are very short for a few of them at
-        once: waiting for the disk would cost them a tenth of their rate. While the disk takes
-        nothing, `sync_failed` is set, and nothing is told, thrown away or claimed.
+        The next job runs meanwhile. Several very short jobs share one sync: waiting for the disk
+        each time would cost a tenth of their rate. While syncs fail, `sync_failed` is set, and the
+        worker tells nothing, removes nothing and claims nothing.
         """
         try:
             if self.unsynced:
@@ -5923,13 +5959,13 @@ class Records:
             try:
                 slot.clear(printed)
                 self.spare.append(slot)
-            except OSError:  # a file that can't be emptied is used no more
+            except OSError:  # a file that can't be emptied is not used again
                 slot.remove()
         self.used.clear()
 
 
 class Turns(Records):
-    """Between two runs: the last one is recorded and the next job claimed, in one commit."""
+    """Between two runs: record the last one and claim the next job, in one commit."""
 
     def record_and_claim(self, result: RunResult | None) -> Job | None:
         """Record how the last run ended (None: there was none) and claim the next job, if any.
@@ -5959,7 +5995,7 @@ class Turns(Records):
         return job  # type: ignore[no-any-return]
 
     def _settle(self) -> None:
-        """Let all end that the last job takes along; if that can't be now, the mark has it done."""
+        """End all jobs that the last one takes along; on failure the mark stays for others."""
         try:
             self.store.settle(now_millis())
             ring_all(self.db)
@@ -5968,10 +6004,10 @@ class Turns(Records):
 
     def _record_and_claim(self,
                           result: RunResult | None) -> tuple[str, list[str], Job | None]:
-        """In the transaction: the recorded job's new state, whom to ring, and a job.
+        """In the transaction: return the recorded job's new state, workers to ring, and a job.
 
-        Others may take what waited for the recorded job, its place or its retry. They are rung if
-        they sleep: who runs a job looks again after it.
+        Other workers may take jobs that waited for the recorded job or its place, or its retry.
+        Only sleeping workers are rung: one that runs a job looks again after it.
         """
         state, job, news = "", None, False
         if self.clock_was_set_back():
@@ -5991,7 +6027,7 @@ class Turns(Records):
         return state, sleepers, job
 
     def _may_go_on(self) -> bool:
-        """Whether to claim another job, and not leave, rest, or look after others first."""
+        """Tell whether to claim another job, or else to leave, rest, or recover jobs first."""
         now = monotonic()
         if self.leave or now < self.rest_until or now >= self.next_patrol:
             return False
@@ -6017,7 +6053,7 @@ class Turns(Records):
         self.environment[context] = JobEnvironment(cwd, umask, env)
 
     def _open_slot(self) -> OutputFiles | None:
-        """A slot with its token in hand; None if there is no room for one, and so for no run."""
+        """Return a slot whose token this worker holds; None if the machine has no room for one."""
         while True:
             if not self.spare:
                 self.spare.append(OutputFiles(self.db, self.name, self.slots))
@@ -6025,21 +6061,21 @@ class Turns(Records):
             slot = self.spare[0]
             try:
                 if slot.open():
-                    slot.empty()  # of what a daemon wrote after its job's record, and ended since
+                    slot.empty()  # of late output of a daemon that has ended since
                     return self.spare.pop(0)
             except OSError as error:
                 self.rest_until = monotonic() + 1.0
                 self.tell_trouble("no job can be claimed: %s" % error)
                 return None
-            self.spare.pop(0).remove()  # a daemon that an earlier job left behind keeps it
+            self.spare.pop(0).remove()  # a daemon that an earlier job left behind holds it
 
     def orphaned(self) -> bool:
-        """Whether the supervisor has died."""
+        """Tell whether the supervisor has died."""
         life = life_path(self.db, self.pool)
         return system.orphaned(self.order.supervisor, life)
 
     def clock_was_set_back(self) -> bool:
-        """Whether the wall clock was set back since this was asked last."""
+        """Tell whether the wall clock was set back since the last call."""
         before, self.clock = self.clock, time.time() - monotonic()
         return self.clock < before - CLOCK_STEP
 
@@ -6064,11 +6100,12 @@ class Attending(Turns):
     """One run of a claimed job: start it, wait for it, decide when it must end, judge it."""
 
     def execute(self, job: Job) -> RunResult:
-        """Run a claimed job to its end, whatever that is."""
+        """Run a claimed job until it ends; return its outcome."""
         limit = output_limit(self.settings, job.queue, self.order.run)
         run = Run(job, self.name, self.running, limit)
         test_point("claimed")
-        if job.chained:  # what it waited for is perhaps another's record, and not on disk yet
+        # The record of the job it waited for may be another worker's, and not on disk yet.
+        if job.chained:
             self.unsynced = True
             self.sync_records()
         if self.sync_failed:
@@ -6096,7 +6133,7 @@ class Attending(Turns):
                 shorten(clean(job.command), 100)))
 
     def _put_off(self, run: Run, problem: str) -> RunResult:
-        """Give back a job for which the machine has no room now, and claim none for a while."""
+        """Give back a job that the machine has no room for, and claim none for a while."""
         pause = min(LONGEST_REST, 2.0 ** self.shortages)
         self.shortages += 1
         self.rest_until = monotonic() + pause
@@ -6119,26 +6156,26 @@ class Attending(Turns):
             run.bound_output()
 
     def _sync_wait(self) -> float:
-        """Seconds until the disk is to be synced."""
+        """Return the seconds until the next sync is due."""
         if not self.unsynced:
             return FOREVER
         return SYNC_AGAIN if self.sync_failed else SYNC_WAIT
 
     def _interruption(self, run: Run) -> tuple[str, str]:
-        """Why a run must end now, as its ending and the reason, or two empty strings."""
+        """Return why a run must end now (its ending, the reason), or two empty strings."""
         if monotonic() >= run.deadline:
             return FAILED, "timed out after %ss" % show_number(run.timeout or 0)
         try:
             if self._was_cancelled(run):
                 return CANCELLED, "cancelled"
         except (QueueError, OSError):
-            pass  # the run goes on; what is wrong with the database shows when it is recorded
+            pass  # the run goes on; its record will show what is wrong with the database
         if self.leave == 2:
             return STOPPED, "ended with its worker, to be run again"
         return "", ""
 
     def _was_cancelled(self, run: Run) -> bool:
-        """Look at what others have committed, if anything: orders, settings, an end, a time-out."""
+        """If others have committed anything, read orders, settings, the mark, the time-out."""
         seen = self.store.changed()
         if seen == self.seen:
             return False
@@ -6150,7 +6187,7 @@ class Attending(Turns):
         return cancelled
 
     def _judge(self, run: Run) -> RunResult:
-        """What the end of its shell means for a run."""
+        """Return what the end of its command means for a run: ending, reason, final."""
         code = run.exit_code or 0
         if code == 0 and not run.lost:
             return run.result(COMPLETED)
@@ -6162,7 +6199,7 @@ class Attending(Turns):
         error = "exit code %d" % code
         if code < 0:
             error = "ended by signal %s" % signal_name(-code)
-            code = 128 - code  # what some shells make of it
+            code = 128 - code  # how some shells report a signal
         if code in policy_of(run.job).get("dead_on", ()):
             return run.result(FAILED, error + ", which is final")._replace(final=True)
         most = self.settings["max_deferrals"]
@@ -6172,9 +6209,9 @@ class Attending(Turns):
         return run.result(FAILED, error)
 
     def _is_to_leave(self) -> bool:
-        """Whether this worker is told to leave within a tenth of a second.
+        """Tell whether this worker is told to leave within a tenth of a second.
 
-        Whoever ends all of us at once may have hit the job before its worker.
+        A signal to the whole process group may reach the job before its worker.
         """
         deadline = monotonic() + 0.1
         while not self.leave and monotonic() < deadline:
@@ -6189,7 +6226,7 @@ class Worker(Attending):
     """
 
     def handle_signals(self) -> None:
-        """From now on SIGHUP lets the running job finish, SIGUSR1 does not, SIGTERM is private."""
+        """Handle SIGHUP (leave after the running job), SIGUSR1 (leave now), SIGTERM (alone)."""
         for name, handler in (
                 ("SIGTERM", self._dismiss), ("SIGINT", self._dismiss), ("SIGHUP", self._leave_soon),
                 ("SIGUSR1", self._leave_now), ("SIGCHLD", lambda *_: None)):
@@ -6208,14 +6245,14 @@ class Worker(Attending):
     def _leave_now(self, *_: object) -> None:
         self.leave = 2
 
-    # From its birth to its end.
+    # From its start to its end.
 
     def work(self) -> int:
-        """Work until told to stop; the exit code tells the supervisor why it ended."""
+        """Work until told to stop; return an exit code that tells the supervisor why."""
         self.store = self._open()
         self.commit(self._register)
         self.follow(self.store.pulse()[0])
-        # First: what is left of a lost run must not go on while others lock the database.
+        # First recover: processes of lost runs must not go on while others lock the database.
         self._recover()
         self.commit(self.start_delays_anew)
         self._loop()
@@ -6226,7 +6263,7 @@ class Worker(Attending):
         return EXIT_DISMISSED if self.dismissed else EXIT_OK
 
     def _open(self) -> Store:
-        """The database, as soon as it can be opened."""
+        """Open the database; wait until that is possible."""
         while True:
             try:
                 store = open_trusted(self.db, self.order.file, patience=TICK)
@@ -6239,25 +6276,25 @@ class Worker(Attending):
                 self.bell.wait(TICK)
 
     def _register(self) -> None:
-        """In one transaction life lock, bell and row come to be: nobody sees a half-born worker."""
+        """Make life lock, bell and row in one transaction: nobody sees a worker half made."""
         if self.life < 0:
             self.life = take_life(self.db, self.name)
             self.store.identity.watch(self.life)
-            note_trouble(self.life, "")  # which takes the space for all notes
+            note_trouble(self.life, "")  # this takes the disk space for all notes
             self.bell = make_bell(bell_path(self.db, self.name))
             self.bell.hear_signals()
         test_point("being born")
         self.store.add_worker(self.name, self.pool, now_millis())
 
     def _sync_at_last(self) -> None:
-        """What was recorded is to be on disk before it leaves, unless it has to leave now."""
+        """Sync the records before leaving; try until it works, unless the worker must go now."""
         self.sync_records()
         while self.unsynced and self.leave < 2:
             self.bell.wait(SYNC_AGAIN)
             self.sync_records()
 
     def _deregister(self) -> None:
-        """Leave nothing behind; where that fails, whoever looks after dead workers does it."""
+        """Delete its row and files; if that fails, recovery does it later."""
         self.store.patience = LAST_PATIENCE
         try:
             with self.store.transaction():
@@ -6266,7 +6303,7 @@ class Worker(Attending):
         except (QueueError, OSError):
             pass
 
-    # The loop, in which it runs jobs or sleeps.
+    # The loop: run jobs, or sleep.
 
     def _loop(self) -> None:
         while not self.leave:
@@ -6287,7 +6324,7 @@ class Worker(Attending):
                 self._idle()
 
     def _has_news(self) -> bool:
-        """After the bell: whether anybody has committed anything, or a time has come."""
+        """After the bell: tell whether anybody has committed anything, or a time has come."""
         if self.orphaned():
             self._leave_soon()
         try:
@@ -6301,9 +6338,9 @@ class Worker(Attending):
         return True
 
     def _may_claim(self) -> bool:
-        """Whether there is a job to claim, found out by reading: writers wait for each other.
+        """Tell by reading alone whether there is a job to claim, for writers wait for each other.
 
-        The claim reads the same again, under the mutex: another may have been faster.
+        The claim reads the same again under the mutex: another worker may have been faster.
         """
         if not self.sync_failed and monotonic() >= self.rest_until:
             try:
@@ -6324,7 +6361,7 @@ class Worker(Attending):
         return bool(self.store.pool(self.pool)["jobs_left"] == 0)
 
     def _is_done(self) -> bool:
-        """Whether a `run`, a drain or --max-jobs leaves nothing more to do."""
+        """Tell whether a `run`, a drain or --max-jobs leaves nothing more to do."""
         try:
             if self.order.run or self.order.drain == WHOLE:
                 queue = self.order.queues[0]
@@ -6336,7 +6373,7 @@ class Worker(Attending):
             return False
 
     def _rest(self) -> None:
-        """After work: look again before sleeping, for own commits are no news; tell who drains."""
+        """After work: look again before sleeping, for own commits are no news; ring drains."""
         self.seen = -1
         self.sync_records()
         if self.order.drain or self.order.limited or self.order.run:
@@ -6350,15 +6387,15 @@ class Worker(Attending):
         if rest > 0:
             pause = min(pause, rest)
         if self.bell.wait(pause):
-            system.reap(0)  # daemons that earlier jobs left behind end as children of this worker
+            system.reap(0)  # daemons of earlier jobs are children of this worker: reap them
         if self.clock_was_set_back():
             self.commit(self.start_delays_anew)
             self.seen = -1
 
-    # What it does for others.
+    # Recovery and sweeping.
 
     def _patrol(self) -> None:
-        """Now and then, while others run jobs: has a worker died whose supervisor died too?"""
+        """Now and then while others run jobs: look for workers that died with their supervisor."""
         began = monotonic()
         try:
             others = self.store.holders() - {self.name}
@@ -6366,10 +6403,10 @@ class Worker(Attending):
             if not all(is_alive(self.db, name) for name in others):
                 self._recover()
         except Unavailable:
-            pass  # what can't be done now is still there at the next patrol
+            pass  # the next patrol will find the same
         now = monotonic()
         interval = self.settings["poll_interval_ms"] / 1000
-        # An orphan that can't be ended takes seconds: as many are for work.
+        # A process that can't be ended takes seconds; spend as many on work before the next look.
         self.next_patrol = now + max(1.0, interval, now - began)
 
     def _recover(self) -> None:
@@ -6388,16 +6425,16 @@ class Worker(Attending):
         try:
             sweep(self.store, self.settings)
         except (QueueError, OSError, ValueError):
-            pass  # it is not urgent, and who needs the database next says what is wrong with it
+            pass  # not urgent; the next transaction will tell what is wrong with the database
 
 
 def _exit_code(worker: Worker) -> int:
-    """Let a worker work to its end; why it ended, for the supervisor."""
+    """Run a worker to its end; return the exit code for the supervisor."""
     try:
         return worker.work()
     except (QueueError, OSError) as error:
         worker.announce(str(error))
-        if isinstance(error, Unavailable):  # what it can't write now, others will
+        if isinstance(error, Unavailable):  # recovery will do what it can't write now
             return (EXIT_TROUBLED, EXIT_OK, EXIT_INTERRUPTED)[worker.leave]
         return EXIT_TROUBLED if isinstance(error, OSError) else EXIT_FAILED
     except Exception:
@@ -6407,11 +6444,11 @@ def _exit_code(worker: Worker) -> int:
 
 
 def worker_main(order: WorkerConfig) -> NoReturn:
-    """What a worker process does from its first instruction on."""
+    """The main function of a worker process."""
     for fd in order.fds:
         os.close(fd)
     if order.run:
-        os.dup2(2, 1)  # stdout is for the result
+        os.dup2(2, 1)  # stdout is for results
     try:
         system.prepare_worker(order.supervisor)
         worker = Worker(order)
@@ -6426,10 +6463,10 @@ def worker_main(order: WorkerConfig) -> NoReturn:
     sys.exit(code)
 
 
-# ═══ Console ═══ what is printed: where, how wide, with what escaped ═════════════════════════
+# ═══ Console ═══ printing: to which stream, how wide, and with what escaped ══════════════════
 
 def mute(stream: int) -> None:
-    """Drop what goes to a standard stream from now on: after a failed write Python fails again."""
+    """Drop all further output to a stream: Python would fail again after a failed write."""
     try:
         fd = os.open(os.devnull, os.O_WRONLY)
         os.dup2(fd, stream)
@@ -6440,22 +6477,22 @@ def mute(stream: int) -> None:
 
 
 def complain(text: str) -> None:
-    """A line on stderr that is no result."""
+    """Write a line to stderr: errors, advice, progress."""
     try:
         if sys.stderr is not None:
             print("queuectl: %s" % as_called(clean(text)), file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        mute(2)  # nobody listens
+        mute(2)  # nobody can read it
 
 
 CLEAR_LINE = "\r\033[K"
 
 
 def emit_bytes(data: bytes, stream: Any = None) -> None:
-    """A part of a command's result as it is, to stdout or another standard stream.
+    """Write a part of a command's result, unchanged, to stdout or another standard stream.
 
-    It leaves at once only on a terminal, else with much more or at the end. Raises OSError if it
-    can't be written.
+    On a terminal it appears at once, elsewhere when the buffer is full or at the end. Raises
+    OSError if it can't be written.
     """
     stream = stream or sys.stdout
     if stream is None:
@@ -6466,33 +6503,33 @@ def emit_bytes(data: bytes, stream: Any = None) -> None:
 
 
 def flush_streams() -> None:
-    """Let all that was written to the standard streams leave at once. Raises OSError."""
+    """Flush the standard streams. Raises OSError."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
 
 
 def emit_text(text: str, stream: Any = None) -> None:
-    """A part of a command's result as it is: our own words, with nothing in them from a user."""
+    """Write a part of a result as it is: text without anything that a user supplied."""
     emit_bytes(text.encode(getattr(stream or sys.stdout, "encoding", "ascii"), "replace"), stream)
 
 
 def emit(line: str) -> None:
-    """A line of a command's result; control characters in it are shown escaped."""
+    """Write a line of a result, with control characters escaped."""
     emit_text(clean(line) + "\n")
 
 
 def advise(line: str, stream: Any = None) -> None:
-    """The same, of a line in which commands are advised; or to another standard stream."""
+    """Write a line that advises commands (see as_called), to stdout or another stream."""
     emit_text(as_called(clean(line)) + "\n", stream)
 
 
 def emit_json(value: Any) -> None:
-    """A JSON value as a command's result."""
+    """Write a JSON value as a command's result."""
     emit_text(json.dumps(value, indent=2) + "\n")
 
 
 def emit_list(values: Iterable[Any]) -> None:
-    """A JSON array as a command's result, one value a line: it can also be read line by line."""
+    """Write a JSON array as a command's result, one value a line."""
     emit_text("[")
     end = "\n"
     for value in values:
@@ -6502,12 +6539,12 @@ def emit_list(values: Iterable[Any]) -> None:
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a standard stream is a terminal; None, a closed one, is not."""
+    """Tell whether a standard stream is a terminal; a closed one (None) is not."""
     return stream is not None and stream.isatty()
 
 
 def last_lines(output: bytes, count: int) -> bytes:
-    """The last lines of an output, the last of which may lack its newline."""
+    """Return the last `count` lines of an output; the very last may lack its newline."""
     start = len(output)
     while start and count:
         start, count = output.rfind(b"\n", 0, start - 1) + 1, count - 1
@@ -6526,10 +6563,10 @@ def _emit_part(output: bytes, stream: Any, tag: str | None) -> None:
 
 
 def emit_output(output: bytes, stream: Any = None, tag: str | None = None) -> None:
-    """What a job has printed: nothing in it acts on a terminal; a pipe gets it unchanged.
+    """Show what a job has printed: escaped on a terminal, unchanged in a pipe.
 
-    With a `tag`, each line begins with it and a tab. A carriage return ends a line, too, as in
-    GNU parallel. A long output is shown in parts, for lines take much more memory than their text.
+    With a `tag`, each line begins with the tag and a tab. A carriage return ends a line too, as in
+    GNU parallel. A long output is shown in parts, for a list of lines takes much more memory.
     """
     start = 0
     while start < len(output):
@@ -6539,7 +6576,7 @@ def emit_output(output: bytes, stream: Any = None, tag: str | None = None) -> No
 
 
 def terminal_width() -> int:
-    """Columns of the terminal on stdout; 0 if it is none."""
+    """Return the columns of the terminal on stdout; 0 if it is no terminal."""
     try:
         if is_terminal(sys.stdout):
             return os.get_terminal_size(sys.stdout.fileno()).columns
@@ -6549,7 +6586,7 @@ def terminal_width() -> int:
 
 
 def text_width(text: str) -> int:
-    """Columns that text takes on a terminal: two for wide characters, none for combining ones."""
+    """Return the columns of a text: two for wide characters, none for combining ones."""
     if text.isascii():
         return len(text)
     from unicodedata import combining, east_asian_width
@@ -6558,7 +6595,7 @@ def text_width(text: str) -> int:
 
 
 def fit(text: str, width: int) -> str:
-    """Text cut to a number of columns, or filled up to it."""
+    """Cut text to a number of columns, or fill it up with blanks."""
     if text_width(text) > width:
         text = text[:4 * width]
         while text and text_width(text) >= width:
@@ -6568,7 +6605,7 @@ def fit(text: str, width: int) -> str:
 
 
 def cut(line: str, width: int) -> str:
-    """A line that fits into `width` columns (0: as many as it takes)."""
+    """Cut a line to `width` columns (0: no limit)."""
     return fit(line, width).rstrip() if width else line
 
 
@@ -6576,14 +6613,14 @@ COLOURS = {PROCESSING: "36", COMPLETED: "32", FAILED: "33", DEAD: "31"}
 
 
 def coloured(cell: str, text: str) -> str:
-    """A cell of a table in the colour of the state that is its text, if it is one."""
+    """Colour a cell of a table whose text is a state."""
     if text not in COLOURS:
         return cell
     return "\033[%sm%s\033[0m" % (COLOURS[text], cell)
 
 
 def narrow(widths: list[int], width: int) -> list[int]:
-    """The widths of a table's columns within `width`: the last gives way first, then the widest."""
+    """Fit a table's columns into `width`: narrow the last column first, then the widest."""
     room = width - 2 * (len(widths) - 1)
     widths = [min(size, width) for size in widths]
     while sum(widths) > room and max(widths) > 4:
@@ -6596,9 +6633,9 @@ def narrow(widths: list[int], width: int) -> list[int]:
 
 def table(head: Names, rows: Iterable[Names], width: int,
           colour: bool) -> list[str]:
-    """Lines of a table in `width` columns (0: as many as it takes), with the states in colour.
+    """Return the lines of a table in `width` columns (0: no limit), perhaps in colour.
 
-    What does not fit is cut at the right; control characters are shown escaped.
+    Cells that do not fit are cut at the right; control characters are escaped.
     """
     cells = [list(map(clean, row)) for row in (head, *rows)]
     widths = [max(map(text_width, column)) for column in zip(*cells)]
@@ -6614,9 +6651,9 @@ def table(head: Names, rows: Iterable[Names], width: int,
 
 
 def emit_table(head: Names, rows: Iterable[Names], none: str) -> None:
-    """A table for where stdout leads: within a terminal's width and coloured, or whole.
+    """Show a table: on a terminal within its width and coloured, elsewhere whole.
 
-    `none` is what is said if it has no row.
+    `none` is the text if there are no rows.
     """
     rows, width = list(rows), terminal_width()
     if not rows:
@@ -6629,52 +6666,52 @@ def emit_table(head: Names, rows: Iterable[Names], none: str) -> None:
 
 # ═══ Pool ═══ the supervisor: start, watch, replace and stop workers ═════════════════════════
 #
-# Who holds what. The supervisor holds the pool's life lock and a bell that hears signals alone. It
-# never has the database open while it forks: a forked copy of a locked descriptor keeps the lock
-# after its owner's death. For the same reason a worker first closes the life file it inherited.
+# Locks. The supervisor holds the pool's life lock and a bell that hears only signals. It never has
+# the database open while it forks: a forked copy of a locked descriptor keeps the lock after its
+# owner's death. For the same reason a worker first closes the life file that it inherited.
 #
-# How a stop travels. `worker stop`, Ctrl-C or a closing terminal is a signal to the supervisor.
-# Its handler counts, and the bell wakes the loop. The loop passes the stop on to each worker, by
-# SIGHUP (after the running job) or, the second time, by SIGUSR1 (now); then it records the stop.
-# The record is for those whom no signal reaches: a job that is killed from then on has not failed,
-# but was ended with its pool; and on Windows workers hear of the stop by it alone. Signals come
-# before the record, for a database that can't be written must not hold up a stop.
+# Stopping. `worker stop`, Ctrl-C or a closing terminal sends a signal to the supervisor. The
+# handler counts it, and the bell wakes the loop. The loop signals each worker: SIGHUP (stop after
+# the running job), the second time SIGUSR1 (stop now). Then it records the stop. The record makes a
+# job that is killed from now on count as ended with its pool, not as failed; and workers on Windows
+# learn of the stop only from the record. The signals come first, for a stop must not wait for a
+# database that can't be written.
 #
-# When a supervisor dies, its workers finish their jobs and go too: on Linux the kernel sends each
-# a SIGHUP, and before each claim they look whether it is still their parent.
+# If a supervisor dies, its workers finish their jobs and stop. On Linux the kernel sends each a
+# SIGHUP; and before each claim they check whether it is still their parent.
 
 def _context() -> Any:
     import multiprocessing
     return multiprocessing.get_context(system.start_method)
 
 
-QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced with growing delay
+QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced after a growing delay
 LONGEST_DELAY = 1.0
 
 
 class Pool:
-    """Worker processes under one supervisor, until all of them have ended."""
+    """Worker processes under one supervisor, from their start to the end of the last."""
 
     life = -1  # the descriptor that holds its life lock
-    reporter: Any = None  # of a `run`: the process that shows how it goes, see Reporter
-    number = 0  # of the worker that was started last
+    reporter: Any = None  # in a `run`: the process that shows outputs and progress, see Reporter
+    number = 0  # the number of the worker started last
     quick_deaths = 0  # in a row
-    stops = 0  # how often it was told to stop
-    passed_on = 0  # what of that the workers were told: 1: soon, 2: now
+    stops = 0  # how many times it was told to stop
+    passed_on = 0  # what it told the workers: 1: soon, 2: now
     code = EXIT_OK
 
     def __init__(self, db: str, name: str, count: int, queues: Sequence[str],
                  drain: Any = False, max_jobs: int | None = None, log: str = ""):
-        """`log` is what the processes of a detached pool tell to."""
+        """`log` is the log file of a detached pool, "" for others."""
         self.db, self.name, self.count = db, name, count
         self.queues, self.drain, self.max_jobs = tuple(queues), drain, max_jobs
         self.log = log
         self.unneeded: list[int] = []  # descriptors that workers inherit
         self.workers: dict[Any, float] = {}  # each process with the time it was started
-        self.openings: list[float] = []  # when workers that died are to be replaced
+        self.openings: list[float] = []  # when workers that died will be replaced
 
     def run(self) -> int:
-        """Work until drained or stopped; the exit code of `worker start`."""
+        """Work until drained or stopped; return the exit code of `worker start`."""
         self.context = _context()
         system.prepare_parent()
         sys.path[:] = [abspath(entry) for entry in sys.path]  # workers change folders
@@ -6698,7 +6735,7 @@ class Pool:
     def start_reporter(self, target: Callable[..., Any], *values: Any) -> None:
         """Before `run`: start a process that calls `target` with these values.
 
-        Behind them come its end of a pipe to it, and the descriptors that it must not keep.
+        Two values are added: its end of a pipe to the pool, and descriptors that it must close.
         """
         context = _context()
         self.orders, theirs = context.Pipe()
@@ -6710,9 +6747,9 @@ class Pool:
         theirs.close()
 
     def end_reporter(self) -> int:
-        """Tell the reporter that the pool has ended, and whether it was stopped; its exit code.
+        """Tell the reporter that the pool has ended, and if it was stopped; return its exit code.
 
-        It may have to wait for whoever reads what it shows; another signal ends it at once.
+        The reporter may have to wait for a slow reader; another signal ends it at once.
         """
         stops = self.stops
         try:
@@ -6726,7 +6763,7 @@ class Pool:
         return int(self.reporter.exitcode)
 
     def register(self, store: Store) -> None:
-        """In a transaction: take the life lock, and be known to others."""
+        """In a transaction: take the life lock, and add the pool's row."""
         self.file = store.identity.file
         self.life = take_life(self.db, self.name)
         store.add_pool(self.name, self.count, self.queues, self.max_jobs, now_millis())
@@ -6737,13 +6774,13 @@ class Pool:
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
             if number is None or signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup stays in force
+                continue  # stays ignored under nohup
             signal.signal(number, self._on_signal)
         if not WINDOWS:
             signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        # A closing terminal may say it more than once.
+        # A closing terminal may send it more than once.
         if not self.stops or signal_name(number) != "SIGHUP":
             self.stops += 1
 
@@ -6760,7 +6797,7 @@ class Pool:
         self.number += 1
         process = self.context.Process(
             target=worker_main, args=(self._order(),), name="worker %d" % self.number)
-        mask = system.hold_signals()  # until it has handlers of its own, a signal to it must wait
+        mask = system.hold_signals()  # signals to it wait until it has its own handlers
         before = system.descriptors()
         try:
             process.start()
@@ -6776,7 +6813,7 @@ class Pool:
         self.bell.watch(process.sentinel)
 
     def _order(self) -> WorkerConfig:
-        """What the next worker is told."""
+        """Return what the next worker must know."""
         inherited = [self.life, self.bell.fd, self.bell.write_end, *self.unneeded]
         if system.start_method != "fork":
             inherited = []
@@ -6796,9 +6833,9 @@ class Pool:
     # Workers are told to stop.
 
     def _stop(self) -> None:
-        """Pass on what signals have asked for: the first lets jobs finish, the second does not.
+        """Pass a stop on to the workers: the first lets jobs finish, the second ends them.
 
-        The end of the reporter is a first one: a `run` has nothing left to do, or none reads it.
+        The end of the reporter counts as a first stop: a `run` is done, or nobody reads it.
         """
         ended = self.reporter is not None and self.reporter.exitcode is not None
         level = max(min(self.stops, 2), int(ended))
@@ -6810,7 +6847,7 @@ class Pool:
         if level == 2:
             self._tell("ending the running jobs now")
         elif not ended:
-            self._tell("stopping: running jobs finish first; once more to end them now")
+            self._tell("stopping: running jobs finish first; press Ctrl-C again to end them")
         self._record_stop()
 
     def _record_stop(self) -> None:
@@ -6825,7 +6862,7 @@ class Pool:
     # Workers have ended.
 
     def _collect(self) -> None:
-        """Take note of workers that have ended, and replace those that should not have."""
+        """Reap workers that have ended, and plan to replace those that should not have."""
         for process in [process for process in self.workers if process.exitcode is not None]:
             self.bell.forget(process.sentinel)
             age = monotonic() - self.workers.pop(process)
@@ -6838,7 +6875,7 @@ class Pool:
         system.reap_strangers({process.pid for process in own if process})
 
     def _delay(self, code: int, age: float) -> float:
-        """Seconds until a worker that ended with `code` after `age` seconds is replaced."""
+        """Return the seconds until a worker that ended with `code` at this age is replaced."""
         if code != EXIT_DISMISSED:
             why = "exit code %d" % code
             if code < 0:
@@ -6854,9 +6891,9 @@ class Pool:
         return min(LONGEST_DELAY, 0.1 * 2.0 ** min(self.quick_deaths - 1, 10))
 
     def _farewell(self) -> int:
-        """Turn off the light: what killed workers held is given back, the pool forgotten.
+        """Recover killed workers' jobs, then delete the pool's row; return the exit code.
 
-        Where that can't be written now, whoever comes next does it. Returns the exit code.
+        If that can't be written now, the next pool does it.
         """
         died = 0
         try:
@@ -6890,7 +6927,7 @@ RUN_FIELDS = ("run", "attempt", "state", "started_at", "finished_at", "duration_
 
 
 def with_times(row: Row) -> Row:
-    """The row with its times in ISO 8601."""
+    """Return the row with its times in ISO 8601."""
     shown = dict(row)
     for name, value in row.items():
         if (name == "due" or name.endswith("_at")) and value is not None:
@@ -6899,7 +6936,7 @@ def with_times(row: Row) -> Row:
 
 
 def job_json(job: Row) -> Row:
-    """A job as `--json` shows it: its FIELDS."""
+    """Return a job as `--json` shows it: its FIELDS."""
     policy = json.loads(job["policy"] or "{}")
     job = {**job, "retry_after": None, "dead_on": [], **policy}
     shown = with_times({name: job[name] for name in FIELDS})
@@ -6910,9 +6947,9 @@ def job_json(job: Row) -> Row:
 
 
 def run_json(run: Row, job: str) -> Row:
-    """A run of the job with this id as `--json` shows it.
+    """Return a run of the job with this id as `--json` shows it.
 
-    Output that is not UTF-8 is in base64, and its name says so.
+    Output that is not UTF-8 is in base64, under the name `stdout_base64` or `stderr_base64`.
     """
     shown = {"job": job, **with_times({name: run[name] for name in RUN_FIELDS})}
     shown["duration_seconds"] = round(run["duration_seconds"], 6)
@@ -6927,19 +6964,19 @@ def run_json(run: Row, job: str) -> Row:
 
 
 def queue_row(queue: Row) -> tuple[str, ...]:
-    """A queue's line in `queue list`."""
+    """Return a queue's row in `queue list`."""
     counts = [str(queue[state]) for state in STATES]
     starts = "paused" if queue["paused"] else "yes"
     return (queue["name"], show_setting(queue["concurrency"]), starts, *counts)
 
 
 def span(start: int | None, end: int) -> str:
-    """How long it is from one time to another (milliseconds); nothing where there is no start."""
+    """Write the time from one moment to another (milliseconds); "" without a start."""
     return "" if start is None else show_duration(max(0, end - start) / 1000)
 
 
 def job_row(job: Row, now: int) -> tuple[str, ...]:
-    """A job's line in `list`."""
+    """Return a job's row in `list`."""
     if job["state"] == PROCESSING:
         when = "for " + span(job["started_at"], now)
     elif job["state"] == PENDING and not job["ready"] and job["due"] is None:
@@ -6954,14 +6991,14 @@ def job_row(job: Row, now: int) -> tuple[str, ...]:
 
 
 def dead_row(job: Row, now: int) -> tuple[str, ...]:
-    """A job's line in `dlq list`."""
+    """Return a job's row in `dlq list`."""
     died = span(job["updated_at"], now) + " ago"
     why = job["last_error"] or ""
     return job["id"], str(job["attempts"]), died, why, job["command"]
 
 
 def worker_row(worker: Row, now: int) -> tuple[str, ...]:
-    """A worker's line in `worker list` and `status`."""
+    """Return a worker's row in `worker list` and `status`."""
     doing = "idle"
     if worker["job"] is not None:
         doing = "%s for %s: %s" % (
@@ -6973,7 +7010,7 @@ def worker_row(worker: Row, now: int) -> tuple[str, ...]:
 
 
 def job_lines(job: Row) -> list[str]:
-    """Everything about a job, a field a line, without those that say nothing."""
+    """Describe a job, one field a line, without empty fields."""
     shown = job_json(job)
     shown["env"] = " ".join("%s=%s" % pair for pair in shown["env"].items())
     for name in ("after", "after_any", "dead_on"):
@@ -6983,7 +7020,7 @@ def job_lines(job: Row) -> list[str]:
 
 
 def run_title(run: Row) -> str:
-    """One line about a run: when, which attempt, how it ended and why."""
+    """Describe a run in one line: when, which attempt, how it ended and why."""
     title = "[%s] run %d, attempt %d, %s after %s" % (
         show_time(run["started_at"]), run["run"], run["attempt"], run["state"],
         show_duration(run["duration_seconds"]))
@@ -6993,7 +7030,7 @@ def run_title(run: Row) -> str:
 
 
 def pause_lines(pauses: Sequence[Row]) -> Iterator[str]:
-    """Which queues are paused, since when, and what lets their jobs start."""
+    """Say which queues are paused, since when, and how to resume them."""
     for pause in pauses[:5]:
         name, since = pause["queue"] or "", ""
         if pause["paused_at"]:
@@ -7003,7 +7040,7 @@ def pause_lines(pauses: Sequence[Row]) -> Iterator[str]:
 
 
 def _hold_up_lines(status: Row) -> Iterator[str]:
-    """What keeps jobs from running, and what to do."""
+    """Say what keeps jobs from running, and what to do."""
     yield from pause_lines(status["pauses"])
     for trouble in status["troubles"][:5]:
         yield "Held up: %s" % trouble
@@ -7024,15 +7061,15 @@ def show_rate(runs_per_second: float) -> str:
 
 
 def show_sizes(sizes: Row) -> str:
-    """What the files of a queue take."""
+    """Write the disk space of a queue's files."""
     return ", ".join("%s %.1f MiB" % (name, sizes[name + "_bytes"] / 2**20)
                      for name in ("database", "log", "output"))
 
 
 def status_lines(status: Row, workers: Sequence[Row], now: int, width: int) -> list[str]:
-    """What `status` shows: jobs by state, workers and what they run, what waits and comes next.
+    """Return the lines of `status`: jobs by state, workers and their jobs, what comes next.
 
-    `now` is in milliseconds, `width` in columns (0: as many as it takes).
+    `now` is in milliseconds, `width` in columns (0: no limit).
     """
     jobs, oldest, upcoming = status["jobs"], status["oldest_waiting"], status["next"]
     lines = ["%-11s %d" % (state + ":", jobs[state]) for state in STATES
@@ -7054,7 +7091,7 @@ def status_lines(status: Row, workers: Sequence[Row], now: int, width: int) -> l
     lines += _hold_up_lines(status)
     if jobs[DEAD]:
         lines.append("`queuectl dlq list` shows why jobs are dead, "
-                     "`queuectl dlq retry ID` gives one a new start.")
+                     "`queuectl dlq retry ID` runs one again.")
     if not status["workers"] and any(jobs[state] for state in UNFINISHED):
         lines.append("No worker is running: `queuectl worker start` works on the jobs.")
     return [cut(clean(line), width) for line in lines]
@@ -7066,7 +7103,7 @@ MOST_RUNNING = 10  # lines of `status --watch`
 
 def watch_lines(status: Row, workers: Sequence[Row], died: Sequence[Row],
                 now: int, width: int) -> list[str]:
-    """What `status --watch` shows: what runs, longest first, the status, and what died last."""
+    """Return the lines of `status --watch`: running jobs, the longest first; status; deaths."""
     running = [worker for worker in workers if worker["job"] and not worker["trouble"]]
     running.sort(key=lambda worker: worker["job_started_at"])
     rows = [(worker["job"], worker["queue"], span(worker["job_started_at"], now),
@@ -7088,7 +7125,7 @@ STATS_HEAD = ("COMPLETED", "FAILED", "DIED", "RUN FOR", "LONGEST", "WAITED", "LO
 
 
 def stats_rows(done: Sequence[Row]) -> Iterator[Sequence[str]]:
-    """What was done in some hours or days, or by some queues, a line each, with bars."""
+    """Return the rows of `stats`: one for each hour, day or queue, with bars."""
     most = max((each["runs"] for each in done), default=0)
     for each in done:
         runs = each["runs"]
@@ -7102,7 +7139,7 @@ def stats_rows(done: Sequence[Row]) -> Iterator[Sequence[str]]:
 
 def progress_text(name: str, part: Any, rate: float | None,
                   time_left: float | None) -> str:
-    """How a `run` goes, in a line: done, dead, running, waiting for a retry, rate and time left."""
+    """Write a run's progress in a line: done, dead, running, to be retried, rate, time left."""
     words = ["%s: %d of %d done" % (name, part.completed, part.total)]
     if part.paused:
         words.append("paused: `queuectl queue resume` lets it go on")
@@ -7118,9 +7155,9 @@ def progress_text(name: str, part: Any, rate: float | None,
 
 def summary_lines(name: str, part: Any, seconds: float,
                   causes: Sequence[Row]) -> list[str]:
-    """What has become of a `run`: counts, why jobs are dead, and what to do next.
+    """Sum up a `run`: counts, why jobs are dead, and what to do next.
 
-    The first of the `causes` have an example, `job`, where one died of it itself.
+    The first few `causes` have an example, `job`, if a job died of the cause itself.
     """
     gone = part.total - part.left - part.completed - part.dead - part.cancelled
     counts = (
@@ -7152,12 +7189,12 @@ def summary_lines(name: str, part: Any, seconds: float,
 
 
 def label_value(name: str) -> str:
-    """A queue's name as the value of a label."""
+    """Write a queue's name as the value of a label."""
     return '"%s"' % re.sub(r'([\\"])', r"\\\1", name)
 
 
 def summary(done: Sequence[Row], key: str) -> Iterator[str]:
-    """The samples of a summary: the sum that is `key`, and of how many runs it is."""
+    """Write the samples of a summary: the sum in `key`, and the number of runs."""
     for queue in done:
         name = label_value(queue["queue"])
         yield "_sum{queue=%s} %.6f" % (name, queue[key])
@@ -7166,9 +7203,9 @@ def summary(done: Sequence[Row], key: str) -> Iterator[str]:
 
 def prometheus_lines(status: Row, totals: Sequence[Row], done: Sequence[Row],
                      now: int) -> list[str]:
-    """The queue in Prometheus' text format, version 0.0.4: what node_exporter's collector reads.
+    """Describe the queue in Prometheus' text format, version 0.0.4, as node_exporter reads it.
 
-    `totals` are the jobs there are and `done` all that was ever done, by queue.
+    `totals` are the jobs by queue and state, `done` is all that was ever done, by queue.
     """
     oldest, waits = status["oldest_waiting"], 0.0
     if oldest:
@@ -7185,12 +7222,12 @@ def prometheus_lines(status: Row, totals: Sequence[Row], done: Sequence[Row],
             ("jobs gauge Jobs kept, by queue and state.", jobs),
             ("queue_paused gauge Whether a queue is paused.", paused),
             ("workers gauge Workers alive.", [" %d" % status["workers"]]),
-            ("oldest_waiting_seconds gauge How long the job waits that could run for longest.",
+            ("oldest_waiting_seconds gauge Waiting time of the job that has waited longest.",
              [" %.3f" % waits]),
             ("disk_bytes gauge Disk space of the database, its log, and current output.", disk),
             ("runs_total counter Runs that have ended, by outcome.", runs),
-            ("run_seconds summary How long they took.", summary(done, "run_seconds_sum")),
-            ("wait_seconds summary How long they could have been claimed before.",
+            ("run_seconds summary Time that runs took.", summary(done, "run_seconds_sum")),
+            ("wait_seconds summary Time from when a job could have been claimed to its claim.",
              summary(done, "wait_seconds_sum"))):
         name, kind, text = title.split(" ", 2)
         lines += ["# HELP queuectl_%s %s" % (name, text), "# TYPE queuectl_%s %s" % (name, kind)]
@@ -7198,7 +7235,7 @@ def prometheus_lines(status: Row, totals: Sequence[Row], done: Sequence[Row],
     return lines
 
 
-# ═══ Commands ═══ what a user types, each beside its options: reading, changing, working, setup ═
+# ═══ Commands ═══ each command beside its options: reading, changing, working, setting up ════
 
 Command = namedtuple("Command", "name run summary options examples writes")
 COMMANDS: dict[str, Command] = {}
@@ -7220,10 +7257,10 @@ GROUPS = {
 
 
 def option(usage: str, summary: str, **details: Any) -> Any:
-    """An option or argument, as argparse's add_argument takes it.
+    """Declare an option or argument, as argparse's add_argument takes it.
 
-    `usage` is its names, and behind them what stands for its value. An option that has no value,
-    nor choices, is a flag.
+    `usage` has its names, and behind them the word for its value. An option without such a word and
+    without choices is a flag.
     """
     names = usage.split()
     if not names[-1].startswith("-"):
@@ -7234,7 +7271,7 @@ def option(usage: str, summary: str, **details: Any) -> Any:
 
 
 def option_lengths(options: Iterable[Any]) -> dict[str, int]:
-    """Options, by all of their names, each with how many words it takes, itself included."""
+    """Return how many words each option takes, itself included, by all its names."""
     lengths: dict[str, int] = {}
     for names, details in options:
         length = 1 if details.get("action") == "store_true" else 2
@@ -7243,7 +7280,7 @@ def option_lengths(options: Iterable[Any]) -> dict[str, int]:
 
 
 def length_of(word: str, lengths: dict[str, int]) -> int:
-    """How many words belong to an option, if `word` is one; else 0."""
+    """Return how many words belong to the option `word`; 0 if it is no option."""
     if "=" in word and word.partition("=")[0] in lengths:
         return 1
     if lengths.get(word[:2]) == 2 and word[2:]:  # -j4
@@ -7255,9 +7292,8 @@ def subcommand(name: str, summary: str, examples: str, *options: Any,
                writes: bool = False) -> Callable[..., Any]:
     """Make a function the command `name`.
 
-    It takes the arguments, and returns the exit code, or None where that is always 0.
-    `args.store` is the store of its database, opened when it is first asked for, and for reading
-    alone unless the command `writes`.
+    The function takes the arguments and returns the exit code, or None for 0. `args.store` is the
+    store of its database, opened at its first use; only for reading unless the command `writes`.
     """
     def enter(run: Callable[..., Any]) -> Callable[..., Any]:
         COMMANDS[name] = Command(name, run, summary, options, examples, writes)
@@ -7266,7 +7302,7 @@ def subcommand(name: str, summary: str, examples: str, *options: Any,
 
 
 def commands_of(group: str = "") -> list[Command]:
-    """The commands of a group, or all of them, as help names them."""
+    """Return the commands of a group, or all of them, in the order of help."""
     prefix = group and group + " "
     shown = [entry for entry in COMMANDS.values() if entry.name.startswith(prefix)]
     shown.sort(key=lambda entry: ORDER.index(entry.name.split()[0]))
@@ -7274,9 +7310,9 @@ def commands_of(group: str = "") -> list[Command]:
 
 
 def open_store(db: str, **how: bool) -> Store:
-    """The store of a command that executes nothing.
+    """Open the store of a command that executes nothing.
 
-    Says so on stderr if others could have written it.
+    Warns on stderr if others could have written the database.
     """
     store = Store(db, tell=complain, **how)
     OPENED.append(store)
@@ -7287,7 +7323,7 @@ def open_store(db: str, **how: bool) -> Store:
 
 
 def whole(name: str, most: int) -> Callable[[str], int]:
-    """What checks an option or argument that is a whole number from 1 to `most`."""
+    """Return a function that checks for a whole number from 1 to `most`."""
     def check(text: str) -> int:
         try:
             number = to_whole(text)
@@ -7301,7 +7337,7 @@ def whole(name: str, most: int) -> Callable[[str], int]:
 
 
 def workers_wanted(text: str) -> int:
-    """How many workers `-j` asks for: a number, or 50% of the cores."""
+    """Return how many workers `-j` demands: a number, or 50% of the cores."""
     if not text.strip("0%") or text.startswith("+"):
         raise UsageError("-j must be 1 or more workers, or N%% of the cores (100%%: one on each), "
                          "not %s" % quoted(text))
@@ -7314,14 +7350,15 @@ def workers_wanted(text: str) -> int:
 time_limit = partial(checked, "delay", called="--timeout")
 ENDLESS = float("inf")
 JSON = option("--json", "print JSON")
-BY_ID = "the job's id, or a unique part of its beginning"
+BY_ID = "the job's id, or the first 4 or more characters of an id that queuectl made"
 ID = option("id ID", BY_ID)
-LIMIT = option("-n --limit N", "the newest N (50; with --json all)", type=whole("--limit", 10**9))
+LIMIT = option("-n --limit N", "show only the newest N jobs (default: 50; with --json all)",
+               type=whole("--limit", 10**9))
 ALL = option("--all", "all of them")
 
 
 def join_words(words: Sequence[str]) -> str:
-    """A command line that a shell reads as exactly these words."""
+    """Write a command line that a shell reads as exactly these words."""
     if WINDOWS:
         import subprocess
         return subprocess.list2cmdline(words)
@@ -7329,13 +7366,13 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def given_of(args: Any) -> Row:
-    """The fields of a job that were given as options."""
+    """Return the fields of a job that were given as options."""
     return {name: value for name, value in vars(args).items()
             if ALIASES.get(name, name) in GIVEN_FIELDS and value is not None}
 
 
 def _variable(entry: str) -> tuple[str, str]:
-    """The name and value that `--env NAME[=VALUE]` stands for."""
+    """Return the name and value of `--env NAME[=VALUE]`."""
     name, equals, value = entry.partition("=")
     if not equals and name not in os.environ:
         raise UsageError("--env %s: there is no such variable here; use --env NAME=VALUE"
@@ -7344,7 +7381,7 @@ def _variable(entry: str) -> tuple[str, str]:
 
 
 def given_options(args: Any) -> Row:
-    """The fields of a new job that stand on the command line as options."""
+    """Return the fields of a new job that were given as options, in the form of JSON."""
     options = given_of(args)
     for name in ("after", "after_any", "dead_on"):
         if name in options:
@@ -7355,12 +7392,12 @@ def given_options(args: Any) -> Row:
 
 
 def as_utf8(text: str) -> str:
-    """Text from the system as it is meant, also where the locale does not know UTF-8 (LC_ALL=C)."""
+    """Decode text from the system as UTF-8, also in a locale without UTF-8 (LC_ALL=C)."""
     return text if text.isascii() else os.fsencode(text).decode("utf-8", "surrogateescape")
 
 
 def _folder(given: str | None) -> str:
-    """The folder that a job is to run in, as an absolute path; by default this one."""
+    """Return the absolute path of a job's folder; by default the current folder."""
     try:
         here = check_text("the name of the folder you are in", as_utf8(os.getcwd()))
     except OSError:
@@ -7373,41 +7410,41 @@ def _folder(given: str | None) -> str:
 
 @lru_cache(16)
 def find_shell(name: str) -> str:
-    """The path of a shell, by its name, which is looked for in PATH, or a path."""
+    """Return the path of a shell, given as a path or as a name to look for in PATH."""
     import shutil
     found = shutil.which(name)
     if not found:
-        raise UsageError("there is no program %s here, which is to be the shell; name one "
-                         "that is in your PATH, or give its path" % quoted(name, 200))
+        raise UsageError("there is no shell %s here; name a program that is in your PATH, "
+                         "or give its path" % quoted(name, 200))
     return as_utf8(abspath(found))
 
 
-# ─── reading: what changes nothing ────────────────────────────────────────────────────────────
+# ─── reading: commands that change nothing ────────────────────────────────────────────────────
 
 def alive_of(entries: Iterable[Row]) -> list[Row]:
-    """Those of some pools or workers that live."""
+    """Return those pools or workers that live."""
     return [entry for entry in entries if entry["alive"]]
 
 
 def unfinished_of(queue: Row) -> int:
-    """How many jobs of a queue have not ended."""
+    """Count the jobs of a queue that have not ended."""
     return sum(queue[state] for state in UNFINISHED)
 
 
 def left_runs(store: Store) -> dict[str, int]:
-    """The queues of runs that were interrupted, each with how many jobs are left."""
+    """Return the queues of interrupted runs, each with how many jobs are left."""
     busy = store.queues_of_runs()
     left = {queue["name"]: unfinished_of(queue) for queue in store.queues()}
     return {name: count for name, count in left.items()
             if count and is_run_queue(name) and name not in busy}
 
 
-WATCH = option("--watch", "show it anew each second until Ctrl-C")
+WATCH = option("--watch", "show it again each second, until Ctrl-C")
 WATCH_EVERY = 1.0  # seconds
 
 
 def show_again(frame: Callable[[], list[str]]) -> NoReturn:
-    """Show the lines of `frame()` each second anew: on a terminal in place, without flicker."""
+    """Show the lines of `frame()` each second; on a terminal in place, without flicker."""
     clear = "\033[2J"
     while True:
         title = "%s, every second until Ctrl-C" % show_time(now_millis())[:-5]
@@ -7425,7 +7462,7 @@ def show_again(frame: Callable[[], list[str]]) -> NoReturn:
 
 
 def status_of(store: Store) -> tuple[Row, list[Row]]:
-    """What `status` tells, and the workers that live."""
+    """Return what `status` shows, and the live workers."""
     workers, pools = alive_of(store.workers()), alive_of(store.pools())
     counts, queues, now = store.counts(), store.queues(), now_millis()
     lost = store.lost_jobs() if counts[PROCESSING] else []
@@ -7457,7 +7494,8 @@ queuectl status --watch
 queuectl status --format prometheus > queuectl.prom.new && mv queuectl.prom.new queuectl.prom
 """,
     JSON,
-    option("--format", "for the textfile collector of node_exporter", choices=("prometheus",)),
+    option("--format", "print metrics for the textfile collector of node_exporter",
+           choices=("prometheus",)),
     WATCH)
 def cmd_status(args: Any) -> None:
     if args.json + args.watch + bool(args.format) > 1:
@@ -7490,7 +7528,7 @@ def cmd_status(args: Any) -> None:
 
 
 def names_of_states(text: str) -> list[str]:
-    """The states that `--state` names."""
+    """Return the states that `--state` names."""
     names = text.lower().split(",")
     for name in names:
         if name not in STATES:
@@ -7500,12 +7538,12 @@ def names_of_states(text: str) -> list[str]:
 
 
 def names_of_queues(text: str) -> list[str]:
-    """The queues that `--queue` names."""
+    """Return the queues that `--queue` names."""
     return [check_name("--queue", name) for name in text.split(",")]
 
 
 def time_named(text: str) -> int:
-    """The time that `--since` or `--before` names, in ISO 8601 or as how long ago it is."""
+    """Return the time of `--since` or `--before`: in ISO 8601, or as an age such as 2h."""
     if re.match(r"\d{4}-|now", text):
         return parse_time(text, now_millis(), "the time")
     if re.fullmatch(_NUMBER, text):
@@ -7513,20 +7551,21 @@ def time_named(text: str) -> int:
     return now_millis() - to_millis(checked("delay", text, "how long ago"))
 
 
-@subcommand("stats", "show what was done: how many runs, how long they took and waited", """
+@subcommand("stats", "show how many runs ended, how long they took and waited", """
 queuectl stats
 queuectl stats --by queue --since 7d
 """,
     option("--since TIME",
-           "from this time on, or for so long: 2h (by hour 1d, else all that is kept)",
+           "from this time on, or 2h for the last two hours (default: 1d by hour, else all)",
            type=time_named),
-    option("--by", "what a line is for (hour)", choices=("hour", "day", "queue"), default="hour"),
+    option("--by", "show a line for each hour, day or queue (default: hour)", choices=("hour",
+           "day", "queue"), default="hour"),
     JSON)
 def cmd_stats(args: Any) -> None:
     now, since, step = now_millis(), args.since, MINUTE
     if since is None:
         since = now - DAY if args.by == "hour" else HOUR
-    if since < now - 2 * DAY:  # by hour is how that is kept
+    if since < now - 2 * DAY:  # the history is kept by hour
         step = HOUR
     done = args.store.history(args.by, max(MINUTE, since - since % step), now)
     if args.json:
@@ -7535,23 +7574,25 @@ def cmd_stats(args: Any) -> None:
         emit_table((args.by.upper(), *STATS_HEAD), stats_rows(done), "Nothing was done.")
 
 
-# How jobs are selected, the same for all commands that take ids.
-STATE = option("--state STATE[,STATE]", "in these states",
+# The options that select jobs, the same for all commands that take ids.
+STATE = option("--state STATE[,STATE]", "select jobs in these states",
                action="append", default=[], type=names_of_states)
-QUEUE = option("--queue QUEUE[,QUEUE]", "of these queues",
+QUEUE = option("--queue QUEUE[,QUEUE]", "select jobs of these queues",
                action="append", default=[], type=names_of_queues)
 OTHER_TERMS = (
-    option("--grep TEXT", "with this in the command or id"),
-    option("--error TEXT", "with this in the last error"),
-    option("--since TIME", "ended, or last changed, after this: a time, or 2h for two hours ago",
+    option("--grep TEXT", "select jobs with this text in the command or id"),
+    option("--error TEXT", "select jobs with this text in the last error"),
+    option("--since TIME",
+           "select jobs that ended (or last changed) after TIME, or 2h for two hours ago",
            type=time_named),
-    option("--before --older-than TIME", "the same, before this", type=time_named),
+    option("--before --older-than TIME", "select jobs that ended (or last changed) before TIME",
+           type=time_named),
 )
 TERMS = (STATE, QUEUE, *OTHER_TERMS)
 
 
 def selection_of(args: Any, usual: Names = ()) -> Selection:
-    """The jobs that the options of a command select; `usual` are the states if they name none."""
+    """Return the selection of a command's options; `usual` states if none are named."""
     states = [name for names in args.state for name in names]
     queues = [name for names in getattr(args, "queue", None) or [] for name in names]
     return Selection(tuple(states or usual), tuple(queues),
@@ -7559,7 +7600,7 @@ def selection_of(args: Any, usual: Names = ()) -> Selection:
 
 
 def check_choice(args: Any) -> None:
-    """Raise UsageError unless a command was given either ids or a selection."""
+    """Raise UsageError unless a command was given ids or a selection, and not both."""
     selected = args.all or selection_of(args) != Selection()
     if bool(args.ids) == selected:
         raise UsageError("name jobs by their ids, or select them by --state, --queue, --grep, "
@@ -7609,10 +7650,10 @@ def cmd_list(args: Any) -> None:
 
 
 def causes_of(store: Store, jobs: Iterable[Row]) -> list[Row]:
-    """Why jobs died, one row a cause, those of most jobs first.
+    """Return why jobs died, one row for each cause, the most frequent first.
 
-    Causes that differ only in numbers, paths and names are one. A job that was to run after
-    another counts with the cause of that one.
+    Causes that differ only in numbers, paths and names are one. A job that died because another did
+    counts with the cause of that one.
     """
     find = lru_cache(1000)(partial(store.value, ERROR_OF_DEAD))
     causes: dict[str, Row] = {}
@@ -7635,9 +7676,9 @@ def causes_of(store: Store, jobs: Iterable[Row]) -> list[Row]:
 
 
 def retry_words(store: Store, selection: Selection, cause: Row) -> str:
-    """The command that retries the dead jobs of a cause, and just these."""
+    """Return the command that retries exactly the dead jobs of a cause."""
     terms = ["dlq", "retry"]
-    if not cause["count"]:  # the jobs that these waited for are not selected
+    if not cause["count"]:  # the jobs that died by themselves are outside the selection
         return join_words([*terms, *cause["along"]])
     if selection.queues:
         terms += ["--queue", ",".join(selection.queues)]
@@ -7655,7 +7696,7 @@ def retry_words(store: Store, selection: Selection, cause: Row) -> str:
 
 
 def _list_causes(args: Any, selection: Selection) -> None:
-    """Show why jobs are dead, a line a cause, each with what retries them."""
+    """Show why jobs are dead: each cause with the command that retries its jobs."""
     store, now = args.store, now_millis()
     causes = causes_of(store, store.jobs(selection))
     for cause in causes:
@@ -7676,7 +7717,7 @@ def _list_causes(args: Any, selection: Selection) -> None:
     "dlq list", "show the dead letter queue: jobs that failed too often",
     "\nqueuectl dlq list\nqueuectl dlq list --causes\n",
     QUEUE, *OTHER_TERMS, LIMIT, ALL, JSON,
-    option("--causes", "one line a cause, with what retries its jobs"))
+    option("--causes", "show one entry for each cause, with the command that retries its jobs"))
 def cmd_dlq_list(args: Any) -> None:
     args.state = [[DEAD]]
     selection = selection_of(args)
@@ -7692,7 +7733,7 @@ def cmd_dlq_list(args: Any) -> None:
 
 
 def live_run(store: Store, job: Row) -> Row:
-    """The current run of a job, with what it has printed so far."""
+    """Return the current run of a job, with its output so far."""
     limit, start = output_limit(store.settings(), job["queue"]), job["started_at"]
     stdout, stderr = [read_beside(path, b"", head_and_tail, limit)
                       for path in output_paths(store.path, job["locked_by"], job["slot"])]
@@ -7704,14 +7745,14 @@ def live_run(store: Store, job: Row) -> Row:
 
 
 def runs_of(store: Store, job: Row, last: int = 0) -> Iterator[Row]:
-    """The runs of a job after run `last`, oldest first, and at the end the one that runs now."""
+    """Yield the runs of a job after run `last`, oldest first; the current run comes last."""
     yield from store.runs(job["seq"], last)
     if job["state"] == PROCESSING:
         yield live_run(store, job)
 
 
 def environment_of(store: Store, job: Row) -> dict[str, str]:
-    """The variables kept for a job: with --env-all its caller's, and those that --env named."""
+    """Return the variables kept for a job: those of --env-all, and those of --env."""
     kept = json.loads(store.context(job["context"])[3] or "{}")
     kept.update(json.loads(job["env"] or "{}"))
     return kept  # type: ignore[no-any-return]
@@ -7731,7 +7772,7 @@ def _emit_job(store: Store, job: Row) -> None:
 @subcommand(
     "show", "show everything about one job", "\nqueuectl show job1\nqueuectl show --json 3fa9\n",
     ID, JSON,
-    option("--env", "the variables that were kept for it, and nothing else"))
+    option("--env", "show only the variables that --env and --env-all have kept"))
 def cmd_show(args: Any) -> None:
     store = args.store
     job = store.find(args.id)
@@ -7751,7 +7792,7 @@ STREAMS = ("stdout", "stderr")
 
 
 def output_from(fd: int, start: int, limit: int) -> tuple[bytes, int]:
-    """What an output file holds behind `start`, and its size; of very much not the middle."""
+    """Read an output file from `start` on, without the middle if it is long; and its size."""
     size = os.fstat(fd).st_size
     if start == 0:
         return head_and_tail(fd, limit), size
@@ -7764,41 +7805,41 @@ def output_from(fd: int, start: int, limit: int) -> tuple[bytes, int]:
 
 
 def rest_of(output: bytes, start: int) -> bytes:
-    """What a run's record holds behind the first `start` bytes that the run had printed."""
+    """Return a recorded output without the first `start` bytes that the run had printed."""
     gap = gap_of(output)
     if start and output.startswith(EMPTIED):
         start += len(EMPTIED)
-    if start > len(output):  # these were other bytes: the job has truncated its output since
+    if start > len(output):  # the job has truncated its output since, so these are other bytes
         start = 0
     return output[gap:] if 0 <= gap < start else output[start:]
 
 
 def whole_characters(output: bytes) -> int:
-    """How many bytes of `output` to show, so that no character is torn that is still coming."""
+    """Return how many bytes of `output` are whole characters; the rest is still to come."""
     from codecs import utf_8_decode
     return utf_8_decode(output, "replace", False)[1]
 
 
 def whole_lines(output: bytes) -> int:
-    """The same, so that no line is torn, if it is not very long."""
+    """Return how many bytes of `output` are whole lines; all of it if a line is very long."""
     return output.rfind(b"\n") + 1 or len(output) * (len(output) > 1 << 16)
 
 
 class OutputReader:
-    """What a job prints, run after run, each byte once: first from its files, then its records.
+    """Reads what a job prints, run after run, each byte once: from live files, then from records.
 
-    Runs up to `last` are left out. Of a run under way, `whole` tells how much is ready to be shown.
+    It leaves out runs up to `last`. `whole` tells how much of a live output can be shown now.
     """
 
     def __init__(self, store: Store, seq: int, last: int = 0,
                  whole: Callable[[bytes], int] = whole_characters) -> None:
         self.store, self.seq, self.last, self.whole = store, seq, last, whole
-        self.offsets = [0, 0]  # how much of the current run was read, of each stream
+        self.offsets = [0, 0]  # bytes read of each stream of the current run
 
     def news(self, job: Row) -> Iterator[tuple[Row | None, list[bytes]]]:
-        """What was printed since: for each run that has ended it and the rest of its streams.
+        """Yield what was printed since: each ended run with the rest of its streams.
 
-        In the end, with None, for the current one. `job` is the job as it is now.
+        The current run comes last, as None, with its new output. `job` is the job as it is now.
         """
         for run in self.store.runs(self.seq, self.last):
             yield run, [rest_of(run[name] or b"", offset)
@@ -7808,10 +7849,10 @@ class OutputReader:
             yield None, self._live(job)
 
     def _live(self, job: Row) -> list[bytes]:
-        """What a running job has printed since the last look.
+        """Return what a running job has printed since the last look.
 
-        The files are used again for other jobs after the run was recorded: so what was read counts
-        only if the job is still in the same run afterwards.
+        After the run is recorded, other jobs use its files. So the bytes read count only if the job
+        is still in the same run afterwards.
         """
         limit = output_limit(self.store.settings(), job["queue"])
         paths = output_paths(self.store.path, job["locked_by"], job["slot"])
@@ -7826,23 +7867,23 @@ class OutputReader:
         return ready
 
     def has_all(self, job: Row) -> bool:
-        """Whether nothing is to come any more."""
+        """Tell whether everything was read, and nothing more will come."""
         return job["state"] in ENDED and self.last >= job["runs"]
 
 
 class Logs:
-    """How `logs` shows what jobs have printed: with titles, as lines with tags, or one stream.
+    """Shows outputs for `logs`: with titles, as lines with tags, or one stream alone.
 
-    `streams` are those to show, `tail` how many of their last lines (None: all).
+    `streams` are the streams to show, `tail` how many of their last lines (None: all).
     """
 
     def __init__(self, streams: Sequence[str], tag: bool, tail: int | None) -> None:
         self.streams, self.tag, self.tail = streams, tag, tail
         self.titles = len(streams) > 1 and not tag
-        self.torn = False  # whether what was shown last ended within a line
+        self.torn = False  # whether the last output ended without a newline
 
     def show_output(self, job: Row, name: str, output: bytes) -> None:
-        """Show what one of a job's streams has printed, if it is to be shown."""
+        """Show the output of one of a job's streams, if the user wants that stream."""
         if not output or name not in self.streams:
             return
         if self.tail is not None:
@@ -7851,7 +7892,7 @@ class Logs:
         self.torn = not output.endswith(b"\n")
 
     def end_line(self) -> None:
-        """Let what follows begin on a new line."""
+        """End an unfinished line."""
         if self.torn:
             emit("")
         self.torn = False
@@ -7870,7 +7911,7 @@ class Logs:
             emit("")
 
     def show_news(self, job: Row, news: Iterable[tuple[Row | None, Sequence[bytes]]]) -> None:
-        """Show what an OutputReader has found, a run's result below its output."""
+        """Show what an OutputReader has found, with a run's result below its output."""
         for run, parts in news:
             for name, part in zip(STREAMS, parts):
                 self.show_output(job, name, part)
@@ -7899,14 +7940,14 @@ class Follower:
         self.code = EXIT_OK
 
     def follow(self) -> int:
-        """Show everything; the exit code, which is not 0 if one was deleted meanwhile."""
+        """Show everything; return the exit code: 1 if a job was deleted meanwhile."""
         running: list[Row] = []
         seen, look_at = -1, 0.0
         while self.readers:
             began, now_seen = monotonic(), self.store.changed()
             if now_seen != seen and began >= look_at:
                 running, seen = self._look_at_all(), now_seen
-                self.logs.tail = None  # that was of what had been printed before
+                self.logs.tail = None  # --tail concerns only the output before this command
                 look_at = began + 4 * (monotonic() - began)
             else:
                 for job in running:
@@ -7916,7 +7957,7 @@ class Follower:
         return self.code
 
     def _look_at_all(self) -> list[Row]:
-        """Show what is new of all jobs; those that run now."""
+        """Show what all jobs have printed since; return the jobs that run now."""
         running, gone = [], set(self.readers)
         for job in self.store.jobs_between(min(gone) - 1, max(gone)):
             if job["seq"] in gone:
@@ -7939,7 +7980,7 @@ class Follower:
 
 
 def _runs_to_show(store: Store, job: Row, args: Any) -> Iterable[Row]:
-    """All runs of a job; the newest with this number of attempts, or for one stream the newest."""
+    """Return the runs to show: all, or the newest (of that attempt, or for one stream)."""
     if args.attempt is not None:
         return [run for run in runs_of(store, job) if run["attempt"] == args.attempt][-1:]
     if args.stdout or args.stderr:
@@ -7959,7 +8000,7 @@ def _show_average(store: Store, job: Row) -> None:
 
 
 def _show_logs(args: Any, jobs: Iterable[Row], logs: Logs) -> None:
-    """Show what these jobs have printed up to now."""
+    """Show the output of these jobs up to now."""
     for job in jobs:
         runs = _runs_to_show(args.store, job, args)
         if args.attempt and args.ids and not runs:
@@ -7973,7 +8014,7 @@ def _show_logs(args: Any, jobs: Iterable[Row], logs: Logs) -> None:
 
 
 def _follow_jobs(store: Store, jobs: Sequence[Row], logs: Logs) -> int:
-    """Show what these jobs have printed, and what they print until they have ended."""
+    """Show the output of these jobs, also what comes until they have ended."""
     whole_part, readers = whole_characters, {}
     if logs.tag:
         whole_part = whole_lines
@@ -7990,12 +8031,12 @@ def _follow_jobs(store: Store, jobs: Sequence[Row], logs: Logs) -> int:
 
 
 def find_each(store: Store, names: Iterable[str]) -> list[Row]:
-    """The jobs with these names, each once; raises QueueError unless all of them exist."""
+    """Return the jobs with these ids, each once; raise QueueError if one is unknown."""
     return list({job["seq"]: job for job in map(store.find, names)}.values())
 
 
 def jobs_meant(args: Any) -> list[Row] | Iterator[Row]:
-    """The jobs that a command was given by their ids, each once, or by a selection."""
+    """Return the jobs that a command names by their ids, each once, or selects."""
     check_choice(args)
     if args.ids:
         return find_each(args.store, args.ids)
@@ -8012,12 +8053,13 @@ queuectl logs --follow --queue run-7
 """,
     option("ids ID", BY_ID, nargs="*"), *TERMS, ALL,
     option("--attempt N",
-           "of the newest run of this number only", type=whole("--attempt", 10**6)),
-    option("--stdout", "of the newest run stdout's bytes, and nothing else"),
-    option("--stderr", "of the newest run stderr's bytes, and nothing else"),
-    option("-n --tail N", "the last N lines of each output only", type=whole("--tail", 10**9)),
-    option("--tag", "each line behind the id of its job and a tab"),
-    option("-f --follow", "go on until the jobs have ended; of several jobs with tags"), JSON)
+           "show only the newest run of attempt N", type=whole("--attempt", 10**6)),
+    option("--stdout", "print the bytes of the newest run's stdout, and nothing else"),
+    option("--stderr", "print the bytes of the newest run's stderr, and nothing else"),
+    option("-n --tail N", "show only the last N lines of each output", type=whole("--tail", 10**9)),
+    option("--tag", "put the job's id and a tab before each line"),
+    option("-f --follow",
+           "go on until the jobs have ended; lines of several jobs are tagged"), JSON)
 def cmd_logs(args: Any) -> int:
     chosen = [name for name in STREAMS if getattr(args, name)]
     if len(chosen) > 1:
@@ -8038,7 +8080,7 @@ def cmd_logs(args: Any) -> int:
 
 
 def _obstacles(store: Store, job: Row, now: int) -> Iterator[str]:
-    """What keeps a waiting job from running, whoever would work on it."""
+    """Yield what keeps a waiting job from running, even if a worker is free."""
     queue = store.queue(job["queue"])
     name, due = queue["name"], job["due"]
     for other in store.awaited_by(job["seq"]):
@@ -8051,20 +8093,20 @@ def _obstacles(store: Store, job: Row, now: int) -> Iterator[str]:
         yield "%s in %s, at %s; `queuectl edit %s --run-at now` starts it" % (
             what, span(now, due), show_time(due), job["id"])
     if store.all_paused():
-        yield "all queues are paused; `queuectl queue resume` lets their jobs start"
+        yield "all queues are paused; `queuectl queue resume` resumes them"
     elif queue["paused"]:
-        yield ("its queue %s is paused; `queuectl queue resume %s` lets its jobs start"
+        yield ("its queue %s is paused; `queuectl queue resume %s` resumes it"
                % (name, name))
     most = queue["concurrency"]
     if most is not None and queue[PROCESSING] >= most:
         running = ", ".join(store.running_in(name, 5))
-        yield ("its queue %s runs as many jobs as it may at once (%d): %s; `queuectl cancel ID` "
+        yield ("its queue %s is at its limit (concurrency %d), running %s; `queuectl cancel ID` "
                "ends one, `queuectl queue set %s --concurrency N` lets more run"
                % (name, most, running, name))
 
 
 def _stands_before(store: Store, job: Row, now: int, serving: Sequence[Row]) -> Iterator[str]:
-    """What a job waits for that nothing else holds up: its turn, and a worker."""
+    """Say what a job waits for if nothing else holds it up: its turn, or a worker."""
     first = store.next((job["queue"],))
     if first and first[0] != job["seq"]:
         yield "%s goes before it, by priority or arrival" % first[1]
@@ -8077,7 +8119,7 @@ def _stands_before(store: Store, job: Row, now: int, serving: Sequence[Row]) -> 
 
 
 def why_waiting(store: Store, job: Row, now: int) -> tuple[list[str], bool]:
-    """Why a waiting job does not run now, and whether that ends by itself."""
+    """Say why a waiting job does not run now, and whether that ends by itself."""
     reasons = list(_obstacles(store, job, now))
     serving = store.serving(job["queue"])
     if not serving:
@@ -8094,7 +8136,7 @@ def why_waiting(store: Store, job: Row, now: int) -> tuple[list[str], bool]:
 
 
 def why_running(store: Store, job: Row, now: int) -> str:
-    """What there is to say of a job that runs, and what to do next."""
+    """Describe a running job, and say what to do next."""
     name, worker = job["id"], job["locked_by"]
     if not store.is_own(worker):
         return ("it ran in the queue that this one was copied from; it is given back when no "
@@ -8113,12 +8155,12 @@ def why_running(store: Store, job: Row, now: int) -> str:
             "`queuectl cancel %s` ends it" % (span(job["started_at"], now), limit, name, name))
 
 
-NEVER_COMPLETED = ("was to run after a job that never was completed and is forgotten; "
+NEVER_COMPLETED = ("was to run after a job that was never completed and is forgotten; "
                    "enqueue it anew")
 
 
 def why_in_vain(store: Store, job: Row, now: int) -> str:
-    """Why a job is dead or cancelled, and what to do next."""
+    """Say why a job is dead or cancelled, and what to do next."""
     name, seq, how = job["id"], job["seq"], "it was cancelled"
     if job["state"] == DEAD:
         how = "it died"
@@ -8133,7 +8175,7 @@ def why_in_vain(store: Store, job: Row, now: int) -> str:
     if causes:
         return died + "`queuectl retry %s --with-dependents` tries all again" % " ".join(causes)
     if not job["runs"]:
-        return died + "`queuectl retry %s` lets it run after all" % name
+        return died + "`queuectl retry %s` runs it after all" % name
     return died + ("`queuectl logs %s` shows what it printed, `queuectl retry %s` tries it again"
                    % (name, name))
 
@@ -8154,7 +8196,7 @@ def cmd_why(args: Any) -> None:
     elif state in IN_VAIN:
         reasons = [why_in_vain(store, job, now)]
     else:
-        reasons = ["it ended well %s ago; `queuectl retry %s` runs it once more"
+        reasons = ["it completed %s ago; `queuectl retry %s` runs it again"
                    % (span(job["finished_at"], now), name)]
     if args.json:
         reasons = [as_called(reason) for reason in reasons]
@@ -8169,7 +8211,7 @@ def cmd_why(args: Any) -> None:
 
 
 def tell_if_idle(db: str) -> bool:
-    """Say how to start a worker if none lives; whether that was said."""
+    """If no worker lives, tell how to start one; return whether it told."""
     idle = not anyone_alive(db)
     if idle:
         complain("no worker is running; `queuectl worker start` works on the queue")
@@ -8177,7 +8219,7 @@ def tell_if_idle(db: str) -> bool:
 
 
 def tell_hold_up(store: Store, seq: int) -> bool:
-    """Say what keeps a job from running, if that may take for ever; whether that was said."""
+    """If a job may wait for ever, tell why; return whether it told."""
     if tell_if_idle(store.path):
         return True
     job = store.find_by_seq(seq)
@@ -8190,7 +8232,7 @@ def tell_hold_up(store: Store, seq: int) -> bool:
 
 
 def tell_ends(ends: Sequence[tuple[str, str, str | None] | None]) -> int:
-    """Tell of jobs that were waited for and are dead or (None) forgotten; the exit code."""
+    """Tell which awaited jobs are dead or (None) forgotten; return the exit code."""
     gone = ends.count(None)
     if gone:
         complain("%s deleted while waited for" % count_of(gone, "job"))
@@ -8201,10 +8243,10 @@ def tell_ends(ends: Sequence[tuple[str, str, str | None] | None]) -> int:
 
 
 def await_jobs(store: Store, seqs: Iterable[int], patience: float) -> int:
-    """Wait until all these jobs have ended; the exit code of `wait`.
+    """Wait until all these jobs have ended; return the exit code of `wait`.
 
-    Raises TimedOut after `patience` seconds. Each job is looked at when it has ended, for it may
-    be forgotten soon after.
+    Raises TimedOut after `patience` seconds. It reads each job as soon as it has ended, for the job
+    may be forgotten soon after.
     """
     deadline = monotonic() + patience
     ends: list[Any] = []
@@ -8226,12 +8268,12 @@ def await_jobs(store: Store, seqs: Iterable[int], patience: float) -> int:
         if monotonic() >= deadline:
             raise TimedOut("not all jobs have ended after %s; they stay in the queue"
                            % show_duration(patience))
-    store.sync()  # what it says must still be so after a power cut
+    store.sync()  # its answer must still be true after a power cut
     return tell_ends(ends)
 
 
 def own_run(db: str) -> tuple[str, int]:
-    """The worker and the seq of the job that called this command, if it is one of this queue."""
+    """Return the worker and seq of the job that calls this command; "", 0 if none does."""
     run = os.environ.get("QUEUECTL_RUN", "")
     worker, _, rest = run.rpartition("-")[0].rpartition("-")
     if rest.isdigit() and is_alive(db, worker):
@@ -8239,18 +8281,20 @@ def own_run(db: str) -> tuple[str, int]:
     return "", 0
 
 
-@subcommand("wait", "until jobs have ended; exit 1 if one was not completed", """
+@subcommand("wait", "wait until jobs have ended; exit 1 if one was not completed", """
 queuectl wait job1 job2 && echo 'both are completed'
 queuectl wait --queue mail --timeout 1h
 """,
-    option("ids ID", "without: all selected that are unfinished now", nargs="*"), *TERMS, ALL,
-    option("--timeout DURATION", "exit 124 if it takes longer", type=time_limit, default=ENDLESS))
+    option("ids ID", "the jobs (default: all that are unfinished now, or those selected)",
+           nargs="*"), *TERMS, ALL,
+    option("--timeout DURATION", "exit with 124 if it takes longer",
+           type=time_limit, default=ENDLESS))
 def cmd_wait(args: Any) -> int:
     store = args.store
     seqs = {store.find(name)["seq"] for name in args.ids}
     usual: Names = UNFINISHED
     if any(map(is_run_queue, (name for names in args.queue for name in names))):
-        usual = STATES  # of a run that was detached jobs may have died before this command came
+        usual = STATES  # jobs of a detached run may have died before this command
     if not seqs:
         seqs = set(store.look(selection_of(args, usual))[0])
     seqs.discard(own_run(args.db)[1])  # a job doesn't wait for itself
@@ -8264,7 +8308,7 @@ LARGE_LOG = 64 * 1024 * 1024  # bytes; without readers a log is much smaller, se
 
 
 def _findings_of_lost(store: Store) -> Iterator[tuple[str, str]]:
-    """Jobs whose worker is dead."""
+    """Yield the jobs whose worker is dead."""
     for lost in store.lost_jobs():
         name, worker = lost["id"], lost["worker"]
         if not store.is_own(worker):
@@ -8286,7 +8330,7 @@ def _findings_of_lost(store: Store) -> Iterator[tuple[str, str]]:
 
 
 def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
-    """Dead or stopped workers, and jobs that run for very long."""
+    """Yield dead or stopped workers, and jobs that run for very long."""
     now = now_millis()
     workers = store.workers()
     for entry in [*store.pools(), *workers]:
@@ -8301,7 +8345,7 @@ def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
     for worker in alive_of(workers):
         if worker["trouble"]:
             yield ("%s is held up: %s" % (worker["name"], worker["trouble"]),
-                   "it goes on by itself when that has passed")
+                   "it goes on by itself when that is over")
         name, age = worker["job"], (now - (worker["job_started_at"] or now)) / 1000
         if age > LONG_RUN:
             yield ("%s has been running for %s" % (name, show_duration(age)),
@@ -8310,7 +8354,7 @@ def _findings_of_workers(store: Store) -> Iterator[tuple[str, str]]:
 
 
 def _findings_of_queues(store: Store) -> Iterator[tuple[str, str]]:
-    """Many dead jobs, and a log that can't be emptied."""
+    """Yield a large number of dead jobs, and a log that can't be emptied."""
     dead, log = store.counts()[DEAD], store.path + "-wal"
     if dead >= MANY_DEAD:
         yield "%d jobs are dead" % dead, "`queuectl dlq list --causes` tells why"
@@ -8321,7 +8365,7 @@ def _findings_of_queues(store: Store) -> Iterator[tuple[str, str]]:
 
 
 def findings_of(store: Store) -> Iterator[tuple[str, str]]:
-    """What is wrong with a queue, each with what mends it."""
+    """Yield what is wrong with a queue, each time with a remedy."""
     folder = dirname(store.path)
     for damage in store.damage():
         yield "the database is damaged: %s" % damage, (
@@ -8370,52 +8414,59 @@ def cmd_doctor(args: Any) -> int:
     return EXIT_FAILED if findings else EXIT_OK
 
 
-# The fields of a job that can be given, and changed later.
+# Fields of a job that can be given, and changed later.
 FIELD_OPTIONS = (
-    option("--priority N", "lower runs first (%d)" % SETTINGS["priority"]),
-    option("--run-at TIME", "not before this time: 2026-01-31T10:00:00Z, now+5m"),
-    option("--delay DURATION", "not before this long from now: 90, 500ms, 1h30m"),
-    option("--expires TIME", "cancelled if no run has begun by then"),
-    option("--timeout DURATION", "end a run that takes longer"),
-    option("--max-retries N", "runs before it is dead (%d)" % SETTINGS["max_retries"]),
+    option("--priority N",
+           "run jobs with lower numbers first (default: %d)" % SETTINGS["priority"]),
+    option("--run-at TIME", "run it not before TIME: 2026-01-31T10:00:00Z, now+5m"),
+    option("--delay DURATION", "run it not before this time from now: 90, 500ms, 1h30m"),
+    option("--expires TIME", "cancel it if no run has begun by then"),
+    option("--timeout DURATION", "end a run that takes longer (default: no limit)"),
+    option("--max-retries N",
+           "number of runs before the job is dead (default: %d)" % SETTINGS["max_retries"]),
     option("--backoff-base N",
-           "seconds between tries: N ** attempts (%d)" % SETTINGS["backoff_base"]),
-    option("--cwd DIR", "the folder it runs in (this one)"),
-    option("--shell SHELL", "what runs the command: bash, or a path (%s)" % SETTINGS["shell"]),
-    option("--env NAME[=VALUE]", "a variable for the job; without value yours", action="append"),
-    option("--after ID[,ID]", "not before these jobs are completed; repeatable", action="append"),
+           "wait N ** attempts seconds for the next run (default: %d)" % SETTINGS["backoff_base"]),
+    option("--cwd DIR", "run it in this folder (default: the current one)"),
+    option("--shell SHELL",
+           "run it by this shell: a name or a path (default: %s)" % SETTINGS["shell"]),
+    option("--env NAME[=VALUE]", "set a variable for the job; without a value, to your own",
+           action="append"),
+    option("--after ID[,ID]", "run it only when these jobs are completed; repeatable",
+           action="append"),
     option("--after-any ID[,ID]",
-           "not before these jobs have ended, however; repeatable", action="append"),
-    option("--unique KEY", "refused while a job with this key waits or runs"),
-    option("--retry-after DURATION", "when to try again after exit code 75 (1m)"),
-    option("--dead-on CODE[,CODE]", "exit codes not to be retried; repeatable", action="append"),
+           "run it only when these jobs have ended, however; repeatable", action="append"),
+    option("--unique KEY", "refuse it while another unfinished job has this key"),
+    option("--retry-after DURATION", "time until the next run after exit code 75 (default: 1m)"),
+    option("--dead-on CODE[,CODE]", "make it dead at once after these exit codes; repeatable",
+           action="append"),
 )
 
 
-# ─── changing: the jobs there are ─────────────────────────────────────────────────────────────
+# ─── changing: existing jobs ──────────────────────────────────────────────────────────────────
 #
-# A command that changes jobs takes their ids, all of them or none, or selects them. A selection is
-# looked at once. Then each job is changed if it still is as it was, a few in each transaction: so
-# what came in or went on meanwhile is not touched, and nobody waits long for the mutex.
+# A command that changes jobs takes ids, and then changes all of these jobs or none; or it takes a
+# selection. It reads a selection once. Then it changes each job that is still as it was, a few in
+# each transaction. So it never touches a job that came or changed meanwhile, and nobody waits long
+# for the mutex.
 
 Change = namedtuple("Change", "done takes usual advice apply refusal")
 
 SELECTED_IDS = option("ids ID", BY_ID, nargs="*")
-DRY_RUN = option("--dry-run", "only show which jobs it would be")
-YES = option("--yes", "don't ask before more than one is changed")
+DRY_RUN = option("--dry-run", "only show which jobs would be changed")
+YES = option("--yes", "don't ask before changing more than one job")
 CHANGING = (SELECTED_IDS, *TERMS, ALL, DRY_RUN, JSON)
 
 
 def after_change(store: Store) -> None:
-    """Have workers look again, and let end what the changed jobs take along."""
+    """End the jobs that changed jobs take along, and ring the workers."""
     store.settle(now_millis())
     ring_all(store.path)
 
 
 def one_change(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function that changes the queue of its first argument, a Store, one transaction.
+    """Make a function that changes its first argument, a Store, one transaction.
 
-    Workers look again after its commit. What it returns is what a command tells.
+    After its commit the workers are rung.
     """
     def change(store: Store, *values: Any, **details: Any) -> Any:
         with store.transaction():
@@ -8431,7 +8482,7 @@ add_jobs = one_change(Store.add)
 
 
 def find_named(store: Store, change: Change, names: Iterable[str]) -> list[Row]:
-    """The jobs with these names, each once, if all of them exist and can be changed."""
+    """Return the jobs with these ids, each once; QueueError if one can't be changed."""
     jobs = find_each(store, names)
     for job in jobs:
         if job["state"] not in change.takes:
@@ -8441,7 +8492,7 @@ def find_named(store: Store, change: Change, names: Iterable[str]) -> list[Row]:
 
 
 def choose(args: Any, change: Change) -> Selection:
-    """The selection of a command, of states that it can take; see check_choice."""
+    """Return the selection of a command, in states that it can take; see check_choice."""
     check_choice(args)
     selection = selection_of(args, change.usual)
     unfit = set(selection.states) - set(change.takes)
@@ -8451,7 +8502,7 @@ def choose(args: Any, change: Change) -> Selection:
 
 
 def confirm(args: Any, done: str, count: int) -> None:
-    """Ask before many jobs are changed, if somebody is there to answer."""
+    """Ask before many jobs are changed, if stdin is a terminal."""
     if count < 2 or getattr(args, "yes", True) or not is_terminal(sys.stdin):
         return
     system.say("%s: %d jobs. Go on? [y/N] " % (done, count), 2)
@@ -8461,7 +8512,7 @@ def confirm(args: Any, done: str, count: int) -> None:
 
 @one_change
 def change_named(store: Store, change: Change, names: Iterable[str]) -> list[Row]:
-    """Change the jobs with these names, all or none."""
+    """Change the jobs with these ids, all or none."""
     jobs = find_named(store, change, names)
     left = sorted(jobs, key=lambda job: -job["seq"])
     while left:  # what waits goes before what it waits for
@@ -8473,12 +8524,12 @@ def change_named(store: Store, change: Change, names: Iterable[str]) -> list[Row
 
 
 def jobs_now(store: Store, seqs: Iterable[int]) -> Iterator[Row]:
-    """These jobs as they are now, without those that are forgotten."""
+    """Return these jobs as they are now, without forgotten ones."""
     return filter(None, map(store.find_by_seq, seqs))
 
 
 def change_jobs(args: Any, change: Change, newest_first: bool = False) -> Sequence[int]:
-    """Do what a command does to the jobs that were named or selected; the seqs of those changed."""
+    """Change the jobs that were named or selected; return the seqs of the changed ones."""
     store, selection = args.store, choose(args, change)
     if args.ids:
         use = find_named if args.dry_run else change_named
@@ -8494,7 +8545,7 @@ def change_jobs(args: Any, change: Change, newest_first: bool = False) -> Sequen
 
 def tell_changed(args: Any, change: Change, seqs: Sequence[int],
                  gone: Sequence[Row] = ()) -> None:
-    """Tell which jobs were changed, or would be; of some that are `gone`, what they were."""
+    """Tell which jobs were changed, or would be; `gone` are the rows of deleted jobs."""
     store, now = args.store, now_millis()
     jobs = gone or jobs_now(store, seqs)
     if args.json:
@@ -8502,7 +8553,7 @@ def tell_changed(args: Any, change: Change, seqs: Sequence[int],
     elif args.dry_run:
         emit_table(JOB_HEAD, [job_row(job, now) for job in jobs_now(store, seqs[:50])],
                    "No such jobs.")
-        complain("%s: it would be %s" % (change.done, count_of(len(seqs), "job")))
+        complain("%s: would be %s" % (change.done, count_of(len(seqs), "job")))
     elif args.ids:
         for job in jobs:
             emit("%s: %s" % (change.done, job["id"]))
@@ -8512,11 +8563,11 @@ def tell_changed(args: Any, change: Change, seqs: Sequence[int],
 
 # retry
 
-DEPENDENTS = option("--with-dependents", "and the jobs that ended with them, waiting for them")
+DEPENDENTS = option("--with-dependents", "also retry jobs that ended because they waited for these")
 
 
 def _refusal_of_retry(store: Store, job: Row) -> str:
-    """Why a job can't start afresh."""
+    """Return the error for a job that can't start afresh."""
     name = job["id"]
     if store.waits_for_gone(job["seq"]):
         return "%s %s" % (name, NEVER_COMPLETED)
@@ -8524,9 +8575,9 @@ def _refusal_of_retry(store: Store, job: Row) -> str:
 
 
 def _ended_with(args: Any, change: Change) -> set[int]:
-    """What ended with the jobs that were named, by seq.
+    """Return the jobs that ended with the named ones, by seq.
 
-    Raises QueueError for a job that would wait for one that ended in vain, and does not start.
+    Raises QueueError for a job that would wait for one that ended in vain.
     """
     store = args.store
     jobs = {job["seq"]: job for job in find_named(store, change, args.ids)}
@@ -8569,11 +8620,11 @@ def _retry(args: Any, takes: Names, usual: Names, advice: str) -> None:
     tell_changed(args, change, seqs)
     left = args.all and not args.dry_run and store.total(selection)
     if left:
-        complain("not retried: %s, for another job with their key waits or runs, or because they "
+        complain("not retried: %s: another job with their key waits or runs, or they "
                  "were to run after jobs that ended in vain" % count_of(left, "job"))
 
 
-@subcommand("retry", "let ended jobs run again from the start", """
+@subcommand("retry", "run ended jobs again, as if they were new", """
 queuectl retry job1 job2
 queuectl retry --state dead,cancelled --queue mail --since 2h
 """,
@@ -8583,7 +8634,7 @@ def cmd_retry(args: Any) -> None:
            "--run-at now` starts one that waits for a time")
 
 
-@subcommand("dlq retry", "give dead jobs a new start", """
+@subcommand("dlq retry", "run dead jobs again, as if they were new", """
 queuectl dlq retry job1
 queuectl dlq retry --all
 queuectl dlq retry --error 'Connection refused' --since 6h
@@ -8597,7 +8648,7 @@ def cmd_dlq_retry(args: Any) -> None:
 # cancel
 
 def _await_end(store: Store, job: Row, deadline: float) -> str:
-    """The state of a cancelled job as soon as it does not run; for a dead worker do its part."""
+    """Return the state of a cancelled job when its run has ended; recover it if need be."""
     while True:
         current = store.find_by_seq(job["seq"])
         if current is None:
@@ -8612,7 +8663,7 @@ def _await_end(store: Store, job: Row, deadline: float) -> str:
         sleep(0.02)
 
 
-@subcommand("cancel", "take waiting jobs out of the queue, end running ones", """
+@subcommand("cancel", "take waiting jobs out of the queue, and end running ones", """
 queuectl cancel job1
 queuectl cancel --queue night --state pending
 """,
@@ -8650,14 +8701,14 @@ def cmd_cancel(args: Any) -> None:
 
 # edit
 
-EMPTY = {  # fields that may be taken away, each with what says so
+EMPTY = {  # fields that can be removed, each with the value for that
     "timeout": "none", "run_at": "none", "expires": "none", "backoff_base": "none",
     "retry_after": "none", "unique": "none", "shell": "none",
     "after": "", "after_any": "", "dead_on": ""}
 
 
 def edited_fields(args: Any, now: int) -> Row:
-    """What `edit` was told to change; `none` takes a field away, and an empty list its entries."""
+    """Return the fields that `edit` changes; `none` or an empty list removes a value."""
     given = given_options(args)
     if not given:
         raise UsageError("say what to change; see `queuectl edit --help`")
@@ -8674,10 +8725,9 @@ def edited_fields(args: Any, now: int) -> Row:
 
 
 @subcommand(
-    "edit", "change jobs that wait or have ended, of running ones the time-out; `none` or '' takes "
-    "a field away", """
+    "edit", "change waiting or ended jobs, or the time-out of running ones", """
 queuectl edit job1 --priority 1
-queuectl edit job1 --run-at now --timeout none
+queuectl edit job1 --run-at now --timeout none      `none` or '' removes a value
 queuectl edit job1 --command 'make -j4' && queuectl retry job1
 queuectl edit --state pending --grep report --delay 2h
 """,
@@ -8693,7 +8743,7 @@ def cmd_edit(args: Any) -> None:
         store.edit(job, fields, now)
         return True
 
-    args.queue = None  # it is set, and does not select
+    args.queue = None  # here --queue is a new value, and selects nothing
     takes: Names = (*WAITING, *ENDED)
     if set(fields) == {"timeout_seconds"}:
         takes = STATES
@@ -8769,12 +8819,12 @@ def cmd_dlq_purge(args: Any) -> None:
     _purge(args, (DEAD,))
 
 
-# ─── working: new jobs, and whoever runs them ─────────────────────────────────────────────────
+# ─── working: new jobs, and the workers that run them ─────────────────────────────────────────
 
 def finish_draft(draft: Row, folders: dict[str | None, str]) -> Row:
-    """Give a draft its folder and its shell: existing ones, absolute.
+    """Check a draft's folder and shell, and make their paths absolute.
 
-    `folders` are those seen before.
+    `folders` are the folders checked before.
     """
     given = draft["cwd"]
     if given not in folders:
@@ -8790,10 +8840,10 @@ def finish_draft(draft: Row, folders: dict[str | None, str]) -> Row:
 
 
 def open_jobs(path: str, pipe: int = 0) -> BinaryIO:
-    """The file with jobs; or a `pipe`, a descriptor, whose jobs are added as they come.
+    """Open a file with jobs, or a `pipe` (a descriptor) whose jobs are added as they come.
 
-    What else is no plain file is read to its end first: it may be slow, and nobody else can write
-    while its jobs are added.
+    Anything else that is no plain file is read to its end first: it may be slow, and no other
+    process can write while its jobs are added.
     """
     if pipe:
         return open(pipe, "rb")
@@ -8817,7 +8867,7 @@ LONGEST_LINE = 1 << 21  # bytes
 
 
 def _script() -> str:
-    """The command that is read from stdin for `-`: a whole script."""
+    """Read the command for `-` from stdin: a whole script."""
     with open_jobs("-") as stream:
         try:
             script = stream.read(LONGEST_LINE).decode("utf-8-sig")
@@ -8827,7 +8877,7 @@ def _script() -> str:
 
 
 def read_job(given: str | Row, now: int, options: Row) -> Row:
-    """The draft of a job from its fields, or from JSON or a command; `options` win."""
+    """Return the draft of a job, given by its fields, JSON or a command; `options` win."""
     fields: Any = given
     if isinstance(given, str):
         text = given.lstrip("\ufeff")
@@ -8850,9 +8900,9 @@ def read_job(given: str | Row, now: int, options: Row) -> Row:
 
 def draft_of_words(words: list[str], literal: bool, now: int,
                    options: Row) -> Row:
-    """The draft of one word, a shell command or JSON, or of several: a command and its arguments.
+    """Return the draft of one word (a shell command or JSON) or several (a command's words).
 
-    Several words may also be JSON that was torn. Behind `--` they are `literal`, never JSON.
+    Several words may also be JSON that a shell divided. Words behind `--` are `literal`: no JSON.
     """
     torn = words[0].startswith("{") and words[-1].endswith("}")
     if words == ["-"] and not literal:
@@ -8866,7 +8916,7 @@ def draft_of_words(words: list[str], literal: bool, now: int,
 
 
 def numbered_lines(stream: BinaryIO) -> Lines:
-    """The lines of a file with jobs, with their numbers."""
+    """Yield the lines of a file with jobs, with their numbers."""
     for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), 1):
         if len(raw) == LONGEST_LINE:
             if b"[" not in raw[:9]:  # a whole array may stand on one line
@@ -8883,21 +8933,21 @@ _JSON = r"""\{(?![ \t]+[^\s"'}])|\[\s*(?:[{\]]|$)|\[+["\d{]"""
 
 
 def _opened_in(text: str) -> int:
-    """How many more objects begin than end in JSON."""
+    """Return how many more objects begin than end in a piece of JSON."""
     bare = re.sub(r'"(?:[^"\\\n]|\\.)*"', "", text)
     return bare.count("{") - bare.count("}")
 
 
 def _json_jobs(number: int, text: str, lines: Lines) -> Given:
-    """The objects in JSON that begins with `text`, up to the end of a line where none is open.
+    """Yield the objects of JSON that begins with `text`, up to a line after which none is open.
 
-    One that can't be read is yielded as text: its reader understands it, or tells what is wrong.
+    An object that can't be read is yielded as text: read_object mends it, or says what is wrong.
     """
     from itertools import chain
-    rest, at, depth, opened = "", 0, 0, 0  # in how many arrays; in how many objects
+    rest, at, depth, opened = "", 0, 0, 0  # the number of open arrays, and of open objects
     for last, line in chain([(number, text)], lines):
         rest += line + "\n"
-        if opened:  # it is not read anew at each }: that takes quadratic time
+        if opened:  # read only when no object is open: at each } it would take quadratic time
             opened += _opened_in(line)
         if opened > 0 or ("}" not in line and "]" not in line):
             continue
@@ -8908,7 +8958,7 @@ def _json_jobs(number: int, text: str, lines: Lines) -> Given:
             if at == len(rest):
                 break
             if rest[at] != "{":
-                raise UsageError("line %d: JSON here is objects with a command, commas between them"
+                raise UsageError("line %d: JSON in a list must be objects, with commas between"
                                  % (last + 1 - rest.count("\n", at)))
             try:
                 given, end = _STRICT.raw_decode(rest, at)
@@ -8927,9 +8977,9 @@ def _json_jobs(number: int, text: str, lines: Lines) -> Given:
 
 
 def _whole_command(number: int, text: str, lines: Lines) -> str:
-    """The command that begins with `text`, with the lines that a backslash joins to it."""
+    """Return the command that begins with `text`, with the lines joined by backslashes."""
     mark, last = unfinished(text), number
-    while mark == "\\" and last - number < 9999:  # each time it is read anew
+    while mark == "\\" and last - number < 9999:  # the whole command is judged again with each line
         last, line = next(lines, (number, ""))
         text = text[:-1] + line
         mark = unfinished(text)
@@ -8941,9 +8991,9 @@ def _whole_command(number: int, text: str, lines: Lines) -> str:
 
 
 def read_jobs(lines: Lines) -> Given:
-    """What each job in numbered lines is given as, with its number, once its last line is there.
+    """Yield each job in numbered lines, with its line number, as soon as it is complete.
 
-    A job is a command in a line, or JSON in any layout: objects one after the other, or an array.
+    A job is a command on a line, or JSON in any layout: objects one after the other, or an array.
     Empty lines and comments are skipped.
     """
     finished = re.compile(_FINISHED).fullmatch
@@ -8954,12 +9004,12 @@ def read_jobs(lines: Lines) -> Given:
             continue
         if re.match(_JSON, text):
             if text[-1] == "}" and not text.rfind("{"):
-                yield number, text  # the usual one, in which is no other
+                yield number, text  # the usual line, which is a whole command
             else:
                 yield from _json_jobs(number, text, lines)
             continue
         if number == 1 and text.startswith("#!"):
-            raise UsageError("line 1: this is a script, and no list of jobs; "
+            raise UsageError("line 1: this is a script, not a list of jobs; "
                              "`queuectl enqueue %s FILE` makes one job of it"
                              % re.sub(r"#!\s*(\S*/)?(env\s+(-S\s+)?)?", "", text))
         if not WINDOWS:
@@ -8970,7 +9020,7 @@ def read_jobs(lines: Lines) -> Given:
 
 def drafts_of(lines: Iterable[Any],
               read: Callable[..., Row]) -> Iterator[Row]:
-    """The drafts that `read` makes of numbered lines; an error names the line."""
+    """Yield the drafts that `read` makes of numbered lines; an error names the line."""
     folders: dict[str | None, str] = {}
     background = []
     for number, line in lines:
@@ -8983,16 +9033,17 @@ def drafts_of(lines: Iterable[Any],
             background.append(number)
         yield draft
     if background:
-        complain(at_line(background[0], "a command that ends in & is completed at once, while its "
+        complain(at_line(background[0], "a command that ends in & completes at once, while its "
                          "work goes on unseen; leave the & out: workers run jobs side by side"))
 
 
 def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """The inputs for --each with their numbers: what stands between separators.
+    """Yield the inputs for --each with their numbers.
 
-    An empty line is none, but between NUL characters what is empty counts.
+    Empty lines are skipped, but with -0 an empty input counts.
     """
-    read = getattr(stream, "read1", stream.read)  # of a pipe what has come, without waiting
+    # Takes what has come by a pipe, without waiting for more.
+    read = getattr(stream, "read1", stream.read)
     rest, number = b"", 0
     for data in iter(lambda: read(1 << 16), b""):
         *parts, rest = (rest + data).split(separator)
@@ -9009,7 +9060,7 @@ def inputs_of(stream: BinaryIO, separator: bytes) -> Iterator[tuple[int, bytes]]
 
 
 def columns_of(text: str, separator: str | None) -> list[str]:
-    """The columns of an input; what separates them is a character, or a regular expression."""
+    """Return the columns of an input; the separator is a character or a regular expression."""
     if separator is None:
         return [text]
     try:
@@ -9019,7 +9070,7 @@ def columns_of(text: str, separator: str | None) -> list[str]:
 
 
 def quote_input(word: str) -> str:
-    """A word of an input, in quotes for the shell that is to run it."""
+    """Quote a word of an input for the shell that will run it."""
     if WINDOWS:
         return join_words([word])
     if any("\udc80" <= c <= "\udcff" for c in word):
@@ -9028,7 +9079,7 @@ def quote_input(word: str) -> str:
 
 
 def check_each(args: Any) -> re.Pattern[str]:
-    """What stands for the input in the command of --each; raises UsageError as check_template."""
+    """Return the checked template of --each; raises UsageError as check_template does."""
     place = PLACE if args.colsep is None else COLUMN_PLACE
     if not WINDOWS:
         check_template(args.each, place)
@@ -9036,7 +9087,7 @@ def check_each(args: Any) -> re.Pattern[str]:
 
 
 def each_source(args: Any, options: Row, now: int) -> Iterator[Row]:
-    """The drafts of a command for each input: the arguments, or what comes from stdin or a file."""
+    """Yield a draft for each input of --each: arguments, or lines of stdin or a file."""
     from itertools import count
     numbers, place = count(1), check_each(args)
 
@@ -9058,12 +9109,12 @@ def each_source(args: Any, options: Row, now: int) -> Iterator[Row]:
 
 
 def line_reader(options: Row, now: int) -> Callable[[Any], Row]:
-    """What makes a draft of what was given as a job; `options` win."""
+    """Return a function that makes a draft of a line; `options` win."""
     return partial(read_job, now=now, options=options)
 
 
 def job_source(args: Any, now: int) -> Iterator[Row]:
-    """The drafts of what `enqueue` was given: one argument, several words, or lines of a file."""
+    """Return the drafts for `enqueue`: from one argument, several words, or a file."""
     options = given_options(args)
     if args.each is not None:
         yield from each_source(args, options, now)
@@ -9077,10 +9128,10 @@ def job_source(args: Any, now: int) -> Iterator[Row]:
 
 
 def begun(drafts: Iterator[Row], whole: bool) -> Iterable[Row]:
-    """The drafts, all of them (`whole`) or the first made already.
+    """Return drafts with all of them (`whole`), or at least the first, made already.
 
-    Then a single job is refused without the database, and what is slow to read is read before
-    the transaction: nobody else could write meanwhile.
+    So a bad single job is refused before the database is opened, and slow input is read before the
+    transaction, in which no other process can write.
     """
     from itertools import chain, islice
     if whole:
@@ -9089,9 +9140,9 @@ def begun(drafts: Iterator[Row], whole: bool) -> Iterable[Row]:
 
 
 def manner_of(args: Any, now: int) -> Row:
-    """How Store.add is to add the jobs of a command.
+    """Return how Store.add must add the jobs of a command.
 
-    They take over PATH and umask, and with --env-all every variable, from whoever enqueues them.
+    The jobs take PATH and umask, and with --env-all every variable, from this process.
     """
     umask = os.umask(0o077)
     os.umask(umask)
@@ -9106,7 +9157,7 @@ def manner_of(args: Any, now: int) -> Row:
 
 
 def tell_due(job: Row) -> None:
-    """Say when a job will run that is not to run at once, or why it never will."""
+    """Tell when a job with a time will run, or why a job never will."""
     now, due = now_millis(), job["due"]
     if due and due > now:
         local = time.strftime("%Y-%m-%d %H:%M", time.localtime(due / 1000))
@@ -9118,7 +9169,7 @@ def tell_due(job: Row) -> None:
 
 def tell_enqueued(args: Any, store: Store, first: int, last: int,
                   existing: Sequence[int], many: bool) -> None:
-    """Tell of the jobs after seq `first` up to `last`, and of those that existed."""
+    """Tell of the jobs behind seq `first` up to `last`, and of those that existed."""
     jobs = store.jobs_between(first, last)
     if args.json and not many:
         job = store.find_by_seq([*existing, last][0])
@@ -9140,30 +9191,32 @@ def tell_enqueued(args: Any, store: Store, first: int, last: int,
         tell_if_idle(args.db)
 
 
-FILE = option("--file PATH", "one job a line, command or JSON; - is stdin; all or none")
+FILE = option("--file PATH", "add a job for each line, a command or JSON, all or none; - is stdin")
 EACH = (
-    option("--each COMMAND", "this for each input, a line on stdin: {} stands for it, quoted; "
+    option("--each COMMAND",
+           "run COMMAND for each input (a line of stdin); {} is the input, quoted; "
            "{.} {/} {//} {/.} {#} as in GNU parallel"),
-    option("-0 --null", "inputs end with NUL, not with a newline"),
-    option("--colsep SEP", "columns of an input end at this, for {1} {2} …: a regular expression"),
+    option("-0 --null", "end inputs with NUL, not with a newline"),
+    option("--colsep SEP", "divide inputs at this regular expression, into {1} {2} …"),
 )
 JOB_OPTIONS = (
-    option("--id ID", "choose the id yourself"),
-    option("--env-all", "all your variables, as they are now"),
+    option("--id ID", "set the id (default: a random one)"),
+    option("--env-all", "keep all your variables, as they are now, for the job"),
     option("--if-exists",
-           "what to do if the id or key exists", choices=("fail", "skip"), default="fail"),
+           "what to do if the id or key exists (default: fail)", choices=("fail",
+           "skip"), default="fail"),
     *FIELD_OPTIONS,
 )
 
 
 def check_enqueue(args: Any) -> bool:
-    """Whether there may be many jobs; raises UsageError if it is not clear what to enqueue."""
+    """Tell if there may be many jobs; raise UsageError if it is not clear what to enqueue."""
     in_file, by_each, why = args.file is not None, args.each is not None, ""
     many = in_file or by_each
     doubled = (in_file and args.words) or (many and args.id)
     lacking = not (many or args.words) or (args.null and not by_each)
     if args.id and args.file:
-        why = " (the lines of a file carry their own ids)"
+        why = " (an id belongs into the lines of the file)"
     if doubled or lacking:
         raise UsageError("give either a command or --file PATH%s; "
                          "see `queuectl enqueue --help`" % why)
@@ -9182,12 +9235,12 @@ find . -name '*.log' -print0 | queuectl enqueue -0 --each 'gzip -9 {}'
 """,
     option("words COMMAND", "a shell command, JSON, or a program and its arguments", nargs="*"),
     FILE, *EACH,
-    option("--queue NAME", "the queue it waits in (default)"), *JOB_OPTIONS,
-    option("--wait", "until it has ended; exit 1 if it was not completed"),
+    option("--queue NAME", "put it into this queue (default: default)"), *JOB_OPTIONS,
+    option("--wait", "wait until it has ended; exit with 1 if it was not completed"),
     option("--wait-timeout DURATION",
-           "exit 124 if that takes longer",
+           "exit with 124 if that takes longer",
            type=partial(checked, "delay", called="--wait-timeout")),
-    option("-q --quiet", "print the ids alone"), JSON, writes=True)
+    option("-q --quiet", "print only the ids"), JSON, writes=True)
 def cmd_enqueue(args: Any) -> int:
     many = check_enqueue(args)
     now = now_millis()
@@ -9210,14 +9263,14 @@ def cmd_enqueue(args: Any) -> int:
 
 
 def new_pool_name(store: Store) -> str:
-    """A name that is never used twice; it begins with the queue's id, see Identity."""
+    """Return a name that is never used twice; it begins with the queue's id, see Identity."""
     return "%s-%s" % (store.queue_id(), os.urandom(3).hex())
 
 
 
 
 def _open_log(path: str) -> int:
-    """A descriptor to write the log of a detached pool with."""
+    """Open the log of a detached pool for writing."""
     try:
         return open_private(path, os.O_WRONLY | os.O_APPEND)
     except OSError as error:
@@ -9225,25 +9278,26 @@ def _open_log(path: str) -> int:
 
 
 def own_file() -> str:
-    """The file that this program is in; raises QueueError if it came by a pipe."""
+    """Return the file of this program; raise QueueError if it came by a pipe."""
     script: str = abspath(globals().get("__file__", ""))
     if not isfile(script):
-        raise QueueError("queuectl can't be started again from %s; save it as a file of its own"
+        raise QueueError("queuectl can't start itself again from %s; save it as a file"
                          % (script or "where it came from"))
     return script
 
 
 def own_command() -> list[str]:
-    """How this program is started: by the launcher of `install`, or as a script."""
+    """Return the command that starts this program: the launcher of `install`, or a script."""
     script = own_file()
     launcher = abspath(sys.argv[0])
     if os.path.basename(launcher) == "queuectl" and isfile(launcher):
-        script = launcher  # it has the program compiled
+        script = launcher  # the launcher has the program compiled
     return [sys.executable, script]
 
 
-# Runs the compiled script, its last constant, as the module queuectl with the words behind its own
-# path. Nothing is imported from the folder that Python takes for its own; nor, as installed, by -S.
+# Runs the compiled script, which is its last constant, as the module queuectl, with the words
+# behind its own path. It imports nothing from the script's folder, nor (if installed) from
+# site-packages.
 RUN_COMPILED = """\
 import sys
 if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
@@ -9260,9 +9314,9 @@ module.exit_at_once(module.main())
 
 
 def compiled_script() -> bytes:
-    """This script as a .pyc file, b"" if it is none.
+    """Return this script as a .pyc file; b"" if this is no script.
 
-    What it was compiled to is in the outermost frame, unless a debugger or the like runs it.
+    The outermost frame has its compiled code, unless a debugger or profiler runs it.
     """
     import marshal
     from importlib.util import MAGIC_NUMBER
@@ -9277,7 +9331,7 @@ def compiled_script() -> bytes:
 
 
 def go_on_as(program: bytes) -> None:
-    """Become a Python that runs a .pyc file; returns if that can't be had."""
+    """Replace this process by a Python that runs a .pyc file; returns if that fails."""
     import subprocess
     try:
         fd = os.memfd_create("queuectl", 0)  # type: ignore[attr-defined,unused-ignore]
@@ -9287,15 +9341,16 @@ def go_on_as(program: bytes) -> None:
                 file.write(program)
             flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
             os.execv(sys.executable, [sys.executable, "-S", *flags, path, *sys.argv])
-    except (AttributeError, OSError, ValueError):  # no such function, no room, no path of Python's
+    # No such function, no memory, or no path of Python.
+    except (AttributeError, OSError, ValueError):
         pass
 
 
 def start_compiled() -> None:
-    """Where this is a script, go on as a new program in this process that is not compiled again.
+    """If this is a script, go on in this process as a program that is compiled already.
 
-    Python keeps a script's syntax tree in memory for as long as it runs: more than all the rest of
-    a pool. Where that can't be had, the pool goes on as it is.
+    Python keeps a script's syntax tree in memory while it runs, which is more than a whole pool
+    needs. If this fails, the pool goes on as a script.
     """
     program = compiled_script()
     if program and sys.implementation.name == "cpython":
@@ -9303,19 +9358,19 @@ def start_compiled() -> None:
 
 
 def start_words(db: str, count: int, queues: Names) -> list[str]:
-    """The command line that starts so many workers in the foreground."""
+    """Return the command line that starts `count` workers in the foreground."""
     words = [*own_command(), "--db", db, "worker", "start", "--count", str(count)]
     for name in queues:
         words += ["--queue", name]
     return words
 
 
-START_TIME = 30.0  # seconds a detached pool has to come up
+START_TIME = 30.0  # seconds that a detached pool has to start
 
 
 def _await_pool(process: Any, store: Store, name: str, count: int,
                 log: str) -> None:
-    """Wait until the workers of a detached pool run, or it is drained or stopped already."""
+    """Wait until a detached pool's workers run, or it has drained or stopped already."""
     deadline = monotonic() + START_TIME
     while sum(worker["pool"] == name for worker in alive_of(store.workers())) < count:
         if process.poll() is not None:
@@ -9329,7 +9384,7 @@ def _await_pool(process: Any, store: Store, name: str, count: int,
 
 def _start_detached(store: Store, name: str, count: int, words: Sequence[str],
                     drain: str) -> int:
-    """Start a pool by these words in a session of its own; its process id when its workers run."""
+    """Start a pool in a session of its own; return its process id when its workers run."""
     import subprocess
     folder, log = dirname(store.path), log_path(store.path)
     fd = _open_log(log)
@@ -9345,25 +9400,26 @@ def _start_detached(store: Store, name: str, count: int, words: Sequence[str],
     return process.pid
 
 
-COUNT = option("-j --count --workers N", "worker processes, or N%% of the cores (1)",
+COUNT = option("-j --count --workers N",
+               "number of worker processes, or N%% of the cores (default: 1)",
                type=workers_wanted, default=1)
 SERVED = option("--queue NAME",
                 "serve this queue only; repeatable",
                 type=partial(check_name, "--queue"), action="append", default=[])
 
 
-@subcommand("worker start", "run jobs, in the foreground", """
-queuectl worker start --count 4           until Ctrl-C: finishes running jobs; twice ends them
+@subcommand("worker start", "start workers that run jobs, in the foreground", """
+queuectl worker start --count 4           until Ctrl-C; a second Ctrl-C ends the running jobs
 queuectl worker start --count 4 --drain   until nothing is left to do
 queuectl worker start --detach            in the background, log beside the database
 """,
     COUNT, SERVED,
-    option("--drain", "exit when nothing is left to do; 1 if a job died meanwhile"),
-    option("--detach", "run in the background; prints the process id"),
+    option("--drain", "exit when nothing is left to do, with 1 if a job died"),
+    option("--detach", "run in the background, and print the process id"),
     option("--max-jobs N", "exit after N runs", type=whole("--max-jobs", 10**9)))
 def cmd_worker_start(args: Any) -> int:
     system.check_room(args.count)
-    if not args.detach and not args.drain:  # a drain is short
+    if not args.detach and not args.drain:  # a drain ends soon
         start_compiled()
     store = open_trusted(args.db, tell=complain)
     name, log = os.environ.pop("QUEUECTL_POOL", ""), ""
@@ -9389,23 +9445,23 @@ def cmd_worker_start(args: Any) -> int:
     return pool.run()
 
 
-# ─── run: jobs that are worked on now ─────────────────────────────────────────────────────────
+# ─── run: work on jobs now ────────────────────────────────────────────────────────────────────
 #
-# A `run` is three kinds of processes. The command itself adds the jobs to a queue of their own and
-# becomes the supervisor of a pool that serves it. Beside the pool, the reporter shows what the
-# jobs print and how far the run is: a reader that is slow, or a stopped terminal, holds up nobody
-# else. It also adds the jobs that come by a pipe. The workers end when the queue is drained; where
-# others may add jobs to it, or more come by a pipe, they end when the reporter does.
+# A `run` has three kinds of processes. The command itself adds the jobs to a queue of their own and
+# becomes the supervisor of a pool that serves this queue. The reporter, a process beside the pool,
+# shows the jobs' outputs and the progress: so a slow reader, or a stopped terminal, holds up nobody
+# else. It also adds jobs that come by a pipe. The workers end when the queue is drained; if others
+# may add jobs to it, or more come by a pipe, they end with the reporter.
 
-# The jobs of a run: those of a queue behind seq `before` up to `last`; how many of these were in
-# each state when it began, and when that was.
+# The jobs of a run: those of a queue behind seq `before` up to `last`; `counts` of their states
+# when the run began, and the time of its `start`.
 Batch = namedtuple("Batch", "queue before last counts start")
-# How far a run is: how many of its jobs there are in all and in some states, and if it is paused.
+# The progress of a run: how many jobs it has in all and in some states, and whether it is paused.
 Progress = namedtuple("Progress", "total left completed dead cancelled failed processing paused")
 
 
 def are_commands(args: Any) -> bool:
-    """Whether each of the words given to `run` is a command, and not all of them one."""
+    """Tell whether each word given to `run` is a command, rather than all together."""
     first = args.words[0]
     if args.literal or first.startswith("{"):
         return False
@@ -9413,18 +9469,18 @@ def are_commands(args: Any) -> bool:
 
 
 def tell_reading(args: Any) -> None:
-    """Say which way several words were read, for there are two."""
+    """Tell how several words were read: as one command, or as several."""
     if are_commands(args):
-        complain("each of these %d words is a command; write -- before them if they are one"
+        complain("each of these %d words is a command; put -- before them if they are one command"
                  % len(args.words))
     elif not args.literal:
         complain("these words are one command; with --commands each of them is one")
 
 
 def run_source(args: Any, start: int) -> Iterator[Row]:
-    """The drafts of what `run` was given: several commands, or what `enqueue` takes.
+    """Yield the drafts for `run`: from several commands, or as `enqueue` takes them.
 
-    With --delay each waits that long after the one before, the first starts at `start`.
+    With --delay each starts that long after the one before, the first one at `start`.
     """
     drafts = job_source(args, start)
     if len(args.words) > 1 and args.each is None and are_commands(args):
@@ -9439,13 +9495,13 @@ RATE_SPAN = 60.0  # seconds
 
 
 class Rate:
-    """How fast a number has grown over the last minute of those it was told."""
+    """Measures how fast a number grows, over the last minute."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, int]] = []
 
     def __call__(self, number: int) -> float | None:
-        """Its growth a second up to now; None until there is a span to speak of."""
+        """Return its growth per second up to now; None while that is not known."""
         now = monotonic()
         self.seen.append((now, number))
         while len(self.seen) > 1 and self.seen[1][0] < now - RATE_SPAN:
@@ -9457,7 +9513,7 @@ class Rate:
 
 
 class ProgressLine:
-    """The line on stderr that tells how far a run is: redrawn on a terminal, else now and then."""
+    """The progress of a run on stderr: a line redrawn on a terminal, elsewhere a line at times."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet, self.began, self.rate = quiet, monotonic(), Rate()
@@ -9468,7 +9524,7 @@ class ProgressLine:
         self.next = self.began + self.every
 
     def show_if_due(self, name: str, part: Progress) -> None:
-        """Show how far the run `name` is."""
+        """Show the progress of the run `name`, if it is time."""
         if self.quiet or monotonic() < self.next:
             return
         self.next = monotonic() + self.every
@@ -9481,14 +9537,14 @@ class ProgressLine:
             system.say("queuectl: %s\n" % text, 2)
 
     def clear(self) -> None:
-        """Take the line away, for others are to follow."""
+        """Remove the line, before other output."""
         if self.terminal:
             system.say(CLEAR_LINE, 2)
 
     def _time_left(self, ended: int, left: int) -> float | None:
-        """Seconds that it will take at the pace up to the last end of a job.
+        """Return the seconds left at the pace up to the last end of a job.
 
-        None while too few have ended.
+        None while too few jobs have ended.
         """
         now = monotonic() - self.began
         if ended != self.last_end[0]:
@@ -9500,22 +9556,22 @@ class ProgressLine:
 
 
 class Outputs:
-    """Shows what the jobs of a run print: each when it has ended, in their order or as they end.
+    """Shows the outputs of a run's jobs when they have ended, in their order or as they end.
 
-    On a terminal the first that has not ended is shown live.
+    On a terminal the first unfinished job is shown live.
     """
 
     def __init__(self, args: Any, batch: Batch, line: ProgressLine) -> None:
         self.store, self.queue, self.start, self.line = args.store, batch.queue, batch.start, line
         self.tag, self.unordered, self.live = args.tag, args.unordered, is_terminal(sys.stdout)
-        self.low = batch.before  # all jobs up to this seq are shown,
+        self.low = batch.before  # all jobs up to this seq were shown,
         self.shown: set[int] = set()  # and these
-        self.reader: OutputReader | None = None  # of the job that is shown live
-        self.last: Any = None  # the stream that was written to last
+        self.reader: OutputReader | None = None  # reads the job that is shown live
+        self.last: Any = None  # the stream written to last
         self.code = EXIT_OK
 
     def show(self, last: int, final: bool) -> None:
-        """Show what is new of the jobs up to seq `last`; `final`: no other look will follow."""
+        """Show new output of the jobs up to seq `last`; `final`: this is the last look."""
         if self.unordered or final:
             self._show_ended(last)
         else:
@@ -9548,7 +9604,7 @@ class Outputs:
                 self._show_parts(job, run, parts)
 
     def _show_end(self, job: Row) -> None:
-        """Show what the last run of a job has printed, if that ended after this `run` began."""
+        """Show the output of a job's last run, if that ended after this `run` began."""
         if job["finished_at"] >= self.start:
             for run, parts in self._reader_of(job).news(job):
                 self._show_parts(job, run, parts)
@@ -9579,8 +9635,8 @@ class Outputs:
         if self.tag:
             tag = json.loads(job["policy"] or "{}").get("input", job["id"])
         if is_terminal(stream) and not part.endswith(b"\n"):
-            part += b"\n"  # the line with the progress may follow
-        if stream is not self.last:  # the two may be one file: there, too, the order is right
+            part += b"\n"  # the progress may follow
+        if stream is not self.last:  # both streams may be one file: then the order must be right
             flush_streams()
         self.last = stream
         emit_output(part, stream, tag)
@@ -9590,12 +9646,12 @@ SHOWN_CAUSES = 5
 
 
 class Reporter:
-    """What goes on beside the pool of a `run`: outputs and progress are shown, and jobs come in.
+    """Works beside the pool of a `run`: shows outputs and progress, and adds jobs from a pipe.
 
-    `orders` is the end of a pipe: there comes, when the pool has ended, whether it was stopped.
+    `orders` is the end of a pipe. When the pool has ended, it sends there whether it was stopped.
     """
 
-    part: Progress | None = None  # how far the run was at the last look
+    part: Progress | None = None  # the progress at the last look
 
     def __init__(self, args: Any, batch: Batch, orders: Any) -> None:
         self.args, self.batch, self.orders, self.store = args, batch, orders, args.store
@@ -9606,7 +9662,7 @@ class Reporter:
         self.code, self.seen, self.pause = EXIT_OK, -1, FOLLOW_EVERY
 
     def work(self) -> int:
-        """Report until the pool has ended, or has nothing left to do; the exit code of `run`."""
+        """Report until the pool has ended or has nothing left to do; return the exit code."""
         stopped = None
         if self.reading:
             self._start_reading()
@@ -9616,14 +9672,14 @@ class Reporter:
             self._add_arrived()
             self._look(stopped is not None)
         self.line.clear()
-        if self.reading:  # `--resume` can't know what was still to come
-            complain("stopped before the input ended: what had not come yet is not in %s"
+        if self.reading:  # `--resume` can't know the rest of the input
+            complain("stopped before the input ended: the rest of the input is not in %s"
                      % self.batch.queue)
             self.code = EXIT_INTERRUPTED
         return max(self.code, self.outputs.code, self.sum_up(bool(stopped)))
 
     def _is_done(self) -> bool:
-        """Whether the jobs have ended, of a queue that the workers don't drain."""
+        """Tell whether the jobs have ended, if the workers don't drain the queue themselves."""
         if self.args.drain or self.reading or not self.part or self.part.left:
             return False
         return not self.store.hooks_left(self.batch.queue)
@@ -9638,10 +9694,10 @@ class Reporter:
                 part = self._progress()
             if (news or self.outputs.live) and not (self.args.quiet or self.args.json):
                 self.outputs.show(self.batch.last, final)
-            self.part = part  # only now: if all have ended, no other look follows
+            self.part = part  # asked before the look: if all had ended, it was the last one
             if self.part and not final:
                 self.line.show_if_due(self.batch.queue, self.part)
-        except Unavailable:  # it can't be read now: what is wrong, the workers say
+        except Unavailable:  # it can't be read now; the workers tell why
             if final:
                 raise
         self.seen = seen
@@ -9663,7 +9719,7 @@ class Reporter:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        """In a thread: read jobs, up to the end or to what is no job."""
+        """In a thread: read jobs, up to the end or to an error."""
         end = None
         try:
             for draft in run_source(self.args, self.batch.start):
@@ -9673,7 +9729,7 @@ class Reporter:
         self.arrived.put(end)
 
     def _add_arrived(self) -> None:
-        """Add the jobs that have come by now."""
+        """Add the jobs that have come so far."""
         drafts: list[Draft] = []
         if self.args.fail_fast and self.part and self.part.dead:
             self.reading = False
@@ -9690,7 +9746,7 @@ class Reporter:
             self._end_reading(error)
 
     def _add_all(self, drafts: list[Draft]) -> None:
-        """Add these jobs; if one can't be added those before it."""
+        """Add these jobs; if one can't be added, add those before it."""
         try:
             self._add(drafts)
         except QueueError:
@@ -9703,21 +9759,21 @@ class Reporter:
             self.store, [dict(draft, queue=name) for draft in drafts], self.store.settings(),
             **manner)
         self.total += len(drafts) - len(existing)
-        self.seen = -1  # own commits are no news to `changed`
+        self.seen = -1  # `changed` does not report this process's own commits
         self.batch = self.batch._replace(last=last)
 
     def _end_reading(self, error: Exception | None) -> None:
         self.reading = False
         if error:
             self.line.clear()
-            went_on = "; no more is read, and what came before is worked on" if self.total else ""
+            went_on = "; nothing more is read, but the jobs before it run" if self.total else ""
             complain("error: %s%s" % (error, went_on))
             self.code = getattr(error, "code", EXIT_FAILED)
 
     # The end.
 
     def sum_up(self, stopped: bool) -> int:
-        """Tell what has become of a run, and what to do next; its exit code."""
+        """Sum up a run, and tell what to do next; return its exit code."""
         part = self._progress()
         unsuccessful = part.completed != part.total
         if self.args.json:
@@ -9732,7 +9788,7 @@ class Reporter:
         return EXIT_FAILED if unsuccessful else EXIT_OK
 
     def _dead(self) -> Iterator[Row]:
-        """The dead jobs of this run, the last to die first."""
+        """Return the dead jobs of this run, the last to die first."""
         batch = self.batch
         selection = Selection((DEAD,), (batch.queue,), since=batch.start)
         for job in self.store.last_to_die(selection, NEVER):
@@ -9759,7 +9815,7 @@ class Reporter:
 
 
 def report_main(args: Any, batch: Batch, orders: Any, unneeded: Iterable[int]) -> NoReturn:
-    """What the reporter does from its first instruction on."""
+    """The main function of the reporter process."""
     for fd in unneeded:
         os.close(fd)
     system.prepare_reporter()
@@ -9779,7 +9835,7 @@ def report_main(args: Any, batch: Batch, orders: Any, unneeded: Iterable[int]) -
 
 
 def _resumed(store: Store, words: Sequence[str]) -> str:
-    """The queue that `run --resume` is to go on with; "" if no run was interrupted."""
+    """Return the queue that `run --resume` goes on with; "" if no run was interrupted."""
     left = left_runs(store)
     if len(words) > 1 or set(words) - set(left):
         known = ""
@@ -9794,9 +9850,9 @@ def _resumed(store: Store, words: Sequence[str]) -> str:
 
 
 def _new_batch(args: Any, store: Store) -> Batch:
-    """Add the jobs of a run to its queue, in a transaction, if they don't come by a pipe.
+    """Add the jobs of a run to its queue, in a transaction, unless they come by a pipe.
 
-    A queue of its own has a limit for other pools too: they may take some of the jobs.
+    The limit of a run's own queue also bounds other pools, which may take some of the jobs.
     """
     start, before, name = now_millis(), store.last_seq(), args.queue
     if not name:
@@ -9808,12 +9864,12 @@ def _new_batch(args: Any, store: Store) -> Batch:
         store.add((dict(draft, queue=name) for draft in args.drafts), store.settings(), **manner)
     last = store.last_seq()
     added = sum(store.states_between(name, before, last).values())
-    # What was to run after a dead job has ended in vain already, and counts as one of this run.
+    # A job that was to run after a dead one has ended in vain already; it counts for this run.
     return Batch(name, before, last, {**dict.fromkeys(STATES, 0), PENDING: added}, start)
 
 
 def _old_batch(args: Any, store: Store) -> Batch:
-    """What is left of an interrupted run, in the transaction that takes it over."""
+    """Return what is left of an interrupted run, in the transaction that takes it over."""
     name = _resumed(store, args.words)
     before = last = 0
     if name:
@@ -9825,7 +9881,7 @@ def _old_batch(args: Any, store: Store) -> Batch:
 
 
 def _tell_unserved(store: Store, names: Iterable[str]) -> None:
-    """Say so if nobody works on the jobs that others are to run after."""
+    """Tell if no worker serves a queue with jobs that this run waits for."""
     for job in map(store.find, names):
         if job["state"] in UNFINISHED and not store.serving(job["queue"]):
             complain("%s is %s, and no worker serves its queue; `queuectl worker start --queue %s` "
@@ -9833,7 +9889,7 @@ def _tell_unserved(store: Store, names: Iterable[str]) -> None:
 
 
 def _check_run(args: Any) -> None:
-    """Raise UsageError for options that contradict each other, or where there is nothing to run."""
+    """Raise UsageError for options that contradict each other, and if there is nothing to run."""
     both = args.file is not None and args.words
     changed = args.resume and (args.file or args.each or args.queue or given_options(args))
     by_each = args.each is not None
@@ -9841,7 +9897,7 @@ def _check_run(args: Any) -> None:
         raise UsageError("give commands, --file, --each (with -0 or --colsep, if need be) or "
                          "--resume; see `queuectl run --help`")
     if ":::" in args.words:
-        raise UsageError("inputs stand behind the options, or on stdin: "
+        raise UsageError("put inputs behind the options, or on stdin: "
                          "queuectl run --each 'gzip {}' a.log b.log")
     if args.queue and args.fail_fast:
         raise UsageError("--fail-fast would cancel other jobs of the queue %s; leave out --queue"
@@ -9851,7 +9907,7 @@ def _check_run(args: Any) -> None:
 
 
 def _comes_by_pipe() -> bool:
-    """Whether stdin is none that can be read whole at once, and the reporter can have it."""
+    """Tell whether jobs come by a pipe that the reporter can read while workers run."""
     if sys.stdin is None or system.start_method != "fork":
         return False
     return not stat.S_ISREG(os.fstat(0).st_mode)
@@ -9864,23 +9920,24 @@ def _prepare_run(args: Any) -> None:
     args.pace, args.delay = checked("delay", args.delay or 0), None
     if args.file == "-" and _comes_by_pipe() and not (args.queue or args.detach or args.dry_run):
         args.pipe = os.dup(0)  # multiprocessing takes stdin away from the reporter, which reads it
-    args.drain = not (args.pipe or args.queue)  # else others may add jobs to the queue
+    args.drain = not (args.pipe or args.queue)  # in another queue, others may add jobs
     args.drafts = ()
     if len(args.words) > 1 and args.each is None and not args.resume:
         tell_reading(args)
     if args.pipe:
         if args.each is not None:
             check_each(args)
-        probe = {"command": "true", **given_options(args)}  # else each job would tell what is wrong
+        # Without this check each job would tell the same error.
+        probe = {"command": "true", **given_options(args)}
         finish_draft(draft_of(probe, now_millis(), system.longest_command), {})
     elif not args.resume:
         args.drafts = begun(run_source(args, now_millis()), bool(args.words))
 
 
 def _begin_run(args: Any, store: Store) -> tuple[Batch, Pool]:
-    """Add the jobs, and register the pool that is to work on them, in one transaction.
+    """Add the jobs, and register the pool that works on them, in one transaction.
 
-    So of two that resume a run at the same time the second finds it taken.
+    So if two processes resume a run at the same time, the second finds it taken.
     """
     others = {} if args.resume else left_runs(store)
     for name, left in others.items():
@@ -9913,7 +9970,7 @@ def _detach_run(args: Any, store: Store, batch: Batch, pool: Pool) -> int:
 
 
 def _work_on_run(args: Any, batch: Batch, pool: Pool) -> int:
-    """Be the supervisor of a run's pool, with a reporter beside it; the exit code."""
+    """Be the supervisor of a run's pool, with a reporter beside it; return the exit code."""
     pool.start_reporter(report_main, args, batch)
     if args.pipe:
         os.close(args.pipe)
@@ -9939,21 +9996,22 @@ queuectl run --file commands.txt --timeout 10m --max-retries 5 > results.txt
 queuectl run --detach --file commands.txt      goes on in the background; prints its name
 queuectl run --resume
 """,
-    option("words COMMAND", "as for enqueue, or several shell commands, or inputs", nargs="*"),
+    option("words COMMAND",
+           "a command as for enqueue, or several shell commands, or inputs of --each", nargs="*"),
     FILE, *EACH,
-    option("--commands", "each word is a shell command"),
-    option("-j --workers --count N", "how many at once, or N%% of the cores (the number of cores)",
+    option("--commands", "take each word for a shell command"),
+    option("-j --workers --count N", "run N jobs at once, or N%% of the cores (default: 100%%)",
            type=workers_wanted),
-    option("--queue NAME", "in this queue, with its limits (a new one)",
+    option("--queue NAME", "run in this queue, with its limits (default: a new queue)",
            type=partial(check_name, "--queue")),
-    option("--delay DURATION", "the pause between the starts of two jobs"),
-    option("--unordered", "show each output when its job ends, not in the order of the jobs"),
-    option("--tag", "show each line behind its input of --each (or the id) and a tab"),
-    option("--fail-fast", "after the first job that dies start no more, and cancel the rest"),
-    option("--dry-run", "show the commands only"),
-    option("--detach", "leave the work to the background; prints the name of the run"),
-    option("--resume", "go on with a run that was interrupted: run --resume [run-1]"),
-    option("-q --quiet", "no output, no progress; a summary only if not all completed"), JSON,
+    option("--delay DURATION", "pause between the starts of two jobs"),
+    option("--unordered", "show outputs as jobs end, not in the order of the jobs"),
+    option("--tag", "put the input of --each (or the id) and a tab before each line"),
+    option("--fail-fast", "when a job dies, start no more, and cancel the rest"),
+    option("--dry-run", "only print the commands"),
+    option("--detach", "run in the background, and print the name of the run"),
+    option("--resume", "go on with an interrupted run: run --resume [run-1]"),
+    option("-q --quiet", "show no output and no progress; sum up only if not all completed"), JSON,
     *[each for each in JOB_OPTIONS if each[0] != ["--delay"]],
     writes=True)
 def cmd_run(args: Any) -> int:
@@ -9980,11 +10038,11 @@ def cmd_run(args: Any) -> int:
     return _work_on_run(args, batch, pool)
 
 
-STOP_PATIENCE = 2.0  # seconds until workers are told to stop without a database that can't be written
+STOP_PATIENCE = 2.0  # seconds until `worker stop` does without a database that it can't write
 
 
 def stop_pools(store: Store, now: bool) -> None:
-    """Have every pool end after its running jobs, or end these now; also of an older schema."""
+    """Tell every pool to stop after its running jobs, or now; works on an older schema, too."""
     level = 2 if now else 1
     with store.transaction():
         store.ask_stop([pool["name"] for pool in store.pools()], level)
@@ -9992,16 +10050,16 @@ def stop_pools(store: Store, now: bool) -> None:
 
 
 def _tell_stop(db: str, pools: Iterable[Row], now: bool) -> bool:
-    """The same without the disk: by the workers' bells, and signals; whether anybody was told."""
+    """Tell every pool without the disk, by bells and signals; return if any was told."""
     rung = ring_all(db, STOP_NOW if now else STOP_SOON)
     told = [system.stop(pool["pid"], life_path(db, pool["name"]), now) for pool in pools]
     return rung > 0 or any(told)
 
 
 def _await_stop(db: str, pids: dict[str, int], patience: float, now: bool) -> None:
-    """Wait until these pools and workers have ended: names, each with its process id (0: unknown).
+    """Wait until these pools and workers (names, with process ids or 0) have ended.
 
-    `now`: their jobs are ended already.
+    `now`: their jobs were told to end, too.
     """
     advice = "`queuectl worker stop --now` ends their jobs"
     if now:
@@ -10012,7 +10070,7 @@ def _await_stop(db: str, pids: dict[str, int], patience: float, now: bool) -> No
         for name, pid in pids.items():
             system.wake(pid, life_path(db, name))
         if monotonic() >= deadline:
-            raise TimedOut("workers still run after %s; they go on stopping, %s"
+            raise TimedOut("workers still run after %s; they will stop by themselves, %s"
                            % (show_duration(patience), advice))
         if monotonic() >= tell_at:
             complain("waiting for running jobs to end; " + advice)
@@ -10020,13 +10078,14 @@ def _await_stop(db: str, pids: dict[str, int], patience: float, now: bool) -> No
         sleep(0.02)
 
 
-@subcommand("worker stop", "stop every pool on this database, after the running jobs", """
+@subcommand("worker stop", "stop all workers of this database, after their running jobs", """
 queuectl worker stop                 running jobs finish first
-queuectl worker stop --now           running jobs go back into the queue
+queuectl worker stop --now           end running jobs; they go back into the queue
 """,
-    option("--now", "end the running jobs and give them back"),
+    option("--now", "end the running jobs, which go back into the queue"),
     option("--timeout DURATION",
-           "exit 124 if it takes longer; they go on stopping", type=time_limit, default=ENDLESS))
+           "exit with 124 if it takes longer; workers will still stop",
+           type=time_limit, default=ENDLESS))
 def cmd_worker_stop(args: Any) -> None:
     if not anyone_alive(args.db):
         if not exists(args.db):
@@ -10048,11 +10107,12 @@ def cmd_worker_stop(args: Any) -> None:
             raise
         complain("%s; the workers are told without it" % error)
     worker, _ = own_run(args.db)
-    for name in (worker, _pool_of(worker)):  # which waits for the job that called this
+    # This worker waits for the job that called this command.
+    for name in (worker, _pool_of(worker)):
         pids.pop(name, None)
     _await_stop(args.db, pids, args.timeout, args.now)
     if worker:
-        emit("All other workers have stopped; those of this pool do when this job has ended.")
+        emit("All other workers have stopped; those of this pool will when this job has ended.")
     else:
         emit("All workers have stopped.")
 
@@ -10071,10 +10131,10 @@ def cmd_worker_list(args: Any) -> None:
 
 # ─── setting up: settings, queues, copies, the program itself ─────────────────────────────────
 
-KEY = option("key SETTING", "the setting, with - or _", type=setting_name)
+KEY = option("key SETTING", "the setting's name, with - or _", type=setting_name)
 
 
-@subcommand("config list", "the same as show", "\nqueuectl config list\n", JSON)
+@subcommand("config list", "show every setting, as `config show`", "\nqueuectl config list\n", JSON)
 @subcommand("config show", "show every setting", "\nqueuectl config show\n", JSON)
 def cmd_config_show(args: Any) -> None:
     settings = {name: value for name, value in args.store.settings().items() if name in SETTINGS}
@@ -10095,7 +10155,7 @@ def cmd_config_get(args: Any) -> None:
         emit(show_setting(value))
 
 
-@subcommand("config set", "change a setting; running workers follow", """
+@subcommand("config set", "change a setting, also for running workers", """
 queuectl config set max_retries 5
 queuectl config set backoff-base 3
 queuectl config set timeout_seconds 10m
@@ -10122,7 +10182,7 @@ queue_name = partial(check_name, "the queue's name")
 
 
 def jobs_at_once(text: str) -> int | None:
-    """What `--concurrency` may be: a number, or none."""
+    """Check the value of `--concurrency`: a number, or none."""
     if text == "none":
         return None
     return whole("--concurrency", 10**6)(text)
@@ -10147,7 +10207,7 @@ queuectl queue set gpu --concurrency none
 """,
     option("name NAME", "the queue", type=queue_name),
     option("--concurrency N",
-           "that many, or none for no limit", type=jobs_at_once, required=True),
+           "the limit, or `none` for no limit", type=jobs_at_once, required=True),
     writes=True)
 def cmd_queue_set(args: Any) -> None:
     set_concurrency(args.store, args.name, args.concurrency)
@@ -10161,29 +10221,31 @@ def _pause(args: Any, paused: bool) -> None:
     if unknown:
         complain("no job has ever been in the queue %s" % name)
     if not paused and store.all_paused():
-        complain("all queues are paused; `queuectl queue resume` without a name lifts that")
+        complain("all queues are paused; `queuectl queue resume` without a name resumes them")
     emit("%s: %s" % ("Paused" if paused else "Resumed", name or "all queues"))
 
 
 @subcommand(
-    "queue pause", "start no more jobs of a queue; those running go on",
+    "queue pause", "start no more jobs of a queue; running jobs go on",
     "\nqueuectl queue pause gpu\nqueuectl queue pause\n",
-    option("name NAME", "the queue; without: all, those to come too", nargs="?", type=queue_name),
+    option("name NAME", "the queue (default: all queues, future ones too)", nargs="?",
+           type=queue_name),
     writes=True)
 def cmd_queue_pause(args: Any) -> None:
     _pause(args, True)
 
 
 @subcommand(
-    "queue resume", "start jobs of a paused queue again",
+    "queue resume", "start the jobs of a paused queue again",
     "\nqueuectl queue resume gpu\nqueuectl queue resume\n",
-    option("name NAME", "the queue; without: all", nargs="?", type=queue_name), writes=True)
+    option("name NAME", "the queue (default: lift the pause of all queues)", nargs="?",
+           type=queue_name), writes=True)
 def cmd_queue_resume(args: Any) -> None:
     _pause(args, False)
 
 
 def jobs_in(store: Store) -> str:
-    """How many jobs a queue has, in words."""
+    """Say how many jobs a store has."""
     return count_of(sum(store.counts().values()), "job")
 
 
@@ -10199,7 +10261,7 @@ def cmd_backup(args: Any) -> None:
         raise QueueError("there is no queue at %s" % args.db)
     store = args.store
     if isfile(path) and getsize(path) and not is_queue(path):
-        raise QueueError("%s is not a backup of a queue; it is left as it is: name another file"
+        raise QueueError("%s is not a backup of a queue, and was not changed; name another file"
                          % path)
     store.backup(path)
     emit("Backed up: %s in %s" % (jobs_in(store), path))
@@ -10224,9 +10286,9 @@ def cmd_restore(args: Any) -> None:
 
 
 def home_folder(instead: str) -> str:
-    """The user's home, which is not made.
+    """Return the user's home folder, which must exist.
 
-    Raises QueueError where none is known, or it isn't there (yet); `instead` is what to name.
+    Raises QueueError if it is not known or not there (yet); the error says to name `instead`.
     """
     home = expanduser("~")
     given = os.environ.get("HOME")
@@ -10236,8 +10298,8 @@ def home_folder(instead: str) -> str:
     return home
 
 
-# A shell reads the second and third line as a command, Python as a string: so the path of Python
-# may have blanks and any length. Site-packages only slow the start (-S); queuectl uses none.
+# A shell reads the second and third line as a command, Python reads them as a string. So the path
+# of Python may have blanks and any length. -S leaves out site-packages, which would slow the start.
 LAUNCHER = """\
 #!/bin/sh
 '''exec' %s -IS "$0" "$@"
@@ -10252,12 +10314,12 @@ from queuectl import exit_at_once, main
 if __name__ == "__main__":
     exit_at_once(main())
 """
-MARK = b'os.path.join(prefix, "lib", "queuectl")'  # every launcher that was ever made has it
+MARK = b'os.path.join(prefix, "lib", "queuectl")'  # stands in every launcher of every version
 COMMAND, LIBRARY = "bin/queuectl", "lib/queuectl"
 
 
 def prefix_folder(text: str) -> Any:
-    """The Path that --prefix names; raises QueueError if it is in a home that isn't there."""
+    """Return the Path of --prefix; raise QueueError if it is in a home that isn't there."""
     from pathlib import Path
     if not text:
         raise UsageError("--prefix needs a folder")
@@ -10267,12 +10329,12 @@ def prefix_folder(text: str) -> Any:
 
 
 PREFIX = option("--prefix DIR",
-                "the command is DIR/bin/queuectl, the rest in DIR/lib/queuectl (~/.local)",
+                "make DIR/bin/queuectl and DIR/lib/queuectl (default: ~/.local)",
                 default="~/.local", type=prefix_folder)
 
 
 def check_own(prefix: Any) -> None:
-    """Raise QueueError if there is a link, or a file that `install` has not made, in its place."""
+    """Raise QueueError if a path is a link, or a file that `install` has not made."""
     for path in (prefix / COMMAND, prefix / LIBRARY):
         if path.is_symlink() or (path.is_file() and MARK not in path.read_bytes()):
             raise QueueError("%s is not what `install` makes; move it away, or name another "
@@ -10280,7 +10342,7 @@ def check_own(prefix: Any) -> None:
 
 
 def compiled(program: bytes) -> bytes:
-    """A .pyc file, which is used as long as the .py file beside it is this program."""
+    """Return a .pyc file that Python uses as long as the .py file beside it is this program."""
     import marshal
     from importlib.util import MAGIC_NUMBER, source_hash
     code = marshal.dumps(compile(program, COMMAND, "exec"))
@@ -10288,7 +10350,7 @@ def compiled(program: bytes) -> bytes:
 
 
 def put_program(prefix: Any) -> None:
-    """Install, or upgrade while the old one runs: all is written before any is put in its place."""
+    """Install, or upgrade while the old program runs: write all files, then rename them."""
     import tempfile
     program = (prefix / own_file()).read_bytes()
     cache = prefix / LIBRARY / "__pycache__"
@@ -10319,7 +10381,7 @@ Completion, for ~/.bashrc (or zsh, fish): eval "$(queuectl completion bash)"
     "\nqueuectl install\nqueuectl install --prefix /usr/local\n",
     PREFIX)
 def cmd_install(args: Any) -> None:
-    if not re.fullmatch(r"[^\\\udc80-\udcff]+", sys.executable):  # no string of Python holds it
+    if not re.fullmatch(r"[^\\\udc80-\udcff]+", sys.executable):  # no string in Python can hold it
         raise QueueError("no command can name this Python, %s; install with another"
                          % quoted(sys.executable))
     check_own(args.prefix)
@@ -10347,7 +10409,7 @@ def cmd_uninstall(args: Any) -> None:
     shutil.rmtree(library / "__pycache__", ignore_errors=True)
     try:
         library.rmdir()
-    except OSError:  # it isn't there, or what is left in it isn't ours
+    except OSError:  # the folder isn't there, or holds files of others
         pass
     if not found:
         raise QueueError("there is no %s; --prefix names another folder" % launcher)
@@ -10355,7 +10417,7 @@ def cmd_uninstall(args: Any) -> None:
 
 
 def unit_word(text: str) -> str:
-    """A word of a command line as systemd.syntax(7) and systemd.service(5) read it."""
+    """Quote a word of a command line for systemd (systemd.syntax(7), systemd.service(5))."""
     text = re.sub(r'([\\"])', r"\\\1", text)
     text = re.sub("([%$])", r"\1\1", text)
     for c in set(text):
@@ -10372,12 +10434,12 @@ UNIT = """\
 #   {install}
 [Unit]
 Description=queuectl workers of {db}
-# Else an empty queue would be made where its disk is not there yet.
+# Without this line an empty queue would be made if the disk is not mounted yet.
 RequiresMountsFor={folder}
 
 [Service]
 ExecStart={start}
-{user}# Running jobs may finish, this long; then they are killed, and run again at the next start.
+{user}# Running jobs have this long to finish. Then they are killed; the next start runs them again.
 KillMode=mixed
 # A job that runs out of memory is no reason to stop the others.
 OOMPolicy=continue
@@ -10396,7 +10458,7 @@ queuectl service --count 4 > ~/.config/systemd/user/queuectl.service
 queuectl service --count 4 --system > queuectl.service
 """,
     COUNT, SERVED,
-    option("--system", "for the whole system, to be installed by root"))
+    option("--system", "print a unit for the whole system, which root installs"))
 def cmd_service(args: Any) -> None:
     install = "systemctl --user enable --now queuectl && loginctl enable-linger"
     user, target = "", "default.target"
@@ -10447,9 +10509,9 @@ complete -c queuectl -f -a '(__queuectl_answer)'
 
 
 def _command_typed(args: Any, words: Iterator[str]) -> tuple[str, str]:
-    """The command that a command line names so far, and its last option if the value is to come.
+    """Return the command in an unfinished command line, and its last option if it lacks its value.
 
-    Sets `args.db` if it names a database.
+    Sets `args.db` if the line names a database.
     """
     lengths, name = {"--db": 2}, ""
     for word in words:
@@ -10468,7 +10530,7 @@ def _command_typed(args: Any, words: Iterator[str]) -> tuple[str, str]:
 
 
 def _known_values(args: Any, details: Row) -> Iterable[str]:
-    """The values there are for an option or argument; none where anything may stand."""
+    """Return the known values of an option or argument; () if it may be anything."""
     kind = details.get("metavar", "").partition("[,")[0]
     if kind == "ID":
         return [job["id"] for job in args.store.newest(Selection(), 200)]
@@ -10480,9 +10542,9 @@ def _known_values(args: Any, details: Row) -> Iterable[str]:
 
 
 def completions(args: Any) -> Iterator[str]:
-    """Yield what the last word of a command line can become, which is still being typed."""
+    """Yield the words that the last word of an unfinished command line can become."""
     *before, word = [each for each in args.words if each not in ("=", "help")] or [""]
-    name, waiting = _command_typed(args, iter(before))  # bash makes three words of --state=dead
+    name, waiting = _command_typed(args, iter(before))  # bash divides --state=dead into three words
     options: list[Any] = [(["--db"], {}), (["--help"], {})]
     known: Iterable[str] = [entry.name.split()[1] for entry in commands_of(name)] if name else ORDER
     if name in COMMANDS:
@@ -10497,7 +10559,7 @@ def completions(args: Any) -> Iterator[str]:
     first, comma, word = word.rpartition(",")
     for each in known:
         if each.startswith(word) and re.fullmatch(r"[\w.%+-]+", each, re.ASCII):
-            yield first + comma + each  # a shell would expand or divide others
+            yield first + comma + each  # other words a shell would expand or divide
 
 
 @subcommand("completion", "print a completion script for bash, zsh or fish", """
@@ -10505,7 +10567,7 @@ eval "$(queuectl completion bash)"
 queuectl completion fish > ~/.config/fish/completions/queuectl.fish
 """,
     option("words SHELL", "bash, zsh or fish (default: bash)", nargs="*"),
-    option("--answer", "print what the last word of a command line can become: the scripts ask it"))
+    option("--answer", "print the words that the last argument can become (used by the scripts)"))
 def cmd_completion(args: Any) -> None:
     if args.answer:
         for word in completions(args):
@@ -10543,7 +10605,7 @@ queuectl status
 
 
 class Arguments(argparse.Namespace):
-    """What a command was given, and the store of its database: opened when first asked for."""
+    """The arguments of a command, and the store of its database, opened at its first use."""
 
     tag = False  # see `run`
     pipe = 0
@@ -10580,7 +10642,7 @@ MANY_OPTIONS = 8
 
 def _add_titled(parser: Parser, options: Sequence[Any]) -> None:
     """Give a parser many options, each under its title, and a short usage."""
-    usage = parser.format_usage().replace("[-h]", "[OPTIONS]")  # so far there are but arguments
+    usage = parser.format_usage().replace("[-h]", "[OPTIONS]")  # now it has only the arguments
     parser.usage = usage.partition(": ")[2].strip()
     groups = {title: parser.add_argument_group(title) for title in TITLES}
     for names, details in options:
@@ -10593,7 +10655,7 @@ def _add_titled(parser: Parser, options: Sequence[Any]) -> None:
 
 
 def parser_of(entry: Command) -> Parser:
-    """The parser of one command; those of the others are never built."""
+    """Return the parser of one command; the other parsers are never built."""
     width = (terminal_width() or 80) - 2  # argparse would import shutil to ask for it
     parser = Parser(
         prog="queuectl " + entry.name, description=entry.summary + ".", allow_abbrev=False,
@@ -10615,7 +10677,7 @@ def _overview_line(word: str, summary: str) -> str:
 
 
 def overview(group: str = "") -> str:
-    """The help of queuectl itself, or of a group of commands."""
+    """Return the help of queuectl itself, or of a group of commands."""
     shown = commands_of(group)
     lines = ["", *[_overview_line(entry.name, entry.summary) for entry in shown]]
     if not group:
@@ -10635,7 +10697,7 @@ def overview(group: str = "") -> str:
 
 
 def _command_name(words: list[str]) -> tuple[str, list[str]]:
-    """The name of a command ("" if its group's help was shown), and the words behind it."""
+    """Return the command's name and the words behind it; "" after showing a group's help."""
     name = words[0]
     if name in GROUPS:
         if words[1:2] in ([], ["-h"], ["--help"]):
@@ -10653,7 +10715,7 @@ def _command_name(words: list[str]) -> tuple[str, list[str]]:
 
 
 def split_arguments(words: list[str]) -> tuple[str | None, str, list[str]]:
-    """--db if it stands before the command, the command's name ("" for help), and its arguments."""
+    """Return a --db before the command, the command's name ("": help was shown), its words."""
     db = None
     words = words or ["--help"]
     while words and (words[0].startswith("-") or words[0] == "help"):
@@ -10682,8 +10744,8 @@ def refuse_late_option(name: str, options: list[str], rest: list[str], behind: i
                        lengths: dict[str, int]) -> None:
     """Raise UsageError if an option of queuectl stands among the words of a command.
 
-    That is from the one at `behind` on. It shows both forms: the option where it is queuectl's,
-    and where it is the command's.
+    Looks at the words from `behind` on. The error shows both forms: with the option given to
+    queuectl, and with the option given to the command.
     """
     for place, word in enumerate(rest):
         length = length_of(word, lengths)
@@ -10693,8 +10755,8 @@ def refuse_late_option(name: str, options: list[str], rest: list[str], behind: i
             ours = join_words([name, *options, *rest[place:end], *others])
             theirs = join_words([name, *options, "--", *rest])
             raise UsageError(
-                "%s stands behind the command: if it is meant for queuectl, write `queuectl %s`, "
-                "if for the command, `queuectl %s`" % (word, ours, theirs))
+                "%s stands behind the command: if it is meant for queuectl, write `queuectl %s`; "
+                "if it is meant for the command, `queuectl %s`" % (word, ours, theirs))
     first, second = rest[:2]
     if second.startswith("-") and " " in first and first[0] != "{":
         raise UsageError("%s is no option of queuectl %s%s; put -- before what is not for queuectl"
@@ -10703,11 +10765,11 @@ def refuse_late_option(name: str, options: list[str], rest: list[str], behind: i
 
 def split_enqueue(entry: Command,
                   words: list[str]) -> tuple[list[str], list[str], bool]:
-    """The options of `enqueue` or `run`, the words of the command, and whether they followed --.
+    """Return the options of `enqueue` or `run`, the command's words, and whether they followed --.
 
-    Options stand before the first word, or on either side of a single one: behind one that may be
-    a program only those of a job, for others may be the program's. What stands behind the first of
-    several words belongs to the command, and argparse would take it.
+    Options stand before the first word, or on either side of a single word. Behind a word that may
+    be a program only options of a job may stand; others may be meant for the program. Words behind
+    the first of several belong to the command; argparse would take them for options.
     """
     lengths = {"--db": 2, "-h": 1, "--help": 1, **option_lengths(entry.options)}
     own = lengths
@@ -10730,12 +10792,12 @@ def split_enqueue(entry: Command,
 
 
 def search_path() -> list[str]:
-    """The folders that commands are looked for in."""
+    """Return the folders of PATH."""
     return os.environ.get("PATH", "").split(os.pathsep)
 
 
 def own_python() -> str:
-    """The Python that runs this, by its bare name if that finds it."""
+    """Return the Python that runs this, by its bare name if PATH finds it."""
     name = os.path.basename(sys.executable)
     found = [join(folder, name) for folder in search_path()]
     first = next(filter(os.path.exists, found), "")
@@ -10745,7 +10807,7 @@ def own_python() -> str:
 
 
 def own_name() -> str:
-    """How this program was called, as it can be pasted: as a module, launcher or script."""
+    """Return how the user called this program (module, launcher or script), for pasting."""
     spec, path = sys.modules["__main__"].__spec__, sys.argv[0]
     if spec is not None and spec.name == "queuectl":
         return own_python() + " -m queuectl"
@@ -10756,17 +10818,17 @@ def own_name() -> str:
 
 
 def database_path(given: str | None, needed: bool) -> str:
-    """The database: `given` with --db, or that of the environment, or the one at home.
+    """Return the path of the database: from --db, the environment, or the home folder.
 
-    It is told by its real name: what stands beside it must be the same for all, whatever link
-    they came by. Raises UsageError for a path that can't be one, QueueError without a home.
+    It is the real path without links: the files beside the database must be the same for every
+    process. Raises UsageError for an impossible path, QueueError if there is no home folder.
     """
     if given == "" or (given or "").endswith(os.sep):
         raise UsageError("--db needs the path of a database, which is a file")
     if given:
         if len(os.fsencode(os.path.basename(given))) > LONGEST_NAME:
             raise UsageError("the database's name is too long: "
-                             "what stands beside it has longer names")
+                             "the files beside it have longer names")
         CALLED[0] += " --db " + join_words([given])
     path = given or os.environ.get("QUEUECTL_DB") or ""
     if needed and not path:
@@ -10779,7 +10841,7 @@ def database_path(given: str | None, needed: bool) -> str:
 
 
 def parse(argv: list[str]) -> tuple[Command | None, Any]:
-    """The command that was asked for and its arguments; None if help was asked for, and shown."""
+    """Return the command and its arguments; None, None after showing help."""
     CALLED[0] = own_name()
     db, name, words = split_arguments(list(map(as_utf8, argv)))
     if not name:
@@ -10809,7 +10871,7 @@ def end_as_pipe_reader_wants() -> int:
 
 
 def fail(error: Exception, code: int) -> int:
-    """Tell of an error on one line; the exit code."""
+    """Write an error in one line; return the exit code."""
     if os.environ.get("QUEUECTL_DEBUG"):
         sys.excepthook(*sys.exc_info())
     complain("error: %s" % error)
@@ -10817,7 +10879,7 @@ def fail(error: Exception, code: int) -> int:
 
 
 def prepare_streams() -> None:
-    """Make standard streams that can carry any text, and write in large pieces."""
+    """Let the standard streams carry any text, and write it in large pieces."""
     stdout = sys.stdout
     if stdout is not None and not hasattr(stdout.buffer, "raw"):  # PYTHONUNBUFFERED: a write a line
         sys.stdout = open(1, "w", encoding=stdout.encoding, closefd=False)  # noqa: SIM115
@@ -10827,7 +10889,7 @@ def prepare_streams() -> None:
 
 
 def run_command(argv: list[str]) -> int:
-    """Run one command line; its exit code.
+    """Run one command line; return its exit code.
 
     Every expected failure ends here as one line on stderr.
     """
@@ -10860,9 +10922,9 @@ def run_command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line, by default sys.argv, without the program's name; its exit code."""
+    """Run one command line (without the program's name; default: sys.argv's)."""
     import gc
-    if hasattr(gc, "freeze"):  # code lives to the end: not searching it makes the exit faster
+    if hasattr(gc, "freeze"):  # code lives to the end; if gc skips it, the exit is faster
         gc.freeze()
     code = run_command(sys.argv[1:] if argv is None else argv)
     if not close_stores():
@@ -10871,7 +10933,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """End a program without the work of taking it apart, except under a profiler or debugger."""
+    """End the process without Python's cleaning up, except under a profiler or debugger."""
     import atexit
     try:
         if sys._getframe(1).f_back is None:
@@ -10880,7 +10942,7 @@ def exit_at_once(code: int) -> NoReturn:
             sys.stderr.flush()
             os._exit(code)
     except (AttributeError, OSError, ValueError):
-        pass  # Python's own end tells what can't be written; or it has no such function
+        pass  # sys.exit reports what can't be written; or this Python lacks such a function
     sys.exit(code)
 
 

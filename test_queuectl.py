@@ -4700,7 +4700,7 @@ def test_a_database_that_another_makes_meanwhile_is_not_gone(q: Queue, monkeypat
     queuectl.prepare_place(str(q.db))
     q.db.unlink()
     monkeypatch.setattr(queuectl, "anyone_alive", real)
-    with pytest.raises(queuectl.QueueError, match="its log stands there"):
+    with pytest.raises(queuectl.QueueError, match="its log is still there"):
         queuectl.prepare_place(str(q.db))
 
 
@@ -6094,8 +6094,8 @@ def test_a_job_whose_prerequisite_died_and_was_forgotten_is_not_retried(q: Queue
     q.drain(code=1)
     q("delete", "a")
     refused = q.fails("dlq", "retry", "b")
-    assert "never was completed" in refused.err
-    assert "never was completed" in q("why", "b").out
+    assert "was never completed" in refused.err
+    assert "was never completed" in q("why", "b").out
     q("dlq", "retry", "--all")
     assert q.states() == {"b": "dead", "c": "dead"}
     q("doctor")
@@ -6175,7 +6175,7 @@ def test_a_backup_replaces_nothing_but_a_backup(q: Queue) -> None:
     q.fails("backup", notes)
     assert not notes.exists() or notes.read_text() == "precious"
     q.add("true")
-    assert "left as it is" in q.fails("backup", notes).err and notes.read_text() == "precious"
+    assert "was not changed" in q.fails("backup", notes).err and notes.read_text() == "precious"
     q("backup", "copy.db")
     q("backup", "copy.db")
 
@@ -7008,7 +7008,7 @@ READING = [
     "show done", "show --json lost", "show --env ready", "logs dead", "logs --json binary", "logs --stdout binary",
     "why flaky", "why --json lost", "doctor", "doctor --json", "worker list", "worker list --json", "wait done",
     "queue list", "queue list --json", "config show", "config get max_retries", "dlq list", "dlq list --json",
-    "completion --ids",
+    "completion --answer -- show x",
 ]  # fmt: skip
 # What writes, and which jobs it changes or adds (None: workers run).
 WRITING: dict[str, Any] = {
@@ -9179,7 +9179,7 @@ def test_a_dead_job_is_forgotten_under_those_that_died_with_it(q: Queue) -> None
     q.add("true", "--id", "b", "--after", "a")
     q.drain(code=1)
     q("delete", "a")
-    q.fails("retry", "b")  # a never was completed
+    q.fails("retry", "b")  # a was never completed
     assert q.states() == {"b": "dead"}
 
 
@@ -9417,7 +9417,7 @@ def test_why_tells_what_it_waits_behind_and_how_long(q: Queue) -> None:
     q.add("exit 9", "--id", "fails", "--priority", "1")
     pool = q.pool()
     q.wait_file("started")
-    assert "runs as many jobs as it may at once (1): runs" in why(q, "waits")
+    assert "is at its limit (concurrency 1), running runs" in why(q, "waits")
     assert "it runs now" in why(q, "runs") and "--follow runs" in why(q, "runs") and "at most 59m" in why(q, "runs")
     assert "`queuectl cancel ID` ends one" in why(q, "waits") and "edit fails --run-at now" in why(q, "fails")
     assert "its next try is due in 59m" in why(q, "fails") and "its last run: exit code 9 (1 of 3" in why(q, "fails")
@@ -10658,7 +10658,7 @@ def test_names_of_runs_are_used_once(q: Queue) -> None:
     assert [job["queue"] for job in q.jobs()] == ["run-1", "run-2"]
     q("purge", "--state", "dead,completed")
     assert q("run", "true").err.startswith("run-3: ")
-    assert "is that of a run" in q.fails("enqueue", "--queue", "run-4", "true", code=2).err
+    assert "belongs to a run" in q.fails("enqueue", "--queue", "run-4", "true", code=2).err
     change(q, "INSERT INTO queues (name, concurrency) VALUES ('run-4', 1)")
     assert q("run", "true").err.startswith("run-5: ")
 
@@ -12193,7 +12193,7 @@ def test_a_full_disk_is_told_and_its_pool_can_be_stopped(q: Queue) -> None:
     done = q.run(["unshare", "--mount", "bash", "-c", script], env=env)
     if done.code == 77:
         pytest.skip("no tmpfs can be mounted")
-    assert done.out.count("the outcome of a waits to be recorded: no space left") == 5, done
+    assert done.out.count("the outcome of a could not be recorded yet: no space is left") == 5, done
     assert not re.search(r"\ba for [0-9.]+s", done.out) and "it runs now" not in done.out
     assert "is held up: the outcome of a" in done.out and "MiB are free" in done.out
     assert "told without it" in done.err and "stop: 0" in done.out
