@@ -1178,7 +1178,8 @@ class PosixFiles:
         The kernel keeps a queue of waiting processes, so writers take turns. An alarm ends the
         wait. Its handler must raise: after a handler that only sets a flag Python would resume
         flock. The alarm may strike after flock has returned and before it is disarmed; that does no
-        harm, for `try_lock` succeeds on a lock that this process holds.
+        harm, for `try_lock` succeeds on a lock that this process holds. A thread of the page can't
+        set an alarm: it sleeps instead.
         """
         try:
             signal.signal(signal.SIGALRM, _raise_tick)
@@ -1190,6 +1191,8 @@ class PosixFiles:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except _Tick:
             pass
+        except ValueError:  # not in the main thread
+            sleep(0.01)
 
     def held(self, path: str) -> bool:
         """Tell whether a living process holds the lock on a file; True if that is unknown."""
@@ -7488,6 +7491,22 @@ def status_of(store: Store) -> tuple[Row, list[Row]]:
     }, workers
 
 
+def status_json(store: Store) -> Row:
+    """Return what `status --json` shows."""
+    status, workers = status_of(store)
+    for name in ("oldest_waiting", "next"):
+        status[name] = status[name] and with_times(status[name])
+    status["pauses"] = [with_times(pause) for pause in status["pauses"]]
+    status["running"] = [worker["job"] for worker in workers if worker["job"]]
+    return status
+
+
+def metrics_of(store: Store) -> list[str]:
+    """Return the lines of `status --format prometheus`."""
+    status, totals = status_of(store)[0], store.totals()
+    return prometheus_lines(status, totals, store.history("queue", 0, 0), now_millis())
+
+
 @subcommand("status", "show jobs by state, workers, and what comes next", """
 queuectl status
 queuectl status --watch
@@ -7504,10 +7523,10 @@ def cmd_status(args: Any) -> None:
 
     def frame() -> list[str]:
         store.changed()  # raises if the database is gone
+        if args.format:
+            return metrics_of(store)
         status, workers = status_of(store)
         now, width = now_millis(), terminal_width()
-        if args.format:
-            return prometheus_lines(status, store.totals(), store.history("queue", 0, 0), now)
         if args.watch:
             died = list(store.last_to_die(Selection(), 3))
             return watch_lines(status, workers, died, now, width)
@@ -7515,16 +7534,11 @@ def cmd_status(args: Any) -> None:
 
     if args.watch:
         show_again(frame)
-    if not args.json:
-        for line in frame():
-            advise(line)
+    if args.json:
+        emit_json(status_json(store))
         return
-    status, workers = status_of(store)
-    for name in ("oldest_waiting", "next"):
-        status[name] = status[name] and with_times(status[name])
-    status["pauses"] = [with_times(pause) for pause in status["pauses"]]
-    status["running"] = [worker["job"] for worker in workers if worker["job"]]
-    emit_json(status)
+    for line in frame():
+        advise(line)
 
 
 def names_of_states(text: str) -> list[str]:
@@ -7551,6 +7565,16 @@ def time_named(text: str) -> int:
     return now_millis() - to_millis(checked("delay", text, "how long ago"))
 
 
+def done_since(store: Store, by: str, since: int | None) -> list[Row]:
+    """Return what was done by hour, day or queue since a time (milliseconds, or None)."""
+    now, step = now_millis(), MINUTE
+    if since is None:
+        since = now - DAY if by == "hour" else HOUR
+    if since < now - 2 * DAY:  # the history is kept by hour
+        step = HOUR
+    return store.history(by, max(MINUTE, since - since % step), now)
+
+
 @subcommand("stats", "show how many runs ended, how long they took and waited", """
 queuectl stats
 queuectl stats --by queue --since 7d
@@ -7562,12 +7586,7 @@ queuectl stats --by queue --since 7d
            "day", "queue"), default="hour"),
     JSON)
 def cmd_stats(args: Any) -> None:
-    now, since, step = now_millis(), args.since, MINUTE
-    if since is None:
-        since = now - DAY if args.by == "hour" else HOUR
-    if since < now - 2 * DAY:  # the history is kept by hour
-        step = HOUR
-    done = args.store.history(args.by, max(MINUTE, since - since % step), now)
+    done = done_since(args.store, args.by, args.since)
     if args.json:
         emit_list(map(with_times, done))
     else:
@@ -7663,8 +7682,9 @@ def causes_of(store: Store, jobs: Iterable[Row]) -> list[Row]:
         key = cause_of(first or error)
         cause = causes.setdefault(key, {
             "cause": key, "count": 0, "after": 0, "since": NEVER,
-            "example": None, "ids": [], "along": []})
+            "example": None, "ids": [], "along": [], "looked": []})
         cause["since"] = min(cause["since"], job["finished_at"])
+        cause["looked"].append((job["seq"], job["updated_at"]))
         if first:
             cause["after"] += 1
             cause["along"].append(job["id"])
@@ -7695,20 +7715,26 @@ def retry_words(store: Store, selection: Selection, cause: Row) -> str:
     return "dlq retry %s" % " ".join(cause["ids"])
 
 
+def causes_json(store: Store, selection: Selection, jobs: Iterable[Row]) -> list[Row]:
+    """Return the causes of dead jobs, each with the command that retries its jobs."""
+    return [{
+        "cause": cause["cause"], "count": cause["count"], "after": cause["after"],
+        "since": show_time(cause["since"]), "example": cause["example"],
+        "retry": CALLED[0] + " " + retry_words(store, selection, cause),
+    } for cause in causes_of(store, jobs)]
+
+
 def _list_causes(args: Any, selection: Selection) -> None:
-    """Show why jobs are dead: each cause with the command that retries its jobs."""
-    store, now = args.store, now_millis()
-    causes = causes_of(store, store.jobs(selection))
-    for cause in causes:
-        cause["retry"] = CALLED[0] + " " + retry_words(store, selection, cause)
-        del cause["ids"], cause["along"]
+    """Show why jobs are dead, by causes."""
+    causes = causes_json(args.store, selection, args.store.jobs(selection))
     if args.json:
-        emit_list(dict(cause, since=show_time(cause["since"])) for cause in causes)
+        emit_list(causes)
         return
+    now = now_millis()
     for cause in causes:
         after = " and %d after it" % cause["after"] if cause["after"] else ""
         emit("%d%s, for %s: %s"
-             % (cause["count"], after, span(cause["since"], now), cause["cause"]))
+             % (cause["count"], after, span(parse_time(cause["since"], now), now), cause["cause"]))
         emit("    such as: %s" % shorten(cause["example"] or "", 200))
         emit("    `%s`" % cause["retry"])
 
@@ -8180,31 +8206,37 @@ def why_in_vain(store: Store, job: Row, now: int) -> str:
                    % (name, name))
 
 
+def why(store: Store, job: Row) -> tuple[list[str], str | None]:
+    """Say why a job is not running now, and when it probably runs (None: unknown)."""
+    now, state = now_millis(), job["state"]
+    if state == PROCESSING:
+        reasons = [why_running(store, job, now)]
+    elif state in IN_VAIN:
+        reasons = [why_in_vain(store, job, now)]
+    elif state == COMPLETED:
+        reasons = ["it completed %s ago; `queuectl retry %s` runs it again"
+                   % (span(job["finished_at"], now), job["id"])]
+    else:
+        reasons, passing = why_waiting(store, job, now)
+        if passing and (job["due"] or 0) > now:
+            return list(map(as_called, reasons)), show_time(job["due"])
+    return list(map(as_called, reasons)), None
+
+
 @subcommand(
     "why", "tell why a job isn't running now, and what to do", "\nqueuectl why job1\n",
     ID, JSON)
 def cmd_why(args: Any) -> None:
-    store, now, expected = args.store, now_millis(), None
+    store = args.store
     job = store.find(args.id)
     name, state = job["id"], job["state"]
-    if state in WAITING:
-        reasons, passing = why_waiting(store, job, now)
-        if passing and (job["due"] or 0) > now:
-            expected = show_time(job["due"])
-    elif state == PROCESSING:
-        reasons = [why_running(store, job, now)]
-    elif state in IN_VAIN:
-        reasons = [why_in_vain(store, job, now)]
-    else:
-        reasons = ["it completed %s ago; `queuectl retry %s` runs it again"
-                   % (span(job["finished_at"], now), name)]
+    reasons, expected = why(store, job)
     if args.json:
-        reasons = [as_called(reason) for reason in reasons]
         emit_json({"id": name, "state": state, "reasons": reasons, "expected_at": expected})
         return
     emit("%s is %s:" % (name, state))
     for reason in reasons:
-        advise("  " + reason)
+        emit("  " + reason)
     if state == FAILED:
         emit("  its last run: %s (%d of %d attempts used)" % (
             job["last_error"], job["attempts"], max(1, job["max_retries"])))
@@ -8534,7 +8566,7 @@ def change_jobs(args: Any, change: Change, newest_first: bool = False) -> Sequen
     if args.ids:
         use = find_named if args.dry_run else change_named
         return [job["seq"] for job in use(store, change, args.ids)]
-    looked = store.look(selection)
+    looked = getattr(args, "looked", None) or store.look(selection)
     if args.dry_run:
         return looked[0]  # type: ignore[no-any-return]
     confirm(args, change.done, len(looked[0]))
@@ -8592,8 +8624,10 @@ def _ended_with(args: Any, change: Change) -> set[int]:
     return dependents
 
 
-def _retry(args: Any, takes: Names, usual: Names, advice: str) -> None:
-    store = args.store
+def retry_jobs(args: Any, takes: Names, usual: Names,
+               advice: str) -> tuple[Change, Sequence[int], list[str]]:
+    """Retry the jobs that were named or selected; return their seqs, and what to tell of others."""
+    store, notes = args.store, []
     dependents: set[int] = set()
 
     def apply(job: Row) -> Any:
@@ -8615,13 +8649,24 @@ def _retry(args: Any, takes: Names, usual: Names, advice: str) -> None:
     if args.with_dependents:
         seqs = [*seqs, *sorted(dependents.difference(seqs))]
     elif dependents:
-        complain("not retried: %s that ended with it; --with-dependents takes them too"
-                 % count_of(len(dependents), "job"))
-    tell_changed(args, change, seqs)
+        notes.append("not retried: %s that ended with it; --with-dependents takes them too"
+                     % count_of(len(dependents), "job"))
     left = args.all and not args.dry_run and store.total(selection)
     if left:
-        complain("not retried: %s: another job with their key waits or runs, or they "
-                 "were to run after jobs that ended in vain" % count_of(left, "job"))
+        notes.append("not retried: %s: another job with their key waits or runs, or they "
+                     "were to run after jobs that ended in vain" % count_of(left, "job"))
+    return change, seqs, notes
+
+
+def _retry(args: Any, takes: Names, usual: Names, advice: str) -> None:
+    change, seqs, notes = retry_jobs(args, takes, usual, advice)
+    for note in notes:
+        complain(note)
+    tell_changed(args, change, seqs)
+
+
+RETRY_ADVICE = ("only a job that has ended can be retried; `queuectl edit ID --run-at now` starts "
+                "one that waits for a time")
 
 
 @subcommand("retry", "run ended jobs again, as if they were new", """
@@ -8630,8 +8675,7 @@ queuectl retry --state dead,cancelled --queue mail --since 2h
 """,
     *CHANGING, DEPENDENTS, writes=True)
 def cmd_retry(args: Any) -> None:
-    _retry(args, ENDED, IN_VAIN, "only a job that has ended can be retried; `queuectl edit ID "
-           "--run-at now` starts one that waits for a time")
+    _retry(args, ENDED, IN_VAIN, RETRY_ADVICE)
 
 
 @subcommand("dlq retry", "run dead jobs again, as if they were new", """
@@ -8663,19 +8707,22 @@ def _await_end(store: Store, job: Row, deadline: float) -> str:
         sleep(0.02)
 
 
+def cancelling(store: Store) -> Change:
+    """Return the change that cancels jobs; running ones are only told to end."""
+    def apply(job: Row) -> Any:
+        cancel = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
+        return cancel(job["seq"], now_millis())
+
+    return Change("Cancelled", UNFINISHED, UNFINISHED, "it has ended already", apply, str)
+
+
 @subcommand("cancel", "take waiting jobs out of the queue, and end running ones", """
 queuectl cancel job1
 queuectl cancel --queue night --state pending
 """,
     *CHANGING, YES, writes=True)
 def cmd_cancel(args: Any) -> None:
-    store = args.store
-
-    def apply(job: Row) -> Any:
-        cancel = store.ask_cancel if job["state"] == PROCESSING else store.cancel_waiting
-        return cancel(job["seq"], now_millis())
-
-    change = Change("Cancelled", UNFINISHED, UNFINISHED, "it has ended already", apply, str)
+    store, change = args.store, cancelling(args.store)
     before, cancelled = store.counts()[CANCELLED], []
     seqs = change_jobs(args, change)
     if args.dry_run:
@@ -8754,17 +8801,11 @@ def cmd_edit(args: Any) -> None:
 
 # delete
 
-@subcommand("delete", "forget jobs and their runs", """
-queuectl delete job1
-queuectl delete --state cancelled --grep test
-""",
-    *CHANGING, YES, writes=True)
-def cmd_delete(args: Any) -> None:
-    store, gone = args.store, []
-
+def deleting(store: Store, gone: list[Row] | None = None) -> Change:
+    """Return the change that forgets jobs, and adds their rows to `gone`."""
     def apply(job: Row) -> Any:
         done = store.delete(job["seq"])
-        if done and (args.json or args.ids):
+        if done and gone is not None:
             gone.append(job)
         return done
 
@@ -8773,8 +8814,18 @@ def cmd_delete(args: Any) -> None:
         return "%s can't be deleted, for others are to run after it: %s" % (
             job["id"], ", ".join(waiting))
 
-    change = Change("Deleted", WAITING + ENDED, ENDED, "`queuectl cancel` ends a running job",
-                    apply, refusal)
+    return Change("Deleted", WAITING + ENDED, ENDED, "`queuectl cancel` ends a running job",
+                  apply, refusal)
+
+
+@subcommand("delete", "forget jobs and their runs", """
+queuectl delete job1
+queuectl delete --state cancelled --grep test
+""",
+    *CHANGING, YES, writes=True)
+def cmd_delete(args: Any) -> None:
+    gone: list[Row] = []
+    change = deleting(args.store, gone if args.json or args.ids else None)
     seqs = change_jobs(args, change, True)  # what waits goes before what it waits for
     tell_changed(args, change, seqs, gone[::-1])
 
