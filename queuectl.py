@@ -53,6 +53,7 @@ Contents, in reading order; a section calls only those above it:
     Pool         the supervisor: start, watch, replace and stop workers
     Views        rows to text or JSON: pure functions
     Commands     each command beside its options: reading, changing, working, setting up
+    Page         the queue in a browser
     main         arguments in, exit code out
 """
 from __future__ import annotations
@@ -230,9 +231,10 @@ RunResult = namedtuple("RunResult", "job ending exit_code error finished_at seco
                                     "worker final", defaults=[False])
 # The jobs that a command selects: those that meet every condition that is given. `states` and
 # `queues` are names (none: all); `grep` must stand in the command or id, `error` in the last error;
-# `since` and `before` (milliseconds) bound when a job ended or, if it has not, was last changed.
-Selection = namedtuple("Selection", "states queues grep error since before",
-                       defaults=((), (), None, None, None, None))
+# `since` and `before` (milliseconds) bound when a job ended or, if it has not, was last changed; jobs
+# that came before the seq `first` are left out.
+Selection = namedtuple("Selection", "states queues grep error since before first",
+                       defaults=((), (), None, None, None, None, None))
 
 # ═══ Values ═══ durations, times, backoff, checks of job input: pure functions ═══════════════
 
@@ -2842,7 +2844,8 @@ def terms_of(selection: Selection) -> tuple[str, list[Any]]:
             ("instr(command || char(10) || jobs.id, ?)", selection.grep),
             ("instr(last_error, ?)", selection.error),
             (TIME_OF + " >= ?", selection.since),
-            (TIME_OF + " <= ?", selection.before)):
+            (TIME_OF + " <= ?", selection.before),
+            ("seq >= ?", selection.first)):
         if value is not None:
             terms += " AND " + term
             values.append(value)
@@ -2850,7 +2853,10 @@ def terms_of(selection: Selection) -> tuple[str, list[Any]]:
 
 
 def select_jobs(selection: Selection, newest: bool, count: int) -> tuple[str, list[Any]]:
-    """Return the statement for a page of `count` jobs, and its values, which follow the seq."""
+    """Return the statement for a page of `count` jobs, and its values but the first.
+
+    The caller puts the seq to start from before them.
+    """
     bound, order = ("<", "DESC") if newest else (">", "ASC")
     terms, values = terms_of(selection)
     statement = "%s WHERE seq %s ?%s ORDER BY seq %s LIMIT %d" % (
@@ -2881,8 +2887,8 @@ def select_jobs(selection: Selection, newest: bool, count: int) -> tuple[str, li
 #      3, and this commit may follow frames that never reached the disk.
 #   7. Free the mutex, whatever went wrong before.
 #
-# In commands COMMIT syncs the log (synchronous=FULL). Workers defer this (defer_sync): they call
-# `sync` when the mutex is free again and the next job runs already, and tell nothing before.
+# In commands COMMIT syncs the log (synchronous=FULL). Workers sync later (defer_sync), after they have
+# freed the mutex and started the next job. Until then they do not report the commit.
 #
 # A reader takes no mutex. It fetches every answer whole: an open cursor would keep checkpoints from
 # finishing.
@@ -3002,7 +3008,9 @@ def _distrust(path: str) -> str:
 
 
 def distrust_of(db: str) -> str:
-    """Return why others could have written a database, or "". Then nothing in it may be executed.
+    """Return why others could have written a database, or "" if they could not.
+
+    If there is a reason, nothing in the database may be executed.
 
     A user who can write to the database, to a file beside it or to its folder can have commands
     run as this user. A user who can write to a folder above can put another in its place.
@@ -3062,8 +3070,8 @@ def refuse_strange_file(path: str) -> None:
                          "the others, and make copies with `queuectl backup FILE`"
                          % (path, info.st_nlink, shell_word(path)))
     if system.is_mount_point(path):
-        raise QueueError("%s is mounted as a single file, so its log and its lock would stand "
-                         "elsewhere than for others; mount the folder that it is in" % path)
+        raise QueueError("%s is mounted as a single file, so other processes would use another "
+                         "log and lock; mount the folder that it is in" % path)
     for beside in (path + "-wal", path + "-shm", path + "-journal", folder):
         if is_link(beside):
             raise QueueError("%s is a link, which is not followed; remove it" % beside)
@@ -3094,14 +3102,14 @@ class Identity:
     The file's identity is its device and inode, which change if the database is replaced while it
     is open. The queue's identity is an id, kept in the database; the names of its workers, and so
     the QUEUECTL_RUN of its runs, begin with it. The lock file beside the database notes both. If
-    the note and the database disagree, the database is a copy: made by `cp`, of the file or of the
-    whole folder, moved away from its lock file, or put in the place of another. The first write
+    they disagree, the database counts as a copy: the file or its whole folder was copied, the file
+    was moved without its lock file, or it replaced another database. The first write
     gives it an id of its own, so that the workers of a copy never end the original's processes.
     """
 
     queue = ""  # known after the first write
     next_look, index, changed_at = 0.0, 0, 0
-    # Then even closing the database may do harm: SQLite would write the log into another file.
+    # If true, the database must not even be closed: SQLite would write the log into another file.
     replaced = False
 
     def __init__(self, path: str, mutex: int):
@@ -3168,10 +3176,10 @@ class Identity:
         return read_between(self.mutex, 0, 51).split()
 
     def check_log(self) -> None:
-        """Raise QueueError for a database that replaced another whose workers or log are there.
+        """Raise QueueError if this database replaced another one whose workers or log remain.
 
-        SQLite would mix that log with it. The device's number alone proves nothing: it may change
-        when the machine restarts.
+        SQLite would apply the old log to the new database. The device's number alone proves
+        nothing: it may change when the machine restarts.
         """
         path, noted, log = self.path, self._noted(), has_log(self.path)
         overwritten = log and len(noted) == 3 and self._is_another(noted[0].decode())
@@ -3203,8 +3211,8 @@ class Identity:
     def _is_another(self, queue: str) -> bool:
         """Tell whether the file was overwritten in place with another queue than the noted one.
 
-        The file is read as it is, without its log. A write meanwhile can make it look damaged,
-        which proves nothing, but it can't look like another whole queue three times.
+        The file is read as it is, without its log. A write meanwhile can make the file look damaged,
+        so damage proves nothing. But the file won't show the id of another queue three times.
         """
         for _ in range(3):
             if value_in_file(self.path, GET_IDENTITY) in (queue, None):
@@ -3216,8 +3224,9 @@ class Identity:
                renew: Callable[[], str] | None = None) -> None:
         """Under the mutex, before the first write: note which queue this is.
 
-        `renew` gives a copy a new id. While workers live it is no copy: in another container the
-        same file may have another device.
+        `renew` gives a copy a new id. While workers live, the database is taken for the original: a
+        device that differs from the note proves nothing, for containers may number devices
+        differently.
         """
         if renew and self.is_copy(queue):
             queue = renew()
@@ -3262,8 +3271,8 @@ class Log:
     for clean, and a later sync succeeds without them. So the process whose sync failed leaves a
     mark in the lock file. While the mark stands, no process commits, tells of a commit, or lets
     SQLite copy the log into the database (a checkpoint, at the end of a commit or when the last
-    connection closes). First one of them, under the mutex, writes the log's frames over themselves,
-    which makes the pages dirty again, and syncs them.
+    connection closes). Before any of that, one process must take the mutex, write the log's frames
+    over themselves (so that the kernel takes the pages for dirty again), and sync them.
     (The kernel: https://wiki.postgresql.org/wiki/Fsync_Errors; the format of the log:
     https://www.sqlite.org/fileformat2.html#walformat)
     """
@@ -3320,10 +3329,10 @@ class Log:
         self.mark(b" ")
 
     def cut(self) -> int:
-        """Under the mutex: cut the log behind the last committed frame; return the offset.
+        """Under the mutex: end the log behind the last committed frame; return the offset.
 
-        A commit whose sync failed has left its frames there. The next process that reads the log
-        from the disk would take them for committed.
+        It zeroes the header of the next frame. A commit whose sync failed may have left frames
+        there, and the next process that reads the log from the disk would take them for committed.
         """
         self.open()
         end = self.HEADER + self._frame_size() * self._frames_in_index()
@@ -3388,8 +3397,8 @@ class Connection:
     db: sqlite3.Connection
     identity: Identity
     log: Log
-    mutex = -1  # the descriptor of the lock file; -1: not open, for nothing was written yet
-    told = False  # that it is waiting
+    mutex = -1  # the descriptor of the lock file; -1 until it is opened
+    told = False  # whether the user was told that it is waiting
     deferring = False  # if true, a commit does not wait for the disk
     reading = as_it_is = False  # see Database
 
@@ -3398,7 +3407,8 @@ class Connection:
         self.folder = dirname(path)
 
     def _connect(self) -> None:
-        # A reader writes to no new page of the index if another process has made it.
+        # A full disk is refused, but not to a reader while workers live: the index of the log exists
+        # already, so a reader adds no page to it.
         if not (self.reading and anyone_alive(self.path)):
             system.refuse_full(self.folder)
         mask = os.umask(0o077)
@@ -3419,8 +3429,9 @@ class Connection:
     def _trouble(self, error: sqlite3.Error) -> QueueError:
         """Translate an error of SQLite; first look into two errors that may mislead.
 
-        For a page that it could not read SQLite reports damage: so the database is checked. If it
-        lacked a descriptor, it opened the database for reading only: so it is opened again.
+        If SQLite lacked a descriptor, it has opened the database for reading only: so the database
+        is opened again. If SQLite could not read a page, it reports damage: so the database is
+        checked.
         """
         trouble = translate(error, self.path)
         if "readonly" in str(error) and os.access(self.path, os.W_OK):
@@ -4254,9 +4265,9 @@ class Reading(Administration):
         statement, values = select_jobs(selection, newest, count)
         return self.dicts(statement, start, *values)
 
-    def newest(self, selection: Selection, count: int) -> list[Row]:
-        """Return the newest `count` jobs of a selection, newest last."""
-        return self._page(selection, NEVER, True, count)[::-1]
+    def newest(self, selection: Selection, count: int, before: int = NEVER) -> list[Row]:
+        """Return the newest `count` jobs of a selection below seq `before`, newest last."""
+        return self._page(selection, before, True, count)[::-1]
 
     def jobs(self, selection: Selection, seq: int = 0, size: int = 1000) -> Iterator[Row]:
         """Yield all selected jobs behind `seq`, oldest first; read `size` at a time."""
@@ -4330,19 +4341,29 @@ class Reading(Administration):
 
     # Runs.
 
-    def runs(self, seq: int, last: int = 0) -> Iterator[Row]:
-        """Yield the recorded runs of a job after run `last`, with their output, oldest first."""
+    def runs(self, seq: int, last: int = 0, outputs: bool = True) -> Iterator[Row]:
+        """Yield the recorded runs of a job after run `last`, oldest first.
+
+        Each has its output, or "" if `outputs` is false.
+        """
         page: list[Row] = []
+        columns = "stdout, stderr" if outputs else "'' AS stdout, '' AS stderr"
         while len(page) in (0, 20):
             page = self.dicts(
-                """SELECT id % 16777216 AS run, attempt, state, started_at, finished_at,
-                    seconds AS duration_seconds, exit_code, error, worker, stdout, stderr FROM runs
+                """SELECT id %% 16777216 AS run, attempt, state, started_at, finished_at,
+                    seconds AS duration_seconds, exit_code, error, worker, %s FROM runs
                     WHERE id > ? * 16777216 + ? AND id <= ? * 16777216 + 16777215
-                    ORDER BY id LIMIT 20""", seq, last, seq)
+                    ORDER BY id LIMIT 20""" % columns, seq, last, seq)
             if not page:
                 return
             yield from page
             last = page[-1]["run"]
+
+    def last_of_output(self, seq: int, run: int, length: int) -> list[bytes]:
+        """Return the last bytes of a recorded run's stdout and stderr, at most `length` each."""
+        row = self.first("SELECT substr(stdout, -%d) AS stdout, substr(stderr, -%d) AS stderr "
+                         "FROM runs WHERE id = ? * 16777216 + ?" % (length, length), seq, run)
+        return list((row or {}).values())
 
     def run_times(self, seq: int) -> tuple[int, float]:
         """Return how many runs of a job are recorded, and their average in seconds."""
@@ -4350,11 +4371,11 @@ class Reading(Administration):
         return count, average or 0.0
 
     def history(self, by: str, since: int, until: int) -> list[Row]:
-        """Return what was done from one time to another, by hour, day or queue.
+        """Return what was done from one time to another, by minute, hour, day or queue.
 
         From 0 to 0 means all that was ever done.
         """
-        keys = {"queue": "queue", "hour": "start - start % 3600000",
+        keys = {"queue": "queue", "minute": "start", "hour": "start - start % 3600000",
                 "day": "start - start % 86400000"}
         name = "queue" if by == "queue" else "starts_at"
         return self.dicts(
@@ -7042,7 +7063,7 @@ def pause_lines(pauses: Sequence[Row]) -> Iterator[str]:
             name or "all queues", since, ("queuectl queue resume " + name).rstrip())
 
 
-def _hold_up_lines(status: Row) -> Iterator[str]:
+def hold_up_lines(status: Row) -> Iterator[str]:
     """Say what keeps jobs from running, and what to do."""
     yield from pause_lines(status["pauses"])
     for trouble in status["troubles"][:5]:
@@ -7055,6 +7076,11 @@ def _hold_up_lines(status: Row) -> Iterator[str]:
                % (name, name))
     for name in status["interrupted"][:5]:
         yield "Interrupted: `queuectl run --resume %s` goes on." % name
+    if status["jobs"][DEAD]:
+        yield ("`queuectl dlq list` shows why jobs are dead, "
+               "`queuectl dlq retry ID` runs one again.")
+    if not status["workers"] and any(status["jobs"][state] for state in UNFINISHED):
+        yield "No worker is running: `queuectl worker start` works on the jobs."
 
 
 def show_rate(runs_per_second: float) -> str:
@@ -7091,12 +7117,7 @@ def status_lines(status: Row, workers: Sequence[Row], now: int, width: int) -> l
     if upcoming:
         lines.append("Next at %s: %s: %s" % (
             show_time(upcoming["due"]), upcoming["id"], upcoming["command"]))
-    lines += _hold_up_lines(status)
-    if jobs[DEAD]:
-        lines.append("`queuectl dlq list` shows why jobs are dead, "
-                     "`queuectl dlq retry ID` runs one again.")
-    if not status["workers"] and any(jobs[state] for state in UNFINISHED):
-        lines.append("No worker is running: `queuectl worker start` works on the jobs.")
+    lines += hold_up_lines(status)
     return [cut(clean(line), width) for line in lines]
 
 
@@ -7245,7 +7266,7 @@ COMMANDS: dict[str, Command] = {}
 # In what order help and completion name them, by their first word.
 PURPOSES = {
     "Run": "run enqueue worker",
-    "Inspect": "status list show logs why wait stats",
+    "Inspect": "status list show logs why wait stats web",
     "Control": "retry cancel edit delete purge dlq queue",
     "Maintain": "config doctor backup restore service completion install uninstall",
 }
@@ -7758,9 +7779,9 @@ def cmd_dlq_list(args: Any) -> None:
         emit_text(cut(advice, width) + "\n")
 
 
-def live_run(store: Store, job: Row) -> Row:
-    """Return the current run of a job, with its output so far."""
-    limit, start = output_limit(store.settings(), job["queue"]), job["started_at"]
+def live_run(store: Store, job: Row, limit: int = 0) -> Row:
+    """Return the current run of a job, with its output so far, at most `limit` bytes a stream."""
+    limit, start = limit or output_limit(store.settings(), job["queue"]), job["started_at"]
     stdout, stderr = [read_beside(path, b"", head_and_tail, limit)
                       for path in output_paths(store.path, job["locked_by"], job["slot"])]
     seconds = max(0, now_millis() - start) / 1000
@@ -8206,7 +8227,7 @@ def why_in_vain(store: Store, job: Row, now: int) -> str:
                    % (name, name))
 
 
-def why(store: Store, job: Row) -> tuple[list[str], str | None]:
+def reasons_of(store: Store, job: Row) -> tuple[list[str], str | None]:
     """Say why a job is not running now, and when it probably runs (None: unknown)."""
     now, state = now_millis(), job["state"]
     if state == PROCESSING:
@@ -8230,7 +8251,7 @@ def cmd_why(args: Any) -> None:
     store = args.store
     job = store.find(args.id)
     name, state = job["id"], job["state"]
-    reasons, expected = why(store, job)
+    reasons, expected = reasons_of(store, job)
     if args.json:
         emit_json({"id": name, "state": state, "reasons": reasons, "expected_at": expected})
         return
@@ -8566,7 +8587,7 @@ def change_jobs(args: Any, change: Change, newest_first: bool = False) -> Sequen
     if args.ids:
         use = find_named if args.dry_run else change_named
         return [job["seq"] for job in use(store, change, args.ids)]
-    looked = getattr(args, "looked", None) or store.look(selection)
+    looked = getattr(args, "look", store.look)(selection)
     if args.dry_run:
         return looked[0]  # type: ignore[no-any-return]
     confirm(args, change.done, len(looked[0]))
@@ -10628,6 +10649,1480 @@ def cmd_completion(args: Any) -> None:
     if shell not in COMPLETION:
         raise UsageError("there is completion for bash, zsh and fish, not for %s" % quoted(shell))
     emit_text(COMPLETION[shell])
+
+
+# ═══ Page ═══ the queue in a browser ══════════════════════════════════════════════════════════
+#
+# A request passes these steps: it is read whole, within bounds; method, Host, Origin and token are
+# checked; a function of ROUTES answers it, with a store that is open for this request only. The
+# connection is closed after each answer, so an unread body is never taken for the next request.
+#
+# Each request has a thread. When too many connections are open, the one that has been reading or
+# writing longest is closed: so clients that send or read slowly, or not at all, hold up nobody.
+#
+# The functions that answer show and change what the commands do. None of them adds a job, changes
+# a command or a setting, or prints.
+
+MOST_HEAD, MOST_BODY = 16 << 10, 64 << 10  # bytes of a request
+REQUEST_TIME = 10.0  # seconds for a whole request to arrive, and for its answer to be taken
+MOST_CONNECTIONS = 64
+SEARCH_TIME = 0.1  # seconds that a list is searched before the reader must say "search on"
+SEARCH_STEP = 10_000  # jobs between two looks at the clock
+MOST_LISTED, MOST_CAUSES = 1000, 5000  # jobs
+SHOWN_LENGTH = 500  # characters of a command or an error in a list
+SHOWN_OUTPUT = 64 << 10  # bytes
+
+# What the page serves: its database, its token, the names it may be called by.
+Site = namedtuple("Site", "db token hosts read_only")
+# `value` is JSON, text or bytes; `headers` are added to those that every reply has.
+Reply = namedtuple("Reply", "value headers status kind", defaults=({}, 200, "application/json"))
+
+
+# What the body of a request may hold, as its commands' options do: see page_change.
+VALUES = {"ids": list, "asked": list, "state": str, "queue": str, "grep": str, "error": str,
+          "since": str, "before": str, "cause": str, "all": bool, "dry_run": bool,
+          "with_dependents": bool}
+
+
+class Refusal(Exception):
+    """A request that is not met: the status of HTTP, and why."""
+
+
+def page_arguments(store: Store, values: Row) -> Any:
+    """Return the arguments of a command that changes jobs, from a request's values."""
+    from types import SimpleNamespace
+    terms: Row = {"ids": [check_name("id", name) for name in values.get("ids", [])],
+                  "state": [], "queue": []}
+    for name, read in (("state", names_of_states), ("queue", names_of_queues)):
+        if values.get(name):
+            terms[name] = [read(values[name])]
+    for name in ("since", "before"):
+        terms[name] = time_named(values[name]) if values.get(name) else None
+    for name in ("all", "dry_run", "with_dependents"):
+        terms[name] = values.get(name) is True
+    return SimpleNamespace(
+        store=store, grep=values.get("grep"), error=values.get("error"), **terms)
+
+
+def brief(job: Row) -> Row:
+    """Return a job as in `list --json`, with long texts cut and without variables."""
+    shown = job_json(job)
+    for name in ("command", "last_error"):
+        shown[name] = shown[name] and shorten(shown[name], SHOWN_LENGTH)
+    return {**shown, "env": {}}
+
+
+def page_status(site: Site, store: Store, values: Row) -> Reply:
+    lines = list(map(as_called, hold_up_lines(status_of(store)[0])))
+    return Reply({**status_json(store), "hold_ups": lines, "read_only": site.read_only,
+                  "path": store.path, "called": CALLED[0]})
+
+
+def page_stats(site: Site, store: Store, values: Row) -> Reply:
+    by, since = values.get("by", "hour"), values.get("since")
+    if by not in ("minute", "hour", "day", "queue"):
+        raise UsageError("by must be minute, hour, day or queue, not %s" % quoted(by))
+    since = time_named(since) if since else None
+    return Reply(list(map(with_times, done_since(store, by, since))))
+
+
+def search(store: Store, selection: Selection, before: int, count: int) -> tuple[list[Row], int]:
+    """Find the newest `count` selected jobs below seq `before`; return them newest last.
+
+    The search stops after SEARCH_TIME. The second value is the seq to go on from; 0: none is left.
+    """
+    found: list[Row] = []
+    deadline = monotonic() + SEARCH_TIME
+    while before > 1 and len(found) < count and monotonic() < deadline:
+        first = max(1, before - SEARCH_STEP)
+        found = store.newest(selection._replace(first=first), count - len(found), before) + found
+        before = found[0]["seq"] if len(found) == count else first
+    return found, before if before > 1 else 0
+
+
+def page_jobs(site: Site, store: Store, values: Row) -> Reply:
+    place, last = values.get("place", ""), store.last_seq()
+    if values.get("before", "").isdigit():  # a place in the list too; else a time, as in --before
+        place = values.pop("before")
+    selection = selection_of(page_arguments(store, values))
+    limit = whole("limit", MOST_LISTED)(values.get("limit", "50"))
+    before = min(last, whole("place", NEVER)(place or str(NEVER)) - 1) + 1
+    jobs, left = search(store, selection, before, limit)
+    headers = {"X-Next": left, "X-Last": last}
+    if selection == Selection(selection.states, selection.queues):
+        headers["X-Total"] = store.total(selection)
+    return Reply(list(map(brief, jobs)), headers)
+
+
+def page_job(site: Site, store: Store, values: Row, name: str) -> Reply:
+    job = store.find(name)
+    reasons, expected = reasons_of(store, job)
+    runs = [run_json(run, job["id"])
+            for run in store.runs(job["seq"], max(0, job["runs"] - 100), False)]
+    for run in runs:
+        del run["stdout"], run["stderr"]
+    return Reply({
+        **job_json(job), "run": job["runs"], "runs": runs, "why": reasons, "expected_at": expected,
+        "awaits": [{"id": other["id"], "state": other["state"]}
+                   for other in store.awaited_by(job["seq"])],
+        "awaited_by": [other["id"] for other in store.waiters_of(job["seq"])[:100]]})
+
+
+def page_logs(site: Site, store: Store, values: Row, name: str) -> Reply:
+    job = store.find(name)
+    number = whole("run", 1 << 24)(values.get("run") or str(max(1, job["runs"])))
+    run = next(store.runs(job["seq"], number - 1, False), None)
+    if job["state"] == PROCESSING and number == job["runs"]:
+        run = live_run(store, job, SHOWN_OUTPUT)
+    elif run:
+        run["stdout"], run["stderr"] = store.last_of_output(job["seq"], number, SHOWN_OUTPUT)
+    return Reply([run_json(run, job["id"])] if run else [], {"X-Live": 1})
+
+
+def dead_causes(store: Store) -> list[Row]:
+    """Return the causes of the jobs that died last."""
+    return causes_of(store, store.last_to_die(Selection((DEAD,)), MOST_CAUSES))
+
+
+def page_causes(site: Site, store: Store, values: Row) -> Reply:
+    causes = dead_causes(store)
+    for cause in causes:
+        del cause["along"], cause["looked"]
+        cause["since"] = show_time(cause["since"])
+        ids = cause.pop("ids")
+        cause["job"] = ids[0] if ids else None
+        cause["retry"] = "%s dlq retry %s" % (CALLED[0], " ".join(ids[:20]))
+    return Reply(causes)
+
+
+def page_queues(site: Site, store: Store, values: Row) -> Reply:
+    return Reply([{**queue, "paused": bool(queue["paused"])} for queue in store.queues()])
+
+
+def page_workers(site: Site, store: Store, values: Row) -> Reply:
+    return Reply(list(map(with_times, alive_of(store.workers()))))
+
+
+def page_metrics(site: Site, store: Store, values: Row) -> Reply:
+    text = "\n".join(metrics_of(store)) + "\n"
+    return Reply(text.encode(), kind="text/plain; version=0.0.4")
+
+
+def page_look(store: Store, values: Row, selection: Selection) -> tuple[Any, Any]:
+    """Look at the jobs that the reader was asked about: those unchanged since, and none newer."""
+    looked: Iterable[tuple[int, int]] = zip(*store.look(selection))
+    if values.get("cause"):
+        looked = [pair for cause in dead_causes(store) for pair in cause["looked"]
+                  if cause["cause"] == values["cause"]]
+    last, moment = [whole("asked", NEVER)(str(part)) for part in values.get("asked", [NEVER] * 2)]
+    kept = [(seq, changed) for seq, changed in looked if seq <= last and changed <= moment]
+    return [seq for seq, _ in kept], [changed for _, changed in kept]
+
+
+def page_change(site: Site, store: Store, values: Row, name: str) -> Reply:
+    """Retry, cancel or delete jobs; with `dry_run` count them, for the question to the reader."""
+    notes: list[str] = []
+    gone: list[Row] = []
+    asked = json.dumps([store.last_seq(), now_millis()])
+    args = page_arguments(store, values)
+    args.all = args.all or bool(values.get("cause"))
+    args.look = partial(page_look, store, values)
+    if name == "retry":
+        _, seqs, notes = retry_jobs(args, ENDED, IN_VAIN, RETRY_ADVICE)
+    elif name == "cancel":
+        seqs = change_jobs(args, cancelling(store))
+    else:
+        seqs = change_jobs(args, deleting(store, gone if args.ids else None), True)
+    jobs = gone or list(jobs_now(store, seqs[:100]))
+    return Reply(list(map(brief, jobs)), {
+        "X-Count": len(seqs), "X-Asked": asked, "X-Notes": json.dumps(notes)})
+
+
+def page_pause(site: Site, store: Store, values: Row, name: str, order: str) -> Reply:
+    pause_queue(store, check_name("queue", name), order == "pause", now_millis())
+    return Reply([queue for queue in page_queues(site, store, values).value
+                  if queue["name"] == name])
+
+
+ROUTES: Sequence[tuple[str, str, Callable[..., Reply]]] = (
+    ("GET", "/api/status", page_status),
+    ("GET", "/api/stats", page_stats),
+    ("GET", "/api/jobs", page_jobs),
+    ("GET", "/api/jobs/([^/]+)", page_job),
+    ("GET", "/api/jobs/([^/]+)/logs", page_logs),
+    ("GET", "/api/dlq/causes", page_causes),
+    ("GET", "/api/queues", page_queues),
+    ("GET", "/api/workers", page_workers),
+    ("GET", "/metrics", page_metrics),
+    ("POST", "/api/(retry|cancel|delete)", page_change),
+    ("POST", "/api/queues/([^/]+)/(pause|resume)", page_pause))
+
+
+def check_caller(site: Site, method: str, headers: Any) -> None:
+    """Refuse foreign methods, and requests that another site's script has sent.
+
+    The Host header must be one of the site's names: a name of an attacker that leads here (DNS
+    rebinding) is none of them.
+    """
+    if method not in ("GET", "HEAD", "POST"):
+        raise Refusal(405, "the methods here are GET, HEAD and POST")
+    host = headers.get("Host", "")
+    for name in (host, headers.get("Origin", host)):
+        name = re.sub(r"^\w+://|:\d*$", "", name).strip("[]").lower()
+        if name not in site.hosts:
+            raise Refusal(403, "this page is not called %s; see `queuectl web --help`"
+                          % quoted(name))
+
+
+def check_token(site: Site, headers: Any) -> None:
+    import hmac
+    kind, _, token = headers.get("Authorization", "").partition(" ")
+    same = hmac.compare_digest(token.strip().encode(), site.token.encode())
+    if kind.lower() != "bearer" or not same:
+        raise Refusal(401, "the token is missing or wrong")
+
+
+def stamp_of(db: str) -> str:
+    """Return a text that changes with each commit; "" if the last one was just now.
+
+    Of two commits within one tick of the file system's clock the second would not change it.
+    """
+    files = []
+    for path in (db, db + "-wal"):
+        try:
+            files.append(os.stat(path))
+        except OSError:
+            pass  # no database; or the last program that used it has removed its log
+    if any(time.time() - file.st_mtime < 0.1 for file in files):
+        return ""
+    return '"%s"' % "-".join("%x-%x-%x" % (file.st_ino, file.st_size, file.st_mtime_ns)
+                             for file in files)
+
+
+def check_values(body: bytes) -> Row:
+    """Return the values in a body; refuse other names and types than page_change knows."""
+    try:
+        values = json.loads(body or b"{}")
+        if any(type(value) is not VALUES.get(name) for name, value in values.items()):
+            raise ValueError
+    except (ValueError, RecursionError, AttributeError):
+        raise Refusal(400, "the body must be a JSON object with %s" % ", ".join(VALUES)) from None
+    return values  # type: ignore[no-any-return]
+
+
+def page_values(site: Site, method: str, query: str, headers: Any, body: bytes) -> Row:
+    """Read the values of a request: from its query, or from the JSON in its body."""
+    from urllib.parse import parse_qsl
+    if method != "POST":
+        return dict(parse_qsl(query, errors="surrogateescape"))
+    if site.read_only:
+        raise Refusal(403, "this page only reads; start `queuectl web` without --read-only")
+    if headers.get_content_type() != "application/json":
+        raise Refusal(415, "the body must be application/json")
+    return check_values(body)
+
+
+def page_reply() -> Reply:
+    """Return the page itself, which holds no data; only its own style and script may run."""
+    from base64 import b64encode
+    from hashlib import sha256
+    hashes = []
+    for name in ("style", "script"):
+        text = PAGE.partition("<%s>" % name)[2].partition("</%s>" % name)[0]
+        digest = b64encode(sha256(text.encode()).digest()).decode()
+        hashes.append("%s-src 'sha256-%s'" % (name, digest))
+    policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'; " + "; ".join(hashes))
+    return Reply(PAGE.encode(), {"Content-Security-Policy": policy, "X-Frame-Options": "DENY"},
+                 kind="text/html; charset=utf-8")
+
+
+def with_store(site: Site, stamp: str, writes: bool, call: Callable[..., Reply], values: Row,
+               names: Iterable[str]) -> Reply:
+    """Call a function of ROUTES with a store that is open for this call only."""
+    store = Store(site.db, reading=not writes)
+    try:
+        reply = call(site, store, values, *names)
+    finally:
+        store.close()
+    if stamp and "X-Live" not in reply.headers:
+        reply.headers["ETag"] = stamp
+    return reply
+
+
+def failed_reply(error: Exception) -> Reply:
+    """Return the reply to a request that failed; a bug is told on stderr only."""
+    status, why = 500, "this is a bug in queuectl; its stderr says more"
+    if isinstance(error, Refusal):
+        status, why = error.args
+    elif isinstance(error, (QueueError, OSError)):
+        status, why = 409, str(error)
+        if why.startswith("there is no job"):
+            status = 404
+        elif isinstance(error, UsageError):
+            status = 400
+        elif isinstance(error, (Unavailable, OSError)):
+            status = 503
+    if status == 500:
+        sys.excepthook(*sys.exc_info())
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 405: {"Allow": "GET, HEAD, POST"}}
+    return Reply({"error": as_called(why)}, dict(headers.get(status, {})), status)
+
+
+def route(site: Site, method: str, target: str, headers: Any, body: bytes) -> Reply:
+    """Answer a request whose caller was checked."""
+    from urllib.parse import unquote, urlsplit
+    path, query = urlsplit(target)[2:4]
+    if path == "/":
+        return page_reply()
+    check_token(site, headers)
+    found = [(way, re.fullmatch(pattern, path), call) for way, pattern, call in ROUTES]
+    matches = [(way, match, call) for way, match, call in found if match]
+    if not matches:
+        raise Refusal(404, "there is nothing at %s" % quoted(path))
+    way, match, call = matches[0]
+    if way != method.replace("HEAD", "GET"):
+        raise Refusal(405, "%s takes %s" % (path, way))
+    stamp = stamp_of(site.db)
+    if way == "GET" and stamp and stamp == headers.get("If-None-Match"):
+        return Reply(b"", status=304)
+    values = page_values(site, way, query, headers, body)
+    return with_store(site, stamp, way == "POST", call, values, map(unquote, match.groups()))
+
+
+# Requests and connections.
+
+def receive(connection: Any, deadline: float) -> bytes:
+    """Wait for more of a request until `deadline`; raises OSError if none comes."""
+    connection.settimeout(max(0.001, deadline - monotonic()))
+    data = connection.recv(MOST_BODY)
+    if not data:
+        raise OSError("the client has gone")
+    return data  # type: ignore[no-any-return]
+
+
+def read_head(connection: Any, deadline: float) -> tuple[bytes, bytes]:
+    """Read a request's first line and headers; return them, and what came behind them."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        if len(data) > MOST_HEAD:
+            raise Refusal(431, "the headers are too long")
+        data += receive(connection, deadline)
+    head, _, rest = data.partition(b"\r\n\r\n")
+    if len(head) > MOST_HEAD:
+        raise Refusal(431, "the headers are too long")
+    return head + b"\r\n\r\n", rest
+
+
+def read_body(connection: Any, headers: Any, data: bytes, deadline: float) -> bytes:
+    """Read the body of a request, which begins with `data`."""
+    length = headers.get("Content-Length", "0")
+    if "Transfer-Encoding" in headers or not re.fullmatch("[0-9]{1,9}", length):
+        raise Refusal(411, "a body needs its length in Content-Length")
+    if int(length) > MOST_BODY:
+        raise Refusal(413, "the body is too long")
+    while len(data) < int(length):
+        data += receive(connection, deadline)
+    return data[:int(length)]
+
+
+def send_reply(handler: Any, reply: Reply) -> None:
+    """Send a reply; nothing in it is ever kept by a browser, or taken for another type."""
+    data = reply.value
+    if not isinstance(data, bytes):
+        data = json.dumps(data, indent=1).encode()
+    handler.send_response(reply.status)
+    headers = {"Content-Type": reply.kind, "Content-Length": len(data), "Connection": "close",
+               "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+               "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+               **reply.headers}
+    for name, value in headers.items():
+        handler.send_header(name, str(value))
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(data)
+
+
+def read_rest(connection: Any) -> None:
+    """Read what is left of a refused request: unread bytes would make the reply get lost."""
+    connection.shutdown(1)
+    deadline = monotonic() + 0.5
+    while monotonic() < deadline:
+        receive(connection, deadline)
+
+
+def serve_request(handler: Any) -> None:
+    """Read one request of a connection, and answer it; raises OSError if the client is gone."""
+    from io import BytesIO
+    server, connection, deadline = handler.server, handler.connection, monotonic() + REQUEST_TIME
+    handler.command, handler.request_version, handler.requestline = "GET", "HTTP/1.1", ""
+    try:
+        head, data = read_head(connection, deadline)
+        handler.rfile = BytesIO(head)
+        handler.raw_requestline = handler.rfile.readline()
+        if not handler.parse_request():
+            return
+        body = read_body(connection, handler.headers, data, deadline)
+        server.waiting.pop(connection, None)  # it is neither reading nor writing now
+        check_caller(server.site, handler.command, handler.headers)
+        reply = route(server.site, handler.command, handler.path, handler.headers, body)
+    except Exception as error:
+        if isinstance(error, OSError) and connection in server.waiting:
+            raise
+        reply = failed_reply(error)
+    server.waiting[connection] = True
+    connection.settimeout(REQUEST_TIME)
+    send_reply(handler, reply)
+    if reply.status >= 400:
+        read_rest(connection)
+
+
+def make_room(waiting: dict[Any, bool]) -> bool:
+    """Close connections until one more can be served; return whether that is so."""
+    import threading
+    for _ in range(100):
+        if threading.active_count() <= MOST_CONNECTIONS:
+            return True
+        for connection in list(waiting)[:1]:
+            waiting.pop(connection, None)
+            try:
+                connection.shutdown(2)  # its thread ends now
+            except OSError:
+                pass
+        sleep(0.001)
+    return False
+
+
+def page_server(site: Site, address: tuple[str, int]) -> Any:
+    """Return a server of http.server for the page; raises OSError if it can't listen."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        server_version, sys_version = "queuectl", ""
+
+        def handle(self) -> None:
+            try:
+                serve_request(self)
+            except OSError:
+                pass  # the client is gone, or too slow
+
+        def send_error(self, code: int, message: str | None = None,
+                       explain: str | None = None) -> None:
+            send_reply(self, failed_reply(Refusal(int(code), message or "bad request")))
+
+        def log_message(self, format: str, *values: Any) -> None:
+            """Log nothing."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads, request_queue_size = True, 128
+
+        def server_activate(self) -> None:
+            self.waiting: dict[Any, bool] = {}  # connections that read or write, oldest first
+            super().server_activate()
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if make_room(self.waiting):
+                self.waiting[request] = True
+                super().process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
+
+        def shutdown_request(self, request: Any) -> None:
+            self.waiting.pop(request, None)
+            super().shutdown_request(request)
+
+    if ":" in address[0]:
+        import socket
+        Server.address_family = socket.AF_INET6
+    server: Any = Server(address, Handler)
+    server.site = site
+    return server
+
+
+def read_token(path: str | None) -> str:
+    """Return the token in a file, which is made if it is missing; a random one without a file."""
+    from secrets import token_urlsafe
+    if not path:
+        return token_urlsafe(24)
+    fd = open_private(abspath(path), os.O_RDWR)
+    try:
+        if os.fstat(fd).st_mode & 0o077 and not WINDOWS:
+            raise QueueError("others can read %s; `chmod 600 %s` mends that"
+                             % (path, shell_word(path)))
+        token = read_between(fd, 0, 4096).decode("ascii", "replace").strip()
+        if not token:
+            token = token_urlsafe(24)
+            write_at(fd, 0, token.encode() + b"\n")
+    finally:
+        os.close(fd)
+    if len(token) < 16:
+        raise QueueError("the token in %s is too short; empty the file, and a new one is made"
+                         % path)
+    return token
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>queuectl</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  color-scheme: light dark;
+  --back: #f6f7f9; --card: #fff; --text: #1b1f24; --dim: #57606a; --line: #d4d9df; --link: #0a58b5;
+  --pending: #57606a; --processing: #0b6e8a; --completed: #1a7437; --failed: #8a5a00; --dead: #b3261e;
+  --cancelled: #6b4c9a;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #14171b; --card: #1d2127; --text: #e6e9ed; --dim: #a3adb8; --line: #363d46; --link: #7fb6ff;
+    --pending: #a3adb8; --processing: #5ccbe6; --completed: #63d083; --failed: #f0b849; --dead: #ff8a80;
+    --cancelled: #c9a9f5;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
+a { color: var(--link); }
+header, main { max-width: 78rem; margin: 0 auto; padding: 0 1rem; }
+header { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center; padding-top: .75rem; }
+header strong { font-size: 1.15rem; }
+header nav { display: flex; flex-wrap: wrap; gap: 1rem; }
+header nav a { padding: .35rem 0; text-decoration: none; }
+header nav a[aria-current] { font-weight: 600; border-bottom: 2px solid; }
+#live { margin-left: auto; color: var(--dim); font-size: .85rem; }
+h1 { font-size: 1.3rem; margin: 1rem 0 .5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.02rem; margin: 0 0 .5rem; }
+section, form, .note { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  padding: .75rem 1rem; margin: 0 0 .9rem; }
+.note { border-left: .35rem solid var(--failed); overflow-wrap: anywhere; }
+.bad { border-left-color: var(--dead); }
+.columns { display: grid; gap: 0 .9rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.states { display: flex; flex-wrap: wrap; gap: .5rem 1.6rem; }
+.states a { text-decoration: none; color: inherit; }
+.states b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th { text-align: left; font-weight: 600; color: var(--dim); font-size: .85rem; }
+th, td { padding: .3rem .75rem .3rem 0; vertical-align: top; }
+tr + tr > *, tbody tr > * { border-top: 1px solid var(--line); }
+td { overflow-wrap: anywhere; }
+td a, time { white-space: nowrap; }
+td .command, td div { white-space: normal; }
+@media (max-width: 42rem) {
+  .cards thead { display: none; }
+  .cards tr { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .4rem 0; }
+  .cards td { border: 0; padding: .1rem 0; white-space: normal; }
+  .cards td:last-child { flex-basis: 100%; }
+}
+.command { font-family: ui-monospace, monospace; font-size: .88em; max-width: 40rem; unicode-bidi: isolate; }
+.state { font-weight: 600; white-space: nowrap; }
+.pending { color: var(--pending); } .processing { color: var(--processing); }
+.completed { color: var(--completed); } .failed { color: var(--failed); }
+.dead, .died { color: var(--dead); } .cancelled { color: var(--cancelled); }
+.gone { opacity: .6; }
+.dim { color: var(--dim); }
+pre { margin: .3rem 0 .8rem; padding: .6rem; max-height: 26rem; overflow: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; background: var(--back); border: 1px solid var(--line); border-radius: .3rem;
+  font: .85em/1.4 ui-monospace, monospace; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; }
+dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; unicode-bidi: isolate; }
+form { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: end; }
+label { display: grid; gap: .15rem; font-size: .85rem; color: var(--dim); }
+input, select, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--dim);
+  border-radius: .35rem; padding: .3rem .6rem; min-height: 2.2rem; max-width: 100%; }
+input[type=checkbox] { min-height: 0; width: 1.15rem; height: 1.15rem; }
+button { cursor: pointer; }
+button:hover { border-color: var(--link); }
+button:disabled { opacity: .55; cursor: default; }
+.actions { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: 0 0 .7rem; min-height: 2.2rem; }
+main:focus { outline: none; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+dialog { max-width: min(44rem, 92vw); color: var(--text); background: var(--card); border: 1px solid var(--dim);
+  border-radius: .5rem; }
+dialog::backdrop { background: #0008; }
+svg { width: 100%; height: 7rem; display: block; }
+svg .completed { fill: var(--completed); } svg .failed { fill: var(--failed); } svg .died { fill: var(--dead); }
+svg .axis { stroke: var(--line); }
+.skip { position: absolute; left: -99rem; } .skip:focus { left: .5rem; top: .5rem; }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+</style>
+</head>
+<body>
+<a class="skip" href="#main">To the content</a>
+<header>
+  <strong>queuectl</strong>
+  <nav aria-label="Views">
+    <a href="#/">Overview</a><a href="#/jobs">Jobs</a><a href="#/dead">Dead letters</a>
+  </nav>
+  <span id="live" role="status"></span>
+</header>
+<main id="main" tabindex="-1"></main>
+<dialog id="ask" aria-labelledby="question"></dialog>
+<noscript><p>This page needs JavaScript. Without it, use the queuectl command.</p></noscript>
+<script>
+"use strict";
+// The token comes in the address once. It is kept for this tab, and taken out of the address,
+// so that a view can be bookmarked and sent without it.
+const given = location.hash.match(/^#token=(.+)/);
+if (given) {
+  sessionStorage.setItem("token", given[1]);
+  history.replaceState(null, "", "#/");
+}
+
+const STATES = ["pending", "processing", "completed", "failed", "dead", "cancelled"];
+const TERMS = ["state", "queue", "grep", "error", "since", "before"];
+const CAN = {
+  retry: ["completed", "dead", "cancelled"],
+  cancel: ["pending", "processing", "failed"],
+  delete: ["pending", "completed", "failed", "dead", "cancelled"],
+};
+const main = document.getElementById("main");
+const dialog = document.getElementById("ask");
+dialog.onclose = () => dialog.replaceChildren();
+let view = null; // the view that is shown: {draw, load, …}
+let tags = {}; // path: [the ETag of its last answer, that answer]
+let readOnly = false;
+let called = "queuectl";
+
+// Make an element. Texts are always put in as text, never as HTML.
+function make(name, attributes, ...children) {
+  const node = document.createElementNS(
+    ["svg", "rect", "line", "title"].includes(name)
+      ? "http://www.w3.org/2000/svg"
+      : "http://www.w3.org/1999/xhtml",
+    name,
+  );
+  for (const [key, value] of Object.entries(attributes || {})) {
+    if (key.startsWith("on")) node[key] = value;
+    else if (value === true) node.setAttribute(key, "");
+    else if (value !== false && value != null) node.setAttribute(key, value);
+  }
+  node.append(
+    ...children
+      .flat(Infinity)
+      .filter(child => child != null)
+      .map(child => (child.nodeType ? child : String(child))),
+  );
+  return node;
+}
+
+// Change `old` into `fresh` in place: focus, selection and scrolling stay, and nothing flickers.
+function morph(old, fresh) {
+  if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName) return old.replaceWith(fresh);
+  if (old.nodeType === 3) {
+    if (old.data !== fresh.data) old.data = fresh.data;
+    return;
+  }
+  for (const {name} of [...old.attributes]) if (!fresh.hasAttribute(name)) old.removeAttribute(name);
+  for (const {name, value} of fresh.attributes)
+    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  for (const key of ["onclick", "onchange", "onsubmit"]) old[key] = fresh[key];
+  if ("checked" in fresh && old.checked !== fresh.hasAttribute("checked"))
+    old.checked = fresh.hasAttribute("checked");
+  const before = [...old.childNodes],
+    after = [...fresh.childNodes];
+  after.forEach((child, at) => (before[at] ? morph(before[at], child) : old.append(child)));
+  before.slice(after.length).forEach(child => child.remove());
+}
+
+// Ask the server. Without `body` it is asked only if anything has changed, unless `again`.
+async function ask(path, body, again) {
+  const headers = {Authorization: "Bearer " + sessionStorage.getItem("token")};
+  const known = tags[path];
+  if (body) headers["Content-Type"] = "application/json";
+  else if (known && !again) headers["If-None-Match"] = known[0];
+  const answer = await fetch(path, {
+    method: body ? "POST" : "GET",
+    headers,
+    cache: "no-store",
+    body: body && JSON.stringify(body),
+  });
+  if (answer.status === 304) return known[1];
+  const value = await answer.json();
+  if (answer.status === 401) throw Object.assign(new Error(value.error), {token: true});
+  if (!answer.ok) throw new Error(value.error);
+  const result = {value, headers: answer.headers};
+  if (answer.headers.get("ETag")) tags[path] = [answer.headers.get("ETag"), result];
+  return result;
+}
+
+const count = (number, noun) => number.toLocaleString() + " " + noun + (number === 1 ? "" : "s");
+const escaped = text =>
+  String(text ?? "").replace(
+    /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
+    found => "\\u" + found.charCodeAt(0).toString(16).padStart(4, "0"),
+  );
+const stateOf = state => make("span", {class: "state " + state}, state);
+const linkTo = id => make("a", {href: "#/job/" + encodeURIComponent(id)}, escaped(id));
+
+function duration(seconds) {
+  if (seconds < 1) return Math.round(seconds * 1000) + " ms";
+  if (seconds < 60) return seconds.toFixed(1) + " s";
+  if (seconds < 3600) return Math.floor(seconds / 60) + " min " + Math.floor(seconds % 60) + " s";
+  if (seconds < 86400) return Math.floor(seconds / 3600) + " h " + Math.floor((seconds % 3600) / 60) + " min";
+  return Math.floor(seconds / 86400) + " d " + Math.floor((seconds % 86400) / 3600) + " h";
+}
+const since = time => (Date.now() - Date.parse(time)) / 1000;
+const when = time =>
+  time ? make("time", {datetime: time, title: time + " (UTC)"}, new Date(time).toLocaleString()) : "";
+
+function table(caption, head, rows, none, kind) {
+  if (!rows.length) return make("p", {class: "dim"}, none);
+  return make(
+    "div",
+    {class: "wide " + (kind || ""), tabindex: 0, role: "region", "aria-label": caption},
+    make(
+      "table",
+      {},
+      make("caption", {class: "hidden"}, caption),
+      make(
+        "thead",
+        {},
+        make(
+          "tr",
+          {},
+          head.map(cell => make("th", {scope: "col"}, cell)),
+        ),
+      ),
+      make("tbody", {}, rows),
+    ),
+  );
+}
+const row = cells =>
+  make(
+    "tr",
+    {},
+    cells.map(cell => make("td", {}, cell)),
+  );
+const card = (title, ...content) => make("section", {"aria-label": title}, make("h2", {}, title), content);
+
+// The command line that does the same as an action, to copy.
+const quote = word => (/^[\w.,:@%+\/-]+$/.test(word) ? word : "'" + word.replaceAll("'", "'\\''") + "'");
+function commandOf(name, body) {
+  const words = [called, name];
+  if (body.cause) body = {state: "dead", error: body.cause.split("…").sort((a, b) => b.length - a.length)[0]};
+  for (const term of TERMS) if (body[term]) words.push("--" + term, quote(body[term]));
+  if (body.all && !TERMS.some(term => body[term])) words.push("--all");
+  if (body.with_dependents) words.push("--with-dependents");
+  return [...words, ...(body.ids || []).map(quote)].join(" ");
+}
+
+// Ask the person, with the number of jobs, then change exactly those that were counted.
+async function act(name, body, done) {
+  try {
+    const found = await ask("/api/" + name, {...body, dry_run: true});
+    const number = Number(found.headers.get("X-Count"));
+    const go = async () => {
+      dialog.close();
+      try {
+        const asked = body.ids ? {} : {asked: JSON.parse(found.headers.get("X-Asked"))};
+        const answer = await ask("/api/" + name, {...body, ...asked});
+        const notes = JSON.parse(answer.headers.get("X-Notes"));
+        say([name + ": " + count(Number(answer.headers.get("X-Count")), "job"), ...notes].join("; "));
+        if (done) done();
+      } catch (error) {
+        fail(error);
+      }
+      refresh(true);
+    };
+    dialog.replaceChildren(
+      make("h2", {id: "question"}, "Really " + name + " " + count(number, "job") + "?"),
+      make("p", {}, "The same as a command:"),
+      make("pre", {}, escaped(commandOf(name, body))),
+      make(
+        "div",
+        {class: "actions"},
+        make("button", {onclick: () => dialog.close()}, "No"),
+        make("button", {onclick: go, disabled: number === 0}, "Yes, " + name),
+      ),
+    );
+    dialog.showModal();
+  } catch (error) {
+    fail(error);
+  }
+}
+const button = (name, body, label, done) =>
+  readOnly ? null : make("button", {onclick: () => act(name, body, done)}, label);
+
+let said = "",
+  sayUntil = 0;
+function say(text) {
+  said = text;
+  sayUntil = Date.now() + 8000;
+  document.getElementById("live").textContent = text;
+}
+function fail(error) {
+  if (error.token) return login();
+  say("Error: " + error.message);
+}
+
+function login() {
+  view = null;
+  const field = make("input", {type: "password", name: "token", required: true, autocomplete: "off"});
+  const enter = event => {
+    event.preventDefault();
+    sessionStorage.setItem("token", field.value.trim());
+    show();
+  };
+  main.replaceChildren(
+    make("h1", {}, "Token"),
+    make(
+      "form",
+      {onsubmit: enter},
+      make("label", {}, "The token that queuectl web has printed, behind #token=", field),
+      make("button", {}, "Open"),
+    ),
+  );
+  field.focus();
+}
+
+// Overview
+
+function chart(title, rows, step, bars) {
+  const end = Math.floor(Date.now() / step) * step,
+    first = end - (bars - 1) * step;
+  const by = new Map(rows.map(entry => [Date.parse(entry.starts_at), entry]));
+  const most = Math.max(
+    1,
+    ...rows.filter(entry => Date.parse(entry.starts_at) >= first).map(entry => entry.runs),
+  );
+  const drawn = [],
+    sum = {runs: 0, failed: 0, died: 0, waited: 0, longest: 0};
+  for (let at = 0; at < bars; at++) {
+    const entry = by.get(first + at * step);
+    if (!entry) continue;
+    let top = 100;
+    for (const kind of ["completed", "failed", "died"]) {
+      const height = (96 * entry[kind]) / most;
+      top -= height;
+      if (height)
+        drawn.push(
+          make(
+            "rect",
+            {class: kind, x: at * 10 + 1, y: top, width: 8, height: Math.max(height, 1)},
+            make("title", {}, `${new Date(first + at * step).toLocaleString()}: ${entry[kind]} ${kind}`),
+          ),
+        );
+    }
+    sum.runs += entry.runs;
+    sum.failed += entry.failed;
+    sum.died += entry.died;
+    sum.waited += entry.wait_seconds_sum;
+    sum.longest = Math.max(sum.longest, entry.wait_seconds_max);
+  }
+  const text = !sum.runs
+    ? "No runs."
+    : `${count(sum.runs, "run")}, ${sum.failed} failed, ${sum.died} died; jobs waited ` +
+      `${duration(sum.waited / sum.runs)} on average, ${duration(sum.longest)} at most.`;
+  return card(
+    title,
+    make(
+      "svg",
+      {
+        viewBox: `0 0 ${bars * 10} 101`,
+        preserveAspectRatio: "none",
+        role: "img",
+        "aria-label": title + ": " + text,
+      },
+      make("line", {class: "axis", x1: 0, x2: bars * 10, y1: 100.5, y2: 100.5}),
+      drawn,
+    ),
+    make("p", {class: "dim"}, text),
+  );
+}
+
+const overview = () => ({
+  title: "Overview",
+  every: 2000,
+  async load(again) {
+    const paths = [
+      "/api/status",
+      "/api/stats?by=minute&since=1h",
+      "/api/stats?by=hour&since=1d",
+      "/api/queues",
+      "/api/workers",
+    ];
+    const [status, minutes, hours, queues, workers] = await Promise.all(
+      paths.map(path => ask(path, null, again)),
+    );
+    Object.assign(this, {
+      status: status.value,
+      minutes: minutes.value,
+      hours: hours.value,
+      queues: queues.value,
+      workers: workers.value,
+    });
+    readOnly = this.status.read_only;
+    called = this.status.called;
+    const running = this.workers.filter(worker => worker.job).slice(0, 20);
+    this.lines = new Map(
+      await Promise.all(
+        running.map(async worker => {
+          const logs = await ask("/api/jobs/" + encodeURIComponent(worker.job) + "/logs").catch(() => ({
+            value: [],
+          }));
+          const run = logs.value[0] || {};
+          const text = ((run.stdout || "") + (run.stderr || "")).trimEnd();
+          return [worker.job, text.slice(text.lastIndexOf("\n") + 1).slice(-200)];
+        }),
+      ),
+    );
+  },
+  draw() {
+    const jobs = this.status.jobs;
+    const turn = (queue, order) => async () => {
+      try {
+        await ask(`/api/queues/${encodeURIComponent(queue.name)}/${order}`, {});
+        say(`${called} queue ${order} ${queue.name}`);
+      } catch (error) {
+        fail(error);
+      }
+      refresh(true);
+    };
+    return [
+      make("h1", {}, "Overview"),
+      this.status.hold_ups.map(line => make("p", {class: "note"}, escaped(line))),
+      card(
+        "Jobs",
+        make(
+          "div",
+          {class: "states"},
+          STATES.map(state =>
+            make(
+              "a",
+              {href: "#/jobs?state=" + state},
+              make("b", {}, jobs[state].toLocaleString()),
+              stateOf(state),
+            ),
+          ),
+        ),
+      ),
+      make(
+        "div",
+        {class: "columns"},
+        chart("The last hour", this.minutes, 60000, 60),
+        chart("The last day", this.hours, 3600000, 24),
+      ),
+      card(
+        "Running",
+        table(
+          "Running jobs",
+          ["Job", "For", "Last line of output", "Command"],
+          this.workers
+            .filter(worker => worker.job)
+            .map(worker =>
+              row([
+                linkTo(worker.job),
+                duration(since(worker.job_started_at)),
+                make("span", {class: "command"}, escaped(this.lines.get(worker.job))),
+                make("span", {class: "command"}, escaped(worker.command).slice(0, 300)),
+              ]),
+            ),
+          "Nothing runs.",
+        ),
+      ),
+      card(
+        "Queues",
+        table(
+          "Queues",
+          ["Queue", "Limit", "Waiting", "Running", "Dead", ""],
+          this.queues.map(queue => {
+            const order = queue.paused ? "resume" : "pause";
+            return row([
+              make("a", {href: "#/jobs?queue=" + encodeURIComponent(queue.name)}, escaped(queue.name)),
+              queue.concurrency ?? "none",
+              queue.pending + queue.failed,
+              queue.processing,
+              queue.dead,
+              readOnly
+                ? queue.paused
+                  ? "paused"
+                  : ""
+                : make(
+                    "button",
+                    {
+                      onclick: turn(queue, order),
+                      "aria-label": `${order} ${queue.name}`,
+                      title: `${called} queue ${order} ${queue.name}`,
+                    },
+                    order,
+                  ),
+            ]);
+          }),
+          "No queues.",
+        ),
+      ),
+      card(
+        "Workers",
+        table(
+          "Workers",
+          ["Worker", "Process", "Since", "Job", "Held up by"],
+          this.workers.map(worker =>
+            row([
+              worker.name,
+              worker.pid,
+              when(worker.started_at),
+              worker.job ? linkTo(worker.job) : "idle",
+              escaped(worker.trouble),
+            ]),
+          ),
+          "No workers are running.",
+        ),
+      ),
+      make("p", {class: "dim"}, "Database: " + escaped(this.status.path)),
+    ];
+  },
+});
+
+// Jobs
+
+const jobsView = query => ({
+  title: "Jobs",
+  every: 2000,
+  rows: new Map(),
+  chosen: new Set(),
+  next: 0,
+  top: 0,
+  newest: 0,
+  total: null,
+  path(before) {
+    const terms = new URLSearchParams(
+      TERMS.filter(term => query.get(term)).map(term => [term, query.get(term)]),
+    );
+    if (before) terms.set("place", before); // jobs that came before this one
+    return "/api/jobs?" + terms;
+  },
+  take(answer, more) {
+    for (const job of answer.value.reverse()) this.rows.set(job.id, job);
+    const header = name => Number(answer.headers.get(name));
+    this.total = answer.headers.get("X-Total");
+    if (more || !this.top) this.next = header("X-Next");
+    if (!this.top) this.top = header("X-Last") + 1;
+    this.newest = header("X-Last");
+  },
+  async load(again) {
+    const first = !this.top;
+    const answer = await ask(this.path(this.top), null, again || first);
+    if (first) return this.take({...answer, value: [...answer.value]});
+    const shown = new Map(answer.value.map(job => [job.id, job]));
+    [...this.rows.values()].slice(0, 50).forEach(job => {
+      if (shown.has(job.id)) this.rows.set(job.id, shown.get(job.id));
+      else job.gone = true; // it no longer fits the filter, but stays in its place
+    });
+    this.newest = Number(answer.headers.get("X-Last"));
+    this.total = answer.headers.get("X-Total");
+  },
+  async more() {
+    try {
+      const answer = await ask(this.path(this.next), null, true);
+      this.take({...answer, value: [...answer.value]}, true);
+      redraw();
+    } catch (error) {
+      fail(error);
+    }
+  },
+  draw() {
+    const field = (term, label, hint) =>
+      make("label", {}, label, make("input", {name: term, value: query.get(term) || "", placeholder: hint}));
+    const filter = event => {
+      event.preventDefault();
+      const terms = new URLSearchParams([...new FormData(event.target)].filter(pair => pair[1]));
+      location.hash = "#/jobs" + (String(terms) && "?" + terms);
+    };
+    const rows = [...this.rows.values()];
+    const picked = rows.filter(job => this.chosen.has(job.id));
+    const selection = Object.fromEntries(
+      TERMS.filter(term => query.get(term)).map(term => [term, query.get(term)]),
+    );
+    const all = Object.keys(selection).length ? selection : {all: true};
+    const states = (query.get("state") || STATES.join()).split(",");
+    const clear = () => this.chosen.clear();
+    const choose = job => event => {
+      event.target.checked ? this.chosen.add(job.id) : this.chosen.delete(job.id);
+      redraw();
+    };
+    const actions = Object.keys(CAN).flatMap(name => [
+      picked.length && picked.every(job => CAN[name].includes(job.state))
+        ? button(name, {ids: picked.map(job => job.id)}, `${name} ${picked.length} selected`, clear)
+        : null,
+      !picked.length && states.some(state => CAN[name].includes(state))
+        ? button(name, all, `${name} all that match`)
+        : null,
+    ]);
+    return [
+      make("h1", {}, "Jobs"),
+      make(
+        "form",
+        {onsubmit: filter, role: "search", "aria-label": "Filter"},
+        make(
+          "label",
+          {},
+          "State",
+          make(
+            "select",
+            {name: "state"},
+            ["", ...STATES, ...(states.length > 1 && query.get("state") ? [query.get("state")] : [])].map(
+              state =>
+                make(
+                  "option",
+                  {value: state, selected: state === (query.get("state") || "")},
+                  state || "any",
+                ),
+            ),
+          ),
+        ),
+        field("queue", "Queue", "mail,web"),
+        field("grep", "Text in command or id", ""),
+        field("error", "Text in the error", ""),
+        field("since", "Since", "2h or a time"),
+        field("before", "Before", "2h or a time"),
+        make("button", {}, "Show"),
+      ),
+      make("div", {class: "actions"}, actions),
+      make(
+        "p",
+        {class: "actions dim", role: "status"},
+        [
+          this.total ? count(Number(this.total), "job") + "." : "",
+          make("code", {}, escaped(commandOf("list", selection))),
+        ],
+        this.newest >= this.top
+          ? make("button", {onclick: () => show()}, "Newer jobs have come: show them")
+          : "",
+      ),
+      make(
+        "section",
+        {"aria-label": "Jobs"},
+        table(
+          "Jobs, the newest first",
+          ["", "Job", "State", "Tries", "Queue", "Changed", "Command"],
+          rows.map(job =>
+            make(
+              "tr",
+              {class: job.gone ? "gone" : null},
+              [
+                make("input", {
+                  type: "checkbox",
+                  "aria-label": "Select " + escaped(job.id),
+                  checked: this.chosen.has(job.id),
+                  onchange: choose(job),
+                }),
+                linkTo(job.id),
+                [stateOf(job.state), job.gone ? " (left)" : ""],
+                `${job.attempts}/${Math.max(1, job.max_retries)}`,
+                escaped(job.queue),
+                when(job.updated_at),
+                [
+                  make("div", {class: "command"}, escaped(job.command)),
+                  job.last_error ? make("div", {class: "dim"}, escaped(job.last_error)) : null,
+                ],
+              ].map(cell => make("td", {}, cell)),
+            ),
+          ),
+          this.next ? "None found so far." : "No such jobs.",
+          "cards",
+        ),
+        this.next
+          ? make(
+              "button",
+              {onclick: () => this.more()},
+              rows.length % 50 === 0 && rows.length ? "Older jobs" : "Search on",
+            )
+          : null,
+      ),
+    ];
+  },
+});
+
+// One job
+
+const HIDDEN = ["id", "runs", "why", "awaits", "awaited_by", "run", "expected_at"];
+const jobView = id => ({
+  title: id,
+  every: 1000,
+  logs: new Map(),
+  async load(again) {
+    this.job = (await ask("/api/jobs/" + encodeURIComponent(id), null, again)).value;
+    const numbers = this.job.runs.map(run => run.run).slice(-5);
+    if (this.job.state === "processing") numbers.push(this.job.run);
+    for (const number of numbers) {
+      const known = this.logs.get(number);
+      if (known && known.state !== "processing") continue;
+      const run = (await ask(`/api/jobs/${encodeURIComponent(id)}/logs?run=${number}`)).value[0];
+      if (run) this.logs.set(number, run);
+    }
+  },
+  draw() {
+    const job = this.job,
+      live = this.logs.get(job.run);
+    const runs = live && live.state === "processing" ? [...job.runs, live] : job.runs;
+    const output = (run, name) => {
+      const kept = this.logs.get(run.run) || {};
+      const text =
+        kept[name] ??
+        (kept[name + "_base64"]
+          ? new TextDecoder().decode(
+              Uint8Array.from(atob(kept[name + "_base64"]), letter => letter.charCodeAt(0)),
+            )
+          : "");
+      return text
+        ? [
+            make("h3", {class: "dim"}, name),
+            make("pre", {tabindex: 0, "aria-label": `${name} of run ${run.run}`}, escaped(text)),
+          ]
+        : null;
+    };
+    return [
+      make("h1", {}, escaped(job.id), " ", stateOf(job.state)),
+      make(
+        "div",
+        {class: "actions"},
+        Object.keys(CAN).map(name =>
+          CAN[name].includes(job.state)
+            ? button(name, {ids: [job.id]}, name, name === "delete" ? () => history.back() : null)
+            : null,
+        ),
+      ),
+      card(
+        "Why",
+        job.why.map(reason => make("p", {}, escaped(reason))),
+        job.awaits.length
+          ? make(
+              "p",
+              {},
+              "It waits for: ",
+              job.awaits.flatMap(other => [linkTo(other.id), " (", stateOf(other.state), ") "]),
+            )
+          : null,
+        job.awaited_by.length
+          ? make(
+              "p",
+              {},
+              "These wait for it: ",
+              job.awaited_by.flatMap(other => [linkTo(other), " "]),
+            )
+          : null,
+      ),
+      card(
+        "Runs",
+        runs.length
+          ? runs
+              .slice()
+              .reverse()
+              .map(run => [
+                make(
+                  "h3",
+                  {},
+                  `Run ${run.run}, attempt ${run.attempt}: `,
+                  stateOf(run.state),
+                  run.state === "processing"
+                    ? ` for ${duration(since(run.started_at))}`
+                    : ` after ${duration(run.duration_seconds)}`,
+                ),
+                make("p", {class: "dim"}, when(run.started_at), run.error ? " " + escaped(run.error) : ""),
+                output(run, "stdout"),
+                output(run, "stderr"),
+              ])
+          : make("p", {class: "dim"}, "It has not run yet."),
+      ),
+      card(
+        "Fields",
+        make(
+          "dl",
+          {},
+          Object.entries(job)
+            .filter(([name]) => !HIDDEN.includes(name))
+            .flatMap(([name, value]) => [
+              make("dt", {}, name),
+              make(
+                "dd",
+                {},
+                name.endsWith("_at") && name !== "locked_by"
+                  ? when(value)
+                  : name === "command"
+                    ? make("span", {class: "command"}, escaped(value))
+                    : value === null || (typeof value === "object" && !Object.keys(value).length)
+                      ? "–"
+                      : escaped(typeof value === "object" ? JSON.stringify(value) : value),
+              ),
+            ]),
+        ),
+      ),
+      make(
+        "p",
+        {class: "dim"},
+        make(
+          "code",
+          {},
+          escaped(`${called} show ${job.id}; ${called} logs ${job.id}; ${called} edit ${job.id} --help`),
+        ),
+      ),
+    ];
+  },
+});
+
+// Dead letters
+
+const deadView = () => ({
+  title: "Dead letters",
+  every: 3000,
+  outputs: new Map(),
+  async load(again) {
+    this.causes = (await ask("/api/dlq/causes", null, again)).value;
+    for (const cause of this.causes.slice(0, 10)) {
+      if (!cause.job || this.outputs.has(cause.job)) continue;
+      const logs = await ask("/api/jobs/" + encodeURIComponent(cause.job) + "/logs").catch(() => ({
+        value: [],
+      }));
+      const run = logs.value[0] || {};
+      this.outputs.set(cause.job, ((run.stdout || "") + (run.stderr || "")).slice(-2000));
+    }
+  },
+  draw() {
+    return [
+      make("h1", {}, "Dead letters"),
+      this.causes.length ? null : make("p", {class: "dim"}, "No job is dead."),
+      this.causes.map(cause =>
+        card(
+          count(cause.count, "job") +
+            (cause.after ? ` and ${cause.after} after ${cause.count === 1 ? "it" : "them"}` : "") +
+            ": " +
+            escaped(cause.cause),
+          make(
+            "p",
+            {class: "dim"},
+            "Since ",
+            when(cause.since),
+            cause.job ? [", for example ", linkTo(cause.job)] : "",
+          ),
+          this.outputs.get(cause.job)
+            ? make(
+                "pre",
+                {tabindex: 0, "aria-label": "Output of an example"},
+                escaped(this.outputs.get(cause.job)),
+              )
+            : null,
+          make(
+            "div",
+            {class: "actions"},
+            button("retry", {cause: cause.cause, state: "dead"}, "retry these"),
+            button("delete", {cause: cause.cause, state: "dead"}, "delete these"),
+          ),
+          make("p", {class: "dim"}, make("code", {}, escaped(cause.retry).slice(0, 300))),
+        ),
+      ),
+    ];
+  },
+});
+
+// Showing: a view is loaded, then drawn; again as long as the page is visible.
+
+function redraw() {
+  if (!view || !view.ready) return;
+  const fresh = make("main", {id: "main", tabindex: -1}, view.draw());
+  const typed = document.activeElement && document.activeElement.form ? document.activeElement.form : null;
+  const kept = typed ? [...new FormData(typed)] : [];
+  // Who reads the end of an output goes on reading its end.
+  const ends = [...document.querySelectorAll("pre")].filter(
+    node => node.scrollHeight - node.scrollTop - node.clientHeight < 5,
+  );
+  morph(main, fresh);
+  for (const node of ends) node.scrollTop = node.scrollHeight;
+  if (typed) for (const [name, value] of kept) if (typed.elements[name]) typed.elements[name].value = value;
+}
+
+async function refresh(again) {
+  const current = view;
+  if (!current) return;
+  try {
+    await current.load(again);
+    if (current !== view) return;
+    current.ready = true;
+    redraw();
+    if (Date.now() > sayUntil) document.getElementById("live").textContent = "live";
+  } catch (error) {
+    if (current === view)
+      fail(error.token || navigator.onLine ? error : new Error("the server can't be reached"));
+  }
+}
+
+let timer = 0,
+  ticks = 0;
+function later() {
+  clearTimeout(timer);
+  timer = setTimeout(
+    async () => {
+      // Time passes without a commit, too: the rates fall, and a worker may die.
+      if (!document.hidden && !dialog.open) await refresh(++ticks % 5 === 0);
+      later();
+    },
+    view ? view.every : 1000,
+  );
+}
+
+async function show() {
+  const [path, text] = (location.hash.slice(1) || "/").split(/\?(.*)/s);
+  if (path.startsWith("/job/")) view = jobView(decodeURIComponent(path.slice(5)));
+  else if (path === "/jobs") view = jobsView(new URLSearchParams(text || ""));
+  else if (path === "/dead") view = deadView();
+  else view = overview();
+  for (const link of document.querySelectorAll("nav a")) {
+    const current = link.getAttribute("href") === "#" + path;
+    current ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
+  }
+  document.title = view.title + " – queuectl";
+  main.replaceChildren(make("p", {class: "dim"}, "Loading …"));
+  await refresh(true);
+  later();
+}
+
+addEventListener("hashchange", () => {
+  if (location.hash !== "#main") {
+    show();
+    main.focus();
+  }
+});
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) refresh(true);
+});
+show();
+</script>
+</body>
+</html>
+"""
+
+
+@subcommand("web", "show the queue in a browser, until Ctrl-C", """
+queuectl web
+queuectl web --read-only --token-file ~/.queuectl/token
+ssh -L 8437:127.0.0.1:8437 server queuectl web      then open the address that it prints
+""",
+    option("--port N", "listen on this port (default: 8437)", type=whole("--port", 65535),
+           default=8437),
+    option("--host NAME", "listen on this address, and answer to this name (default: 127.0.0.1)",
+           default="127.0.0.1"),
+    option("--read-only", "show the queue, but let nobody change it"),
+    option("--token-file PATH", "read the token from a file, which is made if it is missing"))
+def cmd_web(args: Any) -> int:
+    token = read_token(args.token_file)
+    host = args.host.strip("[]").lower()
+    hosts = {"localhost", "127.0.0.1", "::1", host}
+    try:
+        server = page_server(Site(args.db, token, hosts, args.read_only), (host, args.port))
+    except (OSError, UnicodeError) as error:
+        raise QueueError("can't listen on %s port %d: %s; --port and --host name others"
+                         % (host, args.port, error)) from None
+    if host not in ("localhost", "127.0.0.1", "::1"):
+        complain("this is plain HTTP: others in the network can read the token; put a proxy with "
+                 "TLS before it, or use `ssh -L`")
+    name = "[%s]" % host if ":" in host else host
+    secret = "" if args.token_file else "#token=" + token
+    emit("http://%s:%d/%s" % (name, args.port, secret))
+    sys.stdout.flush()
+    server.serve_forever(0.2)
+    return EXIT_OK
 
 
 # ═══ main ═══ arguments in, exit code out ════════════════════════════════════════════════════

@@ -35,6 +35,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sqlite3
 import stat
 import struct
@@ -45,6 +46,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import urllib.parse
 import warnings
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
@@ -1377,7 +1379,7 @@ def test_output_that_is_too_long_keeps_head_and_tail(tmp_path: Path) -> None:
 
 SECTIONS = (
     *("Vocabulary", "Values", "Platform", "Files", "Schema", "Database", "Store"),
-    *("Runner", "Worker", "Console", "Pool", "Views", "Commands", "main"),
+    *("Runner", "Worker", "Console", "Pool", "Views", "Commands", "Page", "main"),
 )
 
 
@@ -2534,7 +2536,7 @@ def test_a_pool_that_is_a_script_keeps_the_options_of_python(q: Queue) -> None:
     [
         "ulimit -f 200; exec {python} {program}",
         "unset PATH; exec -a python3 {python} {program}",  # which then does not know its own path
-        'exec {python} -c \'import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name="__main__")\' {program}',
+        "exec {python} -c 'import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name=\"__main__\")' {program}",
         "cd gone; rmdir ../gone; exec {python} {program}",
     ],
 )
@@ -6990,7 +6992,7 @@ OLD_JOBS = [
     OldJob(3, "echo one; sleep 2", "completed", "completed", b"one\n"),
     OldJob(3, "echo two; :", "pending", "completed", b"two\n"),
     OldJob(1, "scheduled", "pending", "pending", b""),
-    OldJob(1, "ready", "pending", "completed", b"it's \"hello\"\na second line\n"),
+    OldJob(1, "ready", "pending", "completed", b'it\'s "hello"\na second line\n'),
     OldJob(1, "echo generated", "pending", "completed", b"generated\n"),
     OldJob(1, "cancelled", "cancelled", "cancelled", b""),
     OldJob(2, "gpu-1", "pending", "completed", b"one\n"),
@@ -7082,9 +7084,12 @@ def copy_of(q: Queue, version: int) -> Path:
 def old_runs(q: Queue, version: int) -> Iterator[dict[str, Any]]:
     """The runs of an older database, those of a job in their order."""
     job, run = ("job", "run") if version == 1 else ("runs.id / 16777216", "runs.id % 16777216")
-    yield from select(q, f"""SELECT jobs.id AS name, {run} AS number, attempt, runs.state AS state, runs.exit_code
+    yield from select(
+        q,
+        f"""SELECT jobs.id AS name, {run} AS number, attempt, runs.state AS state, runs.exit_code
         AS exit_code, error, runs.worker AS worker, stdout, stderr FROM runs JOIN jobs ON seq = {job}
-        ORDER BY seq, 2""")
+        ORDER BY seq, 2""",
+    )
 
 
 def name_of(job: Mapping[str, Any]) -> str:
@@ -7524,9 +7529,7 @@ def test_a_database_is_not_migrated_under_live_workers_of_an_older_program(q: Qu
 
     live = registered(q, "workers")
     listed = q.look("worker", "list")
-    assert {worker["name"]: worker["pid"] for worker in listed} == {
-        name: live[name] for name in ("older-1", "older-2")
-    }
+    assert {worker["name"]: worker["pid"] for worker in listed} == {name: live[name] for name in ("older-1", "older-2")}
     assert q.status()["workers"] == 2
     assert {name_of(job): job["state"] for job in q.jobs()} == old_jobs(version, "state")
     assert "no worker serves" not in q("why", "ready").out
@@ -7792,6 +7795,7 @@ except ImportError:  # an archive, without the repository's tools
     Disk = records = None  # type: ignore[assignment,misc]
 LOG = "/queue.db-wal$"
 CUT_SEEDS = (None, 1, 2, 3)  # of power cuts: the most pessimistic one, and some that are as bad as chance will have it
+
 
 def build(folder: Path) -> Path:
     """The library, compiled into `folder`."""
@@ -8459,7 +8463,7 @@ SHELLS = [
     for argv, locale in [(["sh"], "C"), (["bash", "--posix"], "C.UTF-8")]
     if shutil.which(argv[0])
 ]  # fmt: skip
-PRINTER = "p() { printf '%s\\0' \"$#\" \"$@\"; }\n"
+PRINTER = 'p() { printf \'%s\\0\' "$#" "$@"; }\n'
 
 
 @pytest.fixture
@@ -8467,7 +8471,7 @@ def work(tmp_path: Path) -> Path:
     """A folder to run in, with a program `p` beside it."""
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "p"
-    program.write_text("#!/bin/sh\nprintf '%s\\0' \"$#\" \"$@\"\n")
+    program.write_text('#!/bin/sh\nprintf \'%s\\0\' "$#" "$@"\n')
     program.chmod(0o755)
     (tmp_path / "work").mkdir()
     return tmp_path / "work"
@@ -10603,7 +10607,7 @@ def test_a_shell_completes(q: Queue, shell: str) -> None:
     q.load([{"id": name, "command": "true"} for name in ("job-one", "job-two", "$(touch${IFS}pwned)")])
     launcher = q.home / "bin" / "queuectl"
     launcher.parent.mkdir()
-    launcher.write_text("#!/bin/sh\nexec %s \"$@\"\n" % shlex.join(map(str, q.program)))
+    launcher.write_text('#!/bin/sh\nexec %s "$@"\n' % shlex.join(map(str, q.program)))
     launcher.chmod(0o755)
     path = f"{launcher.parent}:{os.environ['PATH']}"
     said = q.run([shell, "-c", ASKING[shell]], env={"PATH": path})
@@ -12289,3 +12293,649 @@ def test_doctor_speaks_of_pauses_dead_jobs_and_a_log_that_grows(q: Queue, monkey
         found = q("doctor", code=1).out
     assert "1 jobs are dead" in found and "dlq list --causes" in found
     assert "queue.db-wal has 0 MiB: it can't be emptied" in found and f"fuser -v {q.db}" in found
+
+
+# =====================================================================================================
+# The page: `queuectl web`, by its API and in a real browser
+# =====================================================================================================
+
+TOKEN = "a-token-of-the-tests"
+
+
+class Web:
+    """A running `queuectl web`, and requests to it, byte for byte."""
+
+    def __init__(self, q: Queue, *options: str) -> None:
+        self.q = q
+        file = q.home / "token"
+        file.write_text(TOKEN + "\n")
+        file.chmod(0o600)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.process = q.start("web", "--port", str(self.port), "--token-file", str(file), *options)
+        wait_for(lambda: self.process.out.endswith("\n") or self.process.ended, what="the address")
+        assert self.process.out == f"http://127.0.0.1:{self.port}/\n", self.process
+
+    def send(self, data: bytes, patience: float = 20) -> bytes:
+        """All that comes back for these bytes."""
+        with socket.create_connection(("127.0.0.1", self.port), patience) as connection:
+            connection.sendall(data)
+            answer = b""
+            with suppress(ConnectionError):
+                while True:
+                    part = connection.recv(1 << 16)
+                    if not part:
+                        break
+                    answer += part
+            return answer
+
+    def ask(self, path: str, method: str = "GET", body: Any = None, **headers: str | None) -> Any:
+        """Status, headers and body of an answer; header names with _ for -."""
+        sent: dict[str, str | None] = {"Host": "localhost", "Authorization": "Bearer " + TOKEN}
+        data = b""
+        if body is not None:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            sent.update({"Content-Type": "application/json", "Content-Length": str(len(data))})
+        sent.update((name.replace("_", "-"), value) for name, value in headers.items())
+        lines = [
+            f"{method} {path} HTTP/1.1",
+            *(f"{name}: {value}" for name, value in sent.items() if value is not None),
+        ]
+        head, _, rest = self.send("\r\n".join([*lines, "", ""]).encode() + data).partition(b"\r\n\r\n")
+        first, *others = head.decode().split("\r\n")
+        found = dict(line.split(": ", 1) for line in others)
+        return int(first.split()[1]), found, rest
+
+    def get(self, path: str, **headers: str | None) -> Any:
+        status, _, body = self.ask(path, **headers)
+        assert status == 200, (status, body)
+        return json.loads(body)
+
+    def post(self, path: str, body: Any) -> Any:
+        """The headers and jobs of a change."""
+        status, headers, answer = self.ask(path, "POST", body)
+        assert status == 200, (status, answer)
+        return headers, json.loads(answer)
+
+
+@pytest.fixture
+def web(q: Queue) -> Web:
+    return Web(q)
+
+
+def test_the_api_has_the_shapes_of_json(q: Queue, web: Web) -> None:
+    q.load([{"id": "a", "command": "echo out; echo err >&2; exit 3", "max_retries": 1},
+            {"id": "b", "command": "true", "after": ["a"]},
+            {"id": "c", "command": "true", "queue": "mail"}])  # fmt: skip
+    q.drain(code=1)
+    q("enqueue", "--id", "d", "--after", "c", "--delay", "1h", "true")
+    assert web.get("/api/jobs") == q.look("list")
+    assert web.get("/api/jobs?state=dead,completed&queue=default") == q.look(
+        "list", "--queue", "default", "--state", "dead,completed"
+    )
+    assert [job["id"] for job in web.get("/api/jobs?grep=exit")] == ["a"]
+    assert [job["id"] for job in web.get("/api/jobs?error=exit%20code")] == ["a"]
+    assert web.get("/api/jobs?since=1h&before=1h") == []
+    shown, wanted = web.get("/api/jobs/a"), q.look("show", "a")
+    for name in wanted:
+        if name != "runs":
+            assert shown[name] == wanted[name]
+    assert [(run["run"], run["state"]) for run in shown["runs"]] == [(1, "failed")]
+    assert "died" in shown["why"][0] and shown["awaited_by"] == []
+    assert web.get("/api/jobs/d")["awaits"] == []
+    (run,) = web.get("/api/jobs/a/logs")
+    assert (run["stdout"], run["stderr"], run["exit_code"]) == ("out\n", "err\n", 3)
+    assert web.get("/api/jobs/a/logs?run=7") == []
+    status, wanted = web.get("/api/status"), q.look("status")
+    assert status["jobs"] == wanted["jobs"] and set(wanted) <= set(status) and not status["read_only"]
+    assert any("dlq list" in line for line in status["hold_ups"])
+    (cause,) = web.get("/api/dlq/causes")
+    assert (cause["cause"], cause["count"], cause["after"], cause["job"]) == ("exit code 3: err", 1, 1, "a")
+    assert web.get("/api/queues") == q.look("queue", "list") and web.get("/api/workers") == []
+    assert web.get("/api/stats?by=queue") == q.look("stats", "--by", "queue")
+    assert web.get("/api/stats?by=minute")[0]["runs"] == 2
+    status, headers, body = web.ask("/metrics")
+    assert status == 200 and headers["Content-Type"].startswith("text/plain") and b"queuectl_jobs{" in body
+
+
+def test_a_list_is_paged_by_place(q: Queue, web: Web) -> None:
+    q.load(["true"] * 7)
+    _status, headers, body = web.ask("/api/jobs?limit=3")
+    first = [job["id"] for job in json.loads(body)]
+    assert (headers["X-Next"], headers["X-Last"], headers["X-Total"]) == ("5", "7", "7")
+    q.add("true")
+    again = json.loads(web.ask("/api/jobs?limit=3&place=8")[2])
+    assert [job["id"] for job in again] == first  # what came in since does not move it
+    older = web.get("/api/jobs?limit=3&before=5")
+    assert [job["id"] for job in older] == [job["id"] for job in q.jobs()][1:4]
+    assert web.ask("/api/jobs?limit=3&before=2")[1]["X-Next"] == "0"
+
+
+def test_a_search_stops_and_says_where(monkeypatch: Any, store: Any) -> None:
+    for _ in range(30):
+        put(store)
+    monkeypatch.setattr(queuectl, "SEARCH_STEP", 10)
+    monkeypatch.setattr(queuectl, "SEARCH_TIME", -1.0)
+    assert queuectl.search(store, queuectl.Selection(grep="no such"), 31, 5) == ([], 31)
+    monkeypatch.setattr(queuectl, "SEARCH_TIME", 60.0)
+    assert queuectl.search(store, queuectl.Selection(grep="no such"), 31, 5) == ([], 0)
+    found, left = queuectl.search(store, queuectl.Selection(grep="true"), 31, 25)
+    assert [job["seq"] for job in found] == list(range(6, 31)) and left == 6
+
+
+def test_nothing_is_sent_twice(q: Queue, web: Web) -> None:
+    q.add("true")
+    wait_for(lambda: "ETag" in web.ask("/api/jobs")[1])
+    tag = web.ask("/api/jobs")[1]["ETag"]
+    assert web.ask("/api/jobs", If_None_Match=tag)[0] == 304
+    q.add("true")
+    assert web.ask("/api/jobs", If_None_Match=tag)[0] == 200
+
+
+def test_the_page_changes_what_it_asked_about(q: Queue, web: Web) -> None:
+    q.load([{"id": name, "command": "exit 3", "max_retries": 1} for name in "abc"])
+    q.drain(code=1)
+    headers, jobs = web.post("/api/retry", {"state": "dead", "dry_run": True})
+    assert headers["X-Count"] == "3" and q.counts() == {"dead": 3}
+    q("retry", "a")
+    q.load([{"id": "d", "command": "exit 3", "max_retries": 1}])
+    q.drain(code=1)  # `a` is as dead as before, but not unchanged; `d` came later
+    asked = json.loads(headers["X-Asked"])
+    headers, jobs = web.post("/api/retry", {"state": "dead", "asked": asked})
+    assert headers["X-Count"] == "2" and [job["id"] for job in jobs] == ["b", "c"]
+    assert q.states() == {"a": "dead", "b": "pending", "c": "pending", "d": "dead"}
+    headers, jobs = web.post("/api/cancel", {"ids": ["b"]})
+    assert [(job["id"], job["state"]) for job in jobs] == [("b", "cancelled")]
+    (cause,) = web.get("/api/dlq/causes")
+    assert web.post("/api/delete", {"cause": cause["cause"]})[0]["X-Count"] == "2"
+    assert [job["id"] for job in web.post("/api/delete", {"ids": ["b"]})[1]] == ["b"]
+    assert q.states() == {"c": "pending"}
+    (queue,) = web.post("/api/queues/default/pause", {})[1]
+    assert queue["paused"] and q.look("queue", "list")[0]["paused"]
+    assert not web.post("/api/queues/default/resume", {})[1][0]["paused"]
+
+
+def test_a_running_job_is_cancelled_and_dependents_are_retried(q: Queue, web: Web) -> None:
+    q.add(HANG, "--id", "a")
+    q.add("true", "--id", "b", "--after", "a")
+    pool = q.pool()
+    q.wait_file("started")
+    (run,) = web.get("/api/jobs/a/logs")
+    assert run["state"] == "processing" and web.get("/api/workers")[0]["job"] == "a"
+    web.post("/api/cancel", {"ids": ["a"]})
+    q.wait_state("b", "cancelled")
+    pool.stop()
+    _headers, jobs = web.post("/api/retry", {"ids": ["a"], "with_dependents": True})
+    assert [job["id"] for job in jobs] == ["a", "b"] and q.counts() == {"pending": 2}
+
+
+@pytest.mark.parametrize("path", ["/api/retry", "/api/delete", "/api/cancel", "/api/queues/default/pause"])
+def test_a_page_that_only_reads(q: Queue, path: str) -> None:
+    q.add("true", "--id", "a")
+    web = Web(q, "--read-only")
+    assert web.get("/api/status")["read_only"] is True
+    status, _, body = web.ask(path, "POST", {"ids": ["a"]})
+    assert status == 403 and b"only reads" in body and q.counts() == {"pending": 1}
+
+
+CALLERS: Any = [
+    ({"Authorization": None}, 401),
+    ({"Authorization": "Bearer wrong"}, 401),
+    ({"Authorization": "Basic " + TOKEN}, 401),
+    ({"Authorization": "Bearer "}, 401), ({"Host": "evil.example"}, 403), ({"Host": None}, 403),
+    ({"Host": "localhost.evil.example"}, 403), ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
+    ({"Host": "127.0.0.1:9000"}, 200), ({"Host": "[::1]:80", "Origin": "http://localhost:9000"}, 200),
+]  # fmt: skip
+
+
+def test_who_may_ask(web: Web) -> None:
+    for change, status in CALLERS:
+        found, headers, body = web.ask(
+            "/api/status", **{name.replace("-", "_"): value for name, value in change.items()}
+        )
+        assert found == status and (status != 401 or headers["WWW-Authenticate"] == "Bearer")
+        assert status == 200 or set(json.loads(body)) == {"error"}
+
+
+BAD_REQUESTS: Any = [
+    ("PUT", "/api/status", None, 405), ("DELETE", "/api/jobs/a", None, 405), ("POST", "/api/status", {}, 405),
+    ("GET", "/api/retry", None, 405), ("GET", "/api/enqueue", None, 404), ("POST", "/api/enqueue", {}, 404),
+    ("GET", "/etc/passwd", None, 404),
+    ("GET", "/api/jobs/nope", None, 404),
+    ("GET", "/api/jobs?limit=0", None, 400),
+    ("GET", "/api/jobs?limit=x", None, 400),
+    ("GET", "/api/jobs?state=odd", None, 400),
+    ("GET", "/api/jobs?since=1", None, 400),
+    ("GET", "/api/stats?by=year", None, 400),
+    ("POST", "/api/retry", {}, 400),
+    ("POST", "/api/retry", b"nonsense", 400),
+    ("POST", "/api/retry", [], 400),
+    ("POST", "/api/retry", {"command": "id"}, 400),
+    ("POST", "/api/retry", {"ids": [5]}, 400),
+    ("POST", "/api/retry", {"ids": "a"}, 400),
+    ("POST", "/api/retry", {"all": 1}, 400),
+    ("POST", "/api/retry", {"all": True, "asked": ["x"]}, 400),
+    ("POST", "/api/retry", b"[" * 60000, 400),
+    ("POST", "/api/queues/a,b/pause", {}, 400),
+    ("POST", "/api/retry", b"x" * 70000, 413),
+    ("GET", "/api/jobs/a/logs?run=x", None, 400), ("GET", "/" + "a" * 20000, None, 431),
+]  # fmt: skip
+
+
+def test_bad_requests_are_refused(q: Queue, web: Web) -> None:
+    q.add("true", "--id", "a")
+    for method, path, body, status in BAD_REQUESTS:
+        found, _, answer = web.ask(path, method, body)
+        assert found == status and b"Traceback" not in answer and set(json.loads(answer)) == {"error"}
+        assert not web.process.err and q.counts() == {"pending": 1}
+
+
+MALFORMED: Any = [
+    (b"\r\n\r\n", b""), (b"nonsense\r\n\r\n", b"400"), (b"GET / HTTP/9.9\r\n\r\n", b"505"),
+    (b"POST /api/retry HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"411"),
+    (b"POST /api/retry HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", b"411"),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"431"),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 70000, b"431"),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGET /api/status HTTP/1.1\r\nHost: localhost\r\n\r\n", b"200"),
+]  # fmt: skip
+
+
+def test_malformed_requests(web: Web) -> None:
+    for data, status in MALFORMED:
+        answer = web.send(data)
+        assert answer.split(b"\r\n")[0].split(b" ")[1:2] == ([status] if status else []) or answer.startswith(b"{")
+        assert answer.count(b"HTTP/1.") <= 1  # a second request behind it is never read
+        assert web.ask("/api/status")[0] == 200 and not web.process.err
+
+
+def test_the_page_itself_holds_no_data(q: Queue, web: Web) -> None:
+    q.add("true", "--id", "secret-job")
+    status, headers, body = web.ask("/", Authorization=None)
+    assert status == 200 and b"secret-job" not in body and len(body) < 40 * 1024 and TOKEN.encode() not in body
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert (headers["Cache-Control"], headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == (
+        "no-store", "nosniff", "no-referrer")  # fmt: skip
+    assert not re.search(rb"(src|href)=.https?:", body) and b"innerHTML" not in body
+    status, headers, body = web.ask("/", "HEAD", Authorization=None)
+    assert status == 200 and body == b"" and int(headers["Content-Length"]) > 1000
+
+
+def test_slow_clients_hold_up_nobody(web: Web) -> None:
+    slow = []
+    for number in range(200):
+        connection = socket.create_connection(("127.0.0.1", web.port), 5)
+        connection.sendall(b"GET /api/status HTTP/1.1\r\nHost: loc" if number % 2 else b"G")
+        slow.append(connection)
+    assert web.ask("/api/status")[0] == 200
+    wait_for(lambda: len(os.listdir(f"/proc/{web.process.process.pid}/task")) <= 66, what="an end of old connections")
+    for connection in slow:
+        connection.close()
+    assert web.ask("/api/status")[0] == 200 and not web.process.err
+
+
+def test_a_request_has_a_limit_of_time(monkeypatch: Any) -> None:
+    monkeypatch.setattr(queuectl, "REQUEST_TIME", 0.3)
+    here, there = socket.socketpair()
+    end = time.monotonic() + queuectl.REQUEST_TIME
+    stop = threading.Event()
+
+    def drip() -> None:
+        with suppress(OSError):
+            while not stop.wait(0.05):
+                there.sendall(b"x")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    try:
+        with pytest.raises(OSError):
+            queuectl.read_head(here, end)
+    finally:
+        stop.set()
+        thread.join()
+        here.close()
+        there.close()
+
+
+def test_a_page_ends_at_once(web: Web) -> None:
+    web.process.signal(signal.SIGTERM)
+    assert web.process.wait(5) == -signal.SIGTERM
+
+
+def test_a_page_while_the_database_is_locked_or_gone(q: Queue, web: Web) -> None:
+    q.add("true", "--id", "a")
+    foreign = sqlite3.connect(str(q.db), isolation_level=None)
+    foreign.execute("BEGIN IMMEDIATE")
+    assert web.ask("/api/status")[0] == 200
+    foreign.execute("ROLLBACK")
+    foreign.close()
+    assert [job["id"] for job in web.get("/api/jobs")] == ["a"]
+    for path in [q.db, *q.db.parent.glob("queue.db*")]:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    assert web.get("/api/jobs") == [] and not q.db.exists()
+    assert web.ask("/api/retry", "POST", {"ids": ["a"]})[0] in (404, 409)
+
+
+def test_the_token_file(q: Queue) -> None:
+    path = q.home / "new-token"
+    token = queuectl.read_token(str(path))
+    assert len(token) == 32 and stat.S_IMODE(path.stat().st_mode) == 0o600 and queuectl.read_token(str(path)) == token
+    path.write_text("short")
+    with pytest.raises(queuectl.QueueError, match="too short"):
+        queuectl.read_token(str(path))
+    path.chmod(0o640)
+    with pytest.raises(queuectl.QueueError, match="chmod 600"):
+        queuectl.read_token(str(path))
+    assert "can't listen" in q.fails("web", "--host", "no.such.host.invalid").err
+
+
+def test_the_address_carries_the_token_in_its_fragment(q: Queue) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    web = q.start("web", "--port", port, "--host", "0.0.0.0")
+    wait_for(lambda: web.out.endswith("\n"))
+    assert re.fullmatch(rf"http://0\.0\.0\.0:{port}/#token=[\w-]{{32}}\n", web.out) and "plain HTTP" in web.err
+    web.signal(signal.SIGINT)
+    assert web.wait() == 130 and "Traceback" not in web.err
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Browser:
+    """A headless Chromium, driven by its DevTools protocol over a pipe: JSON texts that end with NUL."""
+
+    def __init__(self, folder: Path) -> None:
+        assert CHROMIUM
+        to_read, self.write_end = os.pipe()
+        self.read_end, to_write = os.pipe()
+
+        def hand_over() -> None:
+            for fd, number in ((os.dup(to_read), 3), (os.dup(to_write), 4)):
+                os.dup2(fd, number)
+
+        self.process = subprocess.Popen(
+            [
+                CHROMIUM,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--remote-debugging-pipe",
+                "--no-first-run",
+                "--disable-dev-shm-usage",
+                "--disable-extensions",
+                f"--user-data-dir={folder}",
+                "about:blank",
+            ],
+            close_fds=False,
+            preexec_fn=hand_over,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_read)
+        os.close(to_write)
+        self.buffer, self.number, self.session, self.events = b"", 0, None, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(domain + ".enable")
+
+    def call(self, method: str, **values: Any) -> Any:
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": values}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.write_end, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.receive()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, (method, answer["error"])
+                return answer["result"]
+
+    def receive(self) -> Any:
+        while b"\0" not in self.buffer:
+            data = os.read(self.read_end, 1 << 20)
+            assert data, "the browser has ended"
+            self.buffer += data
+        text, _, self.buffer = self.buffer.partition(b"\0")
+        message = json.loads(text)
+        if "method" in message:
+            self.events.append(message)
+        return message
+
+    def js(self, script: str) -> Any:
+        """The value of a script; it may be a promise."""
+        result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def until(self, script: str, what: str = "") -> Any:
+        end = time.monotonic() + 15
+        while time.monotonic() < end:
+            value = self.js(script)
+            if value:
+                return value
+            time.sleep(0.05)
+        raise AssertionError(f"never true: {what or script}\n" + self.js("document.body.innerText"))
+
+    def key(self, name: str, text: str = "") -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=name,
+                code=name,
+                text=text if kind == "keyDown" else "",
+                windowsVirtualKeyCode={"Enter": 13, "Tab": 9, "Escape": 27, " ": 32}.get(name, 0),
+            )
+
+    def size(self, width: int, height: int = 900, scheme: str = "light") -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def shot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.write_end)
+        os.close(self.read_end)
+
+
+HOSTILE = [
+    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "javascript:alert(1)", "\u202egnp.exe",
+    "x" * 10000, "{{7*7}}", "</pre><b>",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: Any) -> Iterator[Browser]:
+    if not CHROMIUM:
+        print("skipped: there is no Chromium here to look at the page with")
+        pytest.skip("there is no Chromium here")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, q: Queue) -> Iterator[tuple[Browser, Web]]:
+    """The page of a queue with some of everything, open in a browser."""
+    q.load([{"command": "echo " + shlex.quote(text), "id": "h%d" % number} for number, text in enumerate(HOSTILE)])
+    q.load([{"id": "<b>&\"'", "command": "echo '<script>alert(2)</script>' >&2; exit 3", "max_retries": 1},
+            {"id": "bad2", "command": "echo '<script>alert(2)</script>' >&2; exit 3", "max_retries": 1},
+            {"id": "kid", "command": "true", "after": ["bad2"]}])  # fmt: skip
+    q.drain(code=1)
+    q.add("true", "--id", "waits", "--queue", "a&b=c#d")
+    web = Web(q)
+    browser.size(1024)
+    browser.events.clear()
+    browser.call("Page.navigate", url="about:blank")
+    browser.call("Page.navigate", url=f"http://127.0.0.1:{web.port}/#token={TOKEN}")
+    browser.until(
+        "document.querySelector('h1')?.innerText == 'Overview' && document.querySelectorAll('section').length > 4"
+    )
+    yield browser, web
+    browser.js("sessionStorage.clear()")
+    shown = [
+        event
+        for event in browser.events
+        if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+    ]
+    assert not shown, shown
+    urls = {
+        event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"
+    }
+    foreign = [url for url in urls if not url.startswith((f"http://127.0.0.1:{web.port}/", "data:", "about:"))]
+    assert not foreign, foreign
+
+
+def go(browser: Browser, view: str, text: str) -> None:
+    browser.js(f"location.hash = {json.dumps(view)}")
+    browser.until(f"document.querySelector('main').innerText.includes({json.dumps(text)})", text)
+
+
+def click(browser: Browser, name: str) -> None:
+    """Click the button with this name, as a person sees it."""
+    browser.until(
+        "[...document.querySelectorAll('button')].some("
+        "node => node.innerText == %s && !node.disabled && (node.click(), true))" % json.dumps(name),
+        name,
+    )
+
+
+def test_the_views_of_the_page(page: tuple[Browser, Web]) -> None:
+    browser, _web = page
+    assert browser.js("location.hash") == "#/" and browser.js("sessionStorage.getItem('token')") == TOKEN
+    text = browser.js("document.querySelector('main').innerText")
+    assert "dlq list" in text and "a&b=c#d" in text and "No workers are running." in text and "9 runs" in text
+    go(browser, "#/jobs", "Jobs")
+    browser.until("document.querySelectorAll('tbody tr').length == 11")
+    assert browser.js("document.querySelectorAll('main img, main script, main b').length") == 0
+    go(browser, "#/jobs?state=dead&error=alert", "bad2")
+    browser.until("document.querySelectorAll('tbody tr').length == 2")
+    assert "list --state dead --error alert" in browser.js("document.querySelector('main code').innerText")
+    go(browser, "#/job/" + urllib.parse.quote("<b>&\"'", safe=""), "Run 1, attempt 1")
+    browser.until("document.querySelector('pre')?.innerText.includes('<script>alert(2)</script>')")
+    go(browser, "#/job/h3", "\\u202egnp.exe")
+    go(browser, "#/job/kid", "bad2")
+    go(browser, "#/dead", "2 jobs and 1 after them: exit code 3")
+    for width in (390, 1024, 1600):
+        for scheme in ("light", "dark"):
+            browser.size(width, scheme=scheme)
+            for view, wanted in (("#/", "Overview"), ("#/jobs", "Jobs"), ("#/job/h4", "Fields"), ("#/dead", "2 jobs")):
+                go(browser, view, wanted)
+                browser.until("document.querySelector('main').innerText.length > 60")
+                assert browser.js("document.documentElement.scrollWidth <= innerWidth"), (width, view)
+                assert browser.js(CONTRAST) == [], (scheme, view)
+
+
+# Texts whose contrast is below 4.5 to 1 (WCAG AA), and controls without a name.
+CONTRAST = """(() => {
+    const light = color => { const [r, g, b] = color.match(/[\\d.]+/g).map(part => { const c = part / 255;
+        return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; });
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+    const back = node => { for (; node; node = node.parentElement) {
+        const color = getComputedStyle(node).backgroundColor;
+        if (!/, 0\\)$|transparent/.test(color)) return color; } return "rgb(255, 255, 255)"; };
+    const bad = [];
+    for (const node of document.querySelectorAll("body *")) {
+        if (![...node.childNodes].some(child => child.nodeType == 3 && child.data.trim())) continue;
+        if (!node.getClientRects().length) continue;
+        if (["SCRIPT", "STYLE", "NOSCRIPT"].includes(node.tagName) || node.closest("button:disabled, .gone")) continue;
+        const [one, two] = [light(getComputedStyle(node).color), light(back(node))].sort((a, b) => b - a);
+        if ((one + 0.05) / (two + 0.05) < 4.5) bad.push(node.tagName + ": " + node.innerText.slice(0, 40));
+    }
+    for (const node of document.querySelectorAll("button, input, select, a, table, [role=img], pre"))
+        if (!(node.innerText || node.labels?.[0]?.innerText || node.getAttribute("aria-label") || node.caption))
+            bad.push(node.outerHTML.slice(0, 80));
+    return bad;
+})()"""
+
+
+def test_actions_by_clicking_and_by_keyboard(page: tuple[Browser, Web]) -> None:
+    browser, web = page
+    q = web.q
+    go(browser, "#/jobs?state=dead", "bad2")
+    browser.js("document.querySelector('[aria-label=\"Select bad2\"]').click()")
+    click(browser, "retry 1 selected")
+    assert "retry bad2" in browser.until("document.querySelector('dialog[open] pre')?.innerText")
+    browser.key("Escape")
+    browser.until("!document.querySelector('dialog[open]')")
+    assert q.state("bad2") == "dead"
+    click(browser, "retry 1 selected")
+    browser.until("!!document.querySelector('dialog[open]')")
+    browser.key("Tab")
+    browser.until("document.activeElement.innerText == 'Yes, retry' || document.activeElement.innerText == 'No'")
+    browser.js("[...document.querySelectorAll('dialog button')].at(-1).focus()")
+    browser.key("Enter", "\r")
+    q.wait_state("bad2", "pending")
+    browser.until("document.getElementById('live').innerText.includes('retry: 1 job')")
+    assert browser.js("location.hash") == "#/jobs?state=dead"  # the filter is kept
+    browser.until(
+        "document.querySelector('tr.gone')?.innerText.includes('bad2')"
+    )  # it left the view, but not its place
+    go(browser, "#/jobs?queue=a%26b%3Dc%23d", "waits")
+    click(browser, "cancel all that match")
+    assert "cancel --queue 'a&b=c#d'" in browser.until("document.querySelector('dialog[open] pre')?.innerText")
+    click(browser, "Yes, cancel")
+    q.wait_state("waits", "cancelled")
+    go(browser, "#/", "Queues")
+    browser.js("document.querySelector('[aria-label=\"pause default\"]').click()")
+    wait_for(lambda: any(queue["name"] == "default" and queue["paused"] for queue in q.look("queue", "list")))
+    browser.js("[...document.querySelectorAll('button')].find(node => node.ariaLabel == 'resume default')?.click()")
+    go(browser, "#/dead", "1 job")
+    for left in (1, 0):  # one died by itself, one because of a job that was retried since
+        click(browser, "delete these")
+        click(browser, "Yes, delete")
+        browser.until(f"document.querySelectorAll('main section').length == {left}")
+    browser.until("document.querySelector('main').innerText.includes('No job is dead.')")
+
+
+def test_the_page_is_live_and_keeps_the_readers_place(page: tuple[Browser, Web]) -> None:
+    browser, web = page
+    q = web.q
+    q.load(["true"] * 60)
+    go(browser, "#/jobs", "Older jobs")
+    browser.until("document.querySelectorAll('tbody tr').length == 50")
+    click(browser, "Older jobs")
+    browser.until("document.querySelectorAll('tbody tr').length == 71")
+    first = browser.js("document.querySelector('tbody a').innerText")
+    browser.js("scrollTo(0, 400); document.querySelector('input[name=grep]').focus({preventScroll: true})")
+    browser.js("document.querySelector('input[name=grep]').value = 'typed'")
+    q.add("true", "--id", "newer")
+    browser.until("document.querySelector('main').innerText.includes('Newer jobs have come')")
+    assert browser.js("[document.querySelector('tbody a').innerText, scrollY]") == [first, 400]
+    assert browser.js("document.activeElement.name + document.activeElement.value") == "greptyped"
+    click(browser, "Newer jobs have come: show them")
+    browser.until("document.querySelector('tbody a')?.innerText == 'newer'")
+    q.add("echo begun; until [ -e go ]; do sleep 0.02; done; echo finished", "--id", "runs", "--priority", "0")
+    pool = q.pool()
+    go(browser, "#/job/runs", "begun")
+    q.touch("go")
+    browser.until(
+        "document.querySelector('pre')?.innerText.includes('finished') && "
+        "document.querySelector('h1').innerText.includes('completed')"
+    )
+    pool.stop()
+
+
+def test_a_view_without_a_token_asks_for_it(browser: Browser, q: Queue) -> None:
+    q.add("true", "--id", "a")
+    web = Web(q, "--read-only")
+    browser.call("Page.navigate", url="about:blank")
+    browser.call("Page.navigate", url=f"http://127.0.0.1:{web.port}/#/jobs")
+    browser.until("!!document.querySelector('input[type=password]')")
+    assert browser.js("location.hash") == "#/jobs"
+    browser.js(f"document.querySelector('input').value = '{TOKEN}'; document.querySelector('form button').click()")
+    browser.until("document.querySelector('tbody')?.innerText.includes('true')")
+    assert browser.js("sessionStorage.getItem('token')") == TOKEN
+    go(browser, "#/", "Queues")
+    go(browser, "#/jobs", "true")
+    assert browser.js("document.querySelectorAll('.actions button').length") == 0
+    browser.js("sessionStorage.clear()")
