@@ -10666,14 +10666,16 @@ def cmd_completion(args: Any) -> None:
 MOST_HEAD, MOST_BODY = 16 << 10, 64 << 10  # bytes of a request
 REQUEST_TIME = 10.0  # seconds for a whole request to arrive, and for its answer to be taken
 MOST_CONNECTIONS = 64
+KEEP_TIME, MOST_KEPT = 0.5, 100  # seconds; replies
 SEARCH_TIME = 0.1  # seconds that a list is searched before the reader must say "search on"
 SEARCH_STEP = 10_000  # jobs between two looks at the clock
 MOST_LISTED, MOST_CAUSES = 1000, 5000  # jobs
 SHOWN_LENGTH = 500  # characters of a command or an error in a list
 SHOWN_OUTPUT = 64 << 10  # bytes
 
-# What the page serves: its database, its token, the names it may be called by.
-Site = namedtuple("Site", "db token hosts read_only")
+# What the page serves: its database, its token, the names it may be called by, and `kept`: replies
+# of the last moment by their targets, so that ten open pages cost what one does.
+Site = namedtuple("Site", "db token hosts read_only kept")
 # `value` is JSON, text or bytes; `headers` are added to those that every reply has.
 Reply = namedtuple("Reply", "value headers status kind", defaults=({}, 200, "application/json"))
 
@@ -10942,7 +10944,7 @@ def with_store(site: Site, stamp: str, writes: bool, call: Callable[..., Reply],
     """Call a function of ROUTES with a store that is open for this call only."""
     store = Store(site.db, reading=not writes)
     try:
-        reply = call(site, store, values, *names)
+        reply: Reply = call(site, store, values, *names)
     finally:
         store.close()
     if stamp and "X-Live" not in reply.headers:
@@ -10986,8 +10988,16 @@ def route(site: Site, method: str, target: str, headers: Any, body: bytes) -> Re
     stamp = stamp_of(site.db)
     if way == "GET" and stamp and stamp == headers.get("If-None-Match"):
         return Reply(b"", status=304)
+    until, kept = site.kept.get(target, (0.0, None))
+    if way == "GET" and kept and monotonic() < until:
+        return kept  # type: ignore[no-any-return]
     values = page_values(site, way, query, headers, body)
-    return with_store(site, stamp, way == "POST", call, values, map(unquote, match.groups()))
+    reply = with_store(site, stamp, way == "POST", call, values, map(unquote, match.groups()))
+    if way == "POST" or len(site.kept) > MOST_KEPT:
+        site.kept.clear()
+    if way == "GET":
+        site.kept[target] = monotonic() + KEEP_TIME, reply
+    return reply
 
 
 # Requests and connections.
@@ -12106,11 +12116,12 @@ ssh -L 8437:127.0.0.1:8437 server queuectl web      then open the address that i
     option("--read-only", "show the queue, but let nobody change it"),
     option("--token-file PATH", "read the token from a file, which is made if it is missing"))
 def cmd_web(args: Any) -> int:
+    start_compiled()
     token = read_token(args.token_file)
     host = args.host.strip("[]").lower()
     hosts = {"localhost", "127.0.0.1", "::1", host}
     try:
-        server = page_server(Site(args.db, token, hosts, args.read_only), (host, args.port))
+        server = page_server(Site(args.db, token, hosts, args.read_only, {}), (host, args.port))
     except (OSError, UnicodeError) as error:
         raise QueueError("can't listen on %s port %d: %s; --port and --host name others"
                          % (host, args.port, error)) from None
