@@ -41,7 +41,7 @@ locks, bells, the output of current runs, the locks of recovery and of sweeping)
 Contents, in reading order; a section calls only those above it:
 
     Vocabulary   states, the fields of a job, exit codes, errors, settings and limits
-    Values       durations, times, backoff, checks of job input: pure functions
+    Values       durations, times, backoff, checks of job input, crontab's times: pure functions
     Platform     processes, signals, locks, bells and the disk; POSIX and Windows
     Files        files beside the database: paths, bells, life files, output of live runs
     Schema       the tables, their migrations, and statements that several functions use
@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     Names = Sequence[str]  # of queues, states, files or columns
     Tell = Callable[[str], None]
     Lines = Iterator[tuple[int, str]]  # the number of each line, and its text
+    Zone = Callable[[int], int]  # see next_cron
     # The jobs given to a command, each behind its line number.
     Given = Iterator[tuple[int, str | Row]]
 
@@ -179,6 +180,7 @@ SETTINGS: Row = {name: limit.default for name, limit in LIMITS.items()}
 RUN_OUTPUT = 64 * 1024 * 1024
 LIMITS.update(
     delay=Limit("duration", 0, CENTURY),
+    every=Limit("duration", 1, CENTURY),
     dead_on=Limit("whole number", 1, 2**32 - 1),  # exit codes; Windows has long ones
 )
 
@@ -236,7 +238,7 @@ RunResult = namedtuple("RunResult", "job ending exit_code error finished_at seco
 Selection = namedtuple("Selection", "states queues grep error since before first",
                        defaults=((), (), None, None, None, None, None))
 
-# ═══ Values ═══ durations, times, backoff, checks of job input: pure functions ═══════════════
+# ═══ Values ═══ durations, times, backoff, checks of job input, crontab's times: pure functions ═
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Each pattern is compiled when it is first needed: at every start it would cost a millisecond.
@@ -309,6 +311,12 @@ start           worker start
 stop            worker stop
 tail            logs --follow
 top             status --watch
+schedules       schedule list
+cron            schedule list
+schedule ls     schedule list
+schedule add    schedule set
+schedule rm     schedule delete
+schedule remove schedule delete
 job_timeout     timeout_seconds
 --command       COMMAND
 --concurrency   -j
@@ -410,6 +418,7 @@ class Delayed(int):
     """A time that the user gave as a delay from now."""
 
 
+NEVER = 1 << 62
 LAST_TIME = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 
 
@@ -1041,6 +1050,170 @@ def read_object(text: str) -> Row:
             "shell command that begins with {; in a file write `{ `" % (problem, shown))
     return bare
 
+# When a schedule runs. A text as in crontab(5) has five fields. Moments are seconds since the
+# epoch. What a wall clock shows is also counted in seconds, since it showed 1970-01-01 00:00. A zone is a
+# function: for a moment it returns how many seconds the wall clock is ahead of UTC.
+
+SECONDS_OF_DAY = 86400
+CRON_FIELDS: Any = (
+    ("minute", 0, 59), ("hour", 0, 23), ("day of month", 1, 31),
+    ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+    ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
+CRON_WORDS = {
+    "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *"}
+# The longest time between two matching dates: a February 29 that is a Sunday comes after 40 years
+# where the century year between them (2100) has no February 29.
+LONGEST_GAP = 41 * 366  # days
+
+# What the fields of a text allow. `both`: day of month and day of week must both match, because one
+# of them begins with `*`; otherwise one of them is enough. `elapsed`: minute or hour has a `*` or a
+# step, so the schedule follows elapsed time and runs in both hours when one comes twice.
+Cron = namedtuple("Cron", "minutes hours days months weekdays both elapsed")
+
+
+def _cron_part(text: str, low: int, high: int) -> range:
+    """Return the numbers that `*`, `5`, `1-5` or `*/15` stands for; ValueError for anything else.
+
+    As in Vixie cron a step needs a range or `*` before it.
+    """
+    match = re.fullmatch(r"(\d+)|(?:\*|(\d+)-(\d+))(?:/(\d+))?", text, re.ASCII)
+    if match is None:
+        raise ValueError(text)
+    single, first, last, step = match.groups()
+    start, end = int(single or first or low), int(single or last or high)
+    if high == 7 and last == "0":  # sat-sun
+        end = 7
+    if not low <= start <= end <= high:
+        raise ValueError(text)
+    return range(start, end + 1, int(step or 1))
+
+
+def _cron_field(text: str, name: str, low: int, high: int, names: str = "") -> set[int]:
+    """Return the numbers that a field allows; raises UsageError if it can't be understood."""
+    try:
+        plain = re.sub(r"\b[a-z]+\b", lambda word: str(names.split().index(word[0]) + low),
+                       text.lower())
+        return {number for part in plain.split(",") for number in _cron_part(part, low, high)}
+    except ValueError:
+        raise UsageError("--cron: the %s can't be %s; it is *, %d, %d-%d, */2, %d-%d/2, or a list "
+                         "of these" % (name, quoted(text), low, low, high, low, high)) from None
+
+
+def walls(cron: Any, after: int) -> Iterator[int]:
+    """Yield the matching times of a wall clock that are later than `after`, in order."""
+    first = after // SECONDS_OF_DAY
+    for day in range(first, first + LONGEST_GAP):
+        midnight = day * SECONDS_OF_DAY
+        date = time.gmtime(midnight)
+        weekdays = (date.tm_wday + 1) % 7, date.tm_wday + 1  # Sunday is 0 and 7
+        found = date.tm_mday in cron.days, not set(weekdays).isdisjoint(cron.weekdays)
+        if sum(found) <= cron.both or date.tm_mon not in cron.months:
+            continue
+        for hour in cron.hours:
+            for minute in cron.minutes:
+                wall = midnight + hour * 3600 + minute * 60
+                if wall > after:
+                    yield wall
+
+
+@lru_cache(1000)
+def cron_of(text: str) -> Any:
+    """Return the Cron of a text; raises UsageError if it is none, or if no date matches it."""
+    words = CRON_WORDS.get(text.lower(), text).split()
+    if len(words) != 5:
+        raise UsageError(
+            "--cron must be five fields in quotes, such as '30 2 * * 1-5' (minute, hour, day of "
+            "month, month, day of week), or one of %s, not %s"
+            % (", ".join(CRON_WORDS), quoted(text)))
+    fields = [_cron_field(word, *field) for word, field in zip(words, CRON_FIELDS)]
+    both = "*" in (words[2][0], words[4][0])
+    elapsed = not {"*", "/"}.isdisjoint(words[0] + words[1])
+    cron = Cron._make((*map(sorted, fields), both, elapsed))
+    if next(walls(cron, 0), None) is None:
+        raise UsageError("--cron: %s never comes: there is no such date" % quoted(text))
+    return cron
+
+
+def moments_of(wall: int, zone: Zone) -> list[int]:
+    """Return the moments at which a wall clock shows `wall`.
+
+    There are two if the clock is set back over it, and none if the clock is set forward over it.
+    """
+    moments = {wall - zone(wall + day) for day in (-SECONDS_OF_DAY, SECONDS_OF_DAY)}
+    return sorted(moment for moment in moments if moment + zone(moment) == wall)
+
+
+def first_where(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """Return the lowest number for which `holds` is true; from there on it must be true."""
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def end_of_gap(wall: int, zone: Zone) -> int:
+    """Return the moment at which a wall clock is set forward over `wall`."""
+    low, high = sorted(wall - zone(wall + day) for day in (-SECONDS_OF_DAY, SECONDS_OF_DAY))
+    return first_where(low, high, lambda moment: moment + zone(moment) >= wall)
+
+
+def next_cron(cron: Any, after: int, zone: Zone) -> int:
+    """Return the first moment later than `after` at which a schedule runs.
+
+    A fixed time runs when the wall clock reaches it for the first time: right after the change if
+    the clock is set forward over it, and once if the clock is set back over it. A time with `*` or
+    a step runs whenever the wall clock shows it. If the clock will be set back within a day, it
+    will show some times again that it shows now or has shown; so the search begins before them.
+    """
+    shown, back = after + zone(after), 0
+    if cron.elapsed:
+        back = max(0, zone(after) - zone(after + SECONDS_OF_DAY))
+    found = NEVER
+    for wall in walls(cron, shown - back):
+        moments = moments_of(wall, zone)
+        if not cron.elapsed:
+            moments = moments[:1] or [end_of_gap(wall, zone)]
+        found = min([found, *(moment for moment in moments if moment > after)])
+        if found < NEVER and wall > shown:
+            break
+    return found
+
+
+def next_time(schedule: Row, after: int, zone: Zone) -> int:
+    """Return the first time of a schedule later than `after`; both in milliseconds.
+
+    LAST_TIME if there is none: a time that daylight saving skips on each of its dates.
+    """
+    if schedule["cron"]:
+        local = zone if not schedule["utc"] else (lambda _: 0)
+        return min(LAST_TIME, next_cron(cron_of(schedule["cron"]), after // 1000, local) * 1000)
+    last, every = schedule["last"], schedule["every"]
+    return int(last + ((after - last) // every + 1) * every)
+
+
+MOST_COUNTED = 100  # times of one schedule counted in one transaction; each takes 10 µs
+
+
+def times_between(following: Callable[[int], int], after: int, until: int) -> list[int]:
+    """Return the times later than `after` up to `until`; `following(t)` is the first one after t.
+
+    Of more than MOST_COUNTED, the rest is left out except the last one: a clock that is set
+    forward by a year passes half a million times of a schedule that runs each minute.
+    """
+    times: list[int] = []
+    after = following(after)
+    while after <= until and len(times) < MOST_COUNTED:
+        times.append(after)
+        after = following(after)
+    if after <= until:
+        times.append(first_where(after, until, lambda moment: following(moment) > until))
+    return times
+
 
 # ═══ Platform ═══ processes, signals, locks, bells and the disk; POSIX and Windows ═══════════
 #
@@ -1071,6 +1244,32 @@ STOP_SOON, STOP_NOW = b"S", b"N"
 
 def now_millis() -> int:
     return to_millis(time.time())
+
+
+def zone_here() -> str:
+    """Return a text that changes when the time zone of this process changes.
+
+    It is `=` and TZ, if TZ is set; else it identifies the machine's zone file. The C library keeps
+    the zone it has read until `read_zone` is called.
+    """
+    if "TZ" in os.environ:
+        return "=" + os.environ["TZ"]
+    try:
+        info = os.stat("/etc/localtime")
+    except OSError:
+        return "".join(time.tzname)
+    return "%d %d %d" % (info.st_dev, info.st_ino, info.st_mtime_ns)
+
+
+def read_zone() -> None:
+    """Have the C library read the time zone again, if this system can (Windows can't)."""
+    if hasattr(time, "tzset"):
+        time.tzset()
+
+
+def local_offset(second: int) -> int:
+    """Return how many seconds local time is ahead of UTC at a moment."""
+    return time.localtime(second).tm_gmtoff
 
 
 class _Tick(Exception):
@@ -2687,6 +2886,38 @@ MIGRATIONS = (
             WHERE ready = 1 AND due IS NULL AND (runs > 0 OR updated_at > created_at)""",
         "CREATE INDEX jobs_late ON jobs (queue, due) WHERE ready = 1 AND due IS NOT NULL",
     ),
+    # Schedules make jobs again and again. `last` is the last time that was dealt with: a job was
+    # made for it, or it was counted as skipped or missed. It is kept here, not found from the jobs,
+    # because jobs are forgotten. `due` is when a worker looks next (NULL: paused). `job` is the
+    # draft of the jobs. `newest` is the seq of the last job made, `others` (JSON) are those of
+    # earlier ones that had not ended then. `zone` is the zone of the workers: see zone_here.
+    (
+        """CREATE TABLE schedules (
+            name TEXT PRIMARY KEY, cron TEXT, every INTEGER, utc INTEGER NOT NULL,
+            if_running TEXT NOT NULL, if_missed TEXT NOT NULL, queue TEXT NOT NULL,
+            job TEXT NOT NULL, path TEXT NOT NULL, umask INTEGER NOT NULL, environ TEXT NOT NULL,
+            created_at INTEGER NOT NULL, paused INTEGER NOT NULL DEFAULT 0,
+            last INTEGER NOT NULL, due INTEGER, newest INTEGER, others TEXT NOT NULL DEFAULT '[]',
+            made INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0,
+            missed INTEGER NOT NULL DEFAULT 0, skipped_in_row INTEGER NOT NULL DEFAULT 0)""",
+        "CREATE INDEX schedules_due ON schedules (due)",
+        "CREATE INDEX schedules_queue ON schedules (queue)",
+        "ALTER TABLE control ADD COLUMN zone TEXT NOT NULL DEFAULT ''",
+        # A queue with a schedule is not forgotten.
+        "DROP TRIGGER jobs_discounted",
+        """CREATE TRIGGER jobs_discounted AFTER DELETE ON jobs BEGIN
+            UPDATE queues SET
+                pending = pending - (old.state = 'pending'),
+                completed = completed - (old.state = 'completed'),
+                failed = failed - (old.state = 'failed'), dead = dead - (old.state = 'dead'),
+                cancelled = cancelled - (old.state = 'cancelled')
+            WHERE name = old.queue;
+            DELETE FROM queues WHERE name = old.queue AND NOT paused
+                AND (concurrency IS NULL OR (name GLOB 'run-[0-9]*'
+                    AND NOT substr(name, 5) GLOB '*[^0-9]*'))
+                AND pending + processing + completed + failed + dead + cancelled = 0
+                AND NOT EXISTS (SELECT 1 FROM schedules WHERE queue = old.queue); END""",
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
@@ -2707,6 +2938,7 @@ NEXT_EPOCH = "UPDATE control SET epoch = epoch + 1"
 PULSE = """SELECT epoch, (SELECT min(due) FROM jobs WHERE ready = 0 AND due IS NOT NULL),
     (SELECT min(expires_at) FROM jobs INDEXED BY jobs_expiring
         WHERE expires_at IS NOT NULL AND state = 'pending' AND runs = 0),
+    (SELECT min(due) FROM schedules),
     unsettled FROM control"""
 ALL_POOLS = """SELECT name, pid, started_at, workers, queues, stop, died FROM pools
     ORDER BY started_at"""
@@ -2717,7 +2949,8 @@ ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS s
 GET_POOL = "SELECT stop, jobs_left, died FROM pools WHERE name = ?"
 ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
 FORGET_QUEUE = """DELETE FROM queues WHERE name = ? AND concurrency IS NULL AND NOT paused
-    AND pending + processing + completed + failed + dead + cancelled = 0"""
+    AND pending + processing + completed + failed + dead + cancelled = 0
+    AND NOT EXISTS (SELECT 1 FROM schedules WHERE queue = queues.name)"""
 
 WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
 ERROR_OF_DEAD = "SELECT last_error FROM jobs WHERE id = ? AND state = 'dead'"
@@ -2772,6 +3005,7 @@ DONE = """(SELECT * FROM history WHERE span IN (0, 60, 3600) AND start BETWEEN ?
     UNION ALL SELECT 60, minute, %s, runs_completed, runs_failed, runs_died,
         run_sum, run_max, wait_sum, wait_max FROM queues
     WHERE minute BETWEEN ? AND ? OR (minute AND ? = 0))""" % COUNTED_AS
+NEXT_SCHEDULED = "SELECT name, job, due FROM schedules WHERE due > ? ORDER BY due LIMIT 1"
 RUNS_OF_JOB = "FROM runs WHERE id BETWEEN ? * 16777216 AND ? * 16777216 + 16777215"
 
 ADD_JOB = """INSERT INTO jobs (id, generated, command, state, queue, priority, ready, due, run_at,
@@ -4009,8 +4243,9 @@ def close_stores() -> bool:
 
 # ═══ Store ═══ reading queues, jobs and runs; one method for each change of state ════════════
 #
-# Five layers: Administration (workers, pools, settings, queues), Reading (jobs and runs), Endings
-# (what follows when a job has ended), Editing (changes by a person), Store (changes of state).
+# Seven layers: Administration (workers, pools, settings, queues), Reading (jobs and runs), Endings
+# (what follows when a job has ended), Editing (changes by a person), Incoming (jobs are added),
+# Scheduling (schedules add jobs), Store (changes of state).
 # Methods that change anything are called in a transaction; `settle`, `change_each` and
 # `forget_some` make their own, many short ones. So each change is whole, whichever process is
 # killed, and each is made only if the job is still in the state from which the change was decided.
@@ -4020,6 +4255,7 @@ def close_stores() -> bool:
 #   claim    Make the jobs ready whose time has come, then take one, all in the transaction that
 #            records the worker's last run. Two workers can't take the same job: the second begins
 #            after the first has committed. The worker takes the run's token before.
+#            Before that, add the jobs of schedules whose time has come (Scheduling).
 #   record   WHERE runs = ? AND state = 'processing': record a run once. A worker that was taken for
 #            dead and goes on changes nothing: its job was given back, and perhaps runs again. The
 #            same transaction does what follows from the end of a job: jobs that waited for it
@@ -4038,7 +4274,9 @@ def close_stores() -> bool:
 # Ranges of jobs: from `first` to `last`, both included; or from behind `before` up to `last`
 # (included).
 
-NEVER = 1 << 62
+def scheduled_id(name: str, due: int) -> str:
+    """Return the id of the job that a schedule makes for its time `due`."""
+    return "%s@%sZ" % (name, _show_second(due // 1000))
 
 
 def at_line(line: int, problem: str) -> str:
@@ -4195,7 +4433,7 @@ class Administration(Database):
                 UNION ALL SELECT name, nullif(switched_at, 0) FROM queues WHERE paused""")
 
     def queues(self) -> list[Row]:
-        """Return every queue that has a job, a limit or a pause, with its jobs by state."""
+        """Return every queue that has a job, limit, pause or schedule, with its jobs by state."""
         return self.dicts(
             """SELECT name, concurrency, queues.paused OR control.paused AS paused, pending,
                 processing, completed, failed, dead, cancelled
@@ -4399,14 +4637,19 @@ class Reading(Administration):
 
     # Questions of workers.
 
+    scheduling = True  # whether this process makes the jobs of schedules
+
     def pulse(self) -> tuple[int, int, bool]:
         """Return what a worker reads first: the epoch, the next time, the mark `unsettled`.
 
         The epoch changes with settings and orders. The time is the earliest for which a job waits,
-        or at which one expires (milliseconds, or NEVER). For `unsettled` see Endings.
+        at which one expires, or at which a schedule adds one (milliseconds, or NEVER). For
+        `unsettled` see Endings.
         """
-        epoch, due, expiry, unsettled = self.rows(PULSE)[0]
-        return epoch, min(due or NEVER, expiry or NEVER), bool(unsettled)
+        epoch, *times, unsettled = self.rows(PULSE)[0]
+        if not self.scheduling:
+            times.pop()
+        return epoch, min(each or NEVER for each in times), bool(unsettled)
 
     def next(self, queues: Names) -> tuple[Any, ...] | None:
         """Return the next job of these queues (none: all), or None.
@@ -4534,8 +4777,13 @@ class Reading(Administration):
         return min(found, key=lambda job: job["ready_at"], default=None)
 
     def next_due(self, now: int) -> Row | None:
-        """Return the job that waits for the earliest time after `now`."""
-        return self.first(NEXT_DUE, now)
+        """Return the job that waits for the earliest time after `now`, or that is added then."""
+        job, schedule = self.first(NEXT_DUE, now), self.first(NEXT_SCHEDULED, now)
+        if schedule and (job is None or schedule["due"] < job["due"]):
+            due = schedule["due"]
+            return {"id": scheduled_id(schedule["name"], due),
+                    "command": json.loads(schedule["job"])["command"], "due": due}
+        return job
 
 
 def _draw_ids(count: int) -> list[str]:
@@ -4960,13 +5208,8 @@ class Editing(Endings):
 READY_AT_ONCE = 10_000
 
 
-class Store(Editing):
-    """The queue at `path`: one method for each change of a job's state, called in a transaction.
-
-    Arguments and errors: see Database. Times are in milliseconds since the epoch.
-    """
-
-    # Jobs are added.
+class Incoming(Editing):
+    """Jobs are added."""
 
     def add(self, drafts: Iterable[Draft], settings: Settings, path: str, umask: int,
             now: int, skip_existing: bool = False,
@@ -5013,6 +5256,215 @@ class Store(Editing):
             problem = "%s; what a job is to run after must stand before it" % error
             raise QueueError(at_line(draft.get("line", 0), problem)) from None
 
+
+# How many schedules are looked at in one transaction. Each makes two jobs at most: 100 a commit.
+LOOKED_AT = 50
+
+
+class Scheduling(Incoming):
+    """Schedules: for each of its times a schedule makes one job at most.
+
+    Workers make the jobs in the transaction that claims. The same transaction advances `last` of
+    the schedule, so a worker that is killed at any moment leaves both or neither: no time is lost
+    and none is repeated. `last` never goes back by itself, so a clock that is set back repeats no
+    time either. All methods that change anything are called in a transaction.
+    """
+
+    def schedules(self, name: str | None = None) -> list[Row]:
+        """Return all schedules in the order of their names, or only the one called `name`."""
+        return self.dicts(  # SQLite sorts the blob x'' after every text
+            """SELECT * FROM schedules
+                WHERE name BETWEEN coalesce(?, '') AND coalesce(?, x'') ORDER BY name""",
+            name, name)
+
+    def schedule(self, name: str) -> Row:
+        """Return the schedule called `name`; raises QueueError if there is none."""
+        for schedule in self.schedules(name):
+            return schedule
+        known = self.column("SELECT name FROM schedules")
+        raise QueueError("there is no schedule %s%s; `queuectl schedule list` shows them"
+                         % (name, nearest(name, known)))
+
+    def scheduled_queues(self) -> list[str]:
+        """Return the queues of the schedules that are not paused."""
+        return self.column("SELECT DISTINCT queue FROM schedules WHERE due IS NOT NULL")
+
+    def schedule_counts(self) -> list[tuple[str, int, int, int]]:
+        """Return the name of each schedule, and how many times were made, skipped and missed."""
+        return self.rows("SELECT name, made, skipped, missed FROM schedules ORDER BY name")
+
+    def zone(self) -> str:
+        """Return the time zone of the workers, as `zone_here` named it there."""
+        return str(self.value("SELECT zone FROM control"))
+
+    def follow_zone(self, zone: str) -> None:
+        """If the zone of the workers has changed, have the next claim look at all local times."""
+        if self.execute("UPDATE control SET zone = ? WHERE zone <> ?", zone, zone):
+            self.execute("""UPDATE schedules SET due = 1
+                WHERE due IS NOT NULL AND cron IS NOT NULL AND NOT utc""")
+
+    def make_due(self, now: int) -> None:
+        """Make the jobs of due schedules: of LOOKED_AT schedules at most, and for SLICE at most.
+
+        The schedules that are left stay due, and the next claim goes on with them.
+        """
+        due = self.dicts("SELECT * FROM schedules WHERE due <= ? ORDER BY due LIMIT ?",
+                         now, LOOKED_AT)
+        end, pools = monotonic() + SLICE, due and self.pools()
+        for schedule in due:
+            self._pass_times(schedule, pools, now)
+            if monotonic() >= end:
+                break
+
+    def _pass_times(self, schedule: Row, pools: Sequence[Row], now: int) -> None:
+        """Deal with all times of a schedule up to now: make jobs for some, count the others.
+
+        A time counts as missed if no pool that serves the queue was alive then, else as skipped.
+        """
+        following = partial(next_time, schedule, zone=local_offset)
+        times = times_between(following, schedule["last"], now)
+        lived = self._lived_since(schedule["queue"], pools, now)
+        made = [each for each in self._chosen(schedule, times, lived, now)
+                if self._make(schedule, scheduled_id(schedule["name"], each), each, now)]
+        missed = len([each for each in times if each < lived and each not in made])
+        skipped = len(times) - len(made) - missed
+        schedule["skipped_in_row"] += skipped
+        if made:
+            schedule["skipped_in_row"] = 0
+        schedule["made"] += len(made)
+        schedule["skipped"] += skipped
+        schedule["missed"] += missed
+        schedule["last"] = max([schedule["last"], *times])
+        schedule["due"] = following(max(schedule["last"], now))
+        self._put(schedule)
+
+    def _put(self, schedule: Row) -> None:
+        """Write the row of a schedule; columns that it lacks get their defaults."""
+        self.execute("INSERT OR REPLACE INTO schedules (%s) VALUES (%s)" % (
+            ", ".join(schedule), ", ".join("?" * len(schedule))), *schedule.values())
+
+    def _lived_since(self, queue: str, pools: Sequence[Row], now: int) -> int:
+        """Return since when a live pool serves a queue; NEVER if none does.
+
+        A pool that seems to have started after now started before the clock was set back. It is
+        taken to have been alive all the time.
+        """
+        started = [pool["started_at"] for pool in pools if pool["alive"] and serves(pool, queue)]
+        return min((start if start <= now else 0 for start in started), default=NEVER)
+
+    def _chosen(self, schedule: Row, times: list[int], lived: int, now: int) -> list[int]:
+        """Return the times for which a job is to be made.
+
+        That is the last one, if the job before it has ended (with `queue`: if at most one has not).
+        If there is room for two, an earlier time of the last minute also gets its job, so that a
+        worker that looks late, as after a kill, loses none.
+        """
+        room = 2 if schedule["if_running"] == "queue" else 1
+        room -= len(self._unfinished_of(schedule))
+        if room < 1 or not times:
+            return []
+        *earlier, last = times
+        if last < lived and schedule["if_missed"] == "skip":
+            return []
+        recent = [each for each in earlier if each >= lived and each > now - MINUTE]
+        return [*recent, last][-room:]
+
+    def _unfinished_of(self, schedule: Row) -> list[int]:
+        """Return the seqs of the jobs of a schedule that have not ended."""
+        jobs = {schedule["newest"] or 0, *json.loads(schedule["others"])}
+        return self.column(
+            """SELECT seq FROM jobs WHERE seq IN (%s)
+                AND +state IN ('pending', 'processing', 'failed') ORDER BY seq"""
+            % ", ".join("?" * len(jobs)), *jobs)
+
+    def _make(self, schedule: Row, job_id: str, due: int, now: int) -> int:
+        """Add a job; return its seq, or 0 if a job has its id or key already.
+
+        The caller writes the schedule afterwards. The draft was checked when the schedule was set.
+        It is not checked again, because an error here would stop every claim.
+        """
+        draft = dict(json.loads(schedule["job"]), id=job_id)
+        if draft["expires_at"] is not None:
+            draft["expires_at"] += due
+        before, seq, _ = self.add(
+            [draft], self.settings(), schedule["path"], schedule["umask"], now, True,
+            schedule["environ"])
+        if seq == before:
+            return 0
+        others = self._unfinished_of(schedule)
+        schedule.update(newest=seq, others=json.dumps(others))
+        return seq
+
+    def set_schedule(self, new: Row, now: int) -> bool:
+        """Make or replace a schedule; return False if nothing in it differs.
+
+        New times count from now. A time of the old ones that has come already, but that no worker
+        has looked at, is dealt with first, so that it is not lost. Other changes leave `last` as
+        it is, and a paused schedule stays paused.
+        """
+        name = new["name"]
+        old = next(iter(self.schedules(name)), {})
+        if not old and self.rows(WITH_ID, name):
+            raise QueueError("%s is the id of a job; choose another name" % name)
+        changed = {key for key in new if old.get(key) != new[key]}
+        if not changed:
+            return False
+        anew = not changed.isdisjoint(("cron", "every", "utc"))
+        if anew and old.get("due"):
+            self._pass_times(old, self.pools(), now)
+        schedule = {"created_at": now, "paused": 0, **old, **new}
+        if anew:
+            self._start_anew(schedule, now)
+        self._put(schedule)
+        # `due` was computed in this zone. Workers in the same zone need not compute it again.
+        self.execute("UPDATE control SET zone = ? WHERE zone = ''", zone_here())
+        self.execute(ADD_QUEUE, new["queue"])
+        self.execute(FORGET_QUEUE, old.get("queue"))
+        return True
+
+    def _start_anew(self, schedule: Row, now: int) -> None:
+        """Have a schedule count its times from now (a whole second); if paused, it has none."""
+        schedule["last"], schedule["due"] = now - now % 1000, None
+        if not schedule["paused"]:
+            schedule["due"] = next_time(schedule, schedule["last"], local_offset)
+
+    def pause_schedule(self, name: str, paused: bool, now: int) -> None:
+        """Pause a schedule, or let it go on from now. The times between do not count as missed.
+
+        A schedule whose `last` is in the future, because the clock was ahead, goes on from now too.
+        """
+        schedule = self.schedule(name)
+        if schedule["paused"] != paused or schedule["last"] > now:
+            schedule["paused"] = paused
+            self._start_anew(schedule, now)
+            self._put(schedule)
+
+    def run_schedule(self, name: str, now: int) -> int:
+        """Make a job of a schedule now, in addition to its times; return its seq.
+
+        Its id has milliseconds, so it can't be the id of a job for one of the times.
+        """
+        schedule = self.schedule(name)
+        seq = self._make(schedule, "%s@%s" % (name, show_time(now)), now, now)
+        if not seq:
+            raise QueueError("a job with the same id or key is there already; try again later")
+        self._put(schedule)
+        return seq
+
+    def delete_schedule(self, name: str) -> Row:
+        """Delete a schedule and return it. Its jobs stay."""
+        schedule = self.schedule(name)
+        self.execute("DELETE FROM schedules WHERE name = ?", name)
+        self.execute(FORGET_QUEUE, schedule["queue"])
+        return schedule
+
+
+class Store(Scheduling):
+    """The queue at `path`: one method for each change of a job's state, called in a transaction.
+
+    Arguments and errors: see Database. Times are in milliseconds since the epoch.
+    """
+
     # Jobs are claimed and recorded.
 
     def claim(self, worker: str, slot: int, queues: Names, due: int,
@@ -5024,6 +5476,8 @@ class Store(Editing):
         is given if its claims count against --max-jobs.
         """
         if due <= now:
+            if self.scheduling:  # before _expire: the job of a missed time may have expired
+                self.make_due(now)
             if self._expire(now):
                 return None
             made_ready = self.execute(
@@ -5884,7 +6338,7 @@ class Records:
         self.queues = (*order.queues, HOOK_QUEUE) if order.queues else ()
         self.bell = make_bell()
         self.limited: set[str] = set()  # the queues that have a limit of jobs running at once
-        self.clock = time.time() - monotonic()
+        self.clock, self.zone = time.time() - monotonic(), zone_here()
         self.place = system.place()
         self.lines: list[str] = []  # messages that wait until their records are on disk
         self.spare: list[OutputFiles] = []
@@ -6099,13 +6553,20 @@ class Turns(Records):
         return system.orphaned(self.order.supervisor, life)
 
     def clock_was_set_back(self) -> bool:
-        """Tell whether the wall clock was set back since the last call."""
+        """Tell whether the wall clock was set back, or its zone changed, since the last call."""
         before, self.clock = self.clock, time.time() - monotonic()
-        return self.clock < before - CLOCK_STEP
+        zone, self.zone = self.zone, zone_here()
+        return self.clock < before - CLOCK_STEP or self.zone != zone
 
     def start_delays_anew(self) -> None:
-        """In a transaction, after the clock was set back: what it had put off is due."""
+        """In a transaction, after the clock was set back: what it had put off is due.
+
+        Also called when the time zone has changed: schedules then follow the new one.
+        """
         self.store.make_ready_after_clock_step(now_millis())
+        if self.store.scheduling:
+            read_zone()
+            self.store.follow_zone(self.zone)
 
     def _tell_end(self, result: RunResult, state: str) -> None:
         if self.order.run:
@@ -6291,6 +6752,7 @@ class Worker(Attending):
         while True:
             try:
                 store = open_trusted(self.db, self.order.file, patience=TICK)
+                store.scheduling = not self.order.run
                 store.defer_sync()
                 return store
             except (Unavailable, OSError) as error:
@@ -7079,7 +7541,8 @@ def hold_up_lines(status: Row) -> Iterator[str]:
     if status["jobs"][DEAD]:
         yield ("`queuectl dlq list` shows why jobs are dead, "
                "`queuectl dlq retry ID` runs one again.")
-    if not status["workers"] and any(status["jobs"][state] for state in UNFINISHED):
+    waiting = status["scheduled"], *map(status["jobs"].get, UNFINISHED)
+    if not status["workers"] and any(waiting):
         yield "No worker is running: `queuectl worker start` works on the jobs."
 
 
@@ -7145,6 +7608,7 @@ def watch_lines(status: Row, workers: Sequence[Row], died: Sequence[Row],
 
 
 OUTCOMES = "completed", "failed", "died"
+PASSED = "made", "skipped", "missed"  # what can become of a schedule's times
 STATS_HEAD = ("COMPLETED", "FAILED", "DIED", "RUN FOR", "LONGEST", "WAITED", "LONGEST", "")
 
 
@@ -7226,10 +7690,11 @@ def summary(done: Sequence[Row], key: str) -> Iterator[str]:
 
 
 def prometheus_lines(status: Row, totals: Sequence[Row], done: Sequence[Row],
-                     now: int) -> list[str]:
+                     schedules: Iterable[tuple[Any, ...]], now: int) -> list[str]:
     """Describe the queue in Prometheus' text format, version 0.0.4, as node_exporter reads it.
 
-    `totals` are the jobs by queue and state, `done` is all that was ever done, by queue.
+    `totals` are the jobs by queue and state, `done` is all that was ever done, by queue;
+    `schedules` are the counts of Store.schedule_counts.
     """
     oldest, waits = status["oldest_waiting"], 0.0
     if oldest:
@@ -7241,6 +7706,8 @@ def prometheus_lines(status: Row, totals: Sequence[Row], done: Sequence[Row],
     paused = ["{queue=%s} %d" % (label_value(queue["queue"]), queue["paused"]) for queue in totals]
     runs = ['{queue=%s,outcome="%s"} %d' % (label_value(queue["queue"]), outcome, queue[outcome])
             for queue in done for outcome in OUTCOMES]
+    passed = ['{schedule=%s,outcome="%s"} %d' % (label_value(name), outcome, count)
+              for name, *counts in schedules for outcome, count in zip(PASSED, counts)]
     lines = []
     for title, values in (
             ("jobs gauge Jobs kept, by queue and state.", jobs),
@@ -7250,6 +7717,7 @@ def prometheus_lines(status: Row, totals: Sequence[Row], done: Sequence[Row],
              [" %.3f" % waits]),
             ("disk_bytes gauge Disk space of the database, its log, and current output.", disk),
             ("runs_total counter Runs that have ended, by outcome.", runs),
+            ("schedule_times_total counter Times of schedules, by what was done then.", passed),
             ("run_seconds summary Time that runs took.", summary(done, "run_seconds_sum")),
             ("wait_seconds summary Time from when a job could have been claimed to its claim.",
              summary(done, "wait_seconds_sum"))):
@@ -7265,7 +7733,7 @@ Command = namedtuple("Command", "name run summary options examples writes")
 COMMANDS: dict[str, Command] = {}
 # In what order help and completion name them, by their first word.
 PURPOSES = {
-    "Run": "run enqueue worker",
+    "Run": "run enqueue schedule worker",
     "Inspect": "status list show logs why wait stats web",
     "Control": "retry cancel edit delete purge dlq queue",
     "Maintain": "config doctor backup restore service completion install uninstall",
@@ -7276,6 +7744,7 @@ GROUPS = {
     "config": "show and change settings",
     "dlq": "the dead letter queue: jobs that failed too often",
     "queue": "limit, pause and resume queues",
+    "schedule": "add jobs again and again, as cron does",
     "worker": "start, stop and list the processes that run jobs",
 }
 
@@ -7490,8 +7959,10 @@ def status_of(store: Store) -> tuple[Row, list[Row]]:
     workers, pools = alive_of(store.workers()), alive_of(store.pools())
     counts, queues, now = store.counts(), store.queues(), now_millis()
     lost = store.lost_jobs() if counts[PROCESSING] else []
+    scheduled = store.scheduled_queues()
     waiting = [queue["name"] for queue in queues
-               if queue[PENDING] + queue[FAILED] and not queue["paused"]]
+               if not queue["paused"]
+               and (queue[PENDING] + queue[FAILED] or queue["name"] in scheduled)]
     return {
         "jobs": counts,
         "workers": len(workers),
@@ -7507,6 +7978,7 @@ def status_of(store: Store) -> tuple[Row, list[Row]]:
         "unserved": [name for name in waiting
                      if pools and not any(serves(pool, name) for pool in pools)],
         "interrupted": list(left_runs(store)),
+        "scheduled": len(scheduled),
         "troubles": ["%s: %s" % (worker["name"], worker["trouble"])
                      for worker in workers if worker["trouble"]],
     }, workers
@@ -7525,7 +7997,8 @@ def status_json(store: Store) -> Row:
 def metrics_of(store: Store) -> list[str]:
     """Return the lines of `status --format prometheus`."""
     status, totals = status_of(store)[0], store.totals()
-    return prometheus_lines(status, totals, store.history("queue", 0, 0), now_millis())
+    return prometheus_lines(
+        status, totals, store.history("queue", 0, 0), store.schedule_counts(), now_millis())
 
 
 @subcommand("status", "show jobs by state, workers, and what comes next", """
@@ -7612,6 +8085,9 @@ def cmd_stats(args: Any) -> None:
         emit_list(map(with_times, done))
     else:
         emit_table((args.by.upper(), *STATS_HEAD), stats_rows(done), "Nothing was done.")
+        totals = [sum(counts) for counts in list(zip(*args.store.schedule_counts()))[1:]]
+        if totals:
+            emit("Times of all schedules: %d made, %d skipped, %d missed." % tuple(totals))
 
 
 # The options that select jobs, the same for all commands that take ids.
@@ -8202,6 +8678,9 @@ def why_running(store: Store, job: Row, now: int) -> str:
             "`queuectl cancel %s` ends it" % (span(job["started_at"], now), limit, name, name))
 
 
+SCHEDULED = "scheduled"  # what `why` says of a schedule; no job has this state
+
+
 NEVER_COMPLETED = ("was to run after a job that was never completed and is forgotten; "
                    "enqueue it anew")
 
@@ -8227,6 +8706,19 @@ def why_in_vain(store: Store, job: Row, now: int) -> str:
                    % (name, name))
 
 
+def why_scheduled(store: Store, schedule: Row, now: int) -> str:
+    """Return what a schedule waits for, and what to do."""
+    name, queue, last = schedule["name"], schedule["queue"], schedule["last"]
+    if schedule["paused"]:
+        return "it is paused; `queuectl schedule resume %s` starts it again" % name
+    if last > now:
+        return ("the clock was ahead when it ran last, so it makes no job until %s; `queuectl "
+                "schedule resume %s` starts it again from now" % (show_time(last), name))
+    if not store.serving(queue):
+        return "no worker serves its queue; `queuectl worker start --queue %s` does" % queue
+    return "its next time is %s" % show_time(max(now, schedule["due"]))
+
+
 def reasons_of(store: Store, job: Row) -> tuple[list[str], str | None]:
     """Say why a job is not running now, and when it probably runs (None: unknown)."""
     now, state = now_millis(), job["state"]
@@ -8249,9 +8741,14 @@ def reasons_of(store: Store, job: Row) -> tuple[list[str], str | None]:
     ID, JSON)
 def cmd_why(args: Any) -> None:
     store = args.store
-    job = store.find(args.id)
+    schedules, job = store.schedules(args.id), {"id": args.id, "state": SCHEDULED}
+    if not schedules or store.rows(WITH_ID, args.id):
+        job = store.find(args.id)
     name, state = job["id"], job["state"]
-    reasons, expected = reasons_of(store, job)
+    if state == SCHEDULED:
+        reasons, expected = [as_called(why_scheduled(store, schedules[0], now_millis()))], None
+    else:
+        reasons, expected = reasons_of(store, job)
     if args.json:
         emit_json({"id": name, "state": state, "reasons": reasons, "expected_at": expected})
         return
@@ -8411,6 +8908,11 @@ def _findings_of_queues(store: Store) -> Iterator[tuple[str, str]]:
     dead, log = store.counts()[DEAD], store.path + "-wal"
     if dead >= MANY_DEAD:
         yield "%d jobs are dead" % dead, "`queuectl dlq list --causes` tells why"
+    for schedule in store.schedules():
+        if schedule["last"] > now_millis():
+            yield ("the schedule %s makes no job until %s: the clock was ahead when it ran last"
+                   % (schedule["name"], show_time(schedule["last"])),
+                   "`queuectl schedule resume %s` starts it again from now" % schedule["name"])
     if bytes_on_disk([log]) > LARGE_LOG:
         yield ("%s has %d MiB: it can't be emptied while a program reads the database for long"
                % (log, bytes_on_disk([log]) >> 20),
@@ -9353,8 +9855,7 @@ def own_file() -> str:
     """Return the file of this program; raise QueueError if it came by a pipe."""
     script: str = abspath(globals().get("__file__", ""))
     if not isfile(script):
-        raise QueueError("queuectl can't start itself again from %s; save it as a file"
-                         % (script or "where it came from"))
+        raise QueueError("queuectl can't start itself again from %s; save it as a file" % script)
     return script
 
 
@@ -10201,6 +10702,228 @@ def cmd_worker_list(args: Any) -> None:
                    "No workers are running.")
 
 
+# ─── again tomorrow: schedules ────────────────────────────────────────────────────────────────
+
+LONGEST_SCHEDULE = 100  # characters
+
+
+def schedule_name(text: str) -> str:
+    """Check the name of a schedule: together with a time it is the id of a job."""
+    check_name("the schedule's name", text)
+    if len(text) > LONGEST_SCHEDULE:
+        raise UsageError("the schedule's name must be at most %d characters" % LONGEST_SCHEDULE)
+    return text
+
+
+def cron_text(text: str) -> str:
+    """Check the text of --cron; return it with one blank between fields."""
+    text = " ".join(text.split())
+    cron_of(text)
+    return text
+
+
+def every_millis(text: str) -> int:
+    """Return the milliseconds that --every stands for."""
+    return to_millis(checked("every", text, "--every"))
+
+
+SCHEDULE = option("name SCHEDULE", "the schedule's name", type=schedule_name)
+HEAD_OF_SCHEDULES = ("NAME", "TIMES", "NEXT", "LAST", "SKIPPED", "COMMAND")
+set_schedule, pause_schedule = one_change(Store.set_schedule), one_change(Store.pause_schedule)
+run_schedule, delete_schedule = one_change(Store.run_schedule), one_change(Store.delete_schedule)
+
+
+def go_by_zone_of_workers(store: Store) -> None:
+    """Use the time zone of the workers in this command: the user's TZ may be another one."""
+    zone = store.zone()
+    if zone and zone != zone_here():
+        os.environ.pop("TZ", None)
+        if zone.startswith("="):
+            os.environ["TZ"] = zone[1:]
+        read_zone()
+
+
+def times_ahead(schedule: Row, now: int, count: int) -> list[int]:
+    """Return the next `count` times of a schedule; none while it is paused."""
+    times: list[int] = []
+    after = max(now, schedule["last"])
+    while not schedule["paused"] and len(times) < count:
+        after = next_time(schedule, after, local_offset)
+        times.append(after)
+    return times
+
+
+def at_place(moment: int, schedule: Row) -> str:
+    """Return a time as the schedule's wall clock shows it, with its offset from UTC."""
+    second = moment // 1000
+    local = time.gmtime(second) if schedule["utc"] else time.localtime(second)
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", local)
+
+
+# The fields of a schedule that `schedule set` sets, and those that are shown as they are kept.
+CONTENT = """
+    name cron every utc if_running if_missed queue job path umask environ
+    """.split()  # noqa: SIM905
+SHOWN_OF_SCHEDULES = """
+    name cron utc if_running if_missed queue paused created_at made skipped missed skipped_in_row
+    """.split()  # noqa: SIM905
+
+
+def schedule_json(store: Store, schedule: Row, count: int = 1) -> Row:
+    """Return a schedule as `--json` shows it, with its next `count` times."""
+    times, every = times_ahead(schedule, now_millis(), count), schedule["every"]
+    job = json.loads(schedule["job"])
+    shown = {name: schedule[name] for name in SHOWN_OF_SCHEDULES}
+    shown.update(
+        every_seconds=every and every / 1000, utc=bool(shown["utc"]), paused=bool(shown["paused"]),
+        last_at=schedule["last"], next_at=next(iter(times), None), command=job["command"],
+        next_times=[at_place(each, schedule) for each in times],
+        job={name: job[name] for name in GIVEN_FIELDS if job[name] not in (None, [], {})})
+    shown["last_job"], shown["last_state"], _ = store.end_of(schedule["newest"]) or [None] * 3
+    return with_times(shown)
+
+
+def schedule_row(shown: Row) -> tuple[str, ...]:
+    """Return a line of `schedule list`; `shown` is what schedule_json returns."""
+    times = shown["cron"] or "every " + show_duration(shown["every_seconds"])
+    return (shown["name"], times + " UTC" * shown["utc"], next(iter(shown["next_times"]), "paused"),
+            shown["last_state"] or "", str(shown["skipped_in_row"]), shown["command"])
+
+
+def tell_schedule(args: Any, done: str) -> None:
+    """Print what was done to a schedule, and when it runs next."""
+    store, now = args.store, now_millis()
+    go_by_zone_of_workers(store)
+    schedule = store.schedule(args.name)
+    if args.json:
+        emit_json(schedule_json(store, schedule))
+        return
+    emit("%s: %s" % (done, args.name))
+    for moment in times_ahead(schedule, now, 1):
+        emit("Next: %s (%s), in %s"
+             % (show_time(moment), at_place(moment, schedule), span(now, moment)))
+    if schedule["paused"]:
+        advise("It is paused: `queuectl schedule resume %s` starts it again." % args.name)
+    if is_terminal(sys.stderr):
+        tell_if_idle(args.db)
+
+
+def draft_of_schedule(args: Any) -> Row:
+    """Return the draft of a schedule's jobs; `expires_at` counts from the time of each job."""
+    if not args.words:
+        raise UsageError("give a command after the name; see `queuectl schedule set --help`")
+    read = partial(draft_of_words, literal=args.literal, now=0, options=given_options(args))
+    draft, = drafts_of([(0, args.words)], read)
+    times = draft["run_at"], draft["expires_at"]
+    if draft["id"] or times[0] is not None or type(times[1]) is int:
+        raise UsageError("the schedule gives its jobs their id and time: it takes neither id, "
+                         "run_at nor delay, and expires only as a delay, such as +1h")
+    for name in ("after", "after_any"):
+        draft[name] = [args.store.find(each)["id"] for each in draft[name] or []]
+    draft["moved"] = True  # the jobs that these run after may be forgotten one day
+    return draft
+
+
+@subcommand("schedule set", "make or replace a schedule, which adds a job at each of its times", """
+queuectl schedule set backup --cron '30 2 * * 1-5' ./backup.sh --full
+queuectl schedule set sync --every 15m --if-running queue 'rsync -a /data backup:'
+queuectl schedule set report --cron @monthly --utc --if-missed skip --timeout 1h ./report.sh
+""",
+    SCHEDULE,
+    option("words COMMAND", "as for enqueue", nargs="*"),
+    option("--cron FIELDS", "minute, hour, day of month, month, day of week, as in crontab; "
+           "or @hourly, @daily, @weekly, @monthly, @yearly", type=cron_text),
+    option("--every DURATION", "at this interval, counted from now", type=every_millis),
+    option("--utc", "its times are UTC, not local time"),
+    option("--if-running", "what to do while the job before has not ended: skip this time, or "
+           "let one job wait (skip)",
+           choices=("skip", "queue"), default="skip"),
+    option("--if-missed", "what to do about times when no workers ran: run the last one late, "
+           "or skip them (run)",
+           choices=("run", "skip"), default="run"),
+    option("--queue NAME", "the queue its jobs wait in (default)"),
+    option("--expires DURATION", "cancel a job if no run has begun this long after its time",
+           type=lambda text: "+" + text.lstrip("+")),
+    option("--env-all", "all your variables, as they are now"),
+    *(each for each in FIELD_OPTIONS if each[0][0] not in ("--run-at", "--delay", "--expires")),
+    JSON, writes=True)
+def cmd_schedule_set(args: Any) -> None:
+    if (args.cron is None) == (args.every is None):
+        raise UsageError("give either --cron '30 2 * * *' or --every 15m")
+    now, store = now_millis(), args.store
+    args.if_exists = "skip"
+    known = {**vars(args), **manner_of(args, now)}
+    draft = draft_of_schedule(args)
+    known.update(queue=draft["queue"] or "default", job=json.dumps(draft, sort_keys=True))
+    go_by_zone_of_workers(store)
+    done = set_schedule(store, {name: known[name] for name in CONTENT}, now)
+    tell_schedule(args, "Schedule set" if done else "Schedule unchanged")
+
+
+@subcommand("schedule list", "show all schedules, and when they run next",
+            "\nqueuectl schedule list\n", JSON)
+def cmd_schedule_list(args: Any) -> None:
+    store = args.store
+    go_by_zone_of_workers(store)
+    shown = (schedule_json(store, schedule) for schedule in store.schedules())
+    if args.json:
+        emit_list(shown)
+    else:
+        emit_table(HEAD_OF_SCHEDULES, map(schedule_row, shown), "No schedules.")
+
+
+@subcommand("schedule show", "show a schedule and its next five times",
+            "\nqueuectl schedule show backup\n", SCHEDULE, JSON)
+def cmd_schedule_show(args: Any) -> None:
+    store = args.store
+    go_by_zone_of_workers(store)
+    shown = schedule_json(store, store.schedule(args.name), 5)
+    if args.json:
+        emit_json(shown)
+        return
+    times = shown.pop("next_times")
+    for name, value in (*shown.items(), *(("next", each) for each in times)):
+        if not isinstance(value, str):
+            value = json.dumps(value)
+        if value != "null":
+            emit("%-16s %s" % (name, value))
+
+
+def _pause_schedule(args: Any, paused: bool) -> None:
+    pause_schedule(args.store, args.name, paused, now_millis())
+    tell_schedule(args, "Paused" if paused else "Resumed")
+
+
+@subcommand("schedule pause", "stop a schedule from adding jobs",
+            "\nqueuectl schedule pause backup\n", SCHEDULE, JSON, writes=True)
+def cmd_schedule_pause(args: Any) -> None:
+    _pause_schedule(args, True)
+
+
+@subcommand("schedule resume", "start a paused schedule again, from now",
+            "\nqueuectl schedule resume backup\n", SCHEDULE, JSON, writes=True)
+def cmd_schedule_resume(args: Any) -> None:
+    _pause_schedule(args, False)
+
+
+@subcommand("schedule run", "add a job of a schedule now, in addition to its times",
+            "\nqueuectl schedule run backup\n", SCHEDULE, JSON, writes=True)
+def cmd_schedule_run(args: Any) -> None:
+    args.quiet = False
+    seq = run_schedule(args.store, args.name, now_millis())
+    tell_enqueued(args, args.store, seq - 1, seq, [], False)
+
+
+@subcommand("schedule delete", "delete a schedule; its jobs stay",
+            "\nqueuectl schedule delete backup\n", SCHEDULE, JSON, writes=True)
+def cmd_schedule_delete(args: Any) -> None:
+    schedule = delete_schedule(args.store, args.name)
+    if args.json:
+        emit_json(schedule_json(args.store, schedule))
+    else:
+        emit("Deleted: %s" % args.name)
+
+
 # ─── setting up: settings, queues, copies, the program itself ─────────────────────────────────
 
 KEY = option("key SETTING", "the setting's name, with - or _", type=setting_name)
@@ -10606,6 +11329,8 @@ def _known_values(args: Any, details: Row) -> Iterable[str]:
     kind = details.get("metavar", "").partition("[,")[0]
     if kind == "ID":
         return [job["id"] for job in args.store.newest(Selection(), 200)]
+    if kind == "SCHEDULE":
+        return [schedule["name"] for schedule in args.store.schedules()]
     if kind in ("QUEUE", "NAME"):
         return [queue["name"] for queue in args.store.queues()]
     known: dict[str, Iterable[str]] = {
@@ -11632,6 +12357,15 @@ const overview = () => ({
             ),
           "Nothing runs.",
         ),
+        this.status.next &&
+          make(
+            "p",
+            {class: "dim"},
+            "Next at ",
+            when(this.status.next.due),
+            `: ${escaped(this.status.next.id)}: `,
+            escaped(this.status.next.command).slice(0, 300),
+          ),
       ),
       card(
         "Queues",
@@ -12189,7 +12923,8 @@ class Parser(argparse.ArgumentParser):
 TITLES = {
     "Selection": "--state QUEUE[,QUEUE] --grep --error --since --before --all",
     "Job": "--id --queue --priority --after --after-any --unique --if-exists",
-    "Schedule": "--run-at --delay --expires --timeout",
+    "Schedule": "--cron --every --utc --if-running --if-missed "
+                "--run-at --delay --expires --timeout",
     "Retries": "--max-retries --backoff-base --retry-after --dead-on",
     "Environment": "--cwd --shell --env --env-all",
     "Output": "--unordered --tag --tail --stdout --stderr -f -q --json",
@@ -12230,7 +12965,7 @@ def parser_of(entry: Command) -> Parser:
 
 
 def _overview_line(word: str, summary: str) -> str:
-    return "  %-14s %s" % (word, summary)
+    return "  %-15s %s" % (word, summary)
 
 
 def overview(group: str = "") -> str:
@@ -12309,8 +13044,8 @@ def refuse_late_option(name: str, options: list[str], rest: list[str], behind: i
         if place >= behind and length:
             end = place + length
             others = rest[:place] + rest[end:]
-            ours = join_words([name, *options, *rest[place:end], *others])
-            theirs = join_words([name, *options, "--", *rest])
+            ours = join_words([*name.split(), *options, *rest[place:end], *others])
+            theirs = join_words([*name.split(), *options, "--", *rest])
             raise UsageError(
                 "%s stands behind the command: if it is meant for queuectl, write `queuectl %s`; "
                 "if it is meant for the command, `queuectl %s`" % (word, ours, theirs))
@@ -12318,6 +13053,13 @@ def refuse_late_option(name: str, options: list[str], rest: list[str], behind: i
     if second.startswith("-") and " " in first and first[0] != "{":
         raise UsageError("%s is no option of queuectl %s%s; put -- before what is not for queuectl"
                          % (second, name, nearest(second, lengths)))
+
+
+def end_of_options(words: list[str], at: int, lengths: dict[str, int]) -> int:
+    """Return the index of the first word after the options that begin at index `at`."""
+    while words[at:] and words[at].startswith("-") and words[at] not in ("-", "--"):
+        at += length_of(words[at], lengths) or 1
+    return at
 
 
 def split_enqueue(entry: Command,
@@ -12330,9 +13072,9 @@ def split_enqueue(entry: Command,
     """
     lengths = {"--db": 2, "-h": 1, "--help": 1, **option_lengths(entry.options)}
     own = lengths
-    at, behind = 0, 1
-    while words[at:] and words[at].startswith("-") and words[at] not in ("-", "--"):
-        at += length_of(words[at], lengths) or 1
+    at, behind = end_of_options(words, 0, lengths), 1
+    if entry.name == "schedule set":  # its first word is the name; options may follow that too
+        at = end_of_options(words, at + 1, lengths)
     options, rest = words[:at], words[at:]
     if rest[:1] == ["--"]:
         return options, rest[1:], True
@@ -12404,7 +13146,7 @@ def parse(argv: list[str]) -> tuple[Command | None, Any]:
     if not name:
         return None, None
     chosen = COMMANDS[name]
-    takes_command = name in ("enqueue", "run")
+    takes_command = name in ("enqueue", "run", "schedule set")
     given: list[str] = []
     literal = False
     if takes_command:

@@ -15,7 +15,8 @@ QUEUECTL_TEST_FULL=1 runs the tests of scale in full size, and those that take m
 
 Rooms: harness · values and store · saboteur jobs · seeds · enqueue · worker and pool · time · stop and signals ·
 reading · dlq, retry, delete, cancel · config · bad input · output faults · database faults · scale ·
-storms · found by attack · an operator's day · cancelled, selections, mending · what is going on, what was done
+storms · found by attack · an operator's day · cancelled, selections, mending · what is going on, what was done ·
+schedules
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ import traceback
 import unicodedata
 import urllib.parse
 import warnings
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, NoReturn, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Sequence, Union
 
 PYTEST = ("-p", "no:cacheprovider", "-p", "test_queuectl")  # this file is also a plugin: pytest_runtestloop
 
@@ -352,8 +353,8 @@ class Terminal(Background):
 
 
 SHORT_COMMANDS = {
-    "cancel", "config", "delete", "dlq", "doctor", "edit", "enqueue", "list", "logs", "purge", "queue", "retry", "show",
-    "stats", "status", "why",
+    "cancel", "config", "delete", "dlq", "doctor", "edit", "enqueue", "list", "logs", "purge", "queue", "retry",
+    "schedule", "show", "stats", "status", "why",
 }  # fmt: skip
 LONG_OPTIONS = {"--follow", "-f", "--wait", "--watch"}
 ONE_AT_A_TIME = threading.RLock()
@@ -12613,7 +12614,8 @@ def test_a_page_while_the_database_is_locked_or_gone(q: Queue, web: Web) -> None
     assert [job["id"] for job in web.get("/api/jobs")] == ["a"]
     for path in [q.db, *q.db.parent.glob("queue.db*")]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    assert web.get("/api/jobs") == [] and not q.db.exists()
+    wait_for(lambda: web.get("/api/jobs") == [])
+    assert not q.db.exists()
     assert web.ask("/api/retry", "POST", {"ids": ["a"]})[0] in (404, 409)
 
 
@@ -12939,3 +12941,673 @@ def test_a_view_without_a_token_asks_for_it(browser: Browser, q: Queue) -> None:
     go(browser, "#/jobs", "true")
     assert browser.js("document.querySelectorAll('.actions button').length") == 0
     browser.js("sessionStorage.clear()")
+
+
+# =====================================================================================================
+# again tomorrow: schedules
+# =====================================================================================================
+
+SECOND, MINUTE, HOUR, DAY = 1000, 60_000, 3_600_000, 86_400_000
+ZONES = ("Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Pacific/Chatham", "Antarctica/Troll")
+PATTERNS = (
+    "30 2 * * *", "0 * * * *", "*/15 * * * *", "15,45 1-3 * * *", "*/20 2 * * *", "0 */2 * * sun", "1-59/29 0-3 * * *",
+    "0 0 1,15 * 5", "0 0 */2 * *", "45 2 * mar-apr,sep-nov sat-sun", "59 23 31 12 *",
+)  # fmt: skip
+
+
+@contextmanager
+def zone_set(name: str) -> Iterator[None]:
+    """Have local time go by a zone for a while."""
+    before = os.environ.get("TZ")
+    os.environ["TZ"] = name
+    time.tzset()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TZ"]
+        else:
+            os.environ["TZ"] = before
+        time.tzset()
+
+
+@pytest.fixture
+def in_zone() -> Iterator[Callable[[str], None]]:
+    with ExitStack() as stack:
+
+        def enter(name: str) -> None:
+            if "/" in name and not os.path.exists("/usr/share/zoneinfo/" + name):
+                pytest.skip("no time zones here")
+            stack.enter_context(zone_set(name))
+
+        yield enter
+
+
+def utc(text: str) -> int:
+    """Milliseconds of a time in UTC, `2026-01-31 10:00`."""
+    return int(datetime.strptime(text + " +0000", "%Y-%m-%d %H:%M %z").timestamp()) * 1000
+
+
+def shown_at(seconds: Iterable[int]) -> list[str]:
+    return [time.strftime("%m-%d %H:%M", time.gmtime(second)) for second in seconds]
+
+
+def following(text: str, after: int, count: int, zone: Any = None) -> list[int]:
+    """The next few times of a crontab text behind a second of the epoch; by default local time."""
+    cron, times = queuectl.cron_of(text), []
+    for _ in range(count):
+        after = queuectl.next_cron(cron, after, zone or queuectl.local_offset)
+        times.append(after)
+    return times
+
+
+def walked(text: str, start: int, end: int) -> list[int]:
+    """The times of a crontab text by looking at every minute: what a wall clock shows, or has been set past."""
+    cron, zone = queuectl.cron_of(text), queuectl.local_offset
+    highest, times = start - 60 + zone(start - 60), []
+
+    def fits(wall: int) -> bool:
+        date = time.gmtime(wall)
+        days = date.tm_mday in cron.days, bool({(date.tm_wday + 1) % 7, date.tm_wday + 1} & {*cron.weekdays})
+        fits_day = all(days) if cron.both else any(days)
+        return date.tm_min in cron.minutes and date.tm_hour in cron.hours and date.tm_mon in cron.months and fits_day
+
+    for second in range(start, end, 60):
+        wall = second + zone(second)
+        new = range(highest + 60, wall + 1, 60)
+        if fits(wall) if cron.elapsed else any(map(fits, new)):
+            times.append(second)
+        highest = max(highest, wall)
+    return times
+
+
+@pytest.mark.parametrize("zone", ZONES)
+def test_the_times_of_ten_years_are_those_of_a_walk_by_minutes(in_zone: Callable[[str], None], zone: str) -> None:
+    """Around each change of the clock, and on some days between; all of it was walked once by hand."""
+    in_zone(zone)
+    first = utc("2025-01-01 00:00") // 1000
+    days = range(first, first + 3653 * 86400, 86400)
+    changes = [day for day in days if queuectl.local_offset(day) != queuectl.local_offset(day + 86400)]
+    assert len(changes) == 20
+    # A day at the change itself with every pattern, and a few days elsewhere.
+    for at, change in enumerate([*changes, *days[50::700]]):
+        start, end = change - 4 * 3600, change + 30 * 3600
+        for text in PATTERNS if at < 2 or at % 5 == 0 else PATTERNS[:5]:
+            found, after = [], start - 1
+            while after < end:
+                after = queuectl.next_cron(queuectl.cron_of(text), after, queuectl.local_offset)
+                found.append(after)
+            assert found[:-1] == walked(text, start, end), (zone, text, shown_at(found))
+
+
+def test_a_fixed_time_that_is_skipped_comes_right_after_and_one_that_comes_twice_once(
+    in_zone: Callable[[str], None],
+) -> None:
+    in_zone("Europe/Berlin")
+    spring, autumn = (utc(text) // 1000 for text in ("2026-03-28 12:00", "2026-10-24 12:00"))
+    assert shown_at(following("30 2 * * *", spring, 2)) == ["03-29 01:00", "03-30 00:30"]
+    assert shown_at(following("30 2 * * *", autumn, 2)) == ["10-25 00:30", "10-26 01:30"]
+    # Two that fall into the gap are one: the next is strictly later.
+    assert shown_at(following("15,45 2 * * *", spring, 2)) == ["03-29 01:00", "03-30 00:15"]
+    # What goes by elapsed time is not silent in the hour that comes again.
+    at = utc("2026-10-24 23:30") // 1000
+    assert shown_at(following("0 * * * *", at, 4)) == ["10-25 00:00", "10-25 01:00", "10-25 02:00", "10-25 03:00"]
+    assert shown_at(following("*/30 * * * *", at, 4)) == ["10-25 00:00", "10-25 00:30", "10-25 01:00", "10-25 01:30"]
+
+
+def test_february_29_goes_over_2100() -> None:
+    times = following("0 0 29 2 *", utc("2096-01-01 00:00") // 1000, 2, lambda second: 0)
+    assert [time.gmtime(each)[:3] for each in times] == [(2096, 2, 29), (2104, 2, 29)]
+    sunday = following("0 0 29 2 */7", utc("2088-03-01 00:00") // 1000, 1, lambda second: 0)
+    assert time.gmtime(sunday[0])[:3] == (2128, 2, 29)
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("5 4 3 2 1", ([5], [4], [3], [2], [1])),
+        ("0-10/5,59 0 * * *", ([0, 5, 10, 59], [0], None, None, None)),
+        ("0 0 * Jan,MAR-may Sun", ([0], [0], None, [1, 3, 4, 5], [0])),
+        ("0 0 * * 5-7", ([0], [0], None, None, [5, 6, 7])),
+        ("0 0 * * fri-sun", ([0], [0], None, None, [5, 6, 7])),
+        ("0 0 * * sun-tue", ([0], [0], None, None, [0, 1, 2])),
+        ("@hourly", ([0], None, None, None, None)),
+        ("@Daily", ([0], [0], None, None, None)),
+        ("@weekly", ([0], [0], None, None, [0])),
+        ("@monthly", ([0], [0], [1], None, None)),
+        ("@yearly", ([0], [0], [1], [1], None)),
+    ],
+)
+def test_fields_of_crontab(text: str, fields: Any) -> None:
+    every = [[*range(60)], [*range(24)], [*range(1, 32)], [*range(1, 13)], [*range(8)]]
+    assert list(queuectl.cron_of(text)[:5]) == [field or all_of for field, all_of in zip(fields, every)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "* * * *", "* * * * * *", "60 * * * *", "* 24 * * *", "* * 0 * *", "* * 32 * *", "* * * 13 *", "* * * * 8",
+     "5/15 * * * *", "*/0 * * * *", "5-1 * * * *", "a * * * *", "-1 * * * *", "1,,2 * * * *", "* * * * mon#1",
+     "* * L * *", "*-5 * * * *", "\u0663 * * * *", "@reboot", "@fortnightly", "0 0 * * 6-1", "1--2 * * * *",
+     "1e1 * * * *", "* * * 1jan *", "* * * jan1 *", "0 0 30 2 *", "0 0 31 4,6,9,11 *", "0 0 31 2 */2"],
+)  # fmt: skip
+def test_what_is_no_crontab_text_or_never_comes_is_refused(text: str) -> None:
+    with pytest.raises(queuectl.UsageError, match="--cron"):
+        queuectl.cron_of(text)
+
+
+def test_the_days_fit_together_where_one_begins_with_a_star_else_either() -> None:
+    """As in Vixie cron: `*/2` is a star, and so both must fit."""
+    start = utc("2026-02-01 00:00") // 1000 - 1
+
+    def days(text: str) -> list[int]:
+        return [time.gmtime(each).tm_mday for each in following(text, start, 5, lambda second: 0)]
+
+    assert days("0 0 */2 * *") == [1, 3, 5, 7, 9]
+    assert days("0 0 1,15 * 5") == [1, 6, 13, 15, 20]
+    assert days("0 0 */2 * 0") == [1, 15, 1, 15, 29]
+    assert days("0 0 13 * *") == [13] * 5
+
+
+def test_a_time_that_never_comes_here_breaks_no_claim(store: Any, in_zone: Callable[[str], None]) -> None:
+    """Berlin's clocks skip this hour on each of these days."""
+    in_zone("Europe/Berlin")
+    plan(store, cron="*/15 2 25-31 3 */7", utc=0)
+    assert store.schedule("s")["due"] == queuectl.LAST_TIME
+    assert take(store, NOW + DAY) is None
+
+
+# The store alone, with a clock of its own. Its pool began at NOW, and lives.
+
+
+@pytest.fixture
+def timed(store: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(queuectl, "is_alive", lambda db, name: name == "pool")
+    return store
+
+
+def plan(store: Any, now: int = NOW, name: str = "s", env: str = "", **fields: Any) -> bool:
+    """`schedule set`: every 10 s, if nothing else is said."""
+    job = dict(dict.fromkeys(queuectl.GIVEN_FIELDS), command="true", cwd="/", moved=True, **fields.pop("job", {}))
+    new = {
+        "name": name, "cron": None, "every": 10 * SECOND, "utc": 1, "if_running": "skip", "if_missed": "run",
+        "queue": "default", "job": json.dumps(job), "path": "/bin", "umask": 0o22, "environ": env,
+    }  # fmt: skip
+    if "cron" in fields:
+        new["every"] = None
+    new.update(fields)
+    with store.transaction():
+        return bool(store.set_schedule(new, now))
+
+
+def took(store: Any, now: int) -> Any:
+    """The id of the job that a claim takes, or None; it is completed at once."""
+    job = take(store, now)
+    if job:
+        end(store, job, "completed", now)
+    return job and job.id
+
+
+def counted(store: Any, name: str = "s") -> tuple[int, int, int, int]:
+    row = store.schedule(name)
+    return row["made"], row["skipped"], row["missed"], row["skipped_in_row"]
+
+
+def called(second: int, name: str = "s") -> str:
+    return queuectl.scheduled_id(name, NOW + second * SECOND)
+
+
+def test_a_schedule_makes_a_job_at_its_time_and_once(timed: Any) -> None:
+    plan(timed)
+    assert timed.pulse()[1] == NOW + 10 * SECOND
+    assert took(timed, NOW + 9999) is None
+    assert took(timed, NOW + 10 * SECOND) == "s@2026-01-01T00:00:10Z"
+    assert took(timed, NOW + 10 * SECOND) is None and took(timed, NOW + 19_999) is None
+    assert took(timed, NOW + 20 * SECOND) == called(20)
+    assert counted(timed) == (2, 0, 0, 0)
+
+
+def test_a_time_passes_once_also_when_its_job_is_forgotten(timed: Any) -> None:
+    """Retention must not bring a time back, nor may a clock that is set back."""
+    plan(timed)
+    assert took(timed, NOW + 10 * SECOND) == called(10)
+    with timed.transaction():
+        timed.delete(timed.find(called(10))["seq"])
+    for now in (10, 19, 3, -86400):
+        assert took(timed, NOW + now * SECOND) is None
+        with timed.transaction():
+            timed.make_ready_after_clock_step(NOW + now * SECOND)
+            timed.follow_zone("another")
+        assert took(timed, NOW + now * SECOND) is None
+    assert took(timed, NOW + 20 * SECOND) == called(20)
+
+
+def test_an_id_that_exists_counts_as_skipped(timed: Any) -> None:
+    put(timed, id=called(10))
+    plan(timed)
+    assert took(timed, NOW + 10 * SECOND) == called(10)  # the user's own
+    assert counted(timed) == (0, 1, 0, 1)
+    assert took(timed, NOW + 20 * SECOND) == called(20) and counted(timed) == (1, 1, 0, 0)
+
+
+def test_a_key_that_is_taken_counts_as_skipped(timed: Any) -> None:
+    put(timed, id="own", unique="k", queue="elsewhere")
+    plan(timed, job={"unique": "k"})
+    assert took(timed, NOW + 10 * SECOND) == "own" and counted(timed) == (0, 1, 0, 1)
+
+
+def test_by_default_a_time_is_skipped_while_the_job_before_has_not_ended(timed: Any) -> None:
+    plan(timed)
+    running = take(timed, NOW + 10 * SECOND)
+    assert take(timed, NOW + 20 * SECOND) is None and counted(timed) == (1, 1, 0, 1)
+    assert end(timed, running, "failed", NOW + 25 * SECOND, NOW + DAY) == "failed"
+    assert take(timed, NOW + 30 * SECOND) is None and counted(timed) == (1, 2, 0, 2)  # it waits for its retry
+    with timed.transaction():
+        timed.cancel_waiting(running.seq, NOW + 31 * SECOND)
+    assert took(timed, NOW + 40 * SECOND) == called(40) and counted(timed) == (2, 2, 0, 0)
+
+
+def test_with_queue_one_job_waits_behind_and_not_more(timed: Any) -> None:
+    plan(timed, if_running="queue")
+    running = take(timed, NOW + 10 * SECOND)
+    with timed.transaction():  # the second of a limit of one
+        timed.set_concurrency("default", 1)
+    for second in (20, 30, 40):
+        assert take(timed, NOW + second * SECOND) is None
+    assert counted(timed) == (2, 2, 0, 2)
+    end(timed, running, "failed", NOW + 41 * SECOND, NOW + DAY)
+    assert took(timed, NOW + 42 * SECOND) == called(20)
+    assert take(timed, NOW + 50 * SECOND).id == called(50)
+    assert take(timed, NOW + 60 * SECOND) is None and counted(timed) == (3, 3, 0, 1)  # the first waits for its retry
+
+
+@pytest.mark.parametrize(("policy", "made"), [("run", [called(50)]), ("skip", [])])
+def test_of_missed_times_the_last_one_runs_once_or_none(timed: Any, policy: str, made: list[str]) -> None:
+    """Those before the pool began, at NOW."""
+    plan(timed, NOW - 40 * SECOND, if_missed=policy)
+    with timed.transaction():
+        timed.execute("UPDATE pools SET started_at = ?", NOW + 55 * SECOND)
+    assert [took(timed, NOW + 59 * SECOND), took(timed, NOW + 59 * SECOND)] == [*made, None, None][:2]
+    assert counted(timed) == (len(made), 0, 9 - len(made), 0)
+    assert took(timed, NOW + 60 * SECOND) == called(60)
+
+
+@pytest.mark.parametrize(("policy", "made"), [("run", called(10)), ("skip", None)])
+def test_a_pool_that_begins_in_the_very_second_of_a_time_sees_it_as_missed(timed: Any, policy: str, made: Any) -> None:
+    plan(timed, if_missed=policy)
+    with timed.transaction():
+        timed.execute("UPDATE pools SET started_at = ?", NOW + 10 * SECOND + 300)
+    assert took(timed, NOW + 10 * SECOND + 400) == made and counted(timed)[2] == (made is None)
+
+
+def test_a_pool_of_other_queues_does_not_count_as_one_that_lived(timed: Any) -> None:
+    with timed.transaction():
+        timed.execute("UPDATE pools SET queues = 'x'")
+    plan(timed, if_missed="skip")
+    plan(timed, name="t", queue="x", if_missed="skip")
+    assert took(timed, NOW + 10 * SECOND) == called(10, "t")
+    assert counted(timed) == (0, 0, 1, 0) and counted(timed, "t") == (1, 0, 0, 0)
+
+
+def test_late_workers_make_what_came_in_the_last_minute(timed: Any) -> None:
+    plan(timed, if_running="queue", if_missed="skip")
+    assert took(timed, NOW + 35 * SECOND) == called(20) and took(timed, NOW + 35 * SECOND) == called(30)
+    assert counted(timed) == (2, 1, 0, 0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"every": SECOND}, {"cron": "* * * * *"}, {"cron": "30 2 * * 1-5"}])
+def test_a_clock_that_leaps_a_year_makes_one_job(timed: Any, fields: Any) -> None:
+    plan(timed, **fields)
+    last = queuectl.next_time(timed.schedule("s"), NOW + 364 * DAY, lambda second: 0)
+    while queuectl.next_time(timed.schedule("s"), last, lambda second: 0) <= NOW + 365 * DAY:
+        step = queuectl.next_time(timed.schedule("s"), last, lambda second: 0)
+        last = step if fields != {"every": SECOND} else NOW + 365 * DAY
+    began = time.monotonic()
+    assert took(timed, NOW + 365 * DAY) == queuectl.scheduled_id("s", last)
+    assert took(timed, NOW + 365 * DAY) is None and time.monotonic() - began < 5
+    made, skipped, missed, _ = counted(timed)
+    assert made == 1 and missed == 0 and skipped == queuectl.MOST_COUNTED
+    # Set back again, it says why it is silent, and goes on when it is told to.
+    assert took(timed, NOW + DAY) is None
+    with timed.transaction():
+        timed.pause_schedule("s", 0, NOW + DAY)
+    assert took(timed, NOW + 5 * DAY) is not None
+
+
+def test_many_due_at_once_are_made_in_parts(timed: Any) -> None:
+    for number in range(230):
+        plan(timed, name=f"s{number}", if_running="queue")
+    sizes = []
+    while timed.pulse()[1] <= NOW + 25 * SECOND:
+        before = timed.last_seq()
+        take(timed, NOW + 25 * SECOND)
+        sizes.append(timed.last_seq() - before)
+    assert sum(sizes) == 460 and max(sizes) <= 100
+
+
+def test_the_same_content_changes_nothing(timed: Any) -> None:
+    assert plan(timed)
+    with timed.transaction():
+        timed.pause_schedule("s", 1, NOW + SECOND)
+    before = timed.schedule("s")
+    assert not plan(timed, NOW + 15 * SECOND) and timed.schedule("s") == before
+    assert plan(timed, NOW + 15 * SECOND, if_missed="skip") and timed.schedule("s")["paused"]
+
+
+def test_other_content_at_the_same_times_leaves_the_times_as_they_are(timed: Any) -> None:
+    plan(timed)
+    plan(timed, NOW + 10 * SECOND + 5, job={"priority": 1})  # its time has come, but nobody has looked yet
+    assert took(timed, NOW + 11 * SECOND) == called(10) and timed.find(called(10))["priority"] == 1
+
+
+def test_other_times_count_from_now_and_swallow_none(timed: Any) -> None:
+    plan(timed)
+    plan(timed, NOW + 25 * SECOND, every=7 * SECOND)
+    assert took(timed, NOW + 25 * SECOND) == called(20)  # which had come before that was said
+    assert took(timed, NOW + 31 * SECOND) is None and took(timed, NOW + 32 * SECOND) == called(32)
+    plan(timed, NOW + 33 * SECOND, cron="0 0 1 * *")  # nor does the last month count as missed
+    assert took(timed, NOW + 34 * SECOND) is None
+
+
+def test_deleting_and_setting_again_makes_up_for_nothing(timed: Any) -> None:
+    plan(timed)
+    with timed.transaction():
+        timed.delete_schedule("s")
+    plan(timed, NOW + 35 * SECOND)
+    assert took(timed, NOW + 36 * SECOND) is None and took(timed, NOW + 45 * SECOND) == called(45)
+
+
+def test_a_pause_makes_nothing_and_leaves_nothing_to_make_up_for(timed: Any) -> None:
+    plan(timed)
+    with timed.transaction():
+        timed.pause_schedule("s", 1, NOW + 5 * SECOND)
+    assert timed.pulse()[1] == queuectl.NEVER and took(timed, NOW + 25 * SECOND) is None
+    with timed.transaction():
+        timed.pause_schedule("s", 0, NOW + 27 * SECOND)
+    assert took(timed, NOW + 28 * SECOND) is None and took(timed, NOW + 37 * SECOND) == called(37)
+    assert counted(timed) == (1, 0, 0, 0)
+
+
+def test_a_queue_with_a_schedule_is_not_forgotten(timed: Any) -> None:
+    def names() -> list[str]:
+        return [queue["name"] for queue in timed.queues()]
+
+    plan(timed, queue="x", job={"queue": "x"})
+    assert names() == ["x"] and took(timed, NOW + 10 * SECOND) == called(10)
+    with timed.transaction():
+        timed.delete(timed.find(called(10))["seq"])
+        timed.set_concurrency("x", None)
+    assert names() == ["x"]
+    plan(timed, NOW + 11 * SECOND, queue="y", job={"queue": "y"})
+    assert names() == ["y"]
+    with timed.transaction():
+        timed.delete_schedule("s")
+    assert names() == []
+
+
+def test_a_schedule_by_hand_is_beside_its_times(timed: Any) -> None:
+    plan(timed)
+    with timed.transaction():
+        timed.run_schedule("s", NOW + 5 * SECOND + 7)
+        with pytest.raises(queuectl.QueueError):
+            timed.run_schedule("s", NOW + 5 * SECOND + 7)
+    by_hand = take(timed, NOW + 6 * SECOND)
+    assert by_hand.id == "s@2026-01-01T00:00:05.007Z"
+    assert take(timed, NOW + 10 * SECOND) is None and counted(timed) == (0, 1, 0, 1)  # it has not ended
+    end(timed, by_hand, "completed", NOW + 11 * SECOND)
+    assert took(timed, NOW + 20 * SECOND) == called(20)
+
+
+def test_a_job_of_a_schedule_has_what_was_given_and_expires_after_its_time(timed: Any) -> None:
+    put(timed, id="first")
+    plan(timed, env='{"A": "1"}', job={"after": ["first"], "expires_at": 5000, "retry_after": 9, "env": {"B": "2"}})
+    assert take(timed, NOW + 10 * SECOND).id == "first"
+    job = timed.find(called(10))
+    assert (job["expires_at"], job["after"], job["policy"]) == (NOW + 15 * SECOND, "first", '{"retry_after": 9}')
+    assert timed.context(job["context"]) == ("/", "/bin", 0o22, '{"A": "1"}')
+    assert took(timed, NOW + 16 * SECOND) is None and timed.find(called(10))["state"] == "cancelled"
+
+
+def test_a_missed_job_that_has_expired_does_not_run(timed: Any) -> None:
+    plan(timed, NOW - DAY, every=DAY - 60 * SECOND, job={"expires_at": 59 * SECOND})
+    assert took(timed, NOW + SECOND) is None
+    assert [job["state"] for job in timed.jobs(queuectl.Selection())] == ["cancelled"]
+
+
+def test_what_a_schedule_runs_after_may_be_forgotten(timed: Any) -> None:
+    plan(timed, job={"after": ["gone"], "after_any": ["gone"]})
+    assert took(timed, NOW + 10 * SECOND) == called(10)
+
+
+def test_another_zone_is_followed(timed: Any, in_zone: Callable[[str], None]) -> None:
+    in_zone("UTC")
+    plan(timed, cron="0 9 * * *", utc=0)
+    assert timed.pulse()[1] == NOW + 9 * HOUR
+    in_zone("Etc/GMT-5")  # five hours ahead of UTC
+    with timed.transaction():
+        timed.follow_zone("=Etc/GMT-5")
+    assert took(timed, NOW + SECOND) is None and timed.pulse()[1] == NOW + 4 * HOUR
+    assert took(timed, NOW + 4 * HOUR) == called(4 * 3600)
+    in_zone("UTC")
+    with timed.transaction():
+        timed.follow_zone("=UTC")
+        timed.follow_zone("=UTC")
+    assert took(timed, NOW + 9 * HOUR) == called(9 * 3600)  # by this zone it is its time
+
+
+def test_schedules_are_in_a_backup_and_go_on_there(timed: Any, tmp_path: Path) -> None:
+    plan(timed)
+    assert took(timed, NOW + 10 * SECOND) == called(10)
+    timed.backup(str(tmp_path / "copy.db"))
+    copy = queuectl.Store(str(tmp_path / "copy.db"), patience=2)
+    assert took(copy, NOW + 19 * SECOND) is None
+    assert took(copy, NOW + 35 * SECOND) == called(30) and copy.schedule("s")["missed"] == 1
+    copy.close()
+
+
+def test_ten_thousand_schedules_cost_a_claim_one_look_into_an_index(timed: Any) -> None:
+    plan = timed.db.execute("EXPLAIN QUERY PLAN " + queuectl.PULSE).fetchall()
+    assert any("schedules_due" in row[3] for row in plan) and not any(row[3] == "SCAN schedules" for row in plan)
+
+
+# By the command line.
+
+
+def schedules(q: Queue) -> dict[str, Any]:
+    return {each["name"]: each for each in json.loads(q.quick("schedule", "list", "--json"))}
+
+
+def test_a_schedule_from_set_to_delete(q: Queue) -> None:
+    said = q("schedule", "set", "backup", "--cron", "30  2 * * 1-5", "--utc", "./backup.sh", "--full").out
+    assert re.fullmatch(
+        r"Schedule set: backup\nNext: (20\S+T02:30:00)\.000Z \(\1\+0000\), in (\dd \d+h|\d+h \d+m|\d+m \d+s)\n", said
+    )
+    assert q("schedule", "set", "backup", "--cron", "30 2 * * 1-5", "--utc", "./backup.sh --full").out.startswith(
+        "Schedule unchanged: backup\n"
+    )
+    shown = json.loads(q("schedule", "show", "backup", "--json").out)
+    assert shown["command"] == "./backup.sh --full" and len(shown["next_times"]) == 5
+    assert [time_of[-13:] for time_of in shown["next_times"]] == ["02:30:00+0000"] * 5
+    assert q("schedule", "show", "backup").out.count("T02:30:00+0000") == 5
+    assert "30 2 * * 1-5 UTC" in q("schedule", "list").out
+    assert q("schedule", "pause", "backup").out.startswith("Paused: backup\n")
+    assert json.loads(q("schedule", "pause", "backup", "--json").out)["paused"] is True
+    assert "paused" in q("schedule", "list").out and "is paused" in q("why", "backup").out
+    assert "It is paused" in q("schedule", "set", "backup", "--cron", "@daily", "--utc", "true").out
+    assert q("schedule", "resume", "backup").out.startswith("Resumed: backup\nNext: ")
+    assert q("schedule", "delete", "backup").out == "Deleted: backup\n"
+    assert q("schedule", "list").out == "No schedules.\n" and q("schedule", "list", "--json").out == "[\n]\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["x", "true"], "give either --cron"),
+        (["x", "--cron", "@daily", "--every", "1h", "true"], "give either --cron"),
+        (["x", "--every", "0.5", "true"], "--every must be a duration from 1 s"),
+        (["x", "--every", "nan", "true"], "--every must be a duration from 1 s"),
+        (["x", "--cron", "0 0 30 2 *", "true"], "never comes"),
+        (["x", "--cron", "@reboot", "true"], "five fields in quotes"),
+        (["x", "--every", "1h"], "give a command"),
+        (["a b", "--every", "1h", "true"], "the schedule's name must be 1 to"),
+        (["x" * 101, "--every", "1h", "true"], "at most 100 characters"),
+        (["taken", "--every", "1h", "true"], "taken is the id of a job"),
+        (["x", "--every", "1h", "--queue", "run-3", "true"], "run-3 belongs to a run"),
+        (["x", "--every", "1h", "--queue", "on-dead", "true"], "on-dead is reserved"),
+        (["x", "--every", "1h", "--after", "nothing", "true"], "there is no job nothing"),
+        (["x", "--every", "1h", '{"command":"true","id":"y"}'], "neither id"),
+        (["x", "--every", "1h", '{"command":"true","run_at":"2030-01-01"}'], "neither id"),
+        (["x", "--every", "1h", '{"command":"true","expires":"2030-01-01"}'], "only as a delay"),
+        (["x", "--every", "1h", "--delay", "5m", "true"], "--delay"),
+        (["x", "--every", "1h", "--id", "y", "true"], "--id"),
+        (["x", "--every", "1h", "df", "-k", "--utc"], "--utc stands behind the command"),
+        (["x", "--every", "1h", "--cwd", "/nowhere", "true"], "is not a folder"),
+    ],
+)
+def test_what_no_schedule_can_be_is_refused(q: Queue, words: list[str], said: str) -> None:
+    q.add("true", "--id", "taken")
+    result = q.fails("schedule", "set", *words, code=(1, 2))
+    assert said in result.err and schedules(q) == {}
+
+
+def test_an_unknown_schedule_is_told_with_the_nearest(q: Queue) -> None:
+    q("schedule", "set", "backup", "--every", "1h", "true")
+    for word in ("show", "pause", "resume", "run", "delete"):
+        assert "did you mean backup?" in q.fails("schedule", word, "bakcup").err
+    assert "did you mean schedule list" in q.fails("schedule", "lst", code=2).err
+
+
+def test_a_schedule_has_the_options_of_a_job_and_its_callers_surroundings(q: Queue) -> None:
+    place = q.folder / "place"
+    place.mkdir()
+    options = ["--every", "1h", "--queue", "gpu", "--priority", "3", "--expires", "2h", "--env", "A=b", "--env-all"]
+    q("schedule", "set", *options, "x", "pwd; echo $A $MINE", cwd=place, env={"MINE": "mine"})
+    job = schedules(q)["x"]["job"]
+    assert (job["queue"], job["priority"], job["env"], job["cwd"]) == ("gpu", 3, {"A": "b"}, str(place.resolve()))
+    name = q("schedule", "run", "x").out.split()[1]
+    assert re.fullmatch(r"x@20\S+\.\d{3}Z", name) and q.show(name)["priority"] == 3
+    q.drain(cwd="/")
+    assert q("logs", name, "--stdout").out.split() == [str(place.resolve()), "b", "mine"]
+    assert schedules(q)["x"]["last_state"] == "completed" and schedules(q)["x"]["last_job"] == name
+    assert json.loads(q("schedule", "run", "x", "--json").out)["queue"] == "gpu"
+
+
+def test_schedules_are_seen_where_the_queue_is_looked_at(q: Queue) -> None:
+    q("schedule", "set", "x", "--every", "1h", "--queue", "gpu", "true")
+    assert "No worker is running" in q("status").out and "no worker serves its queue" in q("why", "x").out
+    with q.working("--queue", "other"):
+        status = json.loads(q("status", "--json").out)
+        assert status["unserved"] == ["gpu"] and status["scheduled"] == 1
+        assert status["next"]["id"].startswith("x@") and status["next"]["command"] == "true"
+        assert "No worker serves the queue gpu" in q("status").out
+        assert "worker start --queue gpu" in q("why", "x").out
+    assert "Times of all schedules: 0 made, 0 skipped, 0 missed." in q("stats").out
+    assert 'queuectl_schedule_times_total{schedule="x",outcome="made"} 0' in q("status", "--format", "prometheus").out
+
+
+def test_a_schedule_that_a_clock_has_silenced_is_found_and_goes_on(q: Queue) -> None:
+    q("schedule", "set", "x", "--every", "1h", "true")
+    change(q, "UPDATE schedules SET last = last + 31536000000, due = due + 31536000000")
+    found = q("doctor", code=1).out
+    assert "the schedule x makes no job until 20" in found and "`queuectl schedule resume x`" in found
+    assert "the clock was ahead" in q("why", "x").out
+    assert re.search(r"in (1h 0m|59m \d+s)$", q("schedule", "resume", "x").out.rstrip())
+    q("doctor")
+
+
+def test_the_names_of_schedules_are_completed(q: Queue) -> None:
+    q("schedule", "set", "nightly", "--every", "1h", "true")
+    assert q("completion", "--answer", "--", "schedule", "show", "n").out.split() == ["nightly"]
+
+
+def test_times_are_shown_as_the_workers_have_them(q: Queue) -> None:
+    """Whoever asks may have another TZ than the service."""
+    with q.working(env={"TZ": "XYZ-5"}):
+        said = q("schedule", "set", "x", "--cron", "0 9 * * *", "true", env={"TZ": "ABC+3"}).out
+        assert "T04:00:00.000Z" in said and "T09:00:00+0500" in said
+        shown = json.loads(q("schedule", "show", "x", "--json", env={"TZ": None}).out)
+        assert {each[-13:] for each in shown["next_times"]} == {"09:00:00+0500"}
+    with q.working(env={"TZ": "ABC+3"}):
+        wait_for(lambda: json.loads(q("status", "--json").out)["next"]["due"].endswith("T12:00:00.000Z"))
+
+
+def test_a_schedule_starts_at_its_second_and_a_pool_rests_in_between(q: Queue) -> None:
+    q.set("poll_interval_ms", "60000")
+    with q.working("--count", "2"):
+        q("schedule", "set", "x", "--every", "1s", "true")
+        wait_for(lambda: schedules(q)["x"]["made"] >= 4)
+        q("schedule", "set", "x", "--every", "1h", "true")
+        late = [moment(job["started_at"]) - moment(job["id"][2:-1] + ".000Z") for job in q.jobs() if job["started_at"]]
+        assert min(late) >= 0 and sorted(late)[1] < 0.25, late
+
+        def written() -> list[tuple[str, int, int]]:
+            return sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in q.db.parent.iterdir())
+
+        wait_for(lambda: not q.counts().get("processing") and not q.counts().get("pending"))
+        wait_for(lambda: written() == (time.sleep(0.3), written())[1])
+        files = written()
+        time.sleep(1)  # what is measured, not a wait
+        assert written() == files
+
+
+def test_a_run_makes_no_jobs_of_schedules(q: Queue) -> None:
+    """It ends when its own jobs have ended, and has perhaps the TZ of somebody's shell."""
+    q("schedule", "set", "x", "--every", "1s", "true")
+    q("run", "sleep 1.5")
+    assert schedules(q)["x"]["made"] == 0
+    q.drain()
+    assert schedules(q)["x"]["made"] == 1 and schedules(q)["x"]["missed"] >= 0
+
+
+def test_a_storm_over_schedules(q: Queue) -> None:
+    """kill -9 of workers: each time at most one job, none lost while the pool lives."""
+    command = 'echo "$QUEUECTL_JOB_ID" >>ran'
+    q("schedule", "set", "x", "--every", "1s", "--if-running", "queue", "--max-retries", "9", command)
+    q("schedule", "set", "y", "--cron", "* * * * *", "--utc", "true")
+    pools = [q.pool("--count", "2") for _ in range(2)]
+    dice, until = random.Random(30), time.monotonic() + (60 if FULL else 10)
+    while time.monotonic() < until:
+        live = [worker["pid"] for worker in json.loads(q.quick("worker", "list", "--json"))]
+        if live:
+            kill(dice.choice(live), signal.SIGKILL)
+        time.sleep(dice.uniform(0.02, 0.4))  # the storm itself
+    for pool in pools:
+        assert pool.stop() == 0
+    q.drain()
+    shown = schedules(q)["x"]
+    times = sorted(moment(job["id"][2:-1] + ".000Z") for job in q.jobs() if job["id"].startswith("x@"))
+    passed = round(moment(shown["last_at"]) - moment(shown["created_at"][:-5] + ".000Z"))
+    assert len(times) == len(set(times)) == shown["made"]
+    assert shown["made"] + shown["skipped"] + shown["missed"] == passed >= 9
+    assert shown["missed"] <= 2, shown  # while the first pool began, or the last drain
+    assert {job["state"] for job in q.jobs()} == {"completed"}
+    assert len(set((q.work / "ran").read_text().split())) == shown["made"]
+
+
+def test_a_supervisor_killed_at_any_moment_repeats_no_time(q: Queue) -> None:
+    q("schedule", "set", "x", "--every", "1s", "true")
+    for _ in range(4):
+        pool = q.pool("--count", "2")
+        made = schedules(q)["x"]["made"]
+        wait_for(lambda made=made: schedules(q)["x"]["made"] > made)
+        pool.signal(signal.SIGKILL)
+        pool.wait()
+        wait_for(lambda: not q.workers())  # they finish what they run
+    shown = schedules(q)["x"]
+    passed = round(moment(shown["last_at"]) - moment(shown["created_at"][:-5] + ".000Z"))
+    assert shown["made"] + shown["skipped"] + shown["missed"] == passed
+    assert len(q.jobs()) == shown["made"]
+
+
+def test_a_worker_killed_before_its_commit_makes_the_time_once(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queuectl, "is_alive", lambda db, name: name == "pool")
+    plan(store)
+
+    def fall(place: str) -> None:
+        raise KeyboardInterrupt(place)
+
+    monkeypatch.setattr(queuectl, "test_point", fall)
+    with pytest.raises(KeyboardInterrupt):
+        take(store, NOW + 10 * SECOND)
+    monkeypatch.undo()
+    store.db.execute("ROLLBACK")
+    assert took(store, NOW + 10 * SECOND) == called(10) and took(store, NOW + 10 * SECOND) is None
