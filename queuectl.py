@@ -11391,7 +11391,7 @@ def cmd_completion(args: Any) -> None:
 MOST_HEAD, MOST_BODY = 16 << 10, 64 << 10  # bytes of a request
 REQUEST_TIME = 10.0  # seconds for a whole request to arrive, and for its answer to be taken
 MOST_CONNECTIONS = 64
-KEEP_TIME, MOST_KEPT = 0.5, 100  # seconds; replies
+KEEP_TIME = 0.5  # seconds
 SEARCH_TIME = 0.1  # seconds that a list is searched before the reader must say "search on"
 SEARCH_STEP = 10_000  # jobs between two looks at the clock
 MOST_LISTED, MOST_CAUSES = 1000, 5000  # jobs
@@ -11427,8 +11427,9 @@ def page_arguments(store: Store, values: Row) -> Any:
         terms[name] = time_named(values[name]) if values.get(name) else None
     for name in ("all", "dry_run", "with_dependents"):
         terms[name] = values.get(name) is True
-    return SimpleNamespace(
-        store=store, grep=values.get("grep"), error=values.get("error"), **terms)
+    for name in ("grep", "error"):
+        terms[name] = check_text(name, values.get(name, "")) or None
+    return SimpleNamespace(store=store, **terms)
 
 
 def brief(job: Row) -> Row:
@@ -11537,13 +11538,18 @@ def page_metrics(site: Site, store: Store, values: Row) -> Reply:
 
 def page_look(store: Store, values: Row, selection: Selection) -> tuple[Any, Any]:
     """Look at the jobs that the reader was asked about: those unchanged since, and none newer."""
+    from array import array
     looked: Iterable[tuple[int, int]] = zip(*store.look(selection))
     if values.get("cause"):
         looked = [pair for cause in dead_causes(store) for pair in cause["looked"]
                   if cause["cause"] == values["cause"]]
     last, moment = [whole("asked", NEVER)(str(part)) for part in values.get("asked", [NEVER] * 2)]
-    kept = [(seq, changed) for seq, changed in looked if seq <= last and changed <= moment]
-    return [seq for seq, _ in kept], [changed for _, changed in kept]
+    seqs, times = array("q"), array("q")
+    for seq, changed in looked:
+        if seq <= last and changed <= moment:
+            seqs.append(seq)
+            times.append(changed)
+    return seqs, times
 
 
 def page_change(site: Site, store: Store, values: Row, name: str) -> Reply:
@@ -11641,7 +11647,7 @@ def page_values(site: Site, method: str, query: str, headers: Any, body: bytes) 
     """Read the values of a request: from its query, or from the JSON in its body."""
     from urllib.parse import parse_qsl
     if method != "POST":
-        return dict(parse_qsl(query, errors="surrogateescape"))
+        return dict(parse_qsl(query))
     if site.read_only:
         raise Refusal(403, "this page only reads; start `queuectl web` without --read-only")
     if headers.get_content_type() != "application/json":
@@ -11718,8 +11724,9 @@ def route(site: Site, method: str, target: str, headers: Any, body: bytes) -> Re
         return kept  # type: ignore[no-any-return]
     values = page_values(site, way, query, headers, body)
     reply = with_store(site, stamp, way == "POST", call, values, map(unquote, match.groups()))
-    if way == "POST" or len(site.kept) > MOST_KEPT:
-        site.kept.clear()
+    for old, (until, _) in list(site.kept.items()):
+        if way == "POST" or until < monotonic():
+            site.kept.pop(old, None)
     if way == "GET":
         site.kept[target] = monotonic() + KEEP_TIME, reply
     return reply

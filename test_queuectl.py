@@ -12521,6 +12521,7 @@ BAD_REQUESTS: Any = [
     ("POST", "/api/queues/a,b/pause", {}, 400),
     ("POST", "/api/retry", b"x" * 70000, 413),
     ("GET", "/api/jobs/a/logs?run=x", None, 400), ("GET", "/" + "a" * 20000, None, 431),
+    ("GET", "/api/jobs?grep=%00", None, 400), ("POST", "/api/cancel", {"grep": "\ud800"}, 400),
 ]  # fmt: skip
 
 
