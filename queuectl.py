@@ -11773,6 +11773,7 @@ def send_reply(handler: Any, reply: Reply) -> None:
     data = reply.value
     if not isinstance(data, bytes):
         data = json.dumps(data, indent=1).encode()
+    handler.request_version = "HTTP/1.1"  # a malformed request may have none; answer with headers
     handler.send_response(reply.status)
     headers = {"Content-Type": reply.kind, "Content-Length": len(data), "Connection": "close",
                "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
