@@ -2769,7 +2769,7 @@ def test_a_daemon_that_ends_later_is_no_zombie(q: Queue) -> None:
         wait_for(lambda: not children(worker), what="the daemon to end and to be reaped")
 
 
-def test_what_a_daemon_prints_later_is_no_other_jobs_output(q: Queue) -> None:
+def test_late_output_of_a_daemon_goes_into_no_other_jobs_record(q: Queue) -> None:
     q.may_leave = True
     q.add("(until [ -e go ]; do sleep 0.03; done; echo late; touch said) & echo daemon")
     jobs = q.load([f"echo {number}" for number in range(6)])
@@ -3431,7 +3431,7 @@ def test_words_of_other_programs_are_understood_in_the_error(q: Queue, words: st
 
 
 @pytest.mark.parametrize("words", ["worker run", "dlq rm", "list --lines 3 --since 1h", "xyzzy"])
-def test_no_guess_is_better_than_a_wrong_one(q: Queue, words: str) -> None:
+def test_a_word_without_a_near_command_gets_no_guess(q: Queue, words: str) -> None:
     assert "did you mean" not in q.fails(*words.split(), code=2).err
 
 
@@ -3865,7 +3865,7 @@ def test_output_that_cannot_be_written_is_not_success(settled: Queue, command: s
 
 @linux
 @pytest.mark.parametrize("where", [">/dev/full", ">&-"], ids=["full disk", "closed stdout"])
-def test_enqueue_says_that_the_job_is_enqueued_although_it_could_not_print_it(q: Queue, where: str) -> None:
+def test_enqueue_says_that_the_job_was_enqueued_if_it_cannot_print_its_id(q: Queue, where: str) -> None:
     result = q.bash(f"queuectl enqueue --id one true {where}", code=None)
     assert result.code not in (0, 3)
     assert "enqueued" in result.err.lower() and "Traceback" not in result.err
@@ -4465,7 +4465,7 @@ STORM_CONTROL_LOG = ["start a 1 p-1-1-1 1.0", "start a 2 p-2-1-2 2.0", "alive a 
 STORM_CONTROL_RUNS = [RunRow("a", 1, 1, "lost", "p-1-1-1"), RunRow("a", 2, 2, "completed", "p-2-1-2")]
 
 
-def test_the_storms_checker_is_content_with_a_sound_log() -> None:
+def test_the_storm_checker_accepts_a_sound_log() -> None:
     assert storm_faults(STORM_CONTROL_LOG, ["a"], {"a": ("completed", 2, 2)}, STORM_CONTROL_RUNS) == []
     assert storm_faults(STORM_CONTROL_LOG[1:], ["a"], {"a": ("completed", 2, 2)}, STORM_CONTROL_RUNS) == []
 
@@ -4844,7 +4844,7 @@ def test_nothing_of_a_run_lives_beside_the_next(q: Queue, way: str) -> None:
 
 
 @linux
-def test_a_daemon_of_a_completed_job_is_nobodys_business(q: Queue) -> None:
+def test_a_daemon_of_a_completed_job_is_not_ended(q: Queue) -> None:
     """Neither the failures, the time-outs and the deaths of its worker after it, nor its late output, nor `drain`."""
     q.may_leave = True
     q.set("kill_grace_seconds", "0.3")
@@ -5204,7 +5204,7 @@ def test_an_outcome_is_kept_while_no_file_can_be_made(q: Queue) -> None:
 # =====================================================================================================
 
 
-def test_late_output_of_a_daemon_that_has_ended_is_nobodys(q: Queue) -> None:
+def test_late_output_of_a_daemon_that_has_ended_is_discarded(q: Queue) -> None:
     """It writes after its job was recorded and ends before the slot is used again."""
     q.pool()
     first = q.add("(until [ -e go ]; do sleep 0.03; done; echo late; touch said) & exit 0")
@@ -5373,7 +5373,7 @@ def test_many_equal_fields_are_refused_quickly(q: Queue) -> None:
 
 
 @linux
-def test_a_stranger_who_has_the_number_of_a_dead_process_is_not_signalled() -> None:
+def test_a_process_with_a_reused_id_is_not_signalled() -> None:
     stranger = subprocess.Popen(["sleep", "30"])
     try:
         started = read_proc(str(stranger.pid), "stat").rpartition(b")")[2].split()[19].decode()
@@ -5675,7 +5675,7 @@ def test_a_run_that_gave_up_all_but_its_session_is_ended_before_the_next(q: Queu
     assert not [pid for pid in pids if read_proc(pid, "cmdline")]
 
 
-def test_a_leader_is_only_believed_on_its_own_machine_and_run(store: Any) -> None:
+def test_a_noted_leader_counts_only_for_its_own_run_and_machine_start(store: Any) -> None:
     place = queuectl.system.place()
     life = queuectl.take_life(store.path, "w-1")
 
@@ -6280,7 +6280,7 @@ def test_a_killed_worker_with_an_old_glibc(q: Queue) -> None:
     assert [run["state"] for run in q.show("a")["runs"]] == ["lost", "completed"]
 
 
-def test_an_exit_code_that_nobody_knows_is_a_lost_run(q: Queue) -> None:
+def test_a_run_whose_exit_code_is_unknown_is_lost(q: Queue) -> None:
     code = (
         "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import queuectl\n"
         "spawn = queuectl.Posix._spawn\n"
@@ -6466,7 +6466,7 @@ def test_a_dumb_terminal_gets_no_escapes(q: Queue) -> None:
 
 
 @linux
-def test_a_stranger_with_the_number_of_a_leader_is_no_member() -> None:
+def test_a_process_with_the_reused_id_of_a_leader_is_no_member() -> None:
     leader = queuectl.Leader(4711, 100, 102)
     assert not leader.is_a_stranger(None)
     assert not leader.is_a_stranger(queuectl._Process(1, 4711, "101", False))
@@ -7248,7 +7248,7 @@ def test_a_backup_of_an_older_database(q: Queue, version: int, tmp_path: Path) -
 
 
 @older
-def test_what_stands_in_the_log_of_an_older_database_counts(q: Queue, version: int) -> None:
+def test_the_log_of_an_older_database_is_read(q: Queue, version: int) -> None:
     """A killed worker leaves commits in queue.db-wal: they are read, migrated, and in the copy."""
     make_old(q, version)
     script = (
@@ -8723,7 +8723,7 @@ def test_the_code_of_each_character(text: str, codes: str) -> None:
 
 
 @pytest.mark.parametrize("template", ["eval echo {}", "trap {} EXIT", "x=1; eval {}"])
-def test_what_evaluates_its_argument_is_refused(template: str) -> None:
+def test_templates_that_evaluate_their_input_are_refused(template: str) -> None:
     with pytest.raises(queuectl.UsageError, match="no eval"):
         queuectl.check_template(template)
 
@@ -8893,7 +8893,7 @@ def test_a_paused_queue_starts_nothing_and_survives_restarts(q: Queue) -> None:
     assert "Paused" not in q("status").out
 
 
-def test_all_queues_are_paused_those_to_come_too(q: Queue) -> None:
+def test_a_pause_of_all_queues_includes_future_ones(q: Queue) -> None:
     q("queue", "pause")
     assert "Paused: all queues" in q("status").out and q.status()["all_paused"] is True
     q("enqueue", "--queue", "new", "--id", "a", "true")
@@ -9231,7 +9231,7 @@ def test_a_job_after_one_that_has_ended(q: Queue) -> None:
     q("doctor")
 
 
-def test_a_schedule_holds_also_when_the_others_are_completed(q: Queue) -> None:
+def test_a_job_keeps_its_time_when_its_prerequisites_are_completed(q: Queue) -> None:
     q.add("true", "--id", "a")
     q.add("true", "--id", "b", "--after", "a", "--delay", "1h")
     q.drain()
@@ -9657,7 +9657,7 @@ def test_a_run_and_a_drain_wait_for_their_hooks(q: Queue) -> None:
     assert q.lines("told") == ["a", "b"]
 
 
-def test_nobodys_death_goes_untold_though_its_worker_is_killed(q: Queue) -> None:
+def test_on_dead_runs_though_the_worker_is_killed(q: Queue) -> None:
     q.set("on_dead", f"echo $QUEUECTL_JOB_ID >>{q.work}/told")
     q.add("false", "--id", "a", "--max-retries", "1")
     start_to_be_killed(q, "recorded", 2, "worker", "start", "--drain").wait()
@@ -10269,7 +10269,7 @@ def test_resume_takes_as_many_workers_as_the_run_had(q: Queue) -> None:
     assert q.look("queue", "list")[0]["concurrency"] == 3
 
 
-def test_of_two_that_resume_a_run_one_has_it(q: Queue) -> None:
+def test_only_one_of_two_processes_resumes_a_run(q: Queue) -> None:
     run = interrupted(q, signal.SIGKILL)
     run.wait()
     wait_for(lambda: q.workers() == 0)
@@ -10278,7 +10278,7 @@ def test_of_two_that_resume_a_run_one_has_it(q: Queue) -> None:
     assert q.counts() == {"completed": 8}
 
 
-def test_a_run_after_a_job_that_nobody_runs_says_so(q: Queue) -> None:
+def test_a_run_tells_that_no_worker_serves_a_job_it_waits_for(q: Queue) -> None:
     q.add("true", "--id", "first", "--queue", "mail")
     run = q.start("run", "--after", "first", "true")
     wait_for(lambda: "no worker serves its queue" in run.err)
@@ -10766,7 +10766,7 @@ def test_what_is_no_selection(varied: Queue, words: list[str]) -> None:
     assert varied.jobs() == before
 
 
-def test_many_are_changed_only_after_an_answer(q: Queue) -> None:
+def test_a_command_asks_before_it_changes_many_jobs(q: Queue) -> None:
     q.load(["true"] * 3)
     for answer, states in (("n", {"pending"}), ("y", {"cancelled"})):
         terminal = q.terminal("cancel", "--all")
@@ -10816,7 +10816,7 @@ def test_a_chain_is_taken_along_in_slices_and_after_a_crash(store: Any, monkeypa
     assert store.find("c39")["last_error"] == "c0 was cancelled, and this job was to run after it"
 
 
-def test_nobody_is_taken_along_who_was_retried_meanwhile(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_retried_meanwhile_is_not_taken_along(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one process had left to do, another has done; and then it was undone."""
     for before, name in (("", "a"), ("a", "b"), ("b", "c")):
         put(store, id=name, after=[before] if before else [])
@@ -10964,7 +10964,7 @@ def test_causes_that_differ_in_numbers_paths_and_names_are_one(one: str, other: 
     assert (queuectl.cause_of(one) == queuectl.cause_of(other)) == same
 
 
-def test_a_wrong_command_in_a_chain_is_mended(q: Queue) -> None:
+def test_a_wrong_command_in_a_chain_can_be_edited(q: Queue) -> None:
     q.add("exit 3", "--id", "a", "--max-retries", "1")
     q.add("echo b >>order", "--id", "b", "--after", "a")
     q.drain(code=1)
@@ -11069,7 +11069,7 @@ def test_a_script_is_enqueued_from_stdin(q: Queue) -> None:
     q.fails("enqueue", "-", stdin="", code=2)
 
 
-def test_waiting_says_what_holds_it_up_and_ends_in_time(q: Queue) -> None:
+def test_wait_says_what_holds_it_up_and_ends_in_time(q: Queue) -> None:
     said = q("enqueue", "--wait-timeout", "300ms", "true", code=124)
     assert "no worker is running" in said.err
     q.add("true", "--queue", "mail", "--id", "m")
@@ -11454,7 +11454,7 @@ def test_a_final_exit_code_is_also_that_of_a_signal(q: Queue) -> None:
     assert [q.show(job)["attempts"] for job in ("j0", "j1")] == [1, 1]
 
 
-def test_who_has_recorded_a_run_rings_those_alone_that_run_no_job(store: Any) -> None:
+def test_a_worker_that_recorded_a_run_rings_only_sleeping_workers(store: Any) -> None:
     with store.transaction():
         for number in (1, 2, 3):
             store.add_worker(f"pool-{number}", "pool", NOW)
@@ -11837,14 +11837,14 @@ def test_a_database_of_the_fifth_version_gets_shells(q: Queue) -> None:
 
 
 @pytest.mark.parametrize("words", [["sleep 0 &"], ["--", "a; b & "], ["-"], ["--file", "-"], ['{"command":"true&"}']])
-def test_a_command_in_the_background_is_told(q: Queue, words: list[str]) -> None:
+def test_a_list_warns_of_commands_that_end_in_an_ampersand(q: Queue, words: list[str]) -> None:
     said = q("enqueue", *words, stdin="# two\ntrue &\n")
     assert said.err.count("\n") == 1 and "leave the & out" in said.err
     assert ("line 2: " in said.err) == ("--file" in words)
 
 
 @pytest.mark.parametrize("command", ["sleep 0 & wait", "a && b", "a >&2", "echo 'x &'", "a & b"])
-def test_a_command_that_waits_is_told_nothing(q: Queue, command: str) -> None:
+def test_a_list_does_not_warn_of_commands_that_wait(q: Queue, command: str) -> None:
     assert q("enqueue", command).err == ""
 
 
@@ -12154,7 +12154,7 @@ def test_why_does_not_guess(q: Queue) -> None:
     pool.wait()
 
 
-def test_stopping_at_once_in_vain_does_not_advise_the_same(q: Queue) -> None:
+def test_worker_stop_now_does_not_advise_itself(q: Queue) -> None:
     q.set("kill_grace_seconds", "3")
     pool = q.pool()
     q.add(IGNORE_TERM)
