@@ -11394,13 +11394,15 @@ MOST_CONNECTIONS = 64
 KEEP_TIME = 0.5  # seconds
 SEARCH_TIME = 0.1  # seconds that a list is searched before the reader must say "search on"
 SEARCH_STEP = 10_000  # jobs between two looks at the clock
-MOST_LISTED, MOST_CAUSES = 1000, 5000  # jobs
+MOST_LISTED, MOST_CAUSES = 200, 5000  # jobs
+AT_ONCE = 4, 2  # requests that read, and requests that change, which are worked on at once
 SHOWN_LENGTH = 500  # characters of a command or an error in a list
 SHOWN_OUTPUT = 64 << 10  # bytes
 
-# What the page serves: its database, its token, the names it may be called by, and `kept`: replies
-# of the last moment by their targets, so that ten open pages cost what one does.
-Site = namedtuple("Site", "db token hosts read_only kept")
+# What the page serves: its database, its token, the names it may be called by; `kept`, replies of
+# the last moment by their targets, so that ten open pages cost what one does; and `gates`, two
+# semaphores that bound the memory and the processor time that many requests take at once.
+Site = namedtuple("Site", "db token hosts read_only kept gates")
 # `value` is JSON, text or bytes; `headers` are added to those that every reply has.
 Reply = namedtuple("Reply", "value headers status kind", defaults=({}, 200, "application/json"))
 
@@ -11670,14 +11672,22 @@ def page_reply() -> Reply:
                  kind="text/html; charset=utf-8")
 
 
+def encoded(reply: Reply) -> Reply:
+    """Return a reply with its value as bytes."""
+    if isinstance(reply.value, bytes):
+        return reply
+    return reply._replace(value=json.dumps(reply.value).encode())
+
+
 def with_store(site: Site, stamp: str, writes: bool, call: Callable[..., Reply], values: Row,
                names: Iterable[str]) -> Reply:
     """Call a function of ROUTES with a store that is open for this call only."""
-    store = Store(site.db, reading=not writes)
-    try:
-        reply: Reply = call(site, store, values, *names)
-    finally:
-        store.close()
+    with site.gates[writes]:
+        store = Store(site.db, reading=not writes)
+        try:
+            reply = encoded(call(site, store, values, *names))
+        finally:
+            store.close()
     if stamp and "X-Live" not in reply.headers:
         reply.headers["ETag"] = stamp
     return reply
@@ -11770,9 +11780,7 @@ def read_body(connection: Any, headers: Any, data: bytes, deadline: float) -> by
 
 def send_reply(handler: Any, reply: Reply) -> None:
     """Send a reply; nothing in it is ever kept by a browser, or taken for another type."""
-    data = reply.value
-    if not isinstance(data, bytes):
-        data = json.dumps(data, indent=1).encode()
+    data = encoded(reply).value
     handler.request_version = "HTTP/1.1"  # a malformed request may have none; answer with headers
     handler.send_response(reply.status)
     headers = {"Content-Type": reply.kind, "Content-Length": len(data), "Connection": "close",
@@ -11826,7 +11834,7 @@ def make_room(waiting: dict[Any, bool]) -> bool:
     for _ in range(100):
         if threading.active_count() <= MOST_CONNECTIONS:
             return True
-        for connection in list(waiting)[:1]:
+        for connection in list(waiting)[:16]:  # some at once, for each needs a moment to end
             waiting.pop(connection, None)
             try:
                 connection.shutdown(2)  # its thread ends now
@@ -12856,14 +12864,19 @@ ssh -L 8437:127.0.0.1:8437 server queuectl web      then open the address that i
     option("--host NAME", "listen on this address, and answer to this name (default: 127.0.0.1)",
            default="127.0.0.1"),
     option("--read-only", "show the queue, but let nobody change it"),
-    option("--token-file PATH", "read the token from a file, which is made if it is missing"))
+    option("--token-file PATH", "read the token from a file, which is made if it is missing"),
+    writes=True)
 def cmd_web(args: Any) -> int:
+    from threading import Semaphore
     start_compiled()
+    if exists(args.db) and not args.read_only:
+        args.store.close()  # migrated now; else each request would copy an older database
     token = read_token(args.token_file)
     host = args.host.strip("[]").lower()
     hosts = {"localhost", "127.0.0.1", "::1", host}
     try:
-        server = page_server(Site(args.db, token, hosts, args.read_only, {}), (host, args.port))
+        site = Site(args.db, token, hosts, args.read_only, {}, [*map(Semaphore, AT_ONCE)])
+        server = page_server(site, (host, args.port))
     except (OSError, UnicodeError) as error:
         raise QueueError("can't listen on %s port %d: %s; --port and --host name others"
                          % (host, args.port, error)) from None

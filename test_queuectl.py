@@ -13612,3 +13612,14 @@ def test_a_worker_killed_before_its_commit_makes_the_time_once(store: Any, monke
     monkeypatch.undo()
     store.db.execute("ROLLBACK")
     assert took(store, NOW + 10 * SECOND) == called(10) and took(store, NOW + 10 * SECOND) is None
+
+
+def test_the_page_migrates_an_older_database_at_its_start(q: Queue) -> None:
+    before = make_old(q, 1)
+    web = Web(q)
+    assert web.get("/api/jobs")
+    assert_migrated(q, 1, before)
+
+
+def test_the_page_of_a_queue_that_does_not_exist_makes_none(q: Queue) -> None:
+    assert Web(q).get("/api/jobs") == [] and not q.db.exists()
