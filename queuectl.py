@@ -1661,9 +1661,8 @@ class Posix(PosixFiles):
               out: int, err: int) -> int:
         """Start `command` in a session of its own; return its process id, or raise OSError.
 
-        A simple command starts without a shell, which would take most of its time. posix_spawn is
-        twice as fast as subprocess, but can't set folder or umask: so the worker takes them on for
-        a moment, in which it imports nothing and opens nothing by a relative path.
+        posix_spawn is twice as fast as subprocess, but can't set folder or umask: so the worker
+        takes them on for a moment, in which it imports and opens nothing by a relative path.
         """
         os.umask(umask)
         try:
@@ -1683,8 +1682,8 @@ class Posix(PosixFiles):
     def _spawn_directly(self, command: str, env: Env, streams: dict[int, int]) -> int:
         """Start a command without a shell and return its process id; 0 if it needs one.
 
-        It also needs one if it can't be started (no such file, no program, a script without #!):
-        the shell runs the script, or says in its own words what is wrong.
+        It also needs one if it can't be started: the shell runs a script without #!, or says in
+        its own words what is wrong.
         """
         words = words_without_shell(command, self.real_shell, tuple(env))
         if not words:
@@ -1784,8 +1783,7 @@ class Posix(PosixFiles):
         `leader` is its first process, `known` are members found before. A member carries
         QUEUECTL_RUN, can write to the files, is in the leader's session, shares a session with a
         member or descends from one. So children are found that closed all descriptors and left the
-        session; processes of other users and namespaces are not. Raises OSError if the processes
-        can't be seen now.
+        session, but not those of other users and namespaces. Raises OSError if it can't look now.
         """
         processes = self._from_proc(mark, files) if self.linux else self._from_ps(mark)
         session = leader.pid
@@ -11465,7 +11463,8 @@ def search(store: Store, selection: Selection, before: int, count: int) -> tuple
     deadline = monotonic() + SEARCH_TIME
     while before > 1 and len(found) < count and monotonic() < deadline:
         first = max(1, before - SEARCH_STEP)
-        found = store.newest(selection._replace(first=first), count - len(found), before) + found
+        within = selection._replace(first=first)
+        found = store.newest(within, count - len(found), before) + found
         before = found[0]["seq"] if len(found) == count else first
     return found, before if before > 1 else 0
 
@@ -11476,7 +11475,9 @@ def page_jobs(site: Site, store: Store, values: Row) -> Reply:
         place = values.pop("before")
     selection = selection_of(page_arguments(store, values))
     limit = whole("limit", MOST_LISTED)(values.get("limit", "50"))
-    before = min(last, whole("place", NEVER)(place or str(NEVER)) - 1) + 1
+    before = last + 1
+    if place:
+        before = min(before, whole("place", NEVER)(place))
     jobs, left = search(store, selection, before, limit)
     headers = {"X-Next": left, "X-Last": last}
     if selection == Selection(selection.states, selection.queues):
@@ -11500,7 +11501,8 @@ def page_job(site: Site, store: Store, values: Row, name: str) -> Reply:
 
 def page_logs(site: Site, store: Store, values: Row, name: str) -> Reply:
     job = store.find(name)
-    number = whole("run", 1 << 24)(values.get("run") or str(max(1, job["runs"])))
+    check = whole("run", 1 << 24)
+    number = check(values.get("run") or str(max(1, job["runs"])))
     run = next(store.runs(job["seq"], number - 1, False), None)
     if job["state"] == PROCESSING and number == job["runs"]:
         run = live_run(store, job, SHOWN_OUTPUT)
@@ -11545,7 +11547,8 @@ def page_look(store: Store, values: Row, selection: Selection) -> tuple[Any, Any
     if values.get("cause"):
         looked = [pair for cause in dead_causes(store) for pair in cause["looked"]
                   if cause["cause"] == values["cause"]]
-    last, moment = [whole("asked", NEVER)(str(part)) for part in values.get("asked", [NEVER] * 2)]
+    check = whole("asked", NEVER)
+    last, moment = [check(str(part)) for part in values.get("asked", (NEVER, NEVER))]
     seqs, times = array("q"), array("q")
     for seq, changed in looked:
         if seq <= last and changed <= moment:
@@ -11844,11 +11847,9 @@ def make_room(waiting: dict[Any, bool]) -> bool:
     return False
 
 
-def page_server(site: Site, address: tuple[str, int]) -> Any:
-    """Return a server of http.server for the page; raises OSError if it can't listen."""
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    class Handler(BaseHTTPRequestHandler):
+def request_handler(base: Any) -> Any:
+    """Return the class of http.server's handlers, a subclass of `base`."""
+    class Handler(base):  # type: ignore[misc]
         server_version, sys_version = "queuectl", ""
 
         def handle(self) -> None:
@@ -11864,7 +11865,12 @@ def page_server(site: Site, address: tuple[str, int]) -> Any:
         def log_message(self, format: str, *values: Any) -> None:
             """Log nothing."""
 
-    class Server(ThreadingHTTPServer):
+    return Handler
+
+
+def threading_server(base: Any) -> Any:
+    """Return the class of a server that makes room for new connections, a subclass of `base`."""
+    class Server(base):  # type: ignore[misc]
         daemon_threads, request_queue_size = True, 128
 
         def server_activate(self) -> None:
@@ -11882,10 +11888,17 @@ def page_server(site: Site, address: tuple[str, int]) -> Any:
             self.waiting.pop(request, None)
             super().shutdown_request(request)
 
+    return Server
+
+
+def page_server(site: Site, address: tuple[str, int]) -> Any:
+    """Return a server for the page; raises OSError if it can't listen."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    kind = threading_server(ThreadingHTTPServer)
     if ":" in address[0]:
         import socket
-        Server.address_family = socket.AF_INET6
-    server: Any = Server(address, Handler)
+        kind.address_family = socket.AF_INET6
+    server = kind(address, request_handler(BaseHTTPRequestHandler))
     server.site = site
     return server
 
@@ -12875,7 +12888,8 @@ def cmd_web(args: Any) -> int:
     host = args.host.strip("[]").lower()
     hosts = {"localhost", "127.0.0.1", "::1", host}
     try:
-        site = Site(args.db, token, hosts, args.read_only, {}, [*map(Semaphore, AT_ONCE)])
+        gates = [Semaphore(count) for count in AT_ONCE]
+        site = Site(args.db, token, hosts, args.read_only, {}, gates)
         server = page_server(site, (host, args.port))
     except (OSError, UnicodeError) as error:
         raise QueueError("can't listen on %s port %d: %s; --port and --host name others"
