@@ -4677,10 +4677,10 @@ class Reading(Administration):
 
     def hooks_left(self, queue: str) -> bool:
         """Tell whether a hook of a job of this queue has not ended, and is not paused."""
-        mark = "%%%s%%" % json.dumps({"QUEUECTL_QUEUE": queue})[1:-1]
+        mark = json.dumps({"QUEUECTL_QUEUE": queue})[1:-1]
         left = self.rows(
             """SELECT 1 FROM jobs WHERE state IN ('pending', 'processing', 'failed')
-                AND queue = ? AND env LIKE ? LIMIT 1""", HOOK_QUEUE, mark)
+                AND queue = ? AND instr(env, ?) LIMIT 1""", HOOK_QUEUE, mark)
         return bool(left) and not self.queue(HOOK_QUEUE)["paused"]
 
     def context(self, key: int) -> tuple[str, str, int, str]:
@@ -6569,7 +6569,7 @@ class Turns(Records):
     def _tell_end(self, result: RunResult, state: str) -> None:
         if self.order.run:
             return
-        outcome = {"": "was recorded as lost by another process: ", DEAD: "is dead",
+        outcome = {"": "was recorded as lost by another process", DEAD: "is dead",
                    PENDING: "went back into the queue"}.get(state, state)
         line = "%s %s after %s" % (result.job.id, outcome, show_duration(result.seconds))
         if result.error is not None:
@@ -7331,7 +7331,8 @@ class Pool:
         if level == 2:
             self._tell("ending the running jobs now")
         elif not ended:
-            self._tell("stopping: running jobs finish first; press Ctrl-C again to end them")
+            self._tell("stopping: running jobs finish first; press Ctrl-C again, or run "
+                       "`queuectl worker stop --now`, to end them")
         self._record_stop()
 
     def _record_stop(self) -> None:

@@ -13623,3 +13623,8 @@ def test_the_page_migrates_an_older_database_at_its_start(q: Queue) -> None:
 
 def test_the_page_of_a_queue_that_does_not_exist_makes_none(q: Queue) -> None:
     assert Web(q).get("/api/jobs") == [] and not q.db.exists()
+
+
+def test_the_hooks_of_a_queue_are_told_from_those_of_another_name(store: Any) -> None:
+    put(store, queue="on-dead", env={"QUEUECTL_QUEUE": "axb"})
+    assert store.hooks_left("axb") and not store.hooks_left("a_b") and not store.hooks_left("AXB")
