@@ -9173,7 +9173,8 @@ def retry_jobs(args: Any, takes: Names, usual: Names,
     elif dependents:
         notes.append("not retried: %s that ended with it; --with-dependents takes them too"
                      % count_of(len(dependents), "job"))
-    left = args.all and not args.dry_run and store.total(selection)
+    # The page retries less than the selection: it says itself how many were left out.
+    left = args.all and not (args.dry_run or hasattr(args, "look")) and store.total(selection)
     if left:
         notes.append("not retried: %s: another job with their key waits or runs, or they "
                      "were to run after jobs that ended in vain" % count_of(left, "job"))
@@ -11391,9 +11392,11 @@ MOST_HEAD, MOST_BODY = 16 << 10, 64 << 10  # bytes of a request
 REQUEST_TIME = 10.0  # seconds for a whole request to arrive, and for its answer to be taken
 MOST_CONNECTIONS = 64
 KEEP_TIME = 0.5  # seconds
-SEARCH_TIME = 0.1  # seconds that a list is searched before the reader must say "search on"
+# Seconds that a list is searched before the reader must say "search on": an answer takes 0.1 s.
+SEARCH_TIME = 0.08
 SEARCH_STEP = 10_000  # jobs between two looks at the clock
-MOST_LISTED, MOST_CAUSES = 200, 5000  # jobs
+MOST_LISTED, MOST_CAUSES = 200, 2000  # jobs
+MOST_NAMED = 20  # jobs in a command line that is shown
 AT_ONCE = 4, 2  # requests that read, and requests that change, which are worked on at once
 SHOWN_LENGTH = 500  # characters of a command or an error in a list
 SHOWN_OUTPUT = 64 << 10  # bytes
@@ -11417,10 +11420,17 @@ class Refusal(Exception):
 
 
 def page_arguments(store: Store, values: Row) -> Any:
-    """Return the arguments of a command that changes jobs, from a request's values."""
+    """Return the arguments of a command that changes jobs, from a request's values.
+
+    An id must be whole: when a job was deleted since the reader looked, its id may be the beginning
+    of another job's.
+    """
     from types import SimpleNamespace
     terms: Row = {"ids": [check_name("id", name) for name in values.get("ids", [])],
                   "state": [], "queue": []}
+    for name in terms["ids"]:
+        if store.find(name)["id"] != name:
+            raise QueueError("there is no job %s" % name)
     for name, read in (("state", names_of_states), ("queue", names_of_queues)):
         if values.get(name):
             terms[name] = [read(values[name])]
@@ -11443,6 +11453,8 @@ def brief(job: Row) -> Row:
 
 def page_status(site: Site, store: Store, values: Row) -> Reply:
     lines = list(map(as_called, hold_up_lines(status_of(store)[0])))
+    if not exists(store.path):
+        lines = ["There is no queue at %s." % store.path]
     return Reply({**status_json(store), "hold_ups": lines, "read_only": site.read_only,
                   "path": store.path, "called": CALLED[0]})
 
@@ -11455,19 +11467,22 @@ def page_stats(site: Site, store: Store, values: Row) -> Reply:
     return Reply(list(map(with_times, done_since(store, by, since))))
 
 
-def search(store: Store, selection: Selection, before: int, count: int) -> tuple[list[Row], int]:
-    """Find the newest `count` selected jobs below seq `before`; return them newest last.
+def search(store: Store, selection: Selection, before: int, count: int,
+           least: int = 1) -> tuple[list[Row], int]:
+    """Find the newest `count` selected jobs from seq `least` to below `before`, newest last.
 
     The search stops after SEARCH_TIME. The second value is the seq to go on from; 0: none is left.
     """
     found: list[Row] = []
     deadline = monotonic() + SEARCH_TIME
-    while before > 1 and len(found) < count and monotonic() < deadline:
-        first = max(1, before - SEARCH_STEP)
+    while before > least and len(found) < count:
+        first = max(least, before - SEARCH_STEP)
         within = selection._replace(first=first)
         found = store.newest(within, count - len(found), before) + found
         before = found[0]["seq"] if len(found) == count else first
-    return found, before if before > 1 else 0
+        if monotonic() >= deadline:
+            break
+    return found, before if before > least else 0
 
 
 def page_jobs(site: Site, store: Store, values: Row) -> Reply:
@@ -11476,13 +11491,16 @@ def page_jobs(site: Site, store: Store, values: Row) -> Reply:
         place = values.pop("before")
     selection = selection_of(page_arguments(store, values))
     limit = whole("limit", MOST_LISTED)(values.get("limit", "50"))
+    least = whole("from", NEVER)(values.get("from", "1"))
     before = last + 1
     if place:
         before = min(before, whole("place", NEVER)(place))
-    jobs, left = search(store, selection, before, limit)
-    headers = {"X-Next": left, "X-Last": last}
+    headers = {"X-Last": last}
     if selection == Selection(selection.states, selection.queues):
         headers["X-Total"] = store.total(selection)
+        if not headers["X-Total"]:
+            before = 0  # no search is needed
+    jobs, headers["X-Next"] = search(store, selection, before, limit, least)
     return Reply(list(map(brief, jobs)), headers)
 
 
@@ -11513,19 +11531,25 @@ def page_logs(site: Site, store: Store, values: Row, name: str) -> Reply:
 
 
 def dead_causes(store: Store) -> list[Row]:
-    """Return the causes of the jobs that died last."""
-    return causes_of(store, store.last_to_die(Selection((DEAD,)), MOST_CAUSES))
+    """Return the causes of the jobs that died last, each with its newest job last."""
+    return causes_of(store, [*store.last_to_die(Selection((DEAD,)), MOST_CAUSES)][::-1])
 
 
 def page_causes(site: Site, store: Store, values: Row) -> Reply:
+    dead = Selection((DEAD,))
+    left = max(0, store.count(dead) - MOST_CAUSES)
     causes = dead_causes(store)
     for cause in causes:
-        del cause["along"], cause["looked"]
+        named = cause["ids"] or cause["along"]
+        cause["job"], cause["retry"] = named[-1], None
+        if len(named) <= MOST_NAMED:
+            cause["retry"] = "%s dlq retry %s" % (CALLED[0], " ".join(named))
+        elif not left:  # among more jobs the search for words that fit just these takes too long
+            cause["retry"] = "%s %s" % (CALLED[0], retry_words(store, dead, cause))
         cause["since"] = show_time(cause["since"])
-        ids = cause.pop("ids")
-        cause["job"] = ids[0] if ids else None
-        cause["retry"] = "%s dlq retry %s" % (CALLED[0], " ".join(ids[:20]))
-    return Reply(causes)
+        for name in ("ids", "along", "looked"):
+            del cause[name]
+    return Reply(causes, {"X-Left": left})
 
 
 def page_queues(site: Site, store: Store, values: Row) -> Reply:
@@ -11544,7 +11568,10 @@ def page_metrics(site: Site, store: Store, values: Row) -> Reply:
 def page_look(store: Store, values: Row, selection: Selection) -> tuple[Any, Any]:
     """Look at the jobs that the reader was asked about: those unchanged since, and none newer."""
     from array import array
-    looked: Iterable[tuple[int, int]] = zip(*store.look(selection))
+    pair = store.look(selection)
+    if not (values.get("asked") or values.get("cause")):
+        return pair
+    looked: Iterable[tuple[int, int]] = zip(*pair)
     if values.get("cause"):
         looked = [pair for cause in dead_causes(store) for pair in cause["looked"]
                   if cause["cause"] == values["cause"]]
@@ -11874,6 +11901,10 @@ def threading_server(base: Any) -> Any:
     class Server(base):  # type: ignore[misc]
         daemon_threads, request_queue_size = True, 128
 
+        def server_bind(self) -> None:
+            from socketserver import TCPServer
+            TCPServer.server_bind(self)  # http.server's own asks a name server for this machine
+
         def server_activate(self) -> None:
             self.waiting: dict[Any, bool] = {}  # connections that read or write, oldest first
             super().server_activate()
@@ -11909,7 +11940,10 @@ def read_token(path: str | None) -> str:
     from secrets import token_urlsafe
     if not path:
         return token_urlsafe(24)
-    fd = open_private(abspath(path), os.O_RDWR)
+    flags = os.O_RDWR
+    if isfile(path) and getsize(path):
+        flags = os.O_RDONLY  # a service's credentials can't be written
+    fd = open_private(abspath(path), flags)
     try:
         if os.fstat(fd).st_mode & 0o077 and not WINDOWS:
             raise QueueError("others can read %s; `chmod 600 %s` mends that"
@@ -11957,12 +11991,19 @@ header nav { display: flex; flex-wrap: wrap; gap: 1rem; }
 header nav a { padding: .35rem 0; text-decoration: none; }
 header nav a[aria-current] { font-weight: 600; border-bottom: 2px solid; }
 #live { margin-left: auto; color: var(--dim); font-size: .85rem; }
+/* What an action did is seen wherever the reader has scrolled to. */
+#live.said { position: fixed; right: 1rem; bottom: 1rem; z-index: 1; max-width: min(40rem, 92vw); padding: .6rem 1rem;
+  color: var(--text); background: var(--card); border: 2px solid var(--link); border-radius: .5rem;
+  overflow-wrap: anywhere; }
 h1 { font-size: 1.3rem; margin: 1rem 0 .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.02rem; margin: 0 0 .5rem; }
+h3 { font-size: .95rem; margin: .8rem 0 .2rem; }
+p { margin: .3rem 0 .6rem; }
+section > :last-child { margin-bottom: 0; }
+code { font: .92em ui-monospace, monospace; overflow-wrap: anywhere; user-select: all; }
 section, form, .note { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   padding: .75rem 1rem; margin: 0 0 .9rem; }
 .note { border-left: .35rem solid var(--failed); overflow-wrap: anywhere; }
-.bad { border-left-color: var(--dead); }
 .columns { display: grid; gap: 0 .9rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .states { display: flex; flex-wrap: wrap; gap: .5rem 1.6rem; }
 .states a { text-decoration: none; color: inherit; }
@@ -11970,16 +12011,19 @@ section, form, .note { background: var(--card); border: 1px solid var(--line); b
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 th { text-align: left; font-weight: 600; color: var(--dim); font-size: .85rem; }
-th, td { padding: .3rem .75rem .3rem 0; vertical-align: top; }
+th, td { padding: .3rem .75rem .3rem 0; vertical-align: baseline; }
 tr + tr > *, tbody tr > * { border-top: 1px solid var(--line); }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
 td a, time { white-space: nowrap; }
-td .command, td div { white-space: normal; }
-@media (max-width: 42rem) {
-  .cards thead { display: none; }
-  .cards tr { display: flex; flex-wrap: wrap; gap: 0 .9rem; padding: .4rem 0; }
-  .cards td { border: 0; padding: .1rem 0; white-space: normal; }
-  .cards td:last-child { flex-basis: 100%; }
+td > div, td > .command { overflow-wrap: anywhere; }
+@media (max-width: 42rem) { /* a row becomes a few lines, each cell with the name of its column */
+  thead { display: none; }
+  tr { display: flex; flex-wrap: wrap; gap: .1rem .9rem; align-items: baseline; padding: .5rem 0;
+    border-top: 1px solid var(--line); }
+  td, td a { border: 0 !important; padding: 0; min-width: 0; max-width: 100%; white-space: normal;
+    overflow-wrap: anywhere; }
+  td:last-child:has(.command) { flex-basis: 100%; }
+  td[data-label]::before { content: attr(data-label) " "; color: var(--dim); font-size: .85rem; }
 }
 .command { font-family: ui-monospace, monospace; font-size: .88em; max-width: 40rem; unicode-bidi: isolate; }
 .state { font-weight: 600; white-space: nowrap; }
@@ -12008,6 +12052,9 @@ dialog { max-width: min(44rem, 92vw); color: var(--text); background: var(--card
   border-radius: .5rem; }
 dialog::backdrop { background: #0008; }
 svg { width: 100%; height: 7rem; display: block; }
+svg.low { height: 2.5rem; } svg.low rect { fill: var(--dim); }
+.scale { display: flex; justify-content: space-between; font-size: .85rem; }
+.sign { display: inline-block; width: .7em; height: .7em; margin-right: .3em; background: currentColor; }
 svg .completed { fill: var(--completed); } svg .failed { fill: var(--failed); } svg .died { fill: var(--dead); }
 svg .axis { stroke: var(--line); }
 .skip { position: absolute; left: -99rem; } .skip:focus { left: .5rem; top: .5rem; }
@@ -12074,6 +12121,7 @@ function make(name, attributes, ...children) {
 }
 
 // Change `old` into `fresh` in place: focus, selection and scrolling stay, and nothing flickers.
+// What has a data-key is changed into what has the same; all else goes by its place.
 function morph(old, fresh) {
   if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName) return old.replaceWith(fresh);
   if (old.nodeType === 3) {
@@ -12086,10 +12134,23 @@ function morph(old, fresh) {
   for (const key of ["onclick", "onchange", "onsubmit"]) old[key] = fresh[key];
   if ("checked" in fresh && old.checked !== fresh.hasAttribute("checked"))
     old.checked = fresh.hasAttribute("checked");
-  const before = [...old.childNodes],
-    after = [...fresh.childNodes];
-  after.forEach((child, at) => (before[at] ? morph(before[at], child) : old.append(child)));
-  before.slice(after.length).forEach(child => child.remove());
+  const keys = new Set([...fresh.children].map(child => child.dataset.key));
+  for (const child of [...old.children])
+    if (child.dataset.key && !keys.has(child.dataset.key)) child.remove();
+  const keyed = new Map([...old.children].map(child => [child.dataset.key, child]));
+  let place = old.firstChild;
+  for (const child of [...fresh.childNodes]) {
+    const key = child.dataset && child.dataset.key;
+    const same = key ? keyed.get(key) : place && !(place.dataset && place.dataset.key) ? place : null;
+    if (same && same === place) place = place.nextSibling;
+    else old.insertBefore(same || child, place);
+    if (same) morph(same, child);
+  }
+  while (place) {
+    const next = place.nextSibling;
+    place.remove();
+    place = next;
+  }
 }
 
 // Ask the server. Without `body` it is asked only if anything has changed, unless `again`.
@@ -12119,6 +12180,8 @@ const escaped = text =>
     /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
     found => "\\u" + found.charCodeAt(0).toString(16).padStart(4, "0"),
   );
+const withCode = text =>
+  text.split("`").map((part, at) => (at % 2 ? make("code", {}, escaped(part)) : escaped(part)));
 const stateOf = state => make("span", {class: "state " + state}, state);
 const linkTo = id => make("a", {href: "#/job/" + encodeURIComponent(id)}, escaped(id));
 
@@ -12133,11 +12196,19 @@ const since = time => (Date.now() - Date.parse(time)) / 1000;
 const when = time =>
   time ? make("time", {datetime: time, title: time + " (UTC)"}, new Date(time).toLocaleString()) : "";
 
-function table(caption, head, rows, none, kind) {
+// A table; each row is {key, cells}. `labels` are shown before the cells on a narrow screen.
+function table(caption, head, rows, none, labels) {
   if (!rows.length) return make("p", {class: "dim"}, none);
+  const body = rows.map(({key, kind, cells}) =>
+    make(
+      "tr",
+      {"data-key": key, class: kind},
+      cells.map((cell, at) => make("td", {"data-label": labels && labels[at]}, cell)),
+    ),
+  );
   return make(
     "div",
-    {class: "wide " + (kind || ""), tabindex: 0, role: "region", "aria-label": caption},
+    {class: "wide", tabindex: 0, role: "region", "aria-label": caption},
     make(
       "table",
       {},
@@ -12151,56 +12222,61 @@ function table(caption, head, rows, none, kind) {
           head.map(cell => make("th", {scope: "col"}, cell)),
         ),
       ),
-      make("tbody", {}, rows),
+      make("tbody", {}, body),
     ),
   );
 }
-const row = cells =>
-  make(
-    "tr",
-    {},
-    cells.map(cell => make("td", {}, cell)),
-  );
 const card = (title, ...content) => make("section", {"aria-label": title}, make("h2", {}, title), content);
 
 // The command line that does the same as an action, to copy.
 const quote = word => (/^[\w.,:@%+\/-]+$/.test(word) ? word : "'" + word.replaceAll("'", "'\\''") + "'");
-function commandOf(name, body) {
+function commandOf(name, body, retry) {
   const words = [called, name];
-  if (body.cause) body = {state: "dead", error: body.cause.split("…").sort((a, b) => b.length - a.length)[0]};
   for (const term of TERMS) if (body[term]) words.push("--" + term, quote(body[term]));
   if (body.all && !TERMS.some(term => body[term])) words.push("--all");
-  if (body.with_dependents) words.push("--with-dependents");
   return [...words, ...(body.ids || []).map(quote)].join(" ");
+}
+// The same for the jobs of a cause, from the command that retries them.
+function commandOfCause(name, cause) {
+  if (!cause.retry) return "";
+  if (name === "retry") return cause.retry;
+  return cause.retry.replace(/ dlq retry (?=--)/, " delete --state dead ").replace(" dlq retry ", " delete ");
 }
 
 // Ask the person, with the number of jobs, then change exactly those that were counted.
-async function act(name, body, done) {
+async function act(name, body, done, command) {
   try {
     const found = await ask("/api/" + name, {...body, dry_run: true});
     const number = Number(found.headers.get("X-Count"));
-    const go = async () => {
+    const notes = JSON.parse(found.headers.get("X-Notes"));
+    const go = more => async () => {
       dialog.close();
       try {
         const asked = body.ids ? {} : {asked: JSON.parse(found.headers.get("X-Asked"))};
-        const answer = await ask("/api/" + name, {...body, ...asked});
-        const notes = JSON.parse(answer.headers.get("X-Notes"));
-        say([name + ": " + count(Number(answer.headers.get("X-Count")), "job"), ...notes].join("; "));
+        const answer = await ask("/api/" + name, {...body, ...asked, ...more});
+        const changed = Number(answer.headers.get("X-Count"));
+        const rest = changed < number ? `, ${number - changed} changed meanwhile or can't be` : "";
+        say([name + ": " + count(changed, "job") + rest, ...JSON.parse(answer.headers.get("X-Notes"))].join("; "));
         if (done) done();
       } catch (error) {
         fail(error);
       }
       refresh(true);
     };
+    const dependents = notes.some(note => note.includes("--with-dependents"));
     dialog.replaceChildren(
       make("h2", {id: "question"}, "Really " + name + " " + count(number, "job") + "?"),
-      make("p", {}, "The same as a command:"),
-      make("pre", {}, escaped(commandOf(name, body))),
+      ...notes.map(note => make("p", {}, escaped(note))),
+      make("p", {}, command ? "The same as a command:" : "No short command does just this."),
+      make("pre", {}, make("code", {}, escaped(command))),
       make(
         "div",
         {class: "actions"},
         make("button", {onclick: () => dialog.close()}, "No"),
-        make("button", {onclick: go, disabled: number === 0}, "Yes, " + name),
+        make("button", {onclick: go({}), disabled: number === 0}, "Yes, " + name),
+        dependents
+          ? make("button", {onclick: go({with_dependents: true})}, "Yes, and what ended with it")
+          : null,
       ),
     );
     dialog.showModal();
@@ -12208,15 +12284,15 @@ async function act(name, body, done) {
     fail(error);
   }
 }
-const button = (name, body, label, done) =>
-  readOnly ? null : make("button", {onclick: () => act(name, body, done)}, label);
+const button = (name, body, label, done, command = commandOf(name, body)) =>
+  readOnly ? null : make("button", {onclick: () => act(name, body, done, command)}, label);
 
-let said = "",
-  sayUntil = 0;
-function say(text) {
-  said = text;
-  sayUntil = Date.now() + 8000;
-  document.getElementById("live").textContent = text;
+let sayUntil = 0;
+function say(text, seconds = 8) {
+  sayUntil = Date.now() + seconds * 1000;
+  const live = document.getElementById("live");
+  live.className = seconds ? "said" : "";
+  if (live.textContent !== text) live.textContent = text;
 }
 function fail(error) {
   if (error.token) return login();
@@ -12245,56 +12321,70 @@ function login() {
 
 // Overview
 
-function chart(title, rows, step, bars) {
+// A picture of one bar for each of `bars` moments; each bar is a list of [kind, share of the height].
+function picture(text, bars, kind) {
+  const drawn = bars.flatMap((parts, at) => {
+    let top = 100;
+    return parts.map(([kind, share]) => {
+      const height = share && Math.max(96 * share, 2);
+      top -= height;
+      return height ? make("rect", {class: kind, x: at * 10 + 1, y: top, width: 8, height}) : null;
+    });
+  });
+  const right = bars.length * 10;
+  return make(
+    "svg",
+    {viewBox: `0 0 ${right} 101`, preserveAspectRatio: "none", role: "img", "aria-label": text, class: kind},
+    make("line", {class: "axis", x1: 0, x2: right, y1: 100.5, y2: 100.5}),
+    drawn,
+  );
+}
+
+function chart(title, rows, step, bars, unit) {
   const end = Math.floor(Date.now() / step) * step,
     first = end - (bars - 1) * step;
-  const by = new Map(rows.map(entry => [Date.parse(entry.starts_at), entry]));
-  const most = Math.max(
-    1,
-    ...rows.filter(entry => Date.parse(entry.starts_at) >= first).map(entry => entry.runs),
-  );
-  const drawn = [],
-    sum = {runs: 0, failed: 0, died: 0, waited: 0, longest: 0};
-  for (let at = 0; at < bars; at++) {
-    const entry = by.get(first + at * step);
-    if (!entry) continue;
-    let top = 100;
-    for (const kind of ["completed", "failed", "died"]) {
-      const height = (96 * entry[kind]) / most;
-      top -= height;
-      if (height)
-        drawn.push(
-          make(
-            "rect",
-            {class: kind, x: at * 10 + 1, y: top, width: 8, height: Math.max(height, 1)},
-            make("title", {}, `${new Date(first + at * step).toLocaleString()}: ${entry[kind]} ${kind}`),
-          ),
-        );
-    }
-    sum.runs += entry.runs;
-    sum.failed += entry.failed;
-    sum.died += entry.died;
-    sum.waited += entry.wait_seconds_sum;
-    sum.longest = Math.max(sum.longest, entry.wait_seconds_max);
-  }
-  const text = !sum.runs
-    ? "No runs."
-    : `${count(sum.runs, "run")}, ${sum.failed} failed, ${sum.died} died; jobs waited ` +
-      `${duration(sum.waited / sum.runs)} on average, ${duration(sum.longest)} at most.`;
+  const shown = rows.filter(entry => Date.parse(entry.starts_at) >= first);
+  const by = new Map(shown.map(entry => [Date.parse(entry.starts_at), entry]));
+  const moments = Array.from({length: bars}, (_, at) => by.get(first + at * step));
+  const sum = name => shown.reduce((sum, entry) => sum + entry[name], 0);
+  const waits = entry => entry.wait_seconds_sum / entry.runs;
+  const most = Math.max(1, ...shown.map(entry => entry.runs));
+  const longest = Math.max(0.001, ...shown.map(waits));
+  const runs = sum("runs");
+  const kinds = ["completed", "failed", "died"];
+  const text = `${count(runs, "run")}, at most ${most.toLocaleString()} in ${unit}`;
+  const waited = runs
+    ? `Jobs waited ${duration(sum("wait_seconds_sum") / runs)} on average, ` +
+      `${duration(Math.max(...shown.map(entry => entry.wait_seconds_max)))} at most`
+    : "";
+  if (!runs) return card(title, make("p", {class: "dim"}, "No runs."));
   return card(
     title,
+    make("p", {class: "dim"}, text + ". Each bar, from below:"),
     make(
-      "svg",
-      {
-        viewBox: `0 0 ${bars * 10} 101`,
-        preserveAspectRatio: "none",
-        role: "img",
-        "aria-label": title + ": " + text,
-      },
-      make("line", {class: "axis", x1: 0, x2: bars * 10, y1: 100.5, y2: 100.5}),
-      drawn,
+      "p",
+      {},
+      kinds.map(kind => [
+        make("span", {class: "state " + kind}, make("span", {class: "sign"}), kind),
+        ` ${sum(kind).toLocaleString()} \u2003`,
+      ]),
     ),
-    make("p", {class: "dim"}, text),
+    picture(
+      title + ": " + text,
+      moments.map(entry => (entry ? kinds.map(kind => [kind, entry[kind] / most]) : [])),
+    ),
+    make("p", {class: "dim"}, waited + ":"),
+    picture(
+      waited,
+      moments.map(entry => (entry ? [["", waits(entry) / longest]] : [])),
+      "low",
+    ),
+    make(
+      "div",
+      {class: "scale dim"},
+      make("span", {}, new Date(first).toLocaleTimeString([], {timeStyle: "short"})),
+      make("span", {}, "now"),
+    ),
   );
 }
 
@@ -12348,7 +12438,11 @@ const overview = () => ({
     };
     return [
       make("h1", {}, "Overview"),
-      this.status.hold_ups.map(line => make("p", {class: "note"}, escaped(line))),
+      make(
+        "div",
+        {},
+        this.status.hold_ups.map(line => make("p", {class: "note"}, withCode(line))),
+      ),
       card(
         "Jobs",
         make(
@@ -12367,8 +12461,38 @@ const overview = () => ({
       make(
         "div",
         {class: "columns"},
-        chart("The last hour", this.minutes, 60000, 60),
-        chart("The last day", this.hours, 3600000, 24),
+        chart("The last hour", this.minutes, 60000, 60, "a minute"),
+        chart("The last day", this.hours, 3600000, 24, "an hour"),
+      ),
+      card(
+        "Queues",
+        table(
+          "Queues",
+          ["Queue", "Limit", "Starts", "Waiting", "Running", "Dead", "Action"],
+          this.queues.map(queue => {
+            const order = queue.paused ? "resume" : "pause";
+            const attributes = {
+              onclick: turn(queue, order),
+              "aria-label": `${order} ${queue.name}`,
+              title: `${called} queue ${order} ${queue.name}`,
+            };
+            return {
+              key: queue.name,
+              cells: [
+                make("a", {href: "#/jobs?queue=" + encodeURIComponent(queue.name)}, escaped(queue.name)),
+                queue.concurrency ?? "none",
+                queue.paused ? make("b", {}, "paused") : "yes",
+                queue.pending + queue.failed,
+                queue.processing,
+                queue.dead,
+                // A stop of all queues is lifted by the command that the note above names.
+                readOnly || this.status.all_paused ? "" : make("button", attributes, order),
+              ],
+            };
+          }),
+          "No queues.",
+          ["", "limit", "starts", "waiting", "running", "dead", ""],
+        ),
       ),
       card(
         "Running",
@@ -12377,15 +12501,17 @@ const overview = () => ({
           ["Job", "For", "Last line of output", "Command"],
           this.workers
             .filter(worker => worker.job)
-            .map(worker =>
-              row([
+            .map(worker => ({
+              key: worker.job,
+              cells: [
                 linkTo(worker.job),
                 duration(since(worker.job_started_at)),
                 make("span", {class: "command"}, escaped(this.lines.get(worker.job))),
                 make("span", {class: "command"}, escaped(worker.command).slice(0, 300)),
-              ]),
-            ),
+              ],
+            })),
           "Nothing runs.",
+          ["", "for", "printed"],
         ),
         this.status.next &&
           make(
@@ -12398,51 +12524,22 @@ const overview = () => ({
           ),
       ),
       card(
-        "Queues",
-        table(
-          "Queues",
-          ["Queue", "Limit", "Waiting", "Running", "Dead", ""],
-          this.queues.map(queue => {
-            const order = queue.paused ? "resume" : "pause";
-            return row([
-              make("a", {href: "#/jobs?queue=" + encodeURIComponent(queue.name)}, escaped(queue.name)),
-              queue.concurrency ?? "none",
-              queue.pending + queue.failed,
-              queue.processing,
-              queue.dead,
-              readOnly
-                ? queue.paused
-                  ? "paused"
-                  : ""
-                : make(
-                    "button",
-                    {
-                      onclick: turn(queue, order),
-                      "aria-label": `${order} ${queue.name}`,
-                      title: `${called} queue ${order} ${queue.name}`,
-                    },
-                    order,
-                  ),
-            ]);
-          }),
-          "No queues.",
-        ),
-      ),
-      card(
         "Workers",
         table(
           "Workers",
           ["Worker", "Process", "Since", "Job", "Held up by"],
-          this.workers.map(worker =>
-            row([
+          this.workers.map(worker => ({
+            key: worker.name,
+            cells: [
               worker.name,
               worker.pid,
               when(worker.started_at),
               worker.job ? linkTo(worker.job) : "idle",
               escaped(worker.trouble),
-            ]),
-          ),
+            ],
+          })),
           "No workers are running.",
+          ["", "process", "since", "job", "held up by"],
         ),
       ),
       make("p", {class: "dim"}, "Database: " + escaped(this.status.path)),
@@ -12457,41 +12554,44 @@ const jobsView = query => ({
   every: 2000,
   rows: new Map(),
   chosen: new Set(),
-  next: 0,
-  top: 0,
-  newest: 0,
+  next: 0, // the place from which older jobs are shown; 0: there are none
+  top: 0, // above the newest job that is shown
   total: null,
-  path(before) {
-    const terms = new URLSearchParams(
-      TERMS.filter(term => query.get(term)).map(term => [term, query.get(term)]),
-    );
-    if (before) terms.set("place", before); // jobs that came before this one
-    return "/api/jobs?" + terms;
+  full: true,
+  news: false,
+  path(more) {
+    const terms = TERMS.filter(term => query.get(term)).map(term => [term, query.get(term)]);
+    return "/api/jobs?" + new URLSearchParams([...terms, ...Object.entries(more || {})]);
   },
-  take(answer, more) {
-    for (const job of answer.value.reverse()) this.rows.set(job.id, job);
-    const header = name => Number(answer.headers.get(name));
-    this.total = answer.headers.get("X-Total");
-    if (more || !this.top) this.next = header("X-Next");
-    if (!this.top) this.top = header("X-Last") + 1;
-    this.newest = header("X-Last");
+  take({value, headers}) {
+    for (const job of [...value].reverse()) this.rows.set(job.id, job);
+    this.next = Number(headers.get("X-Next"));
+    this.full = value.length >= 50;
+    this.top = this.top || Number(headers.get("X-Last")) + 1;
+    this.total = headers.get("X-Total");
   },
+  // The first time the newest are loaded. From then on what is shown (the first 200 of it) changes
+  // in its place, and what has come into the list since is only told.
   async load(again) {
-    const first = !this.top;
-    const answer = await ask(this.path(this.top), null, again || first);
-    if (first) return this.take({...answer, value: [...answer.value]});
-    const shown = new Map(answer.value.map(job => [job.id, job]));
-    [...this.rows.values()].slice(0, 50).forEach(job => {
-      if (shown.has(job.id)) this.rows.set(job.id, shown.get(job.id));
-      else job.gone = true; // it no longer fits the filter, but stays in its place
+    if (!this.top) return this.take(await ask(this.path(), null, true));
+    const from = Math.max(1, this.next),
+      limit = Math.min(200, this.rows.size + 50);
+    const [answer, newer] = await Promise.all([
+      ask(this.path({place: this.top, from, limit}), null, again),
+      ask(this.path({from: this.top, limit: 1}), null, again),
+    ]);
+    const found = new Map(answer.value.map(job => [job.id, job]));
+    const all = answer.headers.get("X-Next") === "0"; // the search came to its end
+    this.rows.forEach((job, id) => {
+      if (found.has(id)) this.rows.set(id, found.get(id));
+      else if (all) job.gone = true; // it no longer fits the filter
     });
-    this.newest = Number(answer.headers.get("X-Last"));
+    this.news = newer.value.length > 0 || [...found.keys()].some(id => !this.rows.has(id));
     this.total = answer.headers.get("X-Total");
   },
   async more() {
     try {
-      const answer = await ask(this.path(this.next), null, true);
-      this.take({...answer, value: [...answer.value]}, true);
+      this.take(await ask(this.path({place: this.next}), null, true));
       redraw();
     } catch (error) {
       fail(error);
@@ -12513,10 +12613,12 @@ const jobsView = query => ({
     const all = Object.keys(selection).length ? selection : {all: true};
     const states = (query.get("state") || STATES.join()).split(",");
     const clear = () => this.chosen.clear();
-    const choose = job => event => {
-      event.target.checked ? this.chosen.add(job.id) : this.chosen.delete(job.id);
+    const choose = jobs => event => {
+      for (const job of jobs) event.target.checked ? this.chosen.add(job.id) : this.chosen.delete(job.id);
       redraw();
     };
+    const box = (jobs, label, checked) =>
+      make("input", {type: "checkbox", "aria-label": label, checked, onchange: choose(jobs)});
     const actions = Object.keys(CAN).flatMap(name => [
       picked.length && picked.every(job => CAN[name].includes(job.state))
         ? button(name, {ids: picked.map(job => job.id)}, `${name} ${picked.length} selected`, clear)
@@ -12559,50 +12661,45 @@ const jobsView = query => ({
         "p",
         {class: "actions dim", role: "status"},
         [
-          this.total ? count(Number(this.total), "job") + "." : "",
+          this.total
+            ? count(Number(this.total), "job") + "."
+            : `${rows.length}${this.next ? "+" : ""} found.`,
           make("code", {}, escaped(commandOf("list", selection))),
         ],
-        this.newest >= this.top
-          ? make("button", {onclick: () => show()}, "Newer jobs have come: show them")
-          : "",
+        this.news ? make("button", {onclick: () => show()}, "Jobs have come into this list: show them") : "",
       ),
       make(
         "section",
         {"aria-label": "Jobs"},
         table(
           "Jobs, the newest first",
-          ["", "Job", "State", "Tries", "Queue", "Changed", "Command"],
-          rows.map(job =>
-            make(
-              "tr",
-              {class: job.gone ? "gone" : null},
+          [
+            box(rows, "Select all that are shown", rows.length > 0 && picked.length === rows.length),
+            ...["Job", "State", "Tries", "Queue", "Changed", "Command"],
+          ],
+          rows.map(job => ({
+            key: job.id,
+            kind: job.gone ? "gone" : null,
+            cells: [
+              box([job], "Select " + escaped(job.id), this.chosen.has(job.id)),
+              linkTo(job.id),
+              [stateOf(job.state), job.gone ? " (left)" : ""],
+              `${job.attempts}/${Math.max(1, job.max_retries)}`,
+              escaped(job.queue),
+              when(job.updated_at),
               [
-                make("input", {
-                  type: "checkbox",
-                  "aria-label": "Select " + escaped(job.id),
-                  checked: this.chosen.has(job.id),
-                  onchange: choose(job),
-                }),
-                linkTo(job.id),
-                [stateOf(job.state), job.gone ? " (left)" : ""],
-                `${job.attempts}/${Math.max(1, job.max_retries)}`,
-                escaped(job.queue),
-                when(job.updated_at),
-                [
-                  make("div", {class: "command"}, escaped(job.command)),
-                  job.last_error ? make("div", {class: "dim"}, escaped(job.last_error)) : null,
-                ],
-              ].map(cell => make("td", {}, cell)),
-            ),
-          ),
+                make("div", {class: "command"}, escaped(job.command)),
+                job.last_error ? make("div", {class: "dim"}, escaped(job.last_error)) : null,
+              ],
+            ],
+          })),
           this.next ? "None found so far." : "No such jobs.",
-          "cards",
         ),
         this.next
           ? make(
               "button",
               {onclick: () => this.more()},
-              rows.length % 50 === 0 && rows.length ? "Older jobs" : "Search on",
+              this.full ? "Older jobs" : "Search on",
             )
           : null,
       ),
@@ -12613,13 +12710,20 @@ const jobsView = query => ({
 // One job
 
 const HIDDEN = ["id", "runs", "why", "awaits", "awaited_by", "run", "expected_at"];
+function fieldOf(name, value) {
+  if (value === null || (typeof value === "object" && !Object.keys(value).length)) return "–";
+  if (name.endsWith("_at")) return [when(value), " ", make("span", {class: "dim"}, "UTC " + value.slice(11, 19))];
+  if (name === "command") return make("span", {class: "command"}, escaped(value));
+  return escaped(typeof value === "object" ? JSON.stringify(value) : value);
+}
 const jobView = id => ({
   title: id,
   every: 1000,
   logs: new Map(),
+  wanted: [], // older runs whose output was asked for
   async load(again) {
     this.job = (await ask("/api/jobs/" + encodeURIComponent(id), null, again)).value;
-    const numbers = this.job.runs.map(run => run.run).slice(-5);
+    const numbers = [...this.wanted, ...this.job.runs.map(run => run.run).slice(-5)];
     if (this.job.state === "processing") numbers.push(this.job.run);
     for (const number of numbers) {
       const known = this.logs.get(number);
@@ -12632,6 +12736,10 @@ const jobView = id => ({
     const job = this.job,
       live = this.logs.get(job.run);
     const runs = live && live.state === "processing" ? [...job.runs, live] : job.runs;
+    const want = run => () => {
+      this.wanted.push(run.run);
+      refresh(true);
+    };
     const output = (run, name) => {
       const kept = this.logs.get(run.run) || {};
       const text =
@@ -12661,7 +12769,7 @@ const jobView = id => ({
       ),
       card(
         "Why",
-        job.why.map(reason => make("p", {}, escaped(reason))),
+        job.why.map(reason => make("p", {}, withCode(reason))),
         job.awaits.length
           ? make(
               "p",
@@ -12685,7 +12793,9 @@ const jobView = id => ({
           ? runs
               .slice()
               .reverse()
-              .map(run => [
+              .map(run => make(
+                "div",
+                {"data-key": run.run},
                 make(
                   "h3",
                   {},
@@ -12698,7 +12808,8 @@ const jobView = id => ({
                 make("p", {class: "dim"}, when(run.started_at), run.error ? " " + escaped(run.error) : ""),
                 output(run, "stdout"),
                 output(run, "stderr"),
-              ])
+                this.logs.has(run.run) ? null : make("button", {onclick: want(run)}, `Output of run ${run.run}`),
+              ))
           : make("p", {class: "dim"}, "It has not run yet."),
       ),
       card(
@@ -12713,13 +12824,7 @@ const jobView = id => ({
               make(
                 "dd",
                 {},
-                name.endsWith("_at") && name !== "locked_by"
-                  ? when(value)
-                  : name === "command"
-                    ? make("span", {class: "command"}, escaped(value))
-                    : value === null || (typeof value === "object" && !Object.keys(value).length)
-                      ? "–"
-                      : escaped(typeof value === "object" ? JSON.stringify(value) : value),
+                fieldOf(name, value),
               ),
             ]),
         ),
@@ -12730,7 +12835,7 @@ const jobView = id => ({
         make(
           "code",
           {},
-          escaped(`${called} show ${job.id}; ${called} logs ${job.id}; ${called} edit ${job.id} --help`),
+          ["show", "logs", "edit --help"].map(name => `${called} ${name} ${escaped(quote(job.id))}; `),
         ),
       ),
     ];
@@ -12744,7 +12849,9 @@ const deadView = () => ({
   every: 3000,
   outputs: new Map(),
   async load(again) {
-    this.causes = (await ask("/api/dlq/causes", null, again)).value;
+    const answer = await ask("/api/dlq/causes", null, again);
+    this.causes = answer.value;
+    this.left = Number(answer.headers.get("X-Left"));
     for (const cause of this.causes.slice(0, 10)) {
       if (!cause.job || this.outputs.has(cause.job)) continue;
       const logs = await ask("/api/jobs/" + encodeURIComponent(cause.job) + "/logs").catch(() => ({
@@ -12757,36 +12864,32 @@ const deadView = () => ({
   draw() {
     return [
       make("h1", {}, "Dead letters"),
-      this.causes.length ? null : make("p", {class: "dim"}, "No job is dead."),
-      this.causes.map(cause =>
-        card(
-          count(cause.count, "job") +
-            (cause.after ? ` and ${cause.after} after ${cause.count === 1 ? "it" : "them"}` : "") +
-            ": " +
-            escaped(cause.cause),
-          make(
-            "p",
-            {class: "dim"},
-            "Since ",
-            when(cause.since),
-            cause.job ? [", for example ", linkTo(cause.job)] : "",
-          ),
-          this.outputs.get(cause.job)
-            ? make(
-                "pre",
-                {tabindex: 0, "aria-label": "Output of an example"},
-                escaped(this.outputs.get(cause.job)),
-              )
-            : null,
-          make(
-            "div",
-            {class: "actions"},
-            button("retry", {cause: cause.cause, state: "dead"}, "retry these"),
-            button("delete", {cause: cause.cause, state: "dead"}, "delete these"),
-          ),
-          make("p", {class: "dim"}, make("code", {}, escaped(cause.retry).slice(0, 300))),
-        ),
+      make(
+        "p",
+        {class: "dim"},
+        this.causes.length ? "" : "No job is dead.",
+        this.left
+          ? withCode(
+              `Only the jobs that died last are counted here, ${this.left.toLocaleString()} older ones are not; ` +
+                `\`${called} dlq list --causes\` counts all.`,
+            )
+          : "",
       ),
+      this.causes.map(cause => {
+        const act = name =>
+          button(name, {cause: cause.cause, state: "dead"}, name + " these", null, commandOfCause(name, cause));
+        const text = this.outputs.get(cause.job);
+        const after = cause.after ? ` and ${cause.after} after ${cause.count === 1 ? "it" : "them"}` : "";
+        return make(
+          "section",
+          {"data-key": cause.cause, "aria-label": cause.cause},
+          make("h2", {}, count(cause.count, "job") + after + ": " + escaped(cause.cause)),
+          make("p", {class: "dim"}, "Since ", when(cause.since), ", for example ", linkTo(cause.job)),
+          text ? make("pre", {tabindex: 0, "aria-label": "Output of an example"}, escaped(text)) : null,
+          make("div", {class: "actions"}, act("retry"), act("delete")),
+          cause.retry ? make("p", {class: "dim"}, make("code", {}, escaped(cause.retry))) : null,
+        );
+      }),
     ];
   },
 });
@@ -12802,7 +12905,14 @@ function redraw() {
   const ends = [...document.querySelectorAll("pre")].filter(
     node => node.scrollHeight - node.scrollTop - node.clientHeight < 5,
   );
+  // What the pointer is on, or has the focus, stays where it is on the screen.
+  const held =
+    main.querySelector("a:hover, button:hover, input:hover") ||
+    (main.contains(document.activeElement) && document.activeElement !== main && document.activeElement);
+  const top = held && held.getBoundingClientRect().top;
   morph(main, fresh);
+  if (held && held.isConnected && top >= 0 && top < innerHeight)
+    scrollBy(0, held.getBoundingClientRect().top - top);
   for (const node of ends) node.scrollTop = node.scrollHeight;
   if (typed) for (const [name, value] of kept) if (typed.elements[name]) typed.elements[name].value = value;
 }
@@ -12815,10 +12925,12 @@ async function refresh(again) {
     if (current !== view) return;
     current.ready = true;
     redraw();
-    if (Date.now() > sayUntil) document.getElementById("live").textContent = "live";
+    if (Date.now() > sayUntil) say("live", 0);
   } catch (error) {
-    if (current === view)
-      fail(error.token || navigator.onLine ? error : new Error("the server can't be reached"));
+    if (current !== view) return;
+    if (error instanceof TypeError) error = new Error("queuectl web does not answer; does it still run?");
+    fail(error);
+    if (!current.ready && !error.token) main.replaceChildren(make("p", {class: "note"}, error.message));
   }
 }
 
@@ -12846,7 +12958,7 @@ async function show() {
     const current = link.getAttribute("href") === "#" + path;
     current ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
   }
-  document.title = view.title + " – queuectl";
+  document.title = escaped(view.title) + " – queuectl";
   main.replaceChildren(make("p", {class: "dim"}, "Loading …"));
   await refresh(true);
   later();

@@ -12301,6 +12301,7 @@ def test_doctor_speaks_of_pauses_dead_jobs_and_a_log_that_grows(q: Queue, monkey
 # =====================================================================================================
 
 TOKEN = "a-token-of-the-tests"
+open_private = queuectl.open_private
 
 
 class Web:
@@ -12418,11 +12419,16 @@ def test_a_search_stops_and_says_where(monkeypatch: Any, store: Any) -> None:
         put(store)
     monkeypatch.setattr(queuectl, "SEARCH_STEP", 10)
     monkeypatch.setattr(queuectl, "SEARCH_TIME", -1.0)
-    assert queuectl.search(store, queuectl.Selection(grep="no such"), 31, 5) == ([], 31)
+    assert queuectl.search(store, queuectl.Selection(grep="no such"), 31, 5) == ([], 21)
     monkeypatch.setattr(queuectl, "SEARCH_TIME", 60.0)
     assert queuectl.search(store, queuectl.Selection(grep="no such"), 31, 5) == ([], 0)
     found, left = queuectl.search(store, queuectl.Selection(grep="true"), 31, 25)
     assert [job["seq"] for job in found] == list(range(6, 31)) and left == 6
+    found, left = queuectl.search(store, queuectl.Selection(grep="true"), 31, 50, 21)
+    assert [job["seq"] for job in found] == list(range(21, 31)) and left == 0
+    monkeypatch.setattr(queuectl, "SEARCH_TIME", -1.0)  # where the counts say that there is none, none is looked for
+    assert queuectl.page_jobs(None, store, {"queue": "none"}).headers["X-Next"] == 0
+    assert queuectl.page_jobs(None, store, {"grep": "none"}).headers["X-Next"] == 21
 
 
 def test_nothing_is_sent_twice(q: Queue, web: Web) -> None:
@@ -12444,7 +12450,7 @@ def test_the_page_changes_what_it_asked_about(q: Queue, web: Web) -> None:
     q.drain(code=1)  # `a` is as dead as before, but not unchanged; `d` came later
     asked = json.loads(headers["X-Asked"])
     headers, jobs = web.post("/api/retry", {"state": "dead", "asked": asked})
-    assert headers["X-Count"] == "2" and [job["id"] for job in jobs] == ["b", "c"]
+    assert headers["X-Count"] == "2" and [job["id"] for job in jobs] == ["b", "c"] and headers["X-Notes"] == "[]"
     assert q.states() == {"a": "dead", "b": "pending", "c": "pending", "d": "dead"}
     headers, jobs = web.post("/api/cancel", {"ids": ["b"]})
     assert [(job["id"], job["state"]) for job in jobs] == [("b", "cancelled")]
@@ -12455,6 +12461,34 @@ def test_the_page_changes_what_it_asked_about(q: Queue, web: Web) -> None:
     (queue,) = web.post("/api/queues/default/pause", {})[1]
     assert queue["paused"] and q.look("queue", "list")[0]["paused"]
     assert not web.post("/api/queues/default/resume", {})[1][0]["paused"]
+
+
+def test_the_page_takes_whole_ids_only(q: Queue, web: Web) -> None:
+    made = q.add("true")  # its id may begin with the id of a job that was deleted since the reader looked
+    for name in ("cancel", "retry", "delete"):
+        status, _, body = web.ask("/api/" + name, "POST", {"ids": [made[:5]]})
+        assert status == 404 and made[:5] in json.loads(body)["error"] and q.counts() == {"pending": 1}
+    assert web.post("/api/cancel", {"ids": [made]})[0]["X-Count"] == "1"
+
+
+def test_a_cause_on_the_page_has_the_command_for_just_its_jobs(q: Queue, web: Web, monkeypatch: Any) -> None:
+    many = queuectl.MOST_NAMED + 1
+    q.load([{"command": f"echo no disk {n} >&2; exit 3", "max_retries": 1} for n in range(many)])
+    q.load([{"id": "odd", "command": "exit 4", "max_retries": 1}])
+    q.drain("--count", "2", code=1)
+    for cause, wanted in zip(web.get("/api/dlq/causes"), q.look("dlq", "list", "--causes")):
+        assert set(wanted) < set(cause) and (cause["cause"], cause["after"]) == (wanted["cause"], 0)
+        words = shlex.split(cause["retry"])
+        found = json.loads(q(*words[words.index("dlq"):], "--dry-run", "--json").out)
+        assert len(found) == cause["count"] == wanted["count"]
+    headers, _ = web.post("/api/retry", {"cause": cause["cause"], "state": "dead"})
+    # Those that died for another reason were not meant: nothing is said of them.
+    assert headers["X-Count"] == "1" and headers["X-Notes"] == "[]" and q.state("odd") == "pending"
+    with closing(queuectl.Store(str(q.db), reading=True)) as store:
+        monkeypatch.setattr(queuectl, "MOST_CAUSES", many - 5)
+        reply = queuectl.page_causes(None, store, {})
+        assert reply.headers == {"X-Left": 5} and reply.value[0]["count"] == many - 5
+        assert reply.value[0]["retry"] is not None  # few enough to be named
 
 
 def test_a_running_job_is_cancelled_and_dependents_are_retried(q: Queue, web: Web) -> None:
@@ -12616,14 +12650,22 @@ def test_a_page_while_the_database_is_locked_or_gone(q: Queue, web: Web) -> None
     for path in [q.db, *q.db.parent.glob("queue.db*")]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     wait_for(lambda: web.get("/api/jobs") == [])
+    assert web.get("/api/status")["hold_ups"] == [f"There is no queue at {q.db}."]
     assert not q.db.exists()
     assert web.ask("/api/retry", "POST", {"ids": ["a"]})[0] in (404, 409)
 
 
-def test_the_token_file(q: Queue) -> None:
-    path = q.home / "new-token"
+def test_a_page_asks_no_name_server(monkeypatch: Any) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda *_: pytest.fail("http.server asked for a name"))
+    queuectl.page_server(None, ("127.0.0.1", 0)).server_close()
+
+
+def test_the_token_file(q: Queue, monkeypatch: Any) -> None:
+    path, flags = q.home / "new-token", []
+    monkeypatch.setattr(queuectl, "open_private", lambda *given: flags.append(given[1]) or open_private(*given))
     token = queuectl.read_token(str(path))
     assert len(token) == 32 and stat.S_IMODE(path.stat().st_mode) == 0o600 and queuectl.read_token(str(path)) == token
+    assert flags == [os.O_RDWR, os.O_RDONLY]  # the credentials of a service can't be written
     path.write_text("short")
     with pytest.raises(queuectl.QueueError, match="too short"):
         queuectl.read_token(str(path))
@@ -12835,8 +12877,15 @@ def test_the_views_of_the_page(page: tuple[Browser, Web]) -> None:
                 go(browser, view, wanted)
                 browser.until("document.querySelector('main').innerText.length > 60")
                 assert browser.js("document.documentElement.scrollWidth <= innerWidth"), (width, view)
+                assert browser.js(CLIPPED) == [], (width, view)
                 assert browser.js(CONTRAST) == [], (scheme, view)
 
+
+# What can be clicked, but is too small or partly out of sight.
+CLIPPED = """[...document.querySelectorAll("main button, main a, main input")].filter(node => {
+    const {width, height, right} = node.getBoundingClientRect(), box = node.closest(".wide") || document.body;
+    return node.offsetParent && Math.min(width, height) < 15 || right > box.getBoundingClientRect().right + 1;
+}).map(node => node.outerHTML.slice(0, 90))"""
 
 # Texts whose contrast is below 4.5 to 1 (WCAG AA), and controls without a name.
 CONTRAST = """(() => {
@@ -12875,7 +12924,7 @@ def test_actions_by_clicking_and_by_keyboard(page: tuple[Browser, Web]) -> None:
     browser.until("!!document.querySelector('dialog[open]')")
     browser.key("Tab")
     browser.until("document.activeElement.innerText == 'Yes, retry' || document.activeElement.innerText == 'No'")
-    browser.js("[...document.querySelectorAll('dialog button')].at(-1).focus()")
+    browser.js("[...document.querySelectorAll('dialog button')].at(1).focus()")
     browser.key("Enter", "\r")
     q.wait_state("bad2", "pending")
     browser.until("document.getElementById('live').innerText.includes('retry: 1 job')")
@@ -12889,9 +12938,16 @@ def test_actions_by_clicking_and_by_keyboard(page: tuple[Browser, Web]) -> None:
     click(browser, "Yes, cancel")
     q.wait_state("waits", "cancelled")
     go(browser, "#/", "Queues")
-    browser.js("document.querySelector('[aria-label=\"pause default\"]').click()")
-    wait_for(lambda: any(queue["name"] == "default" and queue["paused"] for queue in q.look("queue", "list")))
-    browser.js("[...document.querySelectorAll('button')].find(node => node.ariaLabel == 'resume default')?.click()")
+    browser.js("document.querySelector('[aria-label=\"pause default\"]').focus({preventScroll: true})")
+    browser.until("!!document.querySelector('[aria-label=\"pause default\"]:focus')")
+    top = browser.js("document.activeElement.getBoundingClientRect().top")
+    browser.key("Enter", "\r")
+    # A note has come on top; the focus has stayed with the button, and the button in its place.
+    browser.until("document.querySelector('.note').innerText.includes('Paused: default')")
+    assert browser.js("document.activeElement.ariaLabel") == "resume default"
+    assert abs(browser.js("document.activeElement.getBoundingClientRect().top") - top) < 2
+    browser.key("Enter", "\r")
+    wait_for(lambda: not any(queue["paused"] for queue in q.look("queue", "list")))
     go(browser, "#/dead", "1 job")
     for left in (1, 0):  # one died by itself, one because of a job that was retried since
         click(browser, "delete these")
@@ -12912,10 +12968,10 @@ def test_the_page_is_live_and_keeps_the_readers_place(page: tuple[Browser, Web])
     browser.js("scrollTo(0, 400); document.querySelector('input[name=grep]').focus({preventScroll: true})")
     browser.js("document.querySelector('input[name=grep]').value = 'typed'")
     q.add("true", "--id", "newer")
-    browser.until("document.querySelector('main').innerText.includes('Newer jobs have come')")
+    browser.until("document.querySelector('main').innerText.includes('Jobs have come into this list')")
     assert browser.js("[document.querySelector('tbody a').innerText, scrollY]") == [first, 400]
     assert browser.js("document.activeElement.name + document.activeElement.value") == "greptyped"
-    click(browser, "Newer jobs have come: show them")
+    click(browser, "Jobs have come into this list: show them")
     browser.until("document.querySelector('tbody a')?.innerText == 'newer'")
     q.add("echo begun; until [ -e go ]; do sleep 0.02; done; echo finished", "--id", "runs", "--priority", "0")
     pool = q.pool()
@@ -12926,6 +12982,36 @@ def test_the_page_is_live_and_keeps_the_readers_place(page: tuple[Browser, Web])
         "document.querySelector('h1').innerText.includes('completed')"
     )
     pool.stop()
+
+
+def test_a_list_by_state_is_live(page: tuple[Browser, Web]) -> None:
+    browser, web = page
+    q = web.q
+    old = q.load([{"command": "true", "delay": "1h"}] * 60)
+    go(browser, "#/jobs?state=pending", "61 jobs.")
+    click(browser, "Older jobs")
+    browser.until("document.querySelectorAll('tbody tr').length == 61")
+    q("cancel", old[0])  # it stands below the first fifty
+    browser.until("[...document.querySelectorAll('tr.gone')].map(row => row.dataset.key).join() == %s"
+                  % json.dumps(old[0]))  # fmt: skip
+    assert "Jobs have come" not in browser.js("document.querySelector('main').innerText")
+    q("retry", "bad2")  # it is older than all that are shown below `top`, and is pending now
+    click(browser, "Jobs have come into this list: show them")
+    browser.until("document.querySelectorAll('tbody tr').length == 50")
+    q("cancel", "bad2")
+    go(browser, "#/job/bad2", "cancelled")
+    click(browser, "retry")
+    click(browser, "Yes, and what ended with it")
+    q.wait_state("kid", "pending")
+    assert q.state("bad2") == "pending"
+    browser.size(1024, 300)
+    browser.js("scrollTo(0, 1000)")
+    click(browser, "cancel")
+    click(browser, "Yes, cancel")
+    q.wait_state("bad2", "cancelled")
+    # What was done is told where the reader is.
+    browser.until("(box => box.top > 0 && box.bottom <= innerHeight)"
+                  "(document.querySelector('#live.said')?.getBoundingClientRect() || {})")  # fmt: skip
 
 
 def test_a_view_without_a_token_asks_for_it(browser: Browser, q: Queue) -> None:
@@ -12941,6 +13027,7 @@ def test_a_view_without_a_token_asks_for_it(browser: Browser, q: Queue) -> None:
     go(browser, "#/", "Queues")
     go(browser, "#/jobs", "true")
     assert browser.js("document.querySelectorAll('.actions button').length") == 0
+    go(browser, "#/job/nope", "there is no job nope")
     browser.js("sessionStorage.clear()")
 
 
