@@ -8049,13 +8049,14 @@ def names_of_queues(text: str) -> list[str]:
     return [check_name("--queue", name) for name in text.split(",")]
 
 
-def time_named(text: str) -> int:
+def time_named(text: str, now: int = 0) -> int:
     """Return the time of `--since` or `--before`: in ISO 8601, or as an age such as 2h."""
+    now = now or now_millis()
     if re.match(r"\d{4}-|now", text):
-        return parse_time(text, now_millis(), "the time")
+        return parse_time(text, now, "the time")
     if re.fullmatch(_NUMBER, text):
         raise UsageError("%s needs a unit, such as %sd or %sh" % (text, text, text))
-    return now_millis() - to_millis(checked("delay", text, "how long ago"))
+    return now - to_millis(checked("delay", text, "how long ago"))
 
 
 def done_since(store: Store, by: str, since: int | None) -> list[Row]:
@@ -11423,11 +11424,13 @@ def page_arguments(store: Store, values: Row) -> Any:
     """Return the arguments of a command that changes jobs, from a request's values.
 
     An id must be whole: when a job was deleted since the reader looked, its id may be the beginning
-    of another job's.
+    of another job's. Ages such as 2h count from the moment at which the reader was asked.
     """
     from types import SimpleNamespace
+    last, moment = [whole("asked", NEVER)(str(part))
+                    for part in [*values.get("asked", ()), NEVER, NEVER][:2]]
     terms: Row = {"ids": [check_name("id", name) for name in values.get("ids", [])],
-                  "state": [], "queue": []}
+                  "state": [], "queue": [], "last": last, "moment": moment}
     for name in terms["ids"]:
         if store.find(name)["id"] != name:
             raise QueueError("there is no job %s" % name)
@@ -11435,7 +11438,9 @@ def page_arguments(store: Store, values: Row) -> Any:
         if values.get(name):
             terms[name] = [read(values[name])]
     for name in ("since", "before"):
-        terms[name] = time_named(values[name]) if values.get(name) else None
+        terms[name] = None
+        if values.get(name):
+            terms[name] = time_named(values[name], min(moment, now_millis()))
     for name in ("all", "dry_run", "with_dependents"):
         terms[name] = values.get(name) is True
     for name in ("grep", "error"):
@@ -11565,21 +11570,18 @@ def page_metrics(site: Site, store: Store, values: Row) -> Reply:
     return Reply(text.encode(), kind="text/plain; version=0.0.4")
 
 
-def page_look(store: Store, values: Row, selection: Selection) -> tuple[Any, Any]:
+def page_look(args: Any, cause_asked: str | None, selection: Selection) -> tuple[Any, Any]:
     """Look at the jobs that the reader was asked about: those unchanged since, and none newer."""
     from array import array
-    pair = store.look(selection)
-    if not (values.get("asked") or values.get("cause")):
-        return pair
-    looked: Iterable[tuple[int, int]] = zip(*pair)
-    if values.get("cause"):
-        looked = [pair for cause in dead_causes(store) for pair in cause["looked"]
-                  if cause["cause"] == values["cause"]]
-    check = whole("asked", NEVER)
-    last, moment = [check(str(part)) for part in values.get("asked", (NEVER, NEVER))]
+    looked: Any = args.store.look(selection)
+    if cause_asked:
+        looked = zip(*[pair for cause in dead_causes(args.store) for pair in cause["looked"]
+                       if cause["cause"] == cause_asked])
+    elif args.last == NEVER:
+        return looked  # type: ignore[no-any-return]
     seqs, times = array("q"), array("q")
-    for seq, changed in looked:
-        if seq <= last and changed <= moment:
+    for seq, changed in zip(*looked):
+        if seq <= args.last and changed <= args.moment:
             seqs.append(seq)
             times.append(changed)
     return seqs, times
@@ -11592,7 +11594,7 @@ def page_change(site: Site, store: Store, values: Row, name: str) -> Reply:
     asked = json.dumps([store.last_seq(), now_millis()])
     args = page_arguments(store, values)
     args.all = args.all or bool(values.get("cause"))
-    args.look = partial(page_look, store, values)
+    args.look = partial(page_look, args, values.get("cause"))
     if name == "retry":
         _, seqs, notes = retry_jobs(args, ENDED, IN_VAIN, RETRY_ADVICE)
     elif name == "cancel":
@@ -12606,7 +12608,8 @@ const jobsView = query => ({
       location.hash = "#/jobs" + (String(terms) && "?" + terms);
     };
     const rows = [...this.rows.values()];
-    const picked = rows.filter(job => this.chosen.has(job.id));
+    const shown = rows.filter(job => !job.gone);
+    const picked = shown.filter(job => this.chosen.has(job.id));
     const selection = Object.fromEntries(
       TERMS.filter(term => query.get(term)).map(term => [term, query.get(term)]),
     );
@@ -12619,14 +12622,13 @@ const jobsView = query => ({
     };
     const box = (jobs, label, checked) =>
       make("input", {type: "checkbox", "aria-label": label, checked, onchange: choose(jobs)});
-    const actions = Object.keys(CAN).flatMap(name => [
-      picked.length && picked.every(job => CAN[name].includes(job.state))
-        ? button(name, {ids: picked.map(job => job.id)}, `${name} ${picked.length} selected`, clear)
-        : null,
-      !picked.length && states.some(state => CAN[name].includes(state))
-        ? button(name, all, `${name} all that match`)
-        : null,
-    ]);
+    const actions = Object.keys(CAN).map(name => {
+      const can = state => CAN[name].includes(state);
+      const ids = picked.filter(job => can(job.state)).map(job => job.id);
+      if (ids.length) return button(name, {ids}, `${name} ${ids.length} selected`, clear);
+      if (!picked.length && states.some(can)) return button(name, all, `${name} all that match`);
+      return null;
+    });
     return [
       make("h1", {}, "Jobs"),
       make(
@@ -12674,7 +12676,7 @@ const jobsView = query => ({
         table(
           "Jobs, the newest first",
           [
-            box(rows, "Select all that are shown", rows.length > 0 && picked.length === rows.length),
+            box(shown, "Select all that are shown", picked.length > 0 && picked.length === shown.length),
             ...["Job", "State", "Tries", "Queue", "Changed", "Command"],
           ],
           rows.map(job => ({

@@ -12463,6 +12463,18 @@ def test_the_page_changes_what_it_asked_about(q: Queue, web: Web) -> None:
     assert not web.post("/api/queues/default/resume", {})[1][0]["paused"]
 
 
+def test_an_age_counts_from_the_question(q: Queue, web: Web) -> None:
+    """What was too young for `--before 2s` when the reader was asked is so however late the answer comes."""
+    q.add("exit 3", "--id", "a", "--max-retries", "1")
+    q.drain(code=1)
+    question = {"state": "dead", "before": "1s"}
+    headers, _ = web.post("/api/delete", {**question, "dry_run": True})
+    assert headers["X-Count"] == "0"
+    wait_for(lambda: web.post("/api/delete", {**question, "dry_run": True})[0]["X-Count"] == "1")
+    assert web.post("/api/delete", {**question, "asked": json.loads(headers["X-Asked"])})[0]["X-Count"] == "0"
+    assert web.post("/api/delete", {**question, "asked": [7]})[0]["X-Count"] == "1"  # only a seq: from now
+
+
 def test_the_page_takes_whole_ids_only(q: Queue, web: Web) -> None:
     made = q.add("true")  # its id may begin with the id of a job that was deleted since the reader looked
     for name in ("cancel", "retry", "delete"):
@@ -12551,6 +12563,7 @@ BAD_REQUESTS: Any = [
     ("POST", "/api/retry", {"ids": "a"}, 400),
     ("POST", "/api/retry", {"all": 1}, 400),
     ("POST", "/api/retry", {"all": True, "asked": ["x"]}, 400),
+    ("POST", "/api/retry", {"all": True, "asked": [1, [2]]}, 400),
     ("POST", "/api/retry", b"[" * 60000, 400),
     ("POST", "/api/queues/a,b/pause", {}, 400),
     ("POST", "/api/retry", b"x" * 70000, 413),
