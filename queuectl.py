@@ -11480,10 +11480,14 @@ def search(store: Store, selection: Selection, before: int, count: int,
     """
     found: list[Row] = []
     deadline = monotonic() + SEARCH_TIME
+    # State by state, for each is read by its index: a few dead jobs among a million that wait.
+    groups = [(state,) for state in set(selection.states)] or [()]
     while before > least and len(found) < count:
         first = max(least, before - SEARCH_STEP)
-        within = selection._replace(first=first)
-        found = store.newest(within, count - len(found), before) + found
+        within = [selection._replace(first=first, states=states) for states in groups]
+        page = [job for part in within for job in store.newest(part, count, before)]
+        page.sort(key=lambda job: job["seq"])
+        found = (page + found)[-count:]
         before = found[0]["seq"] if len(found) == count else first
         if monotonic() >= deadline:
             break
@@ -12040,7 +12044,8 @@ pre { margin: .3rem 0 .8rem; padding: .6rem; max-height: 26rem; overflow: auto; 
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; }
 dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; unicode-bidi: isolate; }
 form { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: end; }
-label { display: grid; gap: .15rem; font-size: .85rem; color: var(--dim); }
+label { display: grid; gap: .15rem; font-size: .85rem; color: var(--dim); flex: 1 1 8rem; min-width: 0; }
+label > * { width: 100%; }
 input, select, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--dim);
   border-radius: .35rem; padding: .3rem .6rem; min-height: 2.2rem; max-width: 100%; }
 input[type=checkbox] { min-height: 0; width: 1.15rem; height: 1.15rem; }
@@ -12362,7 +12367,7 @@ function chart(title, rows, step, bars, unit) {
   if (!runs) return card(title, make("p", {class: "dim"}, "No runs."));
   return card(
     title,
-    make("p", {class: "dim"}, text + ". Each bar, from below:"),
+    make("p", {class: "dim"}, text + ". From below:"),
     make(
       "p",
       {},
@@ -12641,12 +12646,12 @@ const jobsView = query => ({
           make(
             "select",
             {name: "state"},
-            ["", ...STATES, ...(states.length > 1 && query.get("state") ? [query.get("state")] : [])].map(
+            [...new Set(["", ...STATES, "pending,processing,failed", "failed,dead", query.get("state") || ""])].map(
               state =>
                 make(
                   "option",
                   {value: state, selected: state === (query.get("state") || "")},
-                  state || "any",
+                  state.replaceAll(",", ", ") || "any",
                 ),
             ),
           ),

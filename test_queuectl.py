@@ -12376,6 +12376,8 @@ def test_the_api_has_the_shapes_of_json(q: Queue, web: Web) -> None:
     assert web.get("/api/jobs?state=dead,completed&queue=default") == q.look(
         "list", "--queue", "default", "--state", "dead,completed"
     )
+    newest = web.get("/api/jobs?state=dead,completed&limit=2")
+    assert [job["id"] for job in newest] == [job["id"] for job in q.jobs("--state", "dead,completed", "--limit", "2")]
     assert [job["id"] for job in web.get("/api/jobs?grep=exit")] == ["a"]
     assert [job["id"] for job in web.get("/api/jobs?error=exit%20code")] == ["a"]
     assert web.get("/api/jobs?since=1h&before=1h") == []
@@ -12829,7 +12831,7 @@ def page(browser: Browser, q: Queue) -> Iterator[tuple[Browser, Web]]:
             {"id": "bad2", "command": "echo '<script>alert(2)</script>' >&2; exit 3", "max_retries": 1},
             {"id": "kid", "command": "true", "after": ["bad2"]}])  # fmt: skip
     q.drain(code=1)
-    q.add("true", "--id", "waits", "--queue", "a&b=c#d")
+    q.add("true", "--id", "waits", "--queue", "a&b=c#d\"><b>")
     web = Web(q)
     browser.size(1024)
     browser.events.clear()
@@ -12871,7 +12873,7 @@ def test_the_views_of_the_page(page: tuple[Browser, Web]) -> None:
     browser, _web = page
     assert browser.js("location.hash") == "#/" and browser.js("sessionStorage.getItem('token')") == TOKEN
     text = browser.js("document.querySelector('main').innerText")
-    assert "dlq list" in text and "a&b=c#d" in text and "No workers are running." in text and "9 runs" in text
+    assert "dlq list" in text and "a&b=c#d\"><b>" in text and "No workers are running." in text and "9 runs" in text
     go(browser, "#/jobs", "Jobs")
     browser.until("document.querySelectorAll('tbody tr').length == 11")
     assert browser.js("document.querySelectorAll('main img, main script, main b').length") == 0
@@ -12945,9 +12947,9 @@ def test_actions_by_clicking_and_by_keyboard(page: tuple[Browser, Web]) -> None:
     browser.until(
         "document.querySelector('tr.gone')?.innerText.includes('bad2')"
     )  # it left the view, but not its place
-    go(browser, "#/jobs?queue=a%26b%3Dc%23d", "waits")
+    go(browser, "#/jobs?queue=a%26b%3Dc%23d%22%3E%3Cb%3E", "waits")
     click(browser, "cancel all that match")
-    assert "cancel --queue 'a&b=c#d'" in browser.until("document.querySelector('dialog[open] pre')?.innerText")
+    assert "cancel --queue 'a&b=c#d\"><b>'" in browser.until("document.querySelector('dialog[open] pre')?.innerText")
     click(browser, "Yes, cancel")
     q.wait_state("waits", "cancelled")
     go(browser, "#/", "Queues")
