@@ -11481,7 +11481,7 @@ def search(store: Store, selection: Selection, before: int, count: int,
     found: list[Row] = []
     deadline = monotonic() + SEARCH_TIME
     # State by state, for each is read by its index: a few dead jobs among a million that wait.
-    groups = [(state,) for state in set(selection.states)] or [()]
+    groups: list[Names] = [(state,) for state in set(selection.states)] or [()]
     while before > least and len(found) < count:
         first = max(least, before - SEARCH_STEP)
         within = [selection._replace(first=first, states=states) for states in groups]
