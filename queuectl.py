@@ -12171,6 +12171,8 @@ async function ask(path, body, again) {
     headers,
     cache: "no-store",
     body: body && JSON.stringify(body),
+  }).catch(() => {
+    throw new Error("queuectl web does not answer; does it still run?");
   });
   if (answer.status === 304) return known[1];
   const value = await answer.json();
@@ -12258,6 +12260,7 @@ async function act(name, body, done, command) {
     const notes = JSON.parse(found.headers.get("X-Notes"));
     const go = more => async () => {
       dialog.close();
+      say(name + ": under way …", 600);
       try {
         const asked = body.ids ? {} : {asked: JSON.parse(found.headers.get("X-Asked"))};
         const answer = await ask("/api/" + name, {...body, ...asked, ...more});
@@ -12935,7 +12938,6 @@ async function refresh(again) {
     if (Date.now() > sayUntil) say("live", 0);
   } catch (error) {
     if (current !== view) return;
-    if (error instanceof TypeError) error = new Error("queuectl web does not answer; does it still run?");
     fail(error);
     if (!current.ready && !error.token) main.replaceChildren(make("p", {class: "note"}, error.message));
   }

@@ -13043,6 +13043,8 @@ def test_a_view_without_a_token_asks_for_it(browser: Browser, q: Queue) -> None:
     go(browser, "#/jobs", "true")
     assert browser.js("document.querySelectorAll('.actions button').length") == 0
     go(browser, "#/job/nope", "there is no job nope")
+    web.process.signal(signal.SIGTERM)
+    browser.until("document.getElementById('live').innerText.includes('does it still run?')")
     browser.js("sessionStorage.clear()")
 
 
