@@ -47,7 +47,7 @@ Contents, in reading order; a section calls only those above it:
     Schema       the tables, their migrations, and statements that several functions use
     Database     the file: trust, opening, the mutex, commits, syncing, copies
     Store        reading queues, jobs and runs; one method for each change of state
-    Runner       one run's processes: start, bound and end them
+    Runner       one run's processes: start, bound and end them; runs in an engine
     Worker       claim, run, record; when a run must end; recovery after dead workers
     Console      printing: to which stream, how wide, and with what escaped
     Pool         the supervisor: start, watch, replace and stop workers
@@ -225,8 +225,8 @@ class Unavailable(QueueError):
 # A claimed job, as its worker knows it. `seq` is its place in the order in which jobs came; it
 # could have been claimed from the moment `since` on.
 Job = namedtuple("Job", "seq id command queue attempts runs max_retries timeout_seconds "
-                        "backoff_base context env policy deferrals chained shell since place "
-                        "started_at")
+                        "backoff_base context env policy deferrals chained shell runner ender "
+                        "since place started_at word")
 # How a run ended. `error` says why it failed; `finished_at` is in milliseconds since the epoch;
 # `seconds` was measured by the monotonic clock; `final` is true if the exit code forbids a retry.
 RunResult = namedtuple("RunResult", "job ending exit_code error finished_at seconds stdout stderr "
@@ -854,6 +854,21 @@ def check_text(what: str, text: Any) -> str:
     except UnicodeEncodeError:
         raise UsageError("%s is not valid UTF-8: %s" % (what, quoted(text))) from None
     return text
+
+
+def check_engine(runner: str, ender: str | None) -> tuple[str | None, str | None]:
+    """Return the checked runner and ender of a queue, each None for `none`."""
+    if runner == "none" and ender in (None, "none"):
+        return None, None
+    if not runner:
+        raise UsageError("give the --runner, too: it hands jobs to the engine of that ender")
+    if runner.count("{}") != 1:
+        raise UsageError("--runner must have {} once: it becomes the job, as one quoted word")
+    check_template(runner)
+    if not ender:
+        raise UsageError("a runner needs an --ender, which ends a job there and prints nothing "
+                         "when it is gone; or `--ender none` if jobs die with their client")
+    return check_text("--runner", runner), None if ender == "none" else check_text("--ender", ender)
 
 
 def check_command(command: Any, longest: int) -> str:
@@ -2509,9 +2524,10 @@ class OutputFiles:
 
     def read(self, limit: int) -> list[bytes]:
         """Read what the run has printed to stdout and stderr, at most `limit` bytes each."""
-        return [self._read_one(index, limit) for index in (0, 1)]
+        return [self.read_one(index, limit) for index in (0, 1)]
 
-    def _read_one(self, index: int, limit: int) -> bytes:
+    def read_one(self, index: int, limit: int) -> bytes:
+        """Read what the run has printed to one stream, at most `limit` bytes."""
         try:
             self._look(index)
             output = head_and_tail(self.fds[index], limit)
@@ -2916,6 +2932,35 @@ MIGRATIONS = (
                 AND pending + processing + completed + failed + dead + cancelled = 0
                 AND NOT EXISTS (SELECT 1 FROM schedules WHERE queue = old.queue); END""",
     ),
+    # A queue may hand its jobs to an engine: see EngineRun. A job that is processing keeps the
+    # ender that its run began with, and the random part of its run's name (null: no engine).
+    # After `rests` jobs in a row that the engine did not take, for the reason `rest_why`, the queue
+    # rests until `rest_until`. Then it starts one job, whose seq is in `probe`.
+    (
+        "ALTER TABLE queues ADD COLUMN runner TEXT",
+        "ALTER TABLE queues ADD COLUMN ender TEXT",
+        "ALTER TABLE queues ADD COLUMN rests INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE queues ADD COLUMN rest_until INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE queues ADD COLUMN rest_why TEXT",
+        "ALTER TABLE queues ADD COLUMN probe INTEGER",
+        "CREATE INDEX queues_resting ON queues (rest_until) WHERE rests > 0",
+        "ALTER TABLE jobs ADD COLUMN ender TEXT",
+        "ALTER TABLE jobs ADD COLUMN word TEXT",
+        # A queue with a runner is not forgotten, unless it is that of a run.
+        "DROP TRIGGER jobs_discounted",
+        """CREATE TRIGGER jobs_discounted AFTER DELETE ON jobs BEGIN
+            UPDATE queues SET
+                pending = pending - (old.state = 'pending'),
+                completed = completed - (old.state = 'completed'),
+                failed = failed - (old.state = 'failed'), dead = dead - (old.state = 'dead'),
+                cancelled = cancelled - (old.state = 'cancelled')
+            WHERE name = old.queue;
+            DELETE FROM queues WHERE name = old.queue AND NOT paused
+                AND (coalesce(concurrency, runner) IS NULL OR (name GLOB 'run-[0-9]*'
+                    AND NOT substr(name, 5) GLOB '*[^0-9]*'))
+                AND pending + processing + completed + failed + dead + cancelled = 0
+                AND NOT EXISTS (SELECT 1 FROM schedules WHERE queue = old.queue); END""",
+    ),
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 SET_VERSION = "PRAGMA user_version = %d" % SCHEMA_VERSION
@@ -2933,11 +2978,16 @@ KEEP_OLDER = """UPDATE control SET older = coalesce((SELECT group_concat(DISTINC
     WHERE state = 'processing'), '')"""
 
 NEXT_EPOCH = "UPDATE control SET epoch = epoch + 1"
+NOW = "(julianday('now') - 2440587.5) * 86400000"
+# The second is when a queue that rests now may start a job again. A time that has passed must not
+# be here: workers would look again and again while something else holds up the queue.
 PULSE = """SELECT epoch, (SELECT min(due) FROM jobs WHERE ready = 0 AND due IS NOT NULL),
     (SELECT min(expires_at) FROM jobs INDEXED BY jobs_expiring
         WHERE expires_at IS NOT NULL AND state = 'pending' AND runs = 0),
+    (SELECT min(rest_until) FROM queues INDEXED BY queues_resting
+        WHERE rests > 0 AND probe IS NULL AND rest_until > %s),
     (SELECT min(due) FROM schedules),
-    unsettled FROM control"""
+    unsettled FROM control""" % NOW
 ALL_POOLS = """SELECT name, pid, started_at, workers, queues, stop, died FROM pools
     ORDER BY started_at"""
 ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS started_at,
@@ -2946,7 +2996,8 @@ ALL_WORKERS = """SELECT workers.name AS name, pool, pid, workers.started_at AS s
     ORDER BY workers.started_at, workers.name"""
 GET_POOL = "SELECT stop, jobs_left, died FROM pools WHERE name = ?"
 ADD_QUEUE = "INSERT OR IGNORE INTO queues (name) VALUES (?)"
-FORGET_QUEUE = """DELETE FROM queues WHERE name = ? AND concurrency IS NULL AND NOT paused
+FORGET_QUEUE = """DELETE FROM queues WHERE name = ? AND NOT paused
+    AND coalesce(concurrency, runner) IS NULL
     AND pending + processing + completed + failed + dead + cancelled = 0
     AND NOT EXISTS (SELECT 1 FROM schedules WHERE queue = queues.name)"""
 
@@ -2954,7 +3005,7 @@ WITH_ID = "SELECT seq, id FROM jobs WHERE id = ?"
 ERROR_OF_DEAD = "SELECT last_error FROM jobs WHERE id = ? AND state = 'dead'"
 HELD_JOBS = """SELECT seq, id, command, queue, attempts, runs, max_retries, timeout_seconds,
     backoff_base, context, env, policy, deferrals, chained, shell, place, worker, slot,
-    started_at, cancel,
+    started_at, cancel, NULL AS runner, ender, word,
     started_at - waited AS since FROM jobs WHERE state = 'processing'"""
 # The time since when a ready or due job could have run.
 SINCE = "max(coalesce(due, created_at), switched_at, (SELECT switched_at FROM control))"
@@ -3028,7 +3079,7 @@ SELECT_JOBS = """SELECT seq, jobs.id AS id, command, shell, state, queue, priori
     unique_key AS "unique", after_ids AS after, after_any_ids AS after_any, expires_at,
     created_at, updated_at, started_at, finished_at,
     CASE WHEN state = 'failed' THEN due END AS next_retry_at, exit_code, last_error,
-    worker AS locked_by, locked_at, runs, slot, cancel, generated, context, due, ready
+    worker AS locked_by, locked_at, runs, slot, cancel, generated, context, due, ready, word
     FROM jobs CROSS JOIN contexts ON contexts.id = jobs.context """
 
 
@@ -3039,20 +3090,23 @@ def next_job(queues: int) -> str:
     Of the first ready jobs of all queues it is the one with the lowest (priority, seq). `queues` is
     the number of queue names that are the statement's parameters; 0 means all queues. Each queue
     costs one seek in jobs_ready, however many jobs wait. A job counts against its queue's limit
-    until its run is recorded, also if its worker is dead: its processes may still live.
+    until its run is recorded, also if its worker is dead: its processes may still live. A queue
+    whose engine took no job rests, and then tries one; if the clock was set back, at once.
     """
     # Skips queues without waiting jobs, of which there may be thousands.
     from_busy, among = "INDEXED BY queues_busy", ""
     if queues:
         from_busy, among = "", "AND name IN (%s)" % ", ".join("?" * queues)
     return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries,
-        timeout_seconds, backoff_base, context, env, policy, deferrals, chained, shell, %s
+        timeout_seconds, backoff_base, context, env, policy, deferrals, chained, shell,
+        runner, queues.ender, %s
         FROM queues %s CROSS JOIN jobs ON seq = (
             SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name
             ORDER BY priority, seq LIMIT 1)
         WHERE pending + failed > 0 AND NOT paused AND NOT (SELECT paused FROM control)
-            AND (concurrency IS NULL OR processing < concurrency) %s
-        ORDER BY priority, seq LIMIT 1""" % (SINCE, from_busy, among)
+            AND (concurrency IS NULL OR processing < concurrency)
+            AND (rests = 0 OR (probe IS NULL AND rest_until - %s NOT BETWEEN 0 AND 60000)) %s
+        ORDER BY priority, seq LIMIT 1""" % (SINCE, from_busy, NOW, among)
 
 
 # When a job ended or, if it has not, when it was last changed.
@@ -4200,6 +4254,7 @@ class Database(Connection):
                 attempts = max(attempts - 1, 0),
                 cancel = 0, worker = NULL, slot = NULL, locked_at = NULL
                 WHERE state = 'processing'""",
+            "UPDATE queues SET rests = 0, probe = NULL",
             "DELETE FROM workers",
             "DELETE FROM pools",
             RENEW_IDENTITY)
@@ -4394,6 +4449,17 @@ class Administration(Database):
         self.execute(FORGET_QUEUE, queue)
         self.execute(NEXT_EPOCH)
 
+    def set_engine(self, queue: str, runner: str | None, ender: str | None) -> None:
+        """Hand the jobs of a queue to an engine from now on, or (None, None) to nobody.
+
+        An engine without an ender has None for it. Jobs that run keep theirs.
+        """
+        self.execute(ADD_QUEUE, queue)
+        self.execute("UPDATE queues SET runner = ?, ender = ?, rests = 0, probe = NULL "
+                     "WHERE name = ?", runner, ender, queue)
+        self.execute(FORGET_QUEUE, queue)
+        self.execute(NEXT_EPOCH)
+
     def pause(self, queue: str | None, paused: bool, now: int) -> None:
         """Pause a queue (start no more of its jobs), or resume it.
 
@@ -4431,15 +4497,23 @@ class Administration(Database):
                 UNION ALL SELECT name, nullif(switched_at, 0) FROM queues WHERE paused""")
 
     def queues(self) -> list[Row]:
-        """Return every queue that has a job, limit, pause or schedule, with its jobs by state."""
+        """Return every queue with a job, limit, pause, runner or schedule, and its jobs by state.
+
+        `rest_why` is set if its engine did not take the last job, and `next_try_at` too, unless a
+        job is being tried: see Store._note_engine.
+        """
         return self.dicts(
-            """SELECT name, concurrency, queues.paused OR control.paused AS paused, pending,
+            """SELECT name, concurrency, runner, ender,
+                CASE WHEN rests AND probe IS NULL THEN rest_until END AS next_try_at,
+                CASE WHEN rests THEN rest_why END AS rest_why,
+                queues.paused OR control.paused AS paused, pending,
                 processing, completed, failed, dead, cancelled
                 FROM queues CROSS JOIN control ORDER BY name""")
 
     def queue(self, name: str) -> Row:
         """Return one of `queues`, even if it has no job."""
-        empty = {"name": name, "concurrency": None, "paused": self.all_paused(),
+        nothing = dict.fromkeys(("concurrency", "runner", "ender", "rest_why"))
+        empty = {**nothing, "name": name, "paused": self.all_paused(),
                  **dict.fromkeys(STATES, 0)}
         return next((queue for queue in self.queues() if queue["name"] == name), empty)
 
@@ -5487,7 +5561,10 @@ class Store(Scheduling):
         found = self.next(queues)
         if found is None:
             return None
-        job = Job._make((*found, self._free_place(found[3]), now))
+        job = Job._make((*found, self._free_place(found[3]), now, None))
+        if job.runner:
+            job = job._replace(word=os.urandom(4).hex())
+            self.execute("UPDATE queues SET probe = ? WHERE name = ? AND rests", job.seq, job.queue)
         waited = max(0, now - job.since)
         if pool and job.queue != HOOK_QUEUE:
             turn = self.execute(
@@ -5498,8 +5575,9 @@ class Store(Scheduling):
         self.execute(
             """UPDATE jobs SET state = 'processing', ready = 0, due = NULL,
                 attempts = attempts + 1, runs = runs + 1, worker = ?, slot = ?, place = ?,
-                waited = ?, locked_at = ?, started_at = ?, updated_at = ? WHERE seq = ?""",
-            worker, slot, job.place, waited, now, now, now, job.seq)
+                waited = ?, locked_at = ?, started_at = ?, updated_at = ?, ender = ?, word = ?
+                WHERE seq = ?""",
+            worker, slot, job.place, waited, now, now, now, job.ender, job.word, job.seq)
         return job
 
     def _free_place(self, queue: str) -> int:
@@ -5548,6 +5626,8 @@ class Store(Scheduling):
             state, attempts = CANCELLED, job.attempts
         if not self._leave_run(ended, state, attempts, retry_at):
             return "", False
+        if job.word:
+            self._note_engine(ended)
         self._keep_run(ended)
         self._count_run(ended, state)
         if state not in ENDED:
@@ -5583,6 +5663,35 @@ class Store(Scheduling):
             job.seq, job.runs, job.attempts, ended.ending, job.started_at, ended.finished_at,
             ended.seconds, ended.exit_code, ended.error, ended.worker,
             ended.stdout or None, ended.stderr or None)
+
+    # Queues with an engine. If it does not take a job, the queue rests for 1, 2, 4 … up to 60
+    # seconds. Then one job is tried (the probe); the others follow when that one has begun. Jobs
+    # that were handed over together with the first one that was not taken don't count again.
+
+    def _note_engine(self, ended: RunResult) -> None:
+        """Let a queue rest if its engine did not take a job; or end a probe."""
+        job, now = ended.job, ended.finished_at
+        if ended.ending == UNSTARTED:
+            self.execute(
+                """UPDATE queues SET rests = min(rests + 1, 6), rest_why = ?,
+                    rest_until = ? + 1000 * min(60, 1 << rests)
+                    WHERE name = ? AND (rests = 0 OR probe = ?)""",
+                ended.error, now, job.queue, job.seq)
+        self.execute("UPDATE queues SET probe = NULL WHERE name = ? AND probe = ?",
+                     job.queue, job.seq)
+
+    def hold_queue(self, job: Job, why: str) -> None:
+        """Start no more jobs of a queue until it is known what became of a job in its engine."""
+        self.execute("UPDATE queues SET rests = max(rests, 1), rest_why = ?, probe = ? "
+                     "WHERE name = ? AND probe IS NULL", why, job.seq, job.queue)
+
+    def is_probe(self, job: Job) -> bool:
+        return bool(self.rows("SELECT 1 FROM queues WHERE name = ? AND probe = ?",
+                              job.queue, job.seq))
+
+    def end_rests(self, queue: str) -> None:
+        """Let all jobs of a queue start, for its engine has taken the probe."""
+        self.execute("UPDATE queues SET rests = 0, probe = NULL WHERE name = ?", queue)
 
     def _count_run(self, ended: RunResult, state: str) -> None:
         """Count a run as completed, failed, or died (its job is dead).
@@ -5797,7 +5906,7 @@ def put_in_place(backup: str, db: str) -> str:
         os.close(mutex)
 
 
-# ═══ Runner ═══ one run's processes: start, bound and end them ═══════════════════════════════
+# ═══ Runner ═══ one run's processes: start, bound and end them; runs in an engine ════════════
 #
 # The worker decides when a run must end (time-out, cancel, stop): see Attending in section Worker.
 # This section finds and ends the run's processes, and bounds its output. The signals and system
@@ -5810,9 +5919,13 @@ SHORTEST_LOOK, LONGEST_LOOK = 0.02, 0.5  # seconds between two looks at a run's 
 LONGEST_PAUSE = 0.25  # seconds between two looks at processes that were signalled
 
 
-def run_name(worker: str, seq: int, run: int) -> str:
-    """Return the QUEUECTL_RUN of a run: unique, for no worker's name is used twice."""
-    return "%s-%d-%d" % (worker, seq, run)
+def run_name(worker: str, seq: int, run: int, word: str | None = None) -> str:
+    """Return the QUEUECTL_RUN of a run: unique, for no worker's name is used twice.
+
+    A run in an engine has a random part, too: see EngineRun.
+    """
+    name = "%s-%d-%d" % (worker, seq, run)
+    return "%s_%s" % (name, word) if word else name
 
 
 def members_of(mark: str, files: Names,
@@ -5885,7 +5998,8 @@ class Run:
     def __init__(self, job: Job, worker: str, slot: OutputFiles, limit: int):
         """`slot` is open and takes the output; `limit` bytes of each stream are kept."""
         self.job, self.worker, self.slot, self.limit = job, worker, slot, limit
-        self.name = run_name(worker, job.seq, job.runs)
+        self.command, self.bound_at = job.command, limit
+        self.name = run_name(worker, job.seq, job.runs, job.word)
         self.began = monotonic()
         self.set_timeout(job.timeout_seconds)
         self.next_look = self.began + SHORTEST_LOOK
@@ -5893,10 +6007,10 @@ class Run:
     def start(self, environment: JobEnvironment, db: str, shell: str) -> str:
         """Start the command in its environment; return why that failed, or ""."""
         cwd, umask, env = environment
-        env = {**env, **self._variables(db)}
+        env = {**env, **native_items(self.variables(db))}
         try:
             first = system.ticks()
-            self.pid = system.spawn(self.job.command, shell, env, cwd, umask,
+            self.pid = system.spawn(self.command, shell, env, cwd, umask,
                                     *self.slot.fds)
             self.leader = Leader(self.pid, first, system.ticks())
             return ""
@@ -5906,14 +6020,14 @@ class Run:
             self.short = error.errno in (*SHORTAGES, errno.EIO)
             return "can't start %s: %s" % (shell, error.strerror)
 
-    def _variables(self, db: str) -> Env:
+    def variables(self, db: str) -> dict[str, str]:
         """Return the variables that the job has beside its context's."""
         job = self.job
         values = job.id, job.attempts, job.max_retries, job.queue, db
         given = dict(zip(JOB_VARIABLES, map(str, values)))
         given.update(json.loads(job.env or "{}"))  # a hook has those of the job that has ended
         given.update(QUEUECTL_RUN=self.name, QUEUECTL_SLOT=str(job.place))
-        return native_items(given)
+        return given
 
     def set_timeout(self, seconds: float | None) -> None:
         """Bound the run to so many seconds from its start; None: no bound."""
@@ -5942,7 +6056,7 @@ class Run:
             return
         before = self.printed
         try:
-            self.printed = self.slot.bound(self.limit)
+            self.printed = self.slot.bound(self.bound_at)
         except OSError:
             pass  # looked at again soon
         self.look_every = min(self.look_every * 2, LONGEST_LOOK)
@@ -5965,15 +6079,287 @@ class Run:
         if not system.childless:
             self.end(grace, pause)
 
+    def read(self) -> list[bytes]:
+        """Read what the run has printed to stdout and stderr, as it is recorded."""
+        return self.slot.read(self.limit)
+
     def result(self, ending: str, error: str | None = None) -> RunResult:
         """Return what to record; the error of a failure ends with the last line of stderr."""
-        stdout, stderr = self.slot.read(self.limit)
+        stdout, stderr = self.read()
         why = last_line(stderr) if error else ""
         if why:
             error = "%s: %s" % (error, why)
         code = None if ending == STOPPED else self.exit_code
         return RunResult(self.job, ending, code, error, now_millis(),
                      monotonic() - self.began, stdout, stderr, self.worker)
+
+
+# Engines. A queue's runner hands a job to an engine (Slurm, another machine, a container), whose
+# client is then the first process of the run here. The client's exit code says nothing about the
+# job: it may be that of a broken connection, or 0 after a node has failed. So a wrapper around the
+# job writes words to its stderr: a start word, and an end word with the exit code. The end word
+# alone decides how the run ended. The other two ends are certain only when the engine has confirmed
+# that the run is gone, for a word may be late:
+#
+#     no start word     the engine did not take the job: there was no run, and its queue rests
+#     no end word       the run was lost
+#
+# Silence is no confirmation: a busy or restarted engine knows nothing, for a while. So the queue's
+# ender must have exited with 0 and printed nothing to stdout, twice: see Ender.
+
+# What runs in the engine. $0 is the name of the run, $1 the folder, $2 the umask, $3 the shell and
+# $4 the command. An engine may start the same run again by itself, after a preemption for example,
+# perhaps on another node with the same home: the folder that mkdir makes prevents a second run. One
+# run in 256 removes the folders of runs that began more than a month ago.
+WRAPPER = """\
+say() {
+    printf '\\n<queuectl %s %s>\\n' "$run" "$1" >&2
+}
+run=$0
+home=${HOME:-/tmp}
+test -w "$home" || home=/tmp
+begun=$home/.queuectl-runs/$run
+mkdir -p "$home/.queuectl-runs" 2>/dev/null
+case $run in
+    *00) find "$home/.queuectl-runs" -type d -mtime +30 -exec rmdir {} \\; 2>/dev/null ;;
+esac
+if ! mkdir "$begun" 2>/dev/null && test -d "$begun"; then
+    echo "queuectl: the engine has started $run again; it does not run twice" >&2
+    exit 1
+fi
+say start
+umask "$2"
+if cd -- "$1"; then
+    "$3" -c "$4" </dev/null
+    code=$?
+else
+    echo "queuectl: can't start in the folder $1" >&2
+    code=126
+fi
+say "end $code"
+exit "$code"
+"""
+WORD = rb"\r?\n?<queuectl %s (start|end \d+)>\r?\n?"
+WORD_LENGTH = len("\n<queuectl  end 255>\n")  # and the name of the run
+# Bytes at both ends of a client's stderr in which words are sought; they are never cut.
+WORDS_WITHIN = 1 << 16
+# `echo` tells the ender's exit code, for a worker may have reaped its process with others.
+ASK, ANSWER = "( %s\n)\necho queuectl $?", b"queuectl 0\n"
+ANSWER_TIME = 60.0  # seconds that an ender may take
+GONE_AGAIN = 2.0  # seconds between two answers "gone": a submitted job may not be visible before
+SHORTEST_REST, LONGEST_REST_OF_ENDER = 0.1, 10.0  # seconds between other answers
+KILL_TIME = 5.0  # seconds that an engine may take to kill a run
+ENDERS_AT_ONCE = 16  # in recovery
+
+
+def without_words(stderr: bytes, name: str) -> bytes:
+    """Take the words of a run out of its stderr."""
+    return re.sub(WORD % name.encode(), b"", stderr)
+
+
+class Ender:
+    """Has an engine end a run, and learns whether it is gone there, without waiting.
+
+    `is_gone` must be called again and again. Each call of the ender sees QUEUECTL_SIGNAL: TERM, and
+    KILL after the grace.
+    """
+
+    leader = NOBODY  # the process of the ender that is asked now
+    gone_since = FOREVER  # when it first said that the run is gone
+    next_ask, nap = 0.0, SHORTEST_REST
+    pipes: Sequence[int] = ()
+    said = ""  # why the run is not surely gone, in the ender's own words
+    # Since when its answers are errors, or say that a run lives which it should have killed.
+    stuck_since = FOREVER
+
+    def __init__(self, command: str, environment: JobEnvironment, grace: float):
+        self.command, self.environment = ASK % command, environment
+        self.kill_at, self.since = monotonic() + grace, show_time(now_millis())
+
+    def is_gone(self) -> bool:
+        """Ask if it is time, or read the answer; return whether the run is surely gone."""
+        now = monotonic()
+        if not self.is_asking():
+            if now >= self.next_ask:
+                self._ask()
+            return False
+        self.out += self._read(0)
+        self.err += self._read(1)
+        late = now > self.asked_at + ANSWER_TIME
+        if not re.search(rb"queuectl \d+\n\Z", self.out) and not self.closed and not late:
+            return False
+        if late:
+            self.err += b"\nno answer in %ds" % ANSWER_TIME
+            self.stop()
+        self._close()
+        return self._judge()
+
+    def _ask(self) -> None:
+        cwd, umask, env = self.environment
+        name = "KILL" if monotonic() >= self.kill_at else "TERM"
+        env = {**env, **native_items({"QUEUECTL_SIGNAL": name})}
+        self.asked_at, self.closed = monotonic(), False
+        self.out = self.err = b""
+        self.pipes, theirs = zip(os.pipe(), os.pipe())
+        try:
+            first = system.ticks()
+            pid = system.spawn(self.command, system.shell, env, cwd, umask, *theirs)
+            self.leader = Leader(pid, first, system.ticks())
+        except OSError as error:
+            self._close()
+            self._put_off("can't be started: %s" % error.strerror)
+        for fd in theirs:
+            os.close(fd)
+
+    def _read(self, index: int) -> bytes:
+        """Read what the ender has printed to a stream."""
+        os.set_blocking(self.pipes[index], False)
+        try:
+            data = os.read(self.pipes[index], 65536)
+        except BlockingIOError:
+            return b""
+        self.closed = self.closed or not (data or index)
+        return data
+
+    def _judge(self) -> bool:
+        """Return whether the answer confirms an earlier one that the run is gone."""
+        if self.out != ANSWER:
+            self.gone_since = FOREVER
+            since = self.asked_at
+            if self.out.endswith(ANSWER):
+                since = max(since, self.kill_at + KILL_TIME)
+            self.stuck_since = min(self.stuck_since, since)
+            output = re.sub(rb"queuectl \d+\n\Z", b"", self.out)
+            self._put_off(last_line(self.err) or last_line(output) or "no word")
+            return False
+        if self.asked_at >= self.gone_since + GONE_AGAIN:
+            return True
+        self.stuck_since = FOREVER
+        self.gone_since = min(self.gone_since, monotonic())
+        self.next_ask = self.gone_since + GONE_AGAIN
+        return False
+
+    def doubt(self) -> None:
+        """Forget that the run is gone: its client lived, and may have submitted it meanwhile."""
+        self.gone_since, self.next_ask = FOREVER, 0.0
+
+    def _put_off(self, said: str) -> None:
+        self.said = said
+        self.next_ask = monotonic() + self.nap
+        self.nap = min(self.nap * 2, LONGEST_REST_OF_ENDER)
+
+    def patience(self) -> float:
+        """Return the seconds for which nobody needs to call `is_gone`."""
+        if self.is_asking():
+            return SHORTEST_LOOK
+        return max(0.0, self.next_ask - monotonic())
+
+    def is_asking(self) -> bool:
+        return self.leader != NOBODY
+
+    def is_stuck(self, patience: float) -> bool:
+        """Tell whether the engine has not done for `patience` seconds what the ender asks for."""
+        return monotonic() > self.stuck_since + patience
+
+    def stop(self) -> None:
+        """End the process of the ender, if there is one: no run's name begins with a slash."""
+        if self.is_asking():
+            end_processes(members_of("/", (), self.leader), 0.0, sleep, 1.0)
+            self._close()
+
+    def _close(self) -> None:
+        system.reap(0)
+        for fd in self.pipes:
+            os.close(fd)
+        self.leader, self.pipes = NOBODY, ()
+
+    def trouble(self, job: str) -> str:
+        """Say that a job is not surely gone, since when, and in the ender's own words."""
+        return "%s is not surely gone from its engine, since %s; the ender says: %s" % (
+            job, self.since, self.said)
+
+
+class EngineRun(Run):
+    """One run of a job that a queue's runner hands to an engine.
+
+    Its name has a random part, so that nothing the job prints is taken for a word by accident.
+    """
+
+    code: int | None = None  # the exit code that the end word has told
+    begun = False  # whether the start word has come
+    noted = False  # whether the worker has noted that
+    held = False  # whether its queue starts no more jobs until it is surely gone
+
+    def __init__(self, job: Job, worker: str, slot: OutputFiles, limit: int):
+        super().__init__(job, worker, slot, limit)
+        self.bound_at = max(limit, 2 * WORDS_WITHIN)
+
+    def prepare(self, environment: JobEnvironment, db: str) -> None:
+        """Take the environment of client and ender. The folder may exist in the engine only."""
+        cwd, umask, env = environment
+        if not isdir(cwd):
+            cwd = "/"
+        env = {**env, **native_items(self.variables(db))}
+        self.environment = JobEnvironment(cwd, umask, env)
+
+    def start(self, environment: JobEnvironment, db: str, shell: str) -> str:
+        """Start the runner with the job as one word; return why that failed, or ""."""
+        self.prepare(environment, db)
+        command = self.command
+        if command[0] in "-+":  # a shell would take it for an option
+            command = " " + command
+        words = ["env", *("%s=%s" % pair for pair in self.variables(db).items()
+                          if pair[0].startswith("QUEUECTL_")),
+                 "sh", "-c", WRAPPER, self.name, environment.cwd, "%03o" % environment.umask,
+                 shell, command]
+        job = "exec " + " ".join(map(in_quotes, words))
+        self.command = self.job.runner.replace("{}", in_quotes(job))
+        return super().start(self.environment, db, system.shell)
+
+    def ender(self, grace: float) -> Ender | None:
+        """Return what ends this run in its engine; None if it dies with its client."""
+        if self.job.ender is None:
+            return None
+        return Ender(self.job.ender, self.environment, grace)
+
+    def bound_output(self) -> None:
+        """Look for words, then bound the output, if it is time."""
+        if monotonic() >= self.next_look:
+            self.look()
+        super().bound_output()
+
+    def look(self) -> None:
+        """Read the words that have come."""
+        err = self.slot.fds[1]
+        try:
+            size = os.fstat(err).st_size
+            ends = read_between(err, 0, WORDS_WITHIN)
+            ends += read_between(err, max(WORDS_WITHIN, size - WORDS_WITHIN), size)
+        except OSError:
+            return  # looked at again soon
+        # A job that truncates its stderr takes the start word away.
+        self.begun = self.begun or self.slot.emptied[1]
+        for word in re.findall(WORD % self.name.encode(), ends):
+            self.begun = True
+            if word != b"start":
+                self.code = int(word[4:])
+
+    def read(self) -> list[bytes]:
+        """Read what the run has printed, without its words."""
+        room = self.limit + 2 * (WORD_LENGTH + len(self.name))
+        stdout, stderr = self.slot.read_one(0, self.limit), self.slot.read_one(1, room)
+        return [stdout, without_words(stderr, self.name)]
+
+    def result(self, ending: str, error: str | None = None) -> RunResult:
+        """Return what to record. The client's exit code is not the job's.
+
+        What a client has said about a job that was not taken is in no record, so it is in the error.
+        """
+        self.exit_code = self.code
+        if ending == UNSTARTED:
+            lines = self.read()[1].decode("utf-8", "replace").split("\n")
+            error = ": ".join([str(error), *filter(None, lines[-4:-2])])
+        return super().result(ending, error)
 
 
 # ═══ Worker ═══ claim, run, record; when a run must end; recovery after dead workers ═════════
@@ -6029,6 +6415,40 @@ def retry_time(job: Any, ending: str, settings: Settings, now: int) -> int:
         base, job.attempts, settings["backoff_max"], settings["backoff_jitter"], chance))
 
 
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+def verdict(job: Job, code: int, settings: Settings) -> tuple[str, str | None, bool]:
+    """Return what the exit code of a job means: ending, reason, whether it is final."""
+    error = "exit code %d" % code
+    if code < 0:
+        error = "ended by signal %s" % signal_name(-code)
+        code = 128 - code  # how some shells report a signal
+    if code == 0:
+        return COMPLETED, None, False
+    if code in policy_of(job).get("dead_on", ()):
+        return FAILED, error + ", which is final", True
+    most = settings["max_deferrals"]
+    if code == TRY_LATER and job.deferrals < most:
+        return DEFERRED, "%s, to be tried again later (%d of %d times)" % (
+            error, job.deferrals + 1, most), False
+    return FAILED, error, False
+
+
+def job_environment(store: Store, context: int) -> JobEnvironment:
+    """Return where the jobs of a context run."""
+    cwd, path, umask, environ = store.context(context)
+    env = system.environment()
+    if environ:
+        env = native_items(json.loads(environ))
+    env[system.native("PATH")] = system.native(path)
+    return JobEnvironment(cwd, umask, env)
+
+
 def _pool_of(worker: str) -> str:
     return worker.rpartition("-")[0]
 
@@ -6037,6 +6457,7 @@ def _pool_of(worker: str) -> str:
 #
 #     recovery lock                 one process at a time; the others leave it the work
 #       look for lost jobs          processing, and the life lock of their worker is free
+#       ask their engines           one round; runs that are not surely gone stay as they are
 #       end their processes         SIGTERM, grace, SIGKILL; all together, without the mutex
 #       for each lost job
 #         look again                if a process still lives, the job stays as it is
@@ -6066,15 +6487,45 @@ class LostRun:
         self.slot = OutputFiles(store.path, self.worker, row["slot"])
         self.stopping = store.pool(_pool_of(self.worker))["stop"]
         leader = leader_of(store.path, self.worker, job.seq, job.runs)
-        mark = run_name(self.worker, job.seq, job.runs) + "\0"
+        mark = run_name(self.worker, job.seq, job.runs, job.word) + "\0"
         self.orphans = members_of(mark, self.slot.paths, leader)
         self.own = store.is_own(self.worker)
+        self.engine: EngineRun | None = None
+        self.ender: Ender | None = None
+        if job.word and self.own:
+            self._prepare_engine()
         if not self.own:
             # This is a copy of the queue whose worker it was. As long as there are any processes
             # of that queue, the job may be running there. The name of a worker begins with the id
             # of its queue, or that of its pool where it is old.
             original = self.worker.rsplit("-", 2)[0]
             self.orphans = members_of(original + "-", ())
+
+    def _prepare_engine(self) -> None:
+        store, job = self.store, self.job
+        settings = store.settings()
+        self.engine = EngineRun(job, self.worker, self.slot, output_limit(settings, job.queue))
+        self.engine.prepare(job_environment(store, job.context), store.path)
+        # Its engine may be gone for ever: a person has taken the runner away, and cancels the job.
+        if self.row["cancel"] and not store.queue(job.queue)["runner"]:
+            return
+        self.ender = self.engine.ender(settings["kill_grace_seconds"])
+        told = re.search(r"since (\S+);", trouble_of(store.path, self.worker))
+        if told and self.ender:
+            self.ender.since = told.group(1)
+
+    def end_client(self, pause: Pause) -> bool:
+        """End the processes of the run here; return whether there were any."""
+        return bool(self.orphans()) and end_processes(self.orphans, 0.0, pause, 1.0)
+
+    def note_trouble(self, text: str) -> None:
+        """Note in the dead worker's life file why its job is not given back."""
+        try:
+            life = open_beside(life_path(self.store.path, self.worker), os.O_WRONLY)
+        except OSError:
+            return
+        note_trouble(life, text)
+        os.close(life)
 
     def give_back(self, tell: Tell, pool: str) -> bool:
         """Record the lost run after its processes were ended; False if some could not be.
@@ -6091,8 +6542,8 @@ class LostRun:
         if not self.slot.open() and not given_up:
             return False
         try:
-            result = self._result(output_limit(settings, job.queue))
-            retry_at = retry_time(job, LOST, settings, result.finished_at)
+            result = self._result(settings)
+            retry_at = retry_time(job, result.ending, settings, result.finished_at)
             pools = {pool, _pool_of(self.worker)}
             with self.store.transaction():
                 state, _ = self.store.record(result, retry_at, pools, settings)
@@ -6108,23 +6559,36 @@ class LostRun:
                 job.id, self.worker, job.attempts, max(1, job.max_retries), state))
         return bool(state)
 
-    def _result(self, limit: int) -> RunResult:
+    def _result(self, settings: Settings) -> RunResult:
         """Return what to record."""
+        now = now_millis()
+        ending, error, final = self._ending(settings)
+        seconds = max(0, now - self.job.started_at) / 1000
+        if self.engine:
+            return self.engine.result(ending, error)._replace(seconds=seconds, final=final)
         stdout, stderr = b"", b""
         if self.slot.fds:
-            stdout, stderr = self.slot.read(limit)
-        now = now_millis()
-        ending, error = LOST, "the worker %s was lost while it ran this job" % self.worker
-        if self.row["cancel"]:
-            ending, error = CANCELLED, "cancelled"
-        elif not self.own:
-            ending, error = STOPPED, "it ran in the queue that this one was copied from"
-        elif self.stopping:
-            ending = STOPPED
-            error = "ended with its worker while the pool was stopping, to be run again"
-        seconds = max(0, now - self.job.started_at) / 1000
+            stdout, stderr = self.slot.read(output_limit(settings, self.job.queue))
         return RunResult(self.job, ending, None, error, now, seconds,
                      stdout, stderr, self.worker)
+
+    def _ending(self, settings: Settings) -> tuple[str, str | None, bool]:
+        """Return how the run ended: ending, reason, whether it is final."""
+        engine = self.engine
+        if engine:
+            engine.look()
+            if engine.code is not None:
+                return verdict(self.job, engine.code, settings)
+        if self.row["cancel"]:
+            return CANCELLED, "cancelled", False
+        if not self.own:
+            return STOPPED, "it ran in the queue that this one was copied from", False
+        if self.stopping:
+            return (STOPPED, "ended with its worker while the pool was stopping, to be run again",
+                    False)
+        if engine and not engine.begun:
+            return UNSTARTED, "its worker %s was lost before it began" % self.worker, False
+        return LOST, "the worker %s was lost while it ran this job" % self.worker, False
 
 
 def _forget_dead(store: Store) -> None:
@@ -6135,21 +6599,70 @@ def _forget_dead(store: Store) -> None:
         return
     with store.transaction():
         keep = {name for name in names if is_alive(store.path, name)}
-        # A dead pool's row stays while any of its workers lives: `stop` reaches them through it.
-        keep.update([_pool_of(name) for name in keep])
         keep.update(job["worker"] for job in store.lost_jobs())
+        # A dead pool's row stays while any of its workers lives: `stop` reaches them through it.
+        # It also stays while one has a job, for it says if the pool was stopping.
+        keep.update([_pool_of(name) for name in keep])
         for name in names - keep:
             store.forget(name)
             remove_files(store.path, name)
 
 
+# Seconds that an ender gets if its worker must leave now; and that a worker stays with an engine
+# that can't be reached, before it leaves the run to recovery.
+LAST_ROUND = 10.0
+
+
+def _ask_engines(lost: list[LostRun], pause: Pause, leaves: Callable[[], Any]) -> list[LostRun]:
+    """Have engines end lost runs, in one round; return those that are surely gone from there.
+
+    The round ends early if the worker `leaves`.
+    """
+    gone: list[LostRun] = []
+    asked = [(run, run.ender) for run in lost if run.ender]
+    while asked and not leaves():
+        busy, left = sum(ender.is_asking() for _, ender in asked), []
+        for run, ender in asked:
+            before = ender.is_asking()
+            if not before and busy >= ENDERS_AT_ONCE:
+                left.append((run, ender))
+            elif ender.is_gone():
+                if run.end_client(pause):
+                    ender.doubt()
+                    left.append((run, ender))
+                else:
+                    gone.append(run)
+            elif not ender.is_asking() and ender.is_stuck(0.0):
+                run.note_trouble(ender.trouble(run.job.id))
+            else:
+                left.append((run, ender))
+            busy += ender.is_asking() - before
+        asked = left
+        pause(SHORTEST_LOOK)
+    for _, ender in asked:
+        ender.stop()
+    return gone
+
+
+def _settle_lost(store: Store, lost: list[LostRun], pause: Pause, tell: Tell, pool: str) -> int:
+    """End what is left here of lost runs, and give their jobs back; return how many."""
+    # This does not touch the original's processes.
+    own = [run.orphans for run in lost if run.own]
+    end_processes(
+        lambda: {pid: started for orphans in own for pid, started in orphans().items()},
+        store.settings()["kill_grace_seconds"], pause, 1.0)
+    return sum([run.give_back(tell, pool) for run in lost])
+
+
 def recover(store: Store, pause: Pause, tell: Tell,
-            pool: str = "") -> int:
+            pool: str = "", leaves: Callable[[], Any] = lambda: True) -> int:
     """End the processes of lost runs, and give their jobs back; return how many jobs.
 
     `tell` is called with a line for each. If a job has no try left and dies, that counts for a
-    drain of `pool`. Raises QueueError if others could have written the database, for it names the
-    processes that are ended. Raises Unavailable or OSError if it can't be done now.
+    drain of `pool`. A worker asks the engines of lost runs until it `leaves`; other callers don't,
+    for only workers execute anything. Raises QueueError if others could have written the database,
+    for it names the processes that are ended. Raises Unavailable or OSError if it can't be done
+    now.
     """
     folder = folder_path(store.path)
     if not isdir(folder) and not store.lost_jobs():
@@ -6165,12 +6678,13 @@ def recover(store: Store, pause: Pause, tell: Tell,
             return 0
         store.queue_id()
         lost = [LostRun(store, row) for row in store.lost_jobs()]
-        # This does not touch the original's processes.
-        own = [run.orphans for run in lost if run.own]
-        end_processes(
-            lambda: {pid: started for orphans in own for pid, started in orphans().items()},
-            store.settings()["kill_grace_seconds"], pause, 1.0)
-        count = sum([run.give_back(tell, pool) for run in lost])
+        here = [run for run in lost if not run.ender]
+        count = _settle_lost(store, here, pause, tell, pool)
+        # Those who wait for these jobs don't wait for the engines of others.
+        if count:
+            ring_all(store.path)
+        gone = _ask_engines(lost, pause, leaves)
+        count += _settle_lost(store, gone, pause, tell, pool)
         _forget_dead(store)
     finally:
         os.close(lock)
@@ -6282,30 +6796,24 @@ def take_life(db: str, name: str) -> int:
 
 
 # How a detached pool drains. Nobody reads its exit code, so it does not count deaths. The pool of a
-# `run` (WHOLE) also waits for jobs that are not due yet; others (DUE) do not.
-DUE, WHOLE = "due", "whole"
+# `run` (WHOLE) also waits for jobs that are not due yet; others (DUE) do not. The pool of a `doctor`
+# (PROBING) leaves runs that are not surely gone.
+DUE, WHOLE, PROBING = "due", "whole", "probing"
 
 WorkerConfig = namedtuple(
     "WorkerConfig", "db file pool number queues drain limited run log supervisor fds")
 WorkerConfig.__doc__ = """What the supervisor tells a worker: the database, its file's identity,
 the pool, the worker's number there, the queues it serves (none: all), whether to drain (or DUE,
-WHOLE), whether --max-jobs was given, whether it serves a `run` (then it drains that run's queue),
-the log file ("": none), the supervisor's process id, and inherited descriptors that it must
-close."""
-
-
-def signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)
+WHOLE, PROBING), whether --max-jobs was given, whether it serves a `run` (then it drains that run's
+queue), the log file ("": none), the supervisor's process id, and inherited descriptors that it
+must close."""
 
 
 class Records:
     """What a worker knows; how it writes messages, commits, and syncs its records.
 
-    A worker has four layers: this one, Turns (between two runs), Attending (one run), and Worker
-    (from start to end).
+    A worker has five layers: this one, Turns (between two runs), Attending (one run), Asking (one
+    run in an engine), and Worker (from start to end).
     """
 
     store: Store
@@ -6519,14 +7027,9 @@ class Turns(Records):
 
     def _look_around(self, context: int) -> None:
         """Read where the jobs of a context run, with the claim: later it must not fail."""
-        cwd, path, umask, environ = self.store.context(context)
-        env = system.environment()
-        if environ:
-            env = native_items(json.loads(environ))
-        env[system.native("PATH")] = system.native(path)
         if len(self.environment) > 100:
             self.environment.clear()
-        self.environment[context] = JobEnvironment(cwd, umask, env)
+        self.environment[context] = job_environment(self.store, context)
 
     def _open_slot(self) -> OutputFiles | None:
         """Return a slot whose token this worker holds; None if the machine has no room for one."""
@@ -6582,10 +7085,13 @@ class Turns(Records):
 class Attending(Turns):
     """One run of a claimed job: start it, wait for it, decide when it must end, judge it."""
 
-    def execute(self, job: Job) -> RunResult:
-        """Run a claimed job until it ends; return its outcome."""
+    def execute(self, job: Job) -> RunResult | None:
+        """Run a claimed job until it ends; return its outcome.
+
+        Returns None if the worker must leave a run that is not surely gone from its engine.
+        """
         limit = output_limit(self.settings, job.queue, self.order.run)
-        run = Run(job, self.name, self.running, limit)
+        run = (EngineRun if job.word else Run)(job, self.name, self.running, limit)
         test_point("claimed")
         # The record of the job it waited for may be another worker's, and not on disk yet.
         if job.chained:
@@ -6624,7 +7130,7 @@ class Attending(Turns):
                           % (run.job.id, problem, show_duration(pause)))
         return run.result(UNSTARTED, problem)
 
-    def _attend(self, run: Run) -> RunResult:
+    def _attend(self, run: Run) -> RunResult | None:
         """Sleep until the run ends, or until there is a reason to end it."""
         while True:
             self.bell.wait(min(run.patience(), self._sync_wait()))
@@ -6634,9 +7140,15 @@ class Attending(Turns):
                 self.sync_records()
             ending, error = self._interruption(run)
             if ending:
-                run.end(self.settings["kill_grace_seconds"], self.bell.wait)
-                return run.result(ending, error)
-            run.bound_output()
+                return self._interrupt(run, ending, error)
+            self._look_at(run)
+
+    def _interrupt(self, run: Run, ending: str, error: str) -> RunResult | None:
+        run.end(self.settings["kill_grace_seconds"], self.bell.wait)
+        return run.result(ending, error)
+
+    def _look_at(self, run: Run) -> None:
+        run.bound_output()
 
     def _sync_wait(self) -> float:
         """Return the seconds until the next sync is due."""
@@ -6648,28 +7160,28 @@ class Attending(Turns):
         """Return why a run must end now (its ending, the reason), or two empty strings."""
         if monotonic() >= run.deadline:
             return FAILED, "timed out after %ss" % show_number(run.timeout or 0)
-        try:
-            if self._was_cancelled(run):
-                return CANCELLED, "cancelled"
-        except (QueueError, OSError):
-            pass  # the run goes on; its record will show what is wrong with the database
+        if self._hears_cancel(run):
+            return CANCELLED, "cancelled"
         if self.leave == 2:
             return STOPPED, "ended with its worker, to be run again"
         return "", ""
 
-    def _was_cancelled(self, run: Run) -> bool:
+    def _hears_cancel(self, run: Run) -> bool:
         """If others have committed anything, read orders, settings, the mark, the time-out."""
-        seen = self.store.changed()
-        if seen == self.seen:
-            return False
-        self.seen = seen
-        self.follow(self.store.pulse()[0])
-        self.sync_records()
-        cancelled, timeout = self.store.orders_of(run.job.seq)
+        try:
+            seen = self.store.changed()
+            if seen == self.seen:
+                return False
+            self.seen = seen
+            self.follow(self.store.pulse()[0])
+            self.sync_records()
+            cancelled, timeout = self.store.orders_of(run.job.seq)
+        except (QueueError, OSError):
+            return False  # the run goes on; its record will show what is wrong with the database
         run.set_timeout(timeout)
         return cancelled
 
-    def _judge(self, run: Run) -> RunResult:
+    def _judge(self, run: Run) -> RunResult | None:
         """Return what the end of its command means for a run: ending, reason, final."""
         code = run.exit_code or 0
         if code == 0 and not run.lost:
@@ -6679,17 +7191,8 @@ class Attending(Turns):
             return run.result(LOST, "its exit code was lost")
         if code in SHUTDOWN_CODES and self._is_to_leave():
             return run.result(STOPPED, "ended with its worker, to be run again")
-        error = "exit code %d" % code
-        if code < 0:
-            error = "ended by signal %s" % signal_name(-code)
-            code = 128 - code  # how some shells report a signal
-        if code in policy_of(run.job).get("dead_on", ()):
-            return run.result(FAILED, error + ", which is final")._replace(final=True)
-        most = self.settings["max_deferrals"]
-        if code == TRY_LATER and run.job.deferrals < most:
-            return run.result(DEFERRED, "%s, to be tried again later (%d of %d times)"
-                              % (error, run.job.deferrals + 1, most))
-        return run.result(FAILED, error)
+        ending, error, final = verdict(run.job, code, self.settings)
+        return run.result(ending, error)._replace(final=final)
 
     def _is_to_leave(self) -> bool:
         """Tell whether this worker is told to leave within a tenth of a second.
@@ -6702,7 +7205,113 @@ class Attending(Turns):
         return self.leave > 0
 
 
-class Worker(Attending):
+class Asking(Attending):
+    """One run in an engine: judge it by its words, and have its ender asked. See EngineRun."""
+
+    def _judge(self, run: Run) -> RunResult | None:
+        if isinstance(run, EngineRun):
+            return self._judge_by_words(run, "", "")
+        return super()._judge(run)
+
+    def _interrupt(self, run: Run, ending: str, error: str) -> RunResult | None:
+        if isinstance(run, EngineRun):
+            return self._judge_by_words(run, ending, error)
+        return super()._interrupt(run, ending, error)
+
+    def _look_at(self, run: Run) -> None:
+        super()._look_at(run)
+        if isinstance(run, EngineRun):
+            self._note_begun(run)
+
+    def _note_begun(self, run: EngineRun) -> None:
+        """When a run has begun that is the probe of its queue, let the other jobs start."""
+        if run.noted or not run.begun:
+            return
+        run.noted, store = True, self.store
+        try:
+            if store.is_probe(run.job):
+                self.commit(lambda: store.end_rests(run.job.queue))
+                ring_all(self.db)
+        except (QueueError, OSError):
+            pass  # the record of this run ends the probe
+
+    def _judge_by_words(self, run: EngineRun, ending: str, error: str) -> RunResult | None:
+        """Return the outcome of a run whose client has ended, or that must end (with `ending`).
+
+        An end word that has come decides before anything else. The others count only when the run
+        is surely gone. Returns None if that can't be learned before this worker must leave.
+        """
+        run.look()
+        if run.code is not None:
+            ending = ""
+        gone = run.code == 0 or self._is_gone(run)
+        if run.code != 0 or not run.has_ended():
+            run.end(self.settings["kill_grace_seconds"], self.bell.wait)
+        if not gone:
+            return None
+        client = run.exit_code
+        run.look()
+        self._note_begun(run)
+        if ending:
+            return run.result(ending, error)
+        if run.code is not None:
+            ending, why, final = verdict(run.job, run.code, self.settings)
+            return run.result(ending, why)._replace(final=final)
+        if client in SHUTDOWN_CODES and self._is_to_leave():
+            return run.result(STOPPED, "ended with its worker, to be run again")
+        if run.begun:
+            return run.result(LOST, "its engine lost it")
+        return run.result(UNSTARTED, "its engine did not take it")
+
+    def _is_gone(self, run: EngineRun) -> bool:
+        """Have its engine end a run, and wait until it is surely gone.
+
+        Returns False if the worker must leave before, or if the engine can't be reached for long.
+        Then recovery asks for all such runs together, and other workers are free for other jobs.
+        """
+        grace = self.settings["kill_grace_seconds"]
+        ender, deadline = run.ender(grace), FOREVER
+        while ender:
+            if ender.is_gone():
+                if run.has_ended():
+                    break
+                run.end(grace, self.bell.wait)
+                ender.doubt()
+            run.bound_output()
+            self._hears_cancel(run)  # for the orders; the record of the run sees the mark
+            if self.unsynced:
+                self.sync_records()
+            if ender.is_stuck(0.0):
+                self._hold_queue(run, ender)
+            hurry, patience = self.leave == 2 or self.order.drain == PROBING, LAST_ROUND
+            if hurry:
+                deadline, patience = min(deadline, monotonic() + LAST_ROUND), KILL_TIME
+            if ender.is_stuck(patience) or monotonic() > deadline:
+                self._leave_run(run, ender, hurry)
+                return False
+            self.bell.wait(min(ender.patience(), self._sync_wait()))
+        self.tell_trouble("")
+        return True
+
+    def _hold_queue(self, run: EngineRun, ender: Ender) -> None:
+        """Start no more jobs in an engine that can't be reached: they would hold all workers."""
+        trouble, store = ender.trouble(run.job.id), self.store
+        if not run.held:
+            run.held = True
+            self.commit(lambda: store.hold_queue(run.job, trouble))
+        self.tell_trouble(trouble)
+
+    def _leave_run(self, run: EngineRun, ender: Ender, hurry: bool) -> None:
+        """Leave a run to recovery, which finds it by this worker's death."""
+        ender.stop()
+        self.tell_trouble(ender.trouble(run.job.id))
+        if hurry:
+            self.leave = 2
+        else:
+            self.dismissed, self.leave = True, 1
+
+
+class Worker(Asking):
     """Claims jobs and runs them, one at a time, until it is told to stop.
 
     Signal handlers only set flags and ring the bell; the loops look at the flags.
@@ -6778,9 +7387,14 @@ class Worker(Attending):
             self.sync_records()
 
     def _deregister(self) -> None:
-        """Delete its row and files; if that fails, recovery does it later."""
+        """Delete its row and files; if that fails, recovery does it later.
+
+        They stay if it leaves a run that is not surely gone: recovery needs them.
+        """
         self.store.patience = LAST_PATIENCE
         try:
+            if self.name in self.store.holders():
+                return
             with self.store.transaction():
                 self.store.forget(self.name)
             remove_files(self.db, self.name)
@@ -6800,7 +7414,8 @@ class Worker(Attending):
             if news and self._may_claim():
                 job = self.record_and_claim(None)
                 while job is not None:
-                    job = self.record_and_claim(self.execute(job))
+                    result = self.execute(job)
+                    job = result and self.record_and_claim(result)
                 self._rest()
             elif self._is_done():
                 self._leave_soon()
@@ -6895,7 +7510,7 @@ class Worker(Attending):
 
     def _recover(self) -> None:
         try:
-            if recover(self.store, self.bell.wait, self.say, self.pool):
+            if recover(self.store, self.bell.wait, self.say, self.pool, lambda: self.leave):
                 self.seen = -1
                 self.sync_records()
         except (Unavailable, OSError):
@@ -7173,6 +7788,11 @@ QUICK_DEATH = 1.0  # seconds; a worker that dies sooner is replaced after a grow
 LONGEST_DELAY = 1.0
 
 
+def new_pool_name(store: Store) -> str:
+    """Return a name that is never used twice; it begins with the queue's id, see Identity."""
+    return "%s-%s" % (store.queue_id(), os.urandom(3).hex())
+
+
 class Pool:
     """Worker processes under one supervisor, from their start to the end of the last."""
 
@@ -7388,7 +8008,9 @@ class Pool:
             recover(store, self.bell.wait, self._tell, self.name)
             died = store.pool(self.name)["died"]
             with store.transaction():
-                store.forget(self.name)
+                # A run that is not surely gone needs the row, as in _forget_dead.
+                if self.name not in map(_pool_of, store.holders()):
+                    store.forget(self.name)
             remove_files(self.db, self.name)
             store.close()
         except (Unavailable, OSError):
@@ -7406,7 +8028,7 @@ class Pool:
 JOB_HEAD = ("ID", "STATE", "TRIES", "QUEUE", "PRIO", "WHEN", "COMMAND")
 DEAD_HEAD = ("ID", "TRIES", "DIED", "WHY", "COMMAND")
 WORKER_HEAD = ("WORKER", "PID", "UP", "DOES")
-QUEUE_HEAD = ("QUEUE", "LIMIT", "STARTS", *map(str.upper, STATES))
+QUEUE_HEAD = ("QUEUE", "LIMIT", "STARTS", *map(str.upper, STATES), "RUNNER")
 RUN_FIELDS = ("run", "attempt", "state", "started_at", "finished_at", "duration_seconds",
               "exit_code", "error", "worker")
 
@@ -7448,11 +8070,27 @@ def run_json(run: Row, job: str) -> Row:
     return shown
 
 
+def queue_json(queue: Row) -> Row:
+    """Return a queue as `queue list --json` shows it."""
+    return with_times({**queue, "paused": bool(queue["paused"])})
+
+
 def queue_row(queue: Row) -> tuple[str, ...]:
     """Return a queue's row in `queue list`."""
     counts = [str(queue[state]) for state in STATES]
     starts = "paused" if queue["paused"] else "yes"
-    return (queue["name"], show_setting(queue["concurrency"]), starts, *counts)
+    limit, runner = map(show_setting, (queue["concurrency"], queue["runner"]))
+    return queue["name"], limit, starts, *counts, runner
+
+
+def rest_reason(queue: Row) -> str:
+    """Say why a queue rests, and until when; "" if it does not."""
+    if not queue["rest_why"]:
+        return ""
+    what = "waits for what becomes of one job"
+    if queue["next_try_at"]:
+        what = "rests until %s" % show_time(queue["next_try_at"])
+    return "the queue %s %s: %s" % (queue["name"], what, clean(queue["rest_why"]))
 
 
 def span(start: int | None, end: int) -> str:
@@ -7953,6 +8591,15 @@ def show_again(frame: Callable[[], list[str]]) -> NoReturn:
         sleep(WATCH_EVERY)
 
 
+def troubles_of(store: Store, queues: list[Row], workers: list[Row], lost: list[Row]) -> list[str]:
+    """Return what keeps queues and workers from their work, as `status` tells it."""
+    names = {worker["name"] for worker in workers}
+    names.update(job["worker"] for job in lost if job["word"])
+    told = {name: trouble_of(store.path, name) for name in sorted(names)}
+    return [*filter(None, map(rest_reason, queues)),
+            *["%s: %s" % pair for pair in told.items() if pair[1]]]
+
+
 def status_of(store: Store) -> tuple[Row, list[Row]]:
     """Return what `status` shows, and the live workers."""
     workers, pools = alive_of(store.workers()), alive_of(store.pools())
@@ -7978,8 +8625,7 @@ def status_of(store: Store) -> tuple[Row, list[Row]]:
                      if pools and not any(serves(pool, name) for pool in pools)],
         "interrupted": list(left_runs(store)),
         "scheduled": len(scheduled),
-        "troubles": ["%s: %s" % (worker["name"], worker["trouble"])
-                     for worker in workers if worker["trouble"]],
+        "troubles": troubles_of(store, queues, workers, lost),
     }, workers
 
 
@@ -8255,11 +8901,20 @@ def cmd_dlq_list(args: Any) -> None:
         emit_text(cut(advice, width) + "\n")
 
 
+def as_recorded(job: Row, stderr: bytes) -> bytes:
+    """Return the stderr of a running job without the words of an engine."""
+    if not job["word"]:
+        return stderr
+    return without_words(
+        stderr, run_name(job["locked_by"], job["seq"], job["runs"], job["word"]))
+
+
 def live_run(store: Store, job: Row, limit: int = 0) -> Row:
     """Return the current run of a job, with its output so far, at most `limit` bytes a stream."""
     limit, start = limit or output_limit(store.settings(), job["queue"]), job["started_at"]
     stdout, stderr = [read_beside(path, b"", head_and_tail, limit)
                       for path in output_paths(store.path, job["locked_by"], job["slot"])]
+    stderr = as_recorded(job, stderr)
     seconds = max(0, now_millis() - start) / 1000
     return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING,
             "started_at": start, "finished_at": None, "duration_seconds": seconds,
@@ -8358,6 +9013,7 @@ class OutputReader:
                  whole: Callable[[bytes], int] = whole_characters) -> None:
         self.store, self.seq, self.last, self.whole = store, seq, last, whole
         self.offsets = [0, 0]  # bytes read of each stream of the current run
+        self.words = 0  # bytes of words of an engine among them, which are not recorded
 
     def news(self, job: Row) -> Iterator[tuple[Row | None, list[bytes]]]:
         """Yield what was printed since: each ended run with the rest of its streams.
@@ -8365,9 +9021,10 @@ class OutputReader:
         The current run comes last, as None, with its new output. `job` is the job as it is now.
         """
         for run in self.store.runs(self.seq, self.last):
+            self.offsets[1] -= self.words
             yield run, [rest_of(run[name] or b"", offset)
                         for name, offset in zip(STREAMS, self.offsets)]
-            self.last, self.offsets = run["run"], [0, 0]
+            self.last, self.offsets, self.words = run["run"], [0, 0], 0
         if job["state"] == PROCESSING and job["runs"] > self.last:
             yield None, self._live(job)
 
@@ -8387,7 +9044,9 @@ class OutputReader:
         ready = [output[:self.whole(output)] for output, _ in found]
         self.offsets = [size - len(output) + len(part)
                         for (output, size), part in zip(found, ready)]
-        return ready
+        shown = as_recorded(job, ready[1])
+        self.words += len(ready[1]) - len(shown)
+        return [ready[0], shown]
 
     def has_all(self, job: Row) -> bool:
         """Tell whether everything was read, and nothing more will come."""
@@ -8620,6 +9279,9 @@ def _obstacles(store: Store, job: Row, now: int) -> Iterator[str]:
     elif queue["paused"]:
         yield ("its queue %s is paused; `queuectl queue resume %s` resumes it"
                % (name, name))
+    resting = rest_reason(queue)
+    if resting:
+        yield "%s; `queuectl doctor --queue %s` says what works" % (resting, name)
     most = queue["concurrency"]
     if most is not None and queue[PROCESSING] >= most:
         running = ", ".join(store.running_in(name, 5))
@@ -8664,10 +9326,12 @@ def why_running(store: Store, job: Row, now: int) -> str:
     if not store.is_own(worker):
         return ("it ran in the queue that this one was copied from; it is given back when no "
                 "process of that queue is left, and `queuectl cancel %s` gives it up" % name)
+    trouble = trouble_of(store.path, worker)
     if not is_alive(store.path, worker):
+        if job["word"] and trouble:
+            return "%s; any live or new worker goes on asking" % clean(trouble)
         return ("its worker %s has died; the next worker ends what is left of the run: "
                 "`queuectl worker start`" % worker)
-    trouble = trouble_of(store.path, worker)
     if trouble:
         return "its worker is held up: %s" % clean(trouble)
     limit = "without a time-out"
@@ -8868,6 +9532,8 @@ def _findings_of_lost(store: Store) -> Iterator[tuple[str, str]]:
                    "`queuectl cancel %s` gives it up" % name)
             continue
         what = "%s is held by the worker %s, which is dead" % (name, worker)
+        if lost["word"]:
+            what += "; " + trouble_of(store.path, worker)
         paths = output_paths(store.path, worker, lost["slot"])
         if any(map(system.held, paths)):
             what += "; processes of that run still live, "
@@ -8908,6 +9574,11 @@ def _findings_of_queues(store: Store) -> Iterator[tuple[str, str]]:
     dead, log = store.counts()[DEAD], store.path + "-wal"
     if dead >= MANY_DEAD:
         yield "%d jobs are dead" % dead, "`queuectl dlq list --causes` tells why"
+    for queue in store.queues():
+        resting = rest_reason(queue)
+        if resting:
+            yield resting, ("it goes on by itself; `queuectl doctor --queue %s` says what works"
+                            % queue["name"])
     for schedule in store.schedules():
         if schedule["last"] > now_millis():
             yield ("the schedule %s makes no job until %s: the clock was ahead when it ran last"
@@ -8945,11 +9616,88 @@ def findings_of(store: Store) -> Iterator[tuple[str, str]]:
     yield from _findings_of_queues(store)
 
 
+# The jobs of `doctor --queue`, each with its time-out in seconds. The second shows what the ender
+# does.
+HARMLESS = (("echo queuectl; exit 7", 60.0), ("exec sleep 600", 3.0))
+
+
+def _run_harmless(args: Any, queue: Row) -> str:
+    """Run harmless jobs with the runner of a queue; return the queue in which they were."""
+    store = open_trusted(args.db, tell=complain)
+    with store.transaction():
+        name, pool = store.new_run(), new_pool_name(store)
+        store.set_engine(name, queue["runner"], queue["ender"])
+        store.add([dict(dict.fromkeys(GIVEN_FIELDS), command=command, cwd="/", queue=name,
+                        timeout_seconds=seconds, max_retries=1) for command, seconds in HARMLESS],
+                  store.settings(), os.environ.get("PATH", os.defpath), 0o077, now_millis())
+    store.close()
+    shown = os.dup(1)
+    mute(1)  # the lines of the workers
+    Pool(args.db, pool, len(HARMLESS), [name], PROBING, len(HARMLESS)).run()
+    os.dup2(shown, 1)
+    return name
+
+
+def _forget_harmless(store: Store, name: str, seqs: list[int]) -> None:
+    """Forget the jobs of `_run_harmless`; give up those that their engine has not let go."""
+    with store.transaction():
+        store.set_engine(name, None, None)
+        for seq in seqs:
+            store.ask_cancel(seq, now_millis())
+    recover(store, sleep, complain)
+    with store.transaction():
+        for seq in seqs:
+            store.delete(seq)
+
+
+def _findings_of_engine(store: Store, jobs: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    """Yield what was tried with harmless jobs, and why it failed ("": it works)."""
+    first, second = jobs
+    why = first["last_error"] or ""
+    if first["state"] == PROCESSING:
+        why = trouble_of(store.path, first["locked_by"])
+    yield "the engine takes a job and says that it has begun", "" if first["runs"] else why
+    if first["runs"]:
+        output = [run["stdout"] for run in store.runs(first["seq"])]
+        came, told = output == [b"queuectl\n"], first["exit_code"] == 7
+        yield "the output of a job comes back", "" if came else why or "there was none"
+        yield "the exit code of a job comes back", "" if told else why or "there was none"
+    ended = "timed out" in (second["last_error"] or "")
+    if second["state"] == PROCESSING:
+        why = trouble_of(store.path, second["locked_by"])
+    yield "the ender ends a job and says that it is gone", "" if ended else why or "it did not"
+
+
+def try_engine(args: Any) -> int:
+    """Say step by step what works in the engine of a queue."""
+    queue = args.store.queue(args.queue)
+    if not queue["runner"]:
+        raise QueueError("the queue %s has no runner; `queuectl queue set %s --runner CMD --ender "
+                         "CMD` gives it one" % (args.queue, args.queue))
+    if args.store.all_paused():
+        raise QueueError("all queues are paused; `queuectl queue resume` resumes them")
+    name = _run_harmless(args, queue)
+    store = open_trusted(args.db, tell=complain)
+    jobs = list(store.jobs(Selection(queues=(name,))))
+    findings = list(_findings_of_engine(store, jobs))
+    _forget_harmless(store, name, [job["seq"] for job in jobs])
+    if args.json:
+        emit_json([{"what": what, "works": not why, "why": why} for what, why in findings])
+    else:
+        for what, why in findings:
+            emit("%s: %s" % (what, clean(why) or "yes"))
+    return EXIT_FAILED if any(why for _, why in findings) else EXIT_OK
+
+
 @subcommand(
     "doctor", "check the database and what dead workers left; exit 1 if anything is wrong",
-    "\nqueuectl doctor\n",
+    "\nqueuectl doctor\nqueuectl doctor --queue big\n",
+    option("--queue NAME", "run harmless jobs through the runner of this queue, and say what works",
+           type=partial(check_name, "--queue")),
     JSON)
 def cmd_doctor(args: Any) -> int:
+    if args.queue:
+        return try_engine(args)
     store = args.store
     findings = list(findings_of(store))
     if args.json:
@@ -9033,6 +9781,7 @@ def one_change(function: Callable[..., Any]) -> Callable[..., Any]:
 
 set_setting, unset_setting = one_change(Store.set_setting), one_change(Store.unset_setting)
 set_concurrency, pause_queue = one_change(Store.set_concurrency), one_change(Store.pause)
+set_engine = one_change(Store.set_engine)
 add_jobs = one_change(Store.add)
 
 
@@ -9835,11 +10584,6 @@ def cmd_enqueue(args: Any) -> int:
         return EXIT_OK
     patience = ENDLESS if args.wait_timeout is None else args.wait_timeout
     return await_jobs(store, [*range(first + 1, last + 1), *existing], patience)
-
-
-def new_pool_name(store: Store) -> str:
-    """Return a name that is never used twice; it begins with the queue's id, see Identity."""
-    return "%s-%s" % (store.queue_id(), os.urandom(3).hex())
 
 
 
@@ -10989,25 +11733,39 @@ def jobs_at_once(text: str) -> int | None:
     JSON)
 def cmd_queue_list(args: Any) -> None:
     queues = args.store.queues()
-    for queue in queues:
-        queue["paused"] = bool(queue["paused"])
     if args.json:
-        emit_list(queues)
+        emit_list(map(queue_json, queues))
     else:
         emit_table(QUEUE_HEAD, map(queue_row, queues), "No queues.")
 
 
-@subcommand("queue set", "limit how many jobs of a queue run at once, over all pools", """
+@subcommand("queue set", "limit how many jobs of a queue run at once, or run them elsewhere", """
 queuectl queue set gpu --concurrency 1
 queuectl queue set gpu --concurrency none
+queuectl queue set web1 --runner 'ssh web1 {}' --ender 'ssh web1 ./end-run $QUEUECTL_RUN'
+queuectl queue set web1 --runner none
 """,
     option("name NAME", "the queue", type=queue_name),
     option("--concurrency N",
-           "the limit, or `none` for no limit", type=jobs_at_once, required=True),
+           "the limit over all pools, or `none` for no limit", type=jobs_at_once,
+           default=0),
+    option("--runner CMD", "hand jobs to an engine: {} becomes the job, one quoted word; or `none`"),
+    option("--ender CMD", "end $QUEUECTL_RUN there; print nothing when it is gone; or `none`"),
     writes=True)
 def cmd_queue_set(args: Any) -> None:
-    set_concurrency(args.store, args.name, args.concurrency)
-    emit("Queue updated: %s: concurrency = %s" % (args.name, show_setting(args.concurrency)))
+    changes = {}
+    if args.runner or args.ender:
+        if WINDOWS:
+            raise UsageError("runners need a POSIX shell; run the workers in WSL")
+        changes["runner"], changes["ender"] = check_engine(args.runner or "", args.ender)
+        set_engine(args.store, args.name, **changes)
+    if args.concurrency != 0:
+        changes["concurrency"] = args.concurrency
+        set_concurrency(args.store, args.name, args.concurrency)
+    if not changes:
+        raise UsageError("give --concurrency, or --runner and --ender")
+    emit("Queue updated: %s: %s" % (args.name, ", ".join(
+        "%s = %s" % (name, show_setting(value)) for name, value in changes.items())))
 
 
 def _pause(args: Any, paused: bool) -> None:
@@ -11562,7 +12320,7 @@ def page_causes(site: Site, store: Store, values: Row) -> Reply:
 
 
 def page_queues(site: Site, store: Store, values: Row) -> Reply:
-    return Reply([{**queue, "paused": bool(queue["paused"])} for queue in store.queues()])
+    return Reply(list(map(queue_json, store.queues())))
 
 
 def page_workers(site: Site, store: Store, values: Row) -> Reply:

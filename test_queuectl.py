@@ -12297,6 +12297,744 @@ def test_doctor_speaks_of_pauses_dead_jobs_and_a_log_that_grows(q: Queue, monkey
 
 
 # =====================================================================================================
+# Queues that run elsewhere: an engine of these tests, in another pid namespace than the workers
+# =====================================================================================================
+
+# An engine in a folder: a daemon, a client that hands it a job and shows its output, and an ender. Files in the
+# folder are its switches; each may hold a number:
+#   down     neither client nor ender reaches it          slow     seconds that an ender takes
+#   closed   it takes no job                              babbles  the ender prints something, with exit 0
+#   delay    seconds until a submitted job is visible     exit     the exit code of every client
+#   mute     clients show no stderr                       late     seconds for which they keep it back
+#   lose     a node is lost with all that runs there      requeue  what a node loses is started again
+# Its log tells of clients, starts, ends, and of two runs of one job at once.
+ENGINE = r"""
+import os, signal, subprocess, sys, time
+
+def setting(name):
+    try:
+        with open(name) as file:
+            return float(file.read() or 1)
+    except FileNotFoundError:
+        return 0
+
+def write(name, text):
+    with open(name + ".new", "w") as file:
+        file.write(text)
+    os.rename(name + ".new", name)
+
+def say(*words):
+    with open("log", "a") as file:
+        file.write(" ".join(words) + "\n")
+
+def job_of(name):
+    return name.split("-")[-2]
+
+def start(name):
+    for other in running:
+        if job_of(other) == job_of(name):
+            say("OVERLAP", name)
+    os.rename(name + ".job", name + ".run")
+    say("start", name)
+    env = {"HOME": os.path.abspath("home"), "PATH": os.environ["PATH"]}
+    with open(name + ".run") as file, open(name + ".out", "ab") as out, open(name + ".err", "ab") as err:
+        running[name] = subprocess.Popen(["sh", "-c", file.read()], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                                         start_new_session=True, env=env)
+
+def send(name, number):
+    try:
+        os.killpg(running[name].pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+def serve():
+    while True:
+        if os.path.exists("lose"):
+            lost.update(running)
+            os.unlink("lose")
+        for file in sorted(os.listdir(".")):
+            name, _, kind = file.rpartition(".")
+            if kind == "sub" and time.time() >= os.stat(file).st_mtime + setting("delay"):
+                os.rename(file, name + ".job")
+            elif kind == "job" and os.path.exists(name + ".sig"):
+                write(name + ".end", "1")
+                os.unlink(file)
+            elif kind == "job":
+                start(name)
+            elif kind == "sig" and name in running:
+                with open(file) as text:
+                    send(name, getattr(signal, "SIG" + text.read()))
+                os.unlink(file)
+        for name, process in list(running.items()):
+            if name in lost:
+                send(name, signal.SIGKILL)
+            if process.poll() is None or send(name, 0):
+                continue
+            del running[name]
+            say("end", name)
+            if name in lost and os.path.exists("requeue"):
+                lost.remove(name)
+                os.rename(name + ".run", name + ".job")
+                continue
+            write(name + ".end", "0" if name in lost else str(process.returncode % 256))
+            os.unlink(name + ".run")
+        time.sleep(0.01)
+
+def copy(name, stream):
+    with open(name, "ab+") as file:
+        file.seek(done.get(name, 0))
+        os.write(stream, file.read())
+        done[name] = file.tell()
+
+def copy_late(name, seconds):
+    if os.fork() == 0:
+        time.sleep(seconds)
+        copy(name + ".err", 2)
+        os._exit(0)
+
+def run(name, command):
+    say("client", name)
+    if setting("down"):
+        sys.exit("engine: can't reach the controller")
+    if setting("closed"):
+        sys.exit("engine: it is closed")
+    write(name + ".sub", command)
+    ended = False
+    while not ended:
+        ended = os.path.exists(name + ".end")
+        copy(name + ".out", 1)
+        if not setting("mute") and not setting("late"):
+            copy(name + ".err", 2)
+        time.sleep(0.01)
+    if setting("late"):
+        copy_late(name, setting("late"))
+    with open("exit" if os.path.exists("exit") else name + ".end") as file:
+        sys.exit(int(file.read()))
+
+def end(name):
+    time.sleep(setting("slow"))
+    if setting("down"):
+        sys.exit("engine: can't reach the controller")
+    if os.path.exists("babbles"):
+        print("maintenance until noon")
+    elif any(os.path.exists(name + kind) for kind in (".job", ".run")):
+        write(name + ".sig", os.environ["QUEUECTL_SIGNAL"])
+        print(name)
+
+running, lost, done = {}, set(), {}
+os.chdir(sys.argv[1])
+{"serve": serve, "run": run, "end": end}[sys.argv[2]](*sys.argv[3:])
+"""
+
+
+class Engine:
+    """A running engine, and a queue `big` that hands it its jobs."""
+
+    def __init__(self, q: Queue, unshare: Sequence[str]) -> None:
+        self.q, self.unshare, self.folder = q, unshare, q.folder / "engine"
+        (self.folder / "home").mkdir(parents=True)
+        script = self.folder / "engine.py"
+        script.write_text(ENGINE)
+        self.words = [sys.executable, "-S", "-E", str(script), str(self.folder)]
+        words = " ".join(map(shlex.quote, self.words))
+        self.runner, self.ender = f"{words} run $QUEUECTL_RUN {{}}", f"{words} end $QUEUECTL_RUN"
+        self.daemon = q.launch([*self.words, "serve"])
+        q.quick("queue", "set", "big", "--runner", self.runner, "--ender", self.ender)
+        q.set("kill_grace_seconds", "0.3")
+
+    def pool(self, *args: str) -> Background:
+        """A pool that does not see the engine's processes."""
+        before = self.q.workers()
+        pool = self.q.launch([*self.unshare, *self.q.program, "worker", "start", *args])
+        self.q.wait_ready(pool, before + (int(args[args.index("--count") + 1]) if "--count" in args else 1))
+        return pool
+
+    def stop(self, pool: Background) -> int:
+        self.q("worker", "stop")
+        return pool.wait()
+
+    def drain(self, count: int = 1) -> None:
+        words = [*self.unshare, *self.q.program, "worker", "start", "--drain", "--count", str(count)]
+        assert self.q.run(words).code in (0, 1)
+
+    def add(self, command: str, *options: str) -> str:
+        return self.q.add(command, "--queue", "big", *options)
+
+    def on(self, switch: str, value: float = 1) -> None:
+        (self.folder / switch).write_text(str(value))
+
+    def off(self, switch: str) -> None:
+        (self.folder / switch).unlink()
+
+    def log(self, word: str) -> list[str]:
+        """The names of the runs of which the engine's log says this word."""
+        log = self.folder / "log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [line.split()[1] for line in lines if line.split()[0] == word]
+
+    def wait_log(self, word: str, count: int = 1) -> None:
+        wait_for(lambda: len(self.log(word)) >= count, what=f"{count} times '{word}' in the engine's log")
+
+    def file(self, name: str) -> Path:
+        return self.folder / "home" / name
+
+    def wait_file(self, name: str) -> None:
+        wait_for(self.file(name).exists, what=f"the file {name} there")
+
+    def client(self) -> int:
+        """The process id of the one client."""
+        return only(process.pid for process in self.q.processes() if b"run" in read_proc(str(process.pid), "cmdline")
+                    .split(b"\0")[5:6])  # fmt: skip
+
+
+def only(values: Iterable[Any]) -> Any:
+    (value,) = values
+    return value
+
+
+@pytest.fixture
+def engine(q: Queue, unshare: list[str]) -> Iterator[Engine]:
+    engine = Engine(q, unshare)
+    yield engine
+    assert not engine.daemon.ended, engine.daemon
+    engine.daemon.process.kill()
+    engine.daemon.process.wait()
+    assert engine.log("OVERLAP") == []
+
+
+def outcome(q: Queue, job: str) -> tuple[Any, ...]:
+    shown = q.show(job)
+    return shown["state"], shown["exit_code"], shown["attempts"], [run["state"] for run in shown["runs"]]
+
+
+def test_the_end_word_alone_says_how_a_run_in_an_engine_ended(q: Queue, engine: Engine) -> None:
+    wanted = {0: "completed", 3: "dead", 137: "dead", 255: "dead"}
+    jobs = {engine.add(f"echo out; echo err >&2; exit {code}", "--max-retries", "1"): code for code in wanted}
+    engine.on("exit", 5)
+    engine.drain(4)
+    for job, code in jobs.items():
+        kind = "completed" if code == 0 else "failed"
+        assert outcome(q, job) == (wanted[code], code, 1, [kind])
+        run = q.show(job)["runs"][0]
+        assert (run["stdout"], run["stderr"]) == ("out\n", "err\n")
+        error = None if code == 0 else f"exit code {code}: err"
+        assert q.show(job)["last_error"] == error
+
+
+def test_output_of_a_run_in_an_engine_is_what_it_printed(q: Queue, engine: Engine) -> None:
+    flood = engine.add("echo first >&2; head -c 9000000 /dev/zero | tr '\\0' x | fold -w 99 >&2; echo last >&2; exit 3",
+                       "--max-retries", "1")  # fmt: skip
+    bare = engine.add("printf out; printf err >&2")
+    lines = engine.add("printf '\\n\\n' >&2; printf '\\n' >&2")
+    tiny = engine.add("seq 1000 >&2")
+    q.set("max_output_bytes", "1024")
+    engine.drain(4)
+    assert outcome(q, flood)[:2] == ("dead", 3)
+    printed = q.show(flood)["runs"][0]["stderr"]
+    assert printed.startswith("first\nxxx") and printed.endswith("xlast\n") and len(printed) < 1500
+    run = q.show(bare)["runs"][0]
+    assert (run["stdout"], run["stderr"]) == ("out", "err")
+    assert q.show(lines)["runs"][0]["stderr"] == "\n\n\n"
+    printed = q.show(tiny)["runs"][0]["stderr"]
+    assert printed.startswith("1\n2\n") and printed.endswith("999\n1000\n") and "queuectl " not in printed
+
+
+def test_a_run_in_an_engine_has_its_folder_umask_and_variables_but_its_env_is_not_shown(
+    q: Queue, engine: Engine
+) -> None:
+    q.env["SECRET"] = "not for ps"
+    folder = q.work / "a 'b\" $c"
+    folder.mkdir()
+    command = "pwd; umask; echo $QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT $QUEUECTL_QUEUE $QUEUECTL_RUN; "
+    command += "echo \"$SECRET\" 'ö\\'"
+    job = engine.add(command, "--env", "SECRET", "--cwd", str(folder), "--id", "its-id")
+    dashed = engine.add("-x 2>/dev/null; echo dash")
+    lines = engine.add("for i in 1 2\ndo\n  echo $i # a comment\ndone")
+    gone = q.work / "gone"
+    gone.mkdir()
+    missing = engine.add("true", "--cwd", str(gone), "--max-retries", "1")
+    gone.rmdir()
+    old = os.umask(0o27)
+    try:
+        masked = engine.add("umask")
+    finally:
+        os.umask(old)
+    engine.drain(2)
+    name = only(name for name in engine.log("start") if name.split("-")[-2] == "1")
+    shown = q.show(job)["runs"][0]["stdout"]
+    assert shown == f"{folder}\n{old:04o}\nits-id 1 big {name}\n ö\\\n"
+    assert q.show(dashed)["runs"][0]["stdout"] == "dash\n"
+    assert q.show(lines)["runs"][0]["stdout"] == "1\n2\n"
+    assert q.show(masked)["runs"][0]["stdout"] == "0027\n"
+    assert outcome(q, missing) == ("dead", 126, 1, ["failed"])
+    assert f"can't start in the folder {gone}" in q.show(missing)["last_error"]
+    # The client has the job's env: each engine has a way to pass it on.
+    q.quick("queue", "set", "client", "--runner", "sh -c {}", "--ender", "none")
+    told = q.add('echo "$SECRET"', "--queue", "client", "--env", "SECRET")
+    q.drain()
+    assert q.show(told)["runs"][0]["stdout"] == "not for ps\n"
+
+
+def test_an_engine_that_takes_no_jobs_uses_up_nothing_and_its_queue_rests(q: Queue, engine: Engine) -> None:
+    engine.on("closed")
+    jobs = [engine.add("true", "--max-retries", "1") for _ in range(6)]
+    pool = engine.pool("--count", "3")
+    wait_for(lambda: q.status()["troubles"], what="word of the engine")
+    here = q.add("true")
+    q.wait_state(here, "completed")
+    wait_for(lambda: len(engine.log("client")) > 3, what="a probe")
+    assert len(engine.log("client")) == 4  # three at once, then one
+    wait_for(lambda: q.look("queue", "list")[0]["next_try_at"], what="the next rest")
+    (trouble,) = q.status()["troubles"]
+    assert "the queue big rests until 20" in trouble and "engine: it is closed" in trouble
+    listed = only(queue for queue in q.look("queue", "list") if queue["name"] == "big")
+    assert listed["runner"] == engine.runner and listed["ender"] == engine.ender
+    assert TIME.fullmatch(listed["next_try_at"]) and "it is closed" in listed["rest_why"]
+    assert "it is closed" in q.quick("why", jobs[-1])
+    assert "it is closed" in q("doctor", code=1).out
+    engine.off("closed")
+    wait_for(lambda: all(q.state(job) == "completed" for job in jobs), what="all to complete")
+    assert [outcome(q, job) for job in jobs] == [("completed", 0, 1, ["completed"])] * 6
+    assert q.status()["troubles"] == [] and q.look("queue", "list")[0]["next_try_at"] is None
+    assert engine.stop(pool) == 0
+
+
+def test_an_engine_that_is_down_does_not_hold_all_workers(q: Queue, engine: Engine) -> None:
+    """Their runs are not surely gone, for the ender can't tell; a run left to recovery holds no worker."""
+    engine.on("down")
+    jobs = [engine.add("true", "--max-retries", "1") for _ in range(6)]
+    pool = engine.pool("--count", "2")
+    wait_for(lambda: q.status()["troubles"], what="word of the engine")
+    here = q.add("true")
+    q.wait_state(here, "completed", 40)
+    assert len(engine.log("client")) == 2
+    assert {q.state(job) for job in jobs} == {"pending", "processing"}
+    assert any("the queue big waits for what becomes of one job" in trouble for trouble in q.status()["troubles"])
+    assert "waits for what becomes of one job" in q.quick("why", jobs[-1])
+    engine.off("down")
+    wait_for(lambda: all(q.state(job) == "completed" for job in jobs), 60, "all to complete")
+    assert [outcome(q, job) for job in jobs] == [("completed", 0, 1, ["completed"])] * 6
+    assert q.status()["troubles"] == []
+    assert engine.stop(pool) == 0
+
+
+def test_the_rest_of_a_queue_grows_and_ends_with_a_probe_that_begins(store: Any) -> None:
+    store.set_engine("big", "run {}", None)
+    for _ in range(3):
+        put(store, queue="big")
+    ended = round(time.time() * 1000) - 61_000  # so that each rest is over
+    for job in [take(store), take(store)]:  # handed over together: that counts once
+        end(store, job, queuectl.UNSTARTED, ended)
+    rests = []
+    for _ in range(8):
+        rests.append(store.queue("big")["next_try_at"] - ended)
+        job = take(store)
+        assert (job.attempts, job.runs) == (1, 1) and take(store) is None
+        end(store, job, queuectl.UNSTARTED, ended)
+    assert rests == [1000 * seconds for seconds in (1, 2, 4, 8, 16, 32, 60, 60)]
+    end(store, take(store), queuectl.UNSTARTED, ended + 61_000)
+    assert take(store) is None  # it rests now
+    end(store, job, queuectl.UNSTARTED, ended + 200_000)
+    with store.transaction():
+        store.end_rests("big")
+    assert [take(store).runs for _ in range(3)] == [1, 1, 1]
+
+
+def test_a_lost_node_costs_an_attempt_whatever_the_client_says(q: Queue, engine: Engine) -> None:
+    job = engine.add("touch begun; [ -e second ] || sleep 300", "--cwd", str(engine.file("")), "--backoff-base", "0.1")
+    pool = engine.pool()
+    engine.wait_file("begun")
+    engine.file("second").touch()
+    engine.on("lose")
+    q.wait_state(job, "completed")
+    assert outcome(q, job) == ("completed", 0, 2, ["lost", "completed"])
+    assert "its engine lost it" in q.show(job)["runs"][0]["error"]
+    assert engine.stop(pool) == 0
+
+
+def test_a_client_that_dies_takes_its_job_along(q: Queue, engine: Engine) -> None:
+    job = engine.add("trap '' TERM; touch begun; [ -e second ] || for i in $(seq 600); do sleep 0.1; done",
+                     "--cwd", str(engine.file("")), "--backoff-base", "0.1")  # fmt: skip
+    pool = engine.pool()
+    engine.wait_file("begun")
+    wait_for(lambda: q.show(job)["state"] == "processing")
+    engine.file("second").touch()
+    os.kill(engine.client(), signal.SIGKILL)
+    q.wait_state(job, "completed")
+    assert outcome(q, job) == ("completed", 0, 2, ["lost", "completed"])
+    assert len(engine.log("start")) == 2
+    assert engine.stop(pool) == 0
+
+
+def test_a_run_that_is_not_surely_gone_stays_until_it_is(q: Queue, engine: Engine) -> None:
+    job = engine.add("touch begun; [ -e second ] || sleep 300", "--cwd", str(engine.file("")), "--backoff-base", "0.1")
+    pool = engine.pool()
+    engine.wait_file("begun")
+    engine.file("second").touch()
+    engine.on("down")
+    os.kill(engine.client(), signal.SIGKILL)
+    said = wait_for(lambda: q.status()["troubles"], what="the ender's words")
+    assert re.search(rf"{job} is not surely gone from its engine, since 20.*Z; the ender says: engine: can't reach",
+                     said[0])  # fmt: skip
+    assert "the ender says: engine: can't reach" in q.quick("why", job)
+    assert "the ender says: engine: can't reach" in q("doctor", code=1).out
+    time.sleep(2.5)
+    assert (q.state(job), len(engine.log("start"))) == ("processing", 1)
+    engine.off("down")
+    q.wait_state(job, "completed")
+    assert outcome(q, job) == ("completed", 0, 2, ["lost", "completed"])
+    assert q.status()["troubles"] == []
+    assert engine.stop(pool) == 0
+
+
+@pytest.mark.parametrize("switch", ["babbles", "slow"])
+def test_an_ender_that_says_anything_or_is_slow_is_waited_for(q: Queue, engine: Engine, switch: str) -> None:
+    job = engine.add("touch begun; [ -e second ] || sleep 300", "--cwd", str(engine.file("")), "--backoff-base", "0.1")
+    pool = engine.pool()
+    engine.wait_file("begun")
+    engine.file("second").touch()
+    engine.on(switch)
+    os.kill(engine.client(), signal.SIGKILL)
+    if switch == "babbles":
+        assert "the ender says: maintenance until noon" in wait_for(lambda: q.status()["troubles"])[0]
+        engine.off(switch)
+    q.wait_state(job, "completed")
+    assert outcome(q, job) == ("completed", 0, 2, ["lost", "completed"])
+    assert engine.stop(pool) == 0
+
+
+def test_what_was_submitted_but_is_not_visible_yet_does_not_run_beside_the_next_run(q: Queue, engine: Engine) -> None:
+    engine.on("delay", 1)
+    job = engine.add("sleep 1", "--backoff-base", "0.1")
+    pool = engine.pool()
+    engine.wait_log("client")
+    wait_for(lambda: list(engine.folder.glob("*.sub")))
+    os.kill(engine.client(), signal.SIGKILL)
+    engine.wait_log("client", 2)
+    engine.off("delay")
+    q.wait_state(job, "completed")
+    assert outcome(q, job) == ("completed", 0, 1, ["completed"])  # the first was not started
+    assert engine.stop(pool) == 0
+
+
+def test_words_may_be_late(q: Queue, engine: Engine) -> None:
+    engine.on("late", 1)
+    done, failed = engine.add("echo x >&2"), engine.add("exit 4", "--max-retries", "1")
+    engine.drain(2)
+    assert outcome(q, done) == ("completed", 0, 1, ["completed"])
+    assert outcome(q, failed) == ("dead", 4, 1, ["failed"])
+
+
+def test_an_end_without_words_is_no_run(q: Queue, engine: Engine) -> None:
+    engine.on("mute")
+    job = engine.add("true", "--max-retries", "1")
+    pool = engine.pool()
+    engine.wait_log("client", 2)
+    engine.off("mute")
+    q.wait_state(job, "completed")
+    assert outcome(q, job) == ("completed", 0, 1, ["completed"])
+    assert engine.stop(pool) == 0
+
+
+def test_an_engine_that_starts_a_run_again_is_refused(q: Queue, engine: Engine) -> None:
+    engine.on("requeue")
+    job = engine.add("echo begun >>begun; [ -e second ] || sleep 300", "--cwd", str(engine.file("")),
+                     "--backoff-base", "0.1")  # fmt: skip
+    pool = engine.pool()
+    engine.wait_file("begun")
+    engine.file("second").touch()
+    engine.on("lose")
+    q.wait_state(job, "completed")
+    first, again, second = engine.log("start")
+    assert first == again != second
+    assert outcome(q, job) == ("completed", 0, 2, ["lost", "completed"])
+    assert "does not run twice" in q.show(job)["runs"][0]["stderr"]
+    assert engine.file("begun").read_text() == "begun\n" * 2
+    assert engine.stop(pool) == 0
+
+
+def test_old_marks_of_runs_are_removed_there(q: Queue, engine: Engine) -> None:
+    marks = engine.file(".queuectl-runs")
+    for name, age in (("old", 40), ("young", 20)):
+        (marks / name).mkdir(parents=True)
+        os.utime(marks / name, (time.time() - age * 86400,) * 2)
+    words = {"QUEUECTL_RUN": "x"}
+    for name in ("p-1-1-1_1234567f", "p-1-1-1_12345600"):
+        done = q.run(["sh", "-c", queuectl.WRAPPER, name, "/", "022", "/bin/sh", "exit 3"],
+                     env={**words, "HOME": engine.file("")})  # fmt: skip
+        assert done.code == 3
+        assert (marks / "old").exists() == name.endswith("7f")
+    assert (marks / "young").exists()
+
+
+def test_a_time_out_a_cancel_and_a_stop_reach_the_engine(q: Queue, engine: Engine) -> None:
+    command = "trap '' TERM; touch $QUEUECTL_JOB_ID; while :; do sleep 0.1; done"
+    there = str(engine.file(""))
+    late = engine.add(command, "--timeout", "1", "--max-retries", "1", "--cwd", there)
+    cancelled, stopped = (engine.add(command, "--cwd", there) for _ in range(2))
+    pool = engine.pool("--count", "3")
+    for job in (late, cancelled, stopped):
+        engine.wait_file(job)
+    q("cancel", cancelled, code=None)
+    q.wait_state(cancelled, "cancelled")
+    q.wait_state(late, "dead")
+    assert "timed out after 1s" in q.show(late)["last_error"]
+    q("worker", "stop", "--now")
+    assert pool.wait() == 130
+    assert outcome(q, stopped) == ("pending", None, 0, ["stopped"])
+    assert sorted(engine.log("end")) == sorted(engine.log("start"))
+
+
+def test_a_stop_asks_an_engine_once_and_leaves_the_rest_to_the_next_pool(q: Queue, engine: Engine) -> None:
+    job = engine.add("touch begun; [ -e second ] || sleep 300", "--cwd", str(engine.file("")))
+    pool = engine.pool()
+    engine.wait_file("begun")
+    engine.file("second").touch()
+    engine.on("down")
+    q("worker", "stop", "--now", code=None)
+    pool.wait(15)
+    assert q.state(job) == "processing"
+    assert "the ender says" in q.quick("why", job) and "the ender says" in q("doctor", code=1).out
+    next_pool = engine.pool()
+    wait_for(lambda: any("ender says" in trouble for trouble in q.status()["troubles"]))
+    assert (q.state(job), len(engine.log("start"))) == ("processing", 1)
+    engine.off("down")
+    q.wait_state(job, "completed")
+    assert outcome(q, job) == ("completed", 0, 1, ["stopped", "completed"])
+    assert engine.stop(next_pool) == 0
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_worker_pool_and_client_may_die_together(q: Queue, engine: Engine, down: bool) -> None:
+    jobs = [
+        engine.add(f"touch begun{number}; [ -e second ] || sleep 300", "--cwd", str(engine.file("")),
+                   "--backoff-base", "0.1")
+        for number in range(2)
+    ]  # fmt: skip
+    done = engine.add("touch begun2; until [ -e second ]; do sleep 0.05; done", "--cwd", str(engine.file("")))
+    pool = engine.pool("--count", "3")
+    for number in range(3):
+        engine.wait_file(f"begun{number}")
+    wait_for(lambda: len([name for name in engine.folder.glob("*.err") if name.stat().st_size]) == 3)
+    time.sleep(0.1)  # the start words are under way
+    os.kill(first_inside(pool), signal.SIGKILL)  # process 1 of the namespace takes all along
+    pool.wait()
+    if down:
+        engine.on("down")
+    engine.file("second").touch()
+    next_pool = engine.pool("--count", "2")
+    if down:
+        wait_for(lambda: any("ender says" in trouble for trouble in q.status()["troubles"]))
+        local = q.add("true")
+        q.wait_state(local, "completed")
+        assert {q.state(job) for job in jobs} == {"processing"}
+        engine.off("down")
+    for job in (*jobs, done):
+        q.wait_state(job, "completed")
+    for job in jobs:
+        assert outcome(q, job) == ("completed", 0, 2, ["lost", "completed"])
+    assert engine.stop(next_pool) == 0
+
+
+def test_a_dead_workers_run_that_had_ended_is_recorded_by_its_end_word(q: Queue, engine: Engine) -> None:
+    job = engine.add("touch begun; until [ -e go ]; do sleep 0.02; done", "--cwd", str(engine.file("")))
+    words = " ".join(shlex.quote(str(word)) for word in q.program)
+    script = words + " worker start & wait; until [ -e halt ]; do sleep 0.05; done"
+    pool = q.launch([*engine.unshare, "bash", "-c", script])
+    engine.wait_file("begun")
+    (supervisor,) = beasts_below(first_inside(pool))
+    (worker,) = beasts_below(supervisor.pid)
+    supervisor.signal(signal.SIGKILL)
+    worker.signal(signal.SIGKILL)
+    engine.file("go").touch()  # its client goes on, and shows the end word
+    engine.wait_log("end")
+    time.sleep(0.2)
+    engine.drain()
+    assert outcome(q, job) == ("completed", 0, 1, ["completed"])
+    q.touch("halt")
+    pool.wait()
+
+
+def test_a_run_keeps_the_engine_that_it_began_with(q: Queue, engine: Engine) -> None:
+    job = engine.add("touch begun; [ -e second ] || sleep 300", "--cwd", str(engine.file("")), "--backoff-base", "0.1")
+    pool = engine.pool()
+    engine.wait_file("begun")
+    engine.file("second").touch()
+    q.quick("queue", "set", "big", "--runner", "echo to another engine; false {}", "--ender", "echo never asked")
+    os.kill(engine.client(), signal.SIGKILL)
+    wait_for(lambda: q.show(job)["runs"][0]["state"] == "lost", what="the first run's record")
+    q.quick("queue", "set", "big", "--runner", "none")
+    q.wait_state(job, "completed")
+    assert engine.stop(pool) == 0
+
+
+def test_a_run_in_an_engine_that_is_gone_for_ever_can_be_given_up(q: Queue, engine: Engine) -> None:
+    job = engine.add("touch begun; sleep 300", "--cwd", str(engine.file("")))
+    pool = engine.pool()
+    engine.wait_file("begun")
+    engine.on("down")
+    q("worker", "stop", "--now", code=None)
+    pool.wait(15)
+    q.quick("queue", "set", "big", "--runner", "none")
+    q("cancel", job, code=None)
+    next_pool = engine.pool()
+    q.wait_state(job, "cancelled")
+    assert engine.stop(next_pool) == 0
+    engine.off("down")
+
+
+def test_an_engine_without_ender_dies_with_its_client(q: Queue) -> None:
+    q.quick("queue", "set", "nice", "--runner", "nice -n 5 sh -c {}", "--ender", "none")
+    fine, dead = q.add("nice", "--queue", "nice"), q.add("exit 7", "--queue", "nice", "--max-retries", "1")
+    late = q.add("sleep 300", "--queue", "nice", "--max-retries", "1", "--timeout", "0.3")
+    q.drain("--count", "3", code=1)
+    assert q.show(fine)["runs"][0]["stdout"] == f"{os.nice(0) + 5}\n"
+    assert outcome(q, dead) == ("dead", 7, 1, ["failed"])
+    assert outcome(q, late) == ("dead", None, 1, ["failed"])
+
+
+def test_an_engine_whose_command_is_missing_is_named(q: Queue) -> None:
+    q.quick("queue", "set", "typo", "--runner", "no-such-engine {}", "--ender", "none")
+    job = q.add("true", "--queue", "typo", "--max-retries", "1")
+    pool = q.pool()
+    (said,) = wait_for(lambda: q.status()["troubles"])
+    assert "no-such-engine" in said and "not found" in said
+    assert outcome(q, job) == ("pending", None, 0, [])
+    found = q("doctor", "--queue", "typo", "--json", code=1).json()
+    assert found[0]["works"] is False and "no-such-engine" in found[0]["why"]
+    assert pool.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--runner", "srun sh -c", "--ender", "x"], "{} once"),
+        (["--runner", "srun {} {}", "--ender", "x"], "{} once"),
+        (["--runner", "srun sh -c '{}'", "--ender", "x"], "outside of quotes"),
+        (["--runner", "srun # {}", "--ender", "x"], "outside of quotes and comments"),
+        (["--runner", "srun {}"], "--ender"),
+        (["--ender", "scancel x"], "--runner"),
+        (["--runner", "none", "--ender", "x"], "{} once"),
+        (["--runner", "srun '{}", "--ender", "x"], ""),
+        ([], "--concurrency"),
+    ],
+)
+def test_bad_engines_change_nothing(q: Queue, options: list[str], words: str) -> None:
+    assert words in q.fails("queue", "set", "big", *options, code=2).err
+    assert q.look("queue", "list") == []
+
+
+def test_a_queue_with_an_engine_is_shown_and_forgotten(q: Queue) -> None:
+    said = q("queue", "set", "big", "--runner", "sh -c {}", "--ender", "none", "--concurrency", "4").out
+    assert said == "Queue updated: big: runner = sh -c {}, ender = none, concurrency = 4\n"
+    q.quick("queue", "set", "big", "--concurrency", "none")
+    listed = only(q.look("queue", "list"))
+    assert (listed["runner"], listed["ender"], listed["next_try_at"]) == ("sh -c {}", None, None)
+    assert q("queue", "list").out.splitlines()[1].split()[-3:] == ["sh", "-c", "{}"]
+    q.quick("queue", "set", "big", "--runner", "none")
+    assert q.look("queue", "list") == []
+
+
+def test_run_in_a_queue_uses_its_engine(q: Queue, engine: Engine) -> None:
+    done = q.run([*engine.unshare, *q.program, "run", "--queue", "big", "--each", "echo {}", "one", "two"])
+    pool = engine.pool() if done.code else None
+    assert pool is None, done
+    assert sorted(done.out.splitlines()) == ["one", "two"]
+    assert len(engine.log("start")) == 2
+
+
+def test_doctor_tries_an_engine_step_by_step(q: Queue, engine: Engine) -> None:
+    asked = [*engine.unshare, *q.program, "doctor", "--queue", "big"]
+    found = q.run(asked)
+    assert found.code == 0 and [line.rpartition(": ")[2] for line in found.out.splitlines()] == ["yes"] * 4
+    assert [queue["name"] for queue in q.look("queue", "list")] == ["big"] and q.jobs() == []
+    engine.on("down")
+    found = q.run(asked)
+    assert found.code == 1 and "can't reach the controller" in found.out
+    engine.off("down")
+    # Its ender does not end what runs there.
+    q.quick("queue", "set", "big", "--runner", engine.runner, "--ender", "echo it lives")
+    found = q.run(asked)
+    q.may_leave = True
+    assert [queue["name"] for queue in q.look("queue", "list")] == ["big"] and q.jobs() == []
+    works = dict(line.rsplit(": ", 1) for line in found.out.splitlines())
+    assert found.code == 1 and list(works.values())[:1] == ["yes"] and "it lives" in found.out
+    assert "has no runner" in q.fails("doctor", "--queue", "default").err
+    q.quick("queue", "pause")
+    assert "paused" in q.fails("doctor", "--queue", "big").err
+
+
+def test_an_ender_does_not_keep_its_worker_from_orders(q: Queue, engine: Engine) -> None:
+    """A slow ender is asked while the worker hears that its job is cancelled, and a stop."""
+    job = engine.add("touch begun; sleep 300", "--cwd", str(engine.file("")))
+    pool = engine.pool()
+    engine.wait_file("begun")
+    engine.on("slow", 30)
+    os.kill(engine.client(), signal.SIGKILL)
+    wait_for(lambda: any(b"end" in read_proc(str(process.pid), "cmdline").split(b"\0") for process in q.processes()))
+    began = time.monotonic()
+    q("worker", "stop", "--now", code=None)
+    pool.wait(25)
+    assert time.monotonic() - began < 25
+    assert q.state(job) == "processing"
+    q("cancel", job, code=None)
+    engine.off("slow")
+    next_pool = engine.pool()
+    q.wait_state(job, "cancelled")
+    assert engine.stop(next_pool) == 0
+
+
+def test_live_output_of_a_run_in_an_engine_has_no_words(q: Queue, engine: Engine) -> None:
+    job = engine.add("echo begun >&2; touch begun; until [ -e go ]; do sleep 0.02; done; echo over >&2",
+                     "--cwd", str(engine.file("")))  # fmt: skip
+    pool = engine.pool()
+    engine.wait_file("begun")
+    follower = q.start("logs", "--follow", job)
+    wait_for(lambda: "begun" in follower.err + follower.out, what="the first line")
+    assert "begun\n" in q("logs", job, "--stderr").out and "<queuectl" not in q("logs", job).out
+    engine.file("go").touch()
+    assert follower.wait() == 0
+    assert "\nbegun\nover\n" in follower.text and "<queuectl" not in follower.text
+    assert engine.stop(pool) == 0
+
+
+def test_a_storm_at_workers_and_clients_of_an_engine(q: Queue, engine: Engine) -> None:
+    """kill -9 at random: no job is lost, recorded twice as completed, or runs twice at once in the engine."""
+    random_ = random.Random(SEED)
+    count, seconds = (60, 60) if FULL else (16, 8)
+    ids = [
+        engine.add("sleep 0.5; echo $QUEUECTL_RUN >>done", "--cwd", str(engine.file("")), "--backoff-base", "0.1",
+                   "--max-retries", "100")
+        for _ in range(count)
+    ]  # fmt: skip
+    script = "while :; do " + " ".join(shlex.quote(str(word)) for word in q.program)
+    script += " worker start --count 4; [ -e halt ] && exit; done"
+    pool = q.launch([*engine.unshare, "bash", "-c", script])
+    init = int(wait_for(lambda: children(pool.process.pid))[0])
+    kills, end_at = 0, time.monotonic() + seconds
+    while time.monotonic() < end_at:
+        supervisors = beasts_below(init)
+        workers = [worker for supervisor in supervisors for worker in beasts_below(supervisor.pid)]
+        clients = [client for worker in workers for client in beasts_below(worker.pid)]
+        victims = random_.choice([supervisors, workers, workers, clients, clients])
+        if victims:
+            kills += random_.choice(victims).signal(signal.SIGKILL)
+        time.sleep(0.2)
+    wait_for(lambda: q.counts() == {"completed": count}, 120, "all to complete", every=0.3)
+    assert kills > seconds
+    q.touch("halt")
+    q("worker", "stop")
+    pool.wait()
+    done = engine.file("done").read_text().split()
+    for job in ids:
+        runs = q.show(job)["runs"]
+        assert [run["state"] for run in runs].count("completed") == 1 and runs[-1]["state"] == "completed"
+        assert {run["state"] for run in runs} <= {"completed", "lost", "stopped"}
+    assert {name.split("-")[-2] for name in done} == {str(number + 1) for number in range(count)}
+
+
+# =====================================================================================================
 # The page: `queuectl web`, by its API and in a real browser
 # =====================================================================================================
 
@@ -12493,7 +13231,7 @@ def test_a_cause_on_the_page_has_the_command_for_just_its_jobs(q: Queue, web: We
     for cause, wanted in zip(web.get("/api/dlq/causes"), q.look("dlq", "list", "--causes")):
         assert set(wanted) < set(cause) and (cause["cause"], cause["after"]) == (wanted["cause"], 0)
         words = shlex.split(cause["retry"])
-        found = json.loads(q(*words[words.index("dlq"):], "--dry-run", "--json").out)
+        found = json.loads(q(*words[words.index("dlq") :], "--dry-run", "--json").out)
         assert len(found) == cause["count"] == wanted["count"]
     headers, _ = web.post("/api/retry", {"cause": cause["cause"], "state": "dead"})
     # Those that died for another reason were not meant: nothing is said of them.
@@ -12831,7 +13569,7 @@ def page(browser: Browser, q: Queue) -> Iterator[tuple[Browser, Web]]:
             {"id": "bad2", "command": "echo '<script>alert(2)</script>' >&2; exit 3", "max_retries": 1},
             {"id": "kid", "command": "true", "after": ["bad2"]}])  # fmt: skip
     q.drain(code=1)
-    q.add("true", "--id", "waits", "--queue", "a&b=c#d\"><b>")
+    q.add("true", "--id", "waits", "--queue", 'a&b=c#d"><b>')
     web = Web(q)
     browser.size(1024)
     browser.events.clear()
@@ -12873,7 +13611,7 @@ def test_the_views_of_the_page(page: tuple[Browser, Web]) -> None:
     browser, _web = page
     assert browser.js("location.hash") == "#/" and browser.js("sessionStorage.getItem('token')") == TOKEN
     text = browser.js("document.querySelector('main').innerText")
-    assert "dlq list" in text and "a&b=c#d\"><b>" in text and "No workers are running." in text and "9 runs" in text
+    assert "dlq list" in text and 'a&b=c#d"><b>' in text and "No workers are running." in text and "9 runs" in text
     go(browser, "#/jobs", "Jobs")
     browser.until("document.querySelectorAll('tbody tr').length == 11")
     assert browser.js("document.querySelectorAll('main img, main script, main b').length") == 0
