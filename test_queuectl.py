@@ -11334,11 +11334,14 @@ def programs(tmp_path: Path) -> Path:
 
 
 def shells_of(folder: Path) -> list[str]:
-    """The shells that may be /bin/sh, each under that name."""
+    """The shells that may be /bin/sh, each under that name.
+
+    A busybox that was built to run its own `ls` instead of the PATH's is none: it is made for rescue disks.
+    """
     found = []
     for name in ("sh", "dash", "bash", "busybox"):
         path = shutil.which(name)
-        if path:
+        if path and (name != "busybox" or subprocess.call([path, "sh", "-c", "ls"], env={"PATH": "/nowhere"})):
             (folder / name).mkdir(parents=True)
             (folder / name / "sh").symlink_to(path)
             found.append(str(folder / name / "sh"))
