@@ -3067,7 +3067,7 @@ RETRY = """UPDATE OR IGNORE jobs SET state = 'pending', attempts = 0, deferrals 
     due = CASE WHEN NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)
         THEN max(coalesce(run_at, 0), ?) END
     WHERE seq = ? AND state IN ('completed', 'dead', 'cancelled')"""
-LET_GO = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?,
+RELEASE_JOB = """UPDATE jobs SET ready = run_at IS NULL OR run_at <= ?,
     due = max(coalesce(run_at, 0), ?) WHERE seq = ? AND state = 'pending'
     AND NOT EXISTS (SELECT 1 FROM waits WHERE job = jobs.seq)"""
 HOOKED = """SELECT seq, id, queue, command, state, attempts, max_retries, exit_code, last_error,
@@ -5004,17 +5004,17 @@ def hook_env(job: Row) -> dict[str, str]:
 
 
 # Errors of jobs that ended because another did; the other's id stands before the text.
-TAKEN_ALONG = {
+ENDED_ALONG = {
     DEAD: " is dead, and this job was to run after it",
     CANCELLED: " was cancelled, and this job was to run after it"}
 # Seconds that a change of many jobs may hold the mutex at a time, and seconds that it rests
 # between: without a rest, others would hardly ever get the mutex.
-SLICE, BREATH = 0.2, 0.01
+SLICE, SLICE_PAUSE = 0.2, 0.01
 
 
 def why_along(awaited: Row) -> str:
     """Return the error of a job that was to run after one that ended in vain: names the first."""
-    reason, error = TAKEN_ALONG[awaited["state"]], awaited["last_error"] or ""
+    reason, error = ENDED_ALONG[awaited["state"]], awaited["last_error"] or ""
     return error if error.endswith(reason) else awaited["id"] + reason
 
 
@@ -5036,11 +5036,11 @@ class Endings(Reading):
         Adds the jobs that `settings` demand: by on_end, and by on_dead if it died. Jobs that waited
         for nothing else become ready, or are taken along.
         """
-        news = self._meet(seq, state, now)
+        news = self._release_waiting(seq, state, now)
         if state != COMPLETED or settings["on_end"]:
             ended = self.dicts(HOOKED + "WHERE seq = ?", seq)
             news |= self._add_hooks(ended[0], state == DEAD, now)
-            news |= state != COMPLETED and self._take_along(ended, now)
+            news |= state != COMPLETED and self._end_dependents(ended, now)
         if state == DEAD:
             self._fail_fast(seq)
         return news
@@ -5068,17 +5068,17 @@ class Endings(Reading):
             self.execute("UPDATE queues SET fail_fast = 1, paused = 0 WHERE fail_fast = 2")
         return waiting
 
-    def _meet(self, seq: int, state: str, now: int) -> bool:
+    def _release_waiting(self, seq: int, state: str, now: int) -> bool:
         """Make jobs ready that waited only for such an end of a job; return if there were any."""
         completed = state == COMPLETED
         waiting = self.column("SELECT job FROM waits WHERE awaited = ? AND (either OR ?)",
                               seq, completed)
         if waiting:
             self.execute("DELETE FROM waits WHERE awaited = ? AND (either OR ?)", seq, completed)
-            self.db.executemany(LET_GO, [(now, now, job) for job in waiting])
+            self.db.executemany(RELEASE_JOB, [(now, now, job) for job in waiting])
         return bool(waiting)
 
-    def _take_along(self, doomed: list[Row], now: int) -> bool:
+    def _end_dependents(self, doomed: list[Row], now: int) -> bool:
         """End in vain the jobs that were to run after these jobs, and after those, for SLICE.
 
         Returns whether there were any.
@@ -5111,7 +5111,7 @@ class Endings(Reading):
             state, error, now, now, job["seq"])
         self._count_in_vain(job["queue"])
         self._add_hooks(job, False, now)
-        self._meet(job["seq"], state, now)
+        self._release_waiting(job["seq"], state, now)
 
     def _count_in_vain(self, queue: str) -> None:
         """Note that a job of a queue ended in vain: so drains of it exit with 1."""
@@ -5134,8 +5134,8 @@ class Endings(Reading):
                 doomed += self._cancel_rest(now)
                 found = found or bool(doomed)
                 self.execute("UPDATE control SET unsettled = ?", bool(doomed))
-                self._take_along(doomed, now)
-            sleep(BREATH)
+                self._end_dependents(doomed, now)
+            sleep(SLICE_PAUSE)
         return found
 
     def _add_hooks(self, job: Row, died: bool, now: int) -> bool:
@@ -5266,7 +5266,7 @@ class Editing(Endings):
         if circle:
             raise QueueError("%s would wait for itself: a job that it is to run after waits for it"
                              % job["id"])
-        self.execute(LET_GO, now, now, seq)
+        self.execute(RELEASE_JOB, now, now, seq)
 
     def _die(self, seq: int, now: int) -> None:
         """Make a failed job dead, as if its last run had been the last one allowed."""
@@ -5737,7 +5737,7 @@ class Store(Scheduling):
         job = self.first(HOOKED + "WHERE seq = ? AND state IN ('pending', 'failed')", seq)
         if job:
             self.end_in_vain(job, CANCELLED, reason, now)
-            self._take_along([job], now)
+            self._end_dependents([job], now)
         return bool(job)
 
     def ask_cancel(self, seq: int, now: int) -> int:
@@ -5787,7 +5787,7 @@ class Store(Scheduling):
                     pair = next(left, None)
                     if monotonic() >= end:
                         break
-            sleep(BREATH)
+            sleep(SLICE_PAUSE)
         return done
 
     def forget_some(self, selection: Selection, last: int,
@@ -6781,7 +6781,7 @@ def sweep(store: Store, settings: Settings) -> None:
 # Workers.
 
 
-def take_life(db: str, name: str) -> int:
+def take_life_lock(db: str, name: str) -> int:
     """Take the life lock of a worker or pool, in the transaction that registers it."""
     os.makedirs(folder_path(db), 0o700, exist_ok=True)
     fd = open_private(life_path(db, name), os.O_RDWR)
@@ -7371,7 +7371,7 @@ class Worker(Asking):
     def _register(self) -> None:
         """Make life lock, bell and row in one transaction: nobody sees a worker half made."""
         if self.life < 0:
-            self.life = take_life(self.db, self.name)
+            self.life = take_life_lock(self.db, self.name)
             self.store.identity.watch(self.life)
             note_trouble(self.life, "")  # this takes the disk space for all notes
             self.bell = make_bell(bell_path(self.db, self.name))
@@ -7830,11 +7830,11 @@ class Pool:
         self._handle_signals()
         self.openings = [0.0] * self.count
         while self.workers or self.openings:
-            self._hire()
+            self._start_due()
             self.bell.wait(min(self.openings, default=FOREVER) - monotonic())
             self._stop()
             self._collect()
-        return self._farewell()
+        return self._clean_up()
 
     def start_reporter(self, target: Callable[..., Any], *values: Any) -> None:
         """Before `run`: start a process that calls `target` with these values.
@@ -7869,7 +7869,7 @@ class Pool:
     def register(self, store: Store) -> None:
         """In a transaction: take the life lock, and add the pool's row."""
         self.file = store.identity.file
-        self.life = take_life(self.db, self.name)
+        self.life = take_life_lock(self.db, self.name)
         store.add_pool(self.name, self.count, self.queues, self.max_jobs, now_millis())
 
     def _handle_signals(self) -> None:
@@ -7890,7 +7890,7 @@ class Pool:
 
     # Workers are started.
 
-    def _hire(self) -> None:
+    def _start_due(self) -> None:
         """Start the workers that are due."""
         self.openings.sort()
         while self.openings and self.openings[0] <= monotonic():
@@ -7995,7 +7995,7 @@ class Pool:
             return 0.0
         return min(LONGEST_DELAY, 0.1 * 2.0 ** min(self.quick_deaths - 1, 10))
 
-    def _farewell(self) -> int:
+    def _clean_up(self) -> int:
         """Recover killed workers' jobs, then delete the pool's row; return the exit code.
 
         If that can't be written now, the next pool does it.
@@ -8820,7 +8820,7 @@ def causes_of(store: Store, jobs: Iterable[Row]) -> list[Row]:
     find = lru_cache(1000)(partial(store.value, ERROR_OF_DEAD))
     causes: dict[str, Row] = {}
     for job in jobs:
-        error, along = job["last_error"] or "no reason", TAKEN_ALONG[DEAD]
+        error, along = job["last_error"] or "no reason", ENDED_ALONG[DEAD]
         first = error.endswith(along) and find(error[:-len(along)])
         key = cause_of(first or error)
         cause = causes.setdefault(key, {

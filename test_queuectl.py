@@ -1337,7 +1337,7 @@ def test_a_database_is_not_migrated_under_workers_of_an_older_version(q: Queue) 
     db.execute("INSERT INTO pools (name, pid, started_at, workers) VALUES ('p', 4711, 1, 1)")
     db.commit()
     db.close()
-    life = queuectl.take_life(str(q.db), "p")
+    life = queuectl.take_life_lock(str(q.db), "p")
     refused = q.fails("enqueue", "true")
     assert "pid 4711" in refused.err and "worker stop" in refused.err
     q("status")
@@ -5677,7 +5677,7 @@ def test_a_run_that_gave_up_all_but_its_session_is_ended_before_the_next(q: Queu
 
 def test_a_noted_leader_counts_only_for_its_own_run_and_machine_start(store: Any) -> None:
     place = queuectl.system.place()
-    life = queuectl.take_life(store.path, "w-1")
+    life = queuectl.take_life_lock(store.path, "w-1")
 
     def leader(**changes: Any) -> Any:
         queuectl.note_run(life, queuectl.RunNote(place, 7, 3, 4711, 100, 102)._replace(**changes))
