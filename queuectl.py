@@ -2524,10 +2524,9 @@ class OutputFiles:
 
     def read(self, limit: int) -> list[bytes]:
         """Read what the run has printed to stdout and stderr, at most `limit` bytes each."""
-        return [self.read_one(index, limit) for index in (0, 1)]
+        return [self._read_one(index, limit) for index in (0, 1)]
 
-    def read_one(self, index: int, limit: int) -> bytes:
-        """Read what the run has printed to one stream, at most `limit` bytes."""
+    def _read_one(self, index: int, limit: int) -> bytes:
         try:
             self._look(index)
             output = head_and_tail(self.fds[index], limit)
@@ -6140,8 +6139,7 @@ say "end $code"
 exit "$code"
 """
 WORD = rb"\r?\n?<queuectl %s (start|end \d+)>\r?\n?"
-WORD_LENGTH = len("\n<queuectl  end 255>\n")  # and the name of the run
-# Bytes at both ends of a client's stderr in which words are sought; they are never cut.
+# Bytes at both ends of a client's streams in which words are sought; they are never cut.
 WORDS_WITHIN = 1 << 16
 # `echo` tells the ender's exit code, for a worker may have reaped its process with others.
 ASK, ANSWER = "( %s\n)\necho queuectl $?", b"queuectl 0\n"
@@ -6152,9 +6150,9 @@ KILL_TIME = 5.0  # seconds that an engine may take to kill a run
 ENDERS_AT_ONCE = 16  # in recovery
 
 
-def without_words(stderr: bytes, name: str) -> bytes:
-    """Take the words of a run out of its stderr."""
-    return re.sub(WORD % name.encode(), b"", stderr)
+def without_words(output: bytes, name: str) -> bytes:
+    """Take the words of a run out of its output."""
+    return re.sub(WORD % name.encode(), b"", output)
 
 
 class Ender:
@@ -6329,12 +6327,13 @@ class EngineRun(Run):
         super().bound_output()
 
     def look(self) -> None:
-        """Read the words that have come."""
-        err = self.slot.fds[1]
+        """Read the words that have come; a client with a terminal writes them to its stdout."""
+        ends = b""
         try:
-            size = os.fstat(err).st_size
-            ends = read_between(err, 0, WORDS_WITHIN)
-            ends += read_between(err, max(WORDS_WITHIN, size - WORDS_WITHIN), size)
+            for fd in self.slot.fds:
+                size = os.fstat(fd).st_size
+                ends += read_between(fd, 0, WORDS_WITHIN)
+                ends += read_between(fd, max(WORDS_WITHIN, size - WORDS_WITHIN), size)
         except OSError:
             return  # looked at again soon
         # A job that truncates its stderr takes the start word away.
@@ -6346,9 +6345,7 @@ class EngineRun(Run):
 
     def read(self) -> list[bytes]:
         """Read what the run has printed, without its words."""
-        room = self.limit + 2 * (WORD_LENGTH + len(self.name))
-        stdout, stderr = self.slot.read_one(0, self.limit), self.slot.read_one(1, room)
-        return [stdout, without_words(stderr, self.name)]
+        return [without_words(output, self.name) for output in super().read()]
 
     def result(self, ending: str, error: str | None = None) -> RunResult:
         """Return what to record. The client's exit code is not the job's.
@@ -8901,20 +8898,19 @@ def cmd_dlq_list(args: Any) -> None:
         emit_text(cut(advice, width) + "\n")
 
 
-def as_recorded(job: Row, stderr: bytes) -> bytes:
-    """Return the stderr of a running job without the words of an engine."""
+def as_recorded(job: Row, output: bytes) -> bytes:
+    """Return what a running job has printed without the words of an engine."""
     if not job["word"]:
-        return stderr
+        return output
     return without_words(
-        stderr, run_name(job["locked_by"], job["seq"], job["runs"], job["word"]))
+        output, run_name(job["locked_by"], job["seq"], job["runs"], job["word"]))
 
 
 def live_run(store: Store, job: Row, limit: int = 0) -> Row:
     """Return the current run of a job, with its output so far, at most `limit` bytes a stream."""
     limit, start = limit or output_limit(store.settings(), job["queue"]), job["started_at"]
-    stdout, stderr = [read_beside(path, b"", head_and_tail, limit)
+    stdout, stderr = [as_recorded(job, read_beside(path, b"", head_and_tail, limit))
                       for path in output_paths(store.path, job["locked_by"], job["slot"])]
-    stderr = as_recorded(job, stderr)
     seconds = max(0, now_millis() - start) / 1000
     return {"run": job["runs"], "attempt": job["attempts"], "state": PROCESSING,
             "started_at": start, "finished_at": None, "duration_seconds": seconds,
@@ -9013,7 +9009,7 @@ class OutputReader:
                  whole: Callable[[bytes], int] = whole_characters) -> None:
         self.store, self.seq, self.last, self.whole = store, seq, last, whole
         self.offsets = [0, 0]  # bytes read of each stream of the current run
-        self.words = 0  # bytes of words of an engine among them, which are not recorded
+        self.words = [0, 0]  # bytes of words of an engine among them, which are not recorded
 
     def news(self, job: Row) -> Iterator[tuple[Row | None, list[bytes]]]:
         """Yield what was printed since: each ended run with the rest of its streams.
@@ -9021,10 +9017,9 @@ class OutputReader:
         The current run comes last, as None, with its new output. `job` is the job as it is now.
         """
         for run in self.store.runs(self.seq, self.last):
-            self.offsets[1] -= self.words
-            yield run, [rest_of(run[name] or b"", offset)
-                        for name, offset in zip(STREAMS, self.offsets)]
-            self.last, self.offsets, self.words = run["run"], [0, 0], 0
+            yield run, [rest_of(run[name] or b"", offset - words)
+                        for name, offset, words in zip(STREAMS, self.offsets, self.words)]
+            self.last, self.offsets, self.words = run["run"], [0, 0], [0, 0]
         if job["state"] == PROCESSING and job["runs"] > self.last:
             yield None, self._live(job)
 
@@ -9044,9 +9039,10 @@ class OutputReader:
         ready = [output[:self.whole(output)] for output, _ in found]
         self.offsets = [size - len(output) + len(part)
                         for (output, size), part in zip(found, ready)]
-        shown = as_recorded(job, ready[1])
-        self.words += len(ready[1]) - len(shown)
-        return [ready[0], shown]
+        shown = [as_recorded(job, output) for output in ready]
+        self.words = [words + len(output) - len(rest)
+                      for words, output, rest in zip(self.words, ready, shown)]
+        return shown
 
     def has_all(self, job: Row) -> bool:
         """Tell whether everything was read, and nothing more will come."""

@@ -12897,6 +12897,17 @@ def test_an_engine_without_ender_dies_with_its_client(q: Queue) -> None:
     assert outcome(q, late) == ("dead", None, 1, ["failed"])
 
 
+def test_words_are_heard_from_a_client_that_merges_the_streams(q: Queue) -> None:
+    """As one with a terminal does, whose lines end in CR LF: a job that is not heard would run again and again."""
+    merged = 'sh -c {} 2>&1 | sed "s/$/\r/"'
+    q.quick("queue", "set", "merged", "--runner", merged, "--ender", "none")
+    job = q.add("echo out; echo err >&2; echo x >>ran; exit 3", "--queue", "merged", "--max-retries", "1")
+    q.drain(code=1)
+    assert outcome(q, job) == ("dead", 3, 1, ["failed"])
+    run = q.show(job)["runs"][0]
+    assert (run["stdout"], run["stderr"], q.lines("ran")) == ("out\r\nerr\r\n", "", ["x"])
+
+
 def test_an_engine_whose_command_is_missing_is_named(q: Queue) -> None:
     q.quick("queue", "set", "typo", "--runner", "no-such-engine {}", "--ender", "none")
     job = q.add("true", "--queue", "typo", "--max-retries", "1")
