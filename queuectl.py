@@ -6274,7 +6274,7 @@ class Ender:
     def trouble(self, job: str) -> str:
         """Say that a job is not surely gone, since when, and in the ender's own words."""
         return "%s is not surely gone from its engine, since %s; the ender says: %s" % (
-            job, self.since, self.said)
+            job, self.since, self.said or "nothing yet")
 
 
 class EngineRun(Run):

@@ -12992,10 +12992,11 @@ def test_an_ender_does_not_keep_its_worker_from_orders(q: Queue, engine: Engine)
     pool.wait(25)
     assert time.monotonic() - began < 25
     assert q.state(job) == "processing"
-    q("cancel", job, code=None)
     engine.off("slow")
+    cancel = q.start("cancel", job)
     next_pool = engine.pool()
     q.wait_state(job, "cancelled")
+    assert cancel.wait() == 0
     assert engine.stop(next_pool) == 0
 
 
