@@ -6109,7 +6109,9 @@ class Run:
 # What runs in the engine. $0 is the name of the run, $1 the folder, $2 the umask, $3 the shell and
 # $4 the command. An engine may start the same run again by itself, after a preemption for example,
 # perhaps on another node with the same home: the folder that mkdir makes prevents a second run. One
-# run in 256 removes the folders of runs that began more than a month ago.
+# run in 256 removes the folders of runs that began more than a month ago. The wrapper outlives the
+# SIGTERM of an engine that ends all processes of a run: without their parent, an engine may lose
+# sight of those that go on. The command gets the signal as if there were no trap.
 WRAPPER = """\
 say() {
     printf '\\n<queuectl %s %s>\\n' "$run" "$1" >&2
@@ -6126,6 +6128,7 @@ if ! mkdir "$begun" 2>/dev/null && test -d "$begun"; then
     echo "queuectl: the engine has started $run again; it does not run twice" >&2
     exit 1
 fi
+trap : TERM
 say start
 umask "$2"
 if cd -- "$1"; then
@@ -6150,6 +6153,13 @@ KILL_TIME = 5.0  # seconds that an engine may take to kill a run
 ENDERS_AT_ONCE = 16  # in recovery
 
 
+def ends_of(fd: int) -> bytes:
+    """Return both ends of an output file, in which words may be."""
+    size = os.fstat(fd).st_size
+    return read_between(fd, 0, WORDS_WITHIN) + read_between(
+        fd, max(WORDS_WITHIN, size - WORDS_WITHIN), size)
+
+
 def without_words(output: bytes, name: str) -> bytes:
     """Take the words of a run out of its output."""
     return re.sub(WORD % name.encode(), b"", output)
@@ -6167,6 +6177,7 @@ class Ender:
     next_ask, nap = 0.0, SHORTEST_REST
     pipes: Sequence[int] = ()
     said = ""  # why the run is not surely gone, in the ender's own words
+    met = False  # whether it has found the run alive
     # Since when its answers are errors, or say that a run lives which it should have killed.
     stuck_since = FOREVER
 
@@ -6225,7 +6236,7 @@ class Ender:
             self.gone_since = FOREVER
             since = self.asked_at
             if self.out.endswith(ANSWER):
-                since = max(since, self.kill_at + KILL_TIME)
+                self.met, since = True, max(since, self.kill_at + KILL_TIME)
             self.stuck_since = min(self.stuck_since, since)
             output = re.sub(rb"queuectl \d+\n\Z", b"", self.out)
             self._put_off(last_line(self.err) or last_line(output) or "no word")
@@ -6285,6 +6296,7 @@ class EngineRun(Run):
 
     code: int | None = None  # the exit code that the end word has told
     begun = False  # whether the start word has come
+    killed = False  # whether the ender has found it alive, and so has ended it
     noted = False  # whether the worker has noted that
     held = False  # whether its queue starts no more jobs until it is surely gone
 
@@ -6320,28 +6332,19 @@ class EngineRun(Run):
             return None
         return Ender(self.job.ender, self.environment, grace)
 
-    def bound_output(self) -> None:
-        """Look for words, then bound the output, if it is time."""
-        if monotonic() >= self.next_look:
-            self.look()
-        super().bound_output()
-
     def look(self) -> None:
-        """Read the words that have come; a client with a terminal writes them to its stdout."""
-        ends = b""
-        try:
-            for fd in self.slot.fds:
-                size = os.fstat(fd).st_size
-                ends += read_between(fd, 0, WORDS_WITHIN)
-                ends += read_between(fd, max(WORDS_WITHIN, size - WORDS_WITHIN), size)
-        except OSError:
-            return  # looked at again soon
+        """Read the words that have come; a client with a terminal writes them to its stdout.
+
+        After the ender has ended the run, an exit code of a failure is not the job's own.
+        """
         # A job that truncates its stderr takes the start word away.
         self.begun = self.begun or self.slot.emptied[1]
-        for word in re.findall(WORD % self.name.encode(), ends):
-            self.begun = True
-            if word != b"start":
-                self.code = int(word[4:])
+        for path in self.slot.paths:
+            ends = read_beside(path, b"", ends_of)
+            for word in re.findall(WORD % self.name.encode(), ends):
+                self.begun = True
+                if word == b"end 0" or (word != b"start" and not self.killed):
+                    self.code = int(word[4:])
 
     def read(self) -> list[bytes]:
         """Read what the run has printed, without its words."""
@@ -6503,6 +6506,7 @@ class LostRun:
         settings = store.settings()
         self.engine = EngineRun(job, self.worker, self.slot, output_limit(settings, job.queue))
         self.engine.prepare(job_environment(store, job.context), store.path)
+        self.engine.look()
         # Its engine may be gone for ever: a person has taken the runner away, and cancels the job.
         if self.row["cancel"] and not store.queue(job.queue)["runner"]:
             return
@@ -6573,8 +6577,10 @@ class LostRun:
         """Return how the run ended: ending, reason, whether it is final."""
         engine = self.engine
         if engine:
+            engine.killed = bool(self.ender and self.ender.met)
             engine.look()
-            if engine.code is not None:
+            # Recovery that was cut off may have ended the run.
+            if engine.code not in (None, *SHUTDOWN_CODES):
                 return verdict(self.job, engine.code, settings)
         if self.row["cancel"]:
             return CANCELLED, "cancelled", False
@@ -7216,9 +7222,10 @@ class Asking(Attending):
         return super()._interrupt(run, ending, error)
 
     def _look_at(self, run: Run) -> None:
-        super()._look_at(run)
-        if isinstance(run, EngineRun):
+        if isinstance(run, EngineRun) and monotonic() >= run.next_look:
+            run.look()
             self._note_begun(run)
+        super()._look_at(run)
 
     def _note_begun(self, run: EngineRun) -> None:
         """When a run has begun that is the probe of its queue, let the other jobs start."""
@@ -7288,6 +7295,7 @@ class Asking(Attending):
                 return False
             self.bell.wait(min(ender.patience(), self._sync_wait()))
         self.tell_trouble("")
+        run.killed = bool(ender and ender.met)
         return True
 
     def _hold_queue(self, run: EngineRun, ender: Ender) -> None:

@@ -12483,7 +12483,16 @@ class Engine:
         return self.folder / "home" / name
 
     def wait_file(self, name: str) -> None:
+        """Wait until a job has made a file there, and every client has shown the start word."""
         wait_for(self.file(name).exists, what=f"the file {name} there")
+        files = Path(f"{self.q.db}.d")
+        wait_for(
+            lambda: (
+                sum(path.read_bytes().count(b" start>") for path in files.iterdir() if path.is_file())
+                >= len(list(self.folder.glob("*.run")))
+            ),
+            what="the start words",
+        )
 
     def client(self) -> int:
         """The process id of the one client."""
@@ -12894,7 +12903,8 @@ def test_an_engine_without_ender_dies_with_its_client(q: Queue) -> None:
     q.drain("--count", "3", code=1)
     assert q.show(fine)["runs"][0]["stdout"] == f"{os.nice(0) + 5}\n"
     assert outcome(q, dead) == ("dead", 7, 1, ["failed"])
-    assert outcome(q, late) == ("dead", None, 1, ["failed"])
+    assert (q.state(late), q.show(late)["attempts"]) == ("dead", 1)
+    assert q.show(late)["last_error"].startswith("timed out after 0.3s")
 
 
 def test_words_are_heard_from_a_client_that_merges_the_streams(q: Queue) -> None:
