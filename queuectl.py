@@ -5866,7 +5866,7 @@ def put_in_place(backup: str, db: str) -> str:
         if exists(db):
             fold_log(db)
             kept = keep_aside(db)
-        os.rename(part, db)
+        os.replace(part, db)
         sync_folder(dirname(db))
         return kept
     except OSError as error:
@@ -11369,8 +11369,9 @@ WantedBy={target}
 
 def logon_task(words: list[str]) -> str:
     """Return the command that has Windows start detached workers whenever this user logs on."""
-    return "schtasks /create /f /tn queuectl /sc onlogon /tr %s" % cmd_word(
-        join_words([*words, "--detach"]))
+    import subprocess
+    task = subprocess.list2cmdline([*words, "--detach"])
+    return "schtasks /create /f /tn queuectl /sc onlogon /tr " + cmd_word(task)
 
 
 @subcommand("service", "print a systemd unit that runs workers; on Windows, a line for schtasks", """
