@@ -14114,9 +14114,9 @@ def test_windows_the_document_for_powershell(q: Queue) -> None:
 
 
 def test_windows_cmd_is_not_looked_up_in_the_jobs_folder(q: Queue) -> None:
-    shutil.copy(os.path.join(os.environ["SystemRoot"], "System32", "hostname.exe"), q.work / "cmd.exe")
+    shutil.copy(os.path.join(os.environ["SYSTEMROOT"], "System32", "hostname.exe"), q.work / "cmd.exe")
     q("enqueue", "--id", "one", "echo mine")
-    q("enqueue", "--id", "two", "--shell", os.path.join(os.environ["SystemRoot"], "System32", "cmd.exe"), "echo mine")
+    q("enqueue", "--id", "two", "--shell", os.path.join(os.environ["SYSTEMROOT"], "System32", "cmd.exe"), "echo mine")
     q.drain()
     for job in ("one", "two"):
         assert q("logs", job, "--stdout").out.strip() == "mine"
