@@ -444,7 +444,11 @@ def parse_time(text: Any, now: int, name: str = "run_at") -> int:
 
 @lru_cache(16)
 def _show_second(second: int) -> str:
-    return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(second)[:6]
+    try:
+        return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(second)[:6]
+    except OSError:  # Windows knows no time before 1970 and after 3000
+        from datetime import datetime, timedelta
+        return (datetime(1970, 1, 1) + timedelta(seconds=second)).isoformat()
 
 
 def show_time(millis: int) -> str:
@@ -1992,7 +1996,7 @@ class Windows:
         self.msvcrt: Any = __import__("msvcrt")
         self.runs: dict[int, tuple[Any, int]] = {}  # pid: (Popen, handle of the Job Object)
         # A bare name would be looked up in the job's folder first.
-        self.shell = join(os.environ.get("SystemRoot", r"C:\Windows"), "System32", "cmd.exe")
+        self.shell = join(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "cmd.exe")
 
     def _kernel(self, name: str, *arguments: Any, library: str = "kernel32") -> int:
         """Call a function of Windows; numbers may be handles. Raises OSError if it fails."""
@@ -7927,11 +7931,6 @@ LIMIT = option("-n --limit N", "show only the newest N jobs (default: 50; with -
 ALL = option("--all", "all of them")
 
 
-def join_words(words: Sequence[str]) -> str:
-    """Write a command line that a shell reads as exactly these words."""
-    return " ".join(map(cmd_word if WINDOWS else shell_word, words))
-
-
 def cmd_word(text: str) -> str:
     """Write text as one word for cmd.exe and the program that it starts.
 
@@ -7943,6 +7942,11 @@ def cmd_word(text: str) -> str:
     if word[0] == '"' and not re.search('["%!]', text):
         return word
     return re.sub('[()%!^"<>&|]', r"^\g<0>", word)
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Write a command line that a shell reads as exactly these words."""
+    return " ".join(map(cmd_word if WINDOWS else shell_word, words))
 
 
 def given_of(args: Any) -> Row:
@@ -7997,6 +8001,13 @@ def find_shell(name: str) -> str:
         raise UsageError("there is no shell %s here; name a program that is in your PATH, "
                          "or give its path" % quoted(name, 200))
     return as_utf8(abspath(found))
+
+
+def refuse_lines(command: str, shell: str | None) -> None:
+    """Raise UsageError for a command of several lines: cmd.exe would run only the first."""
+    if "\n" in command and is_cmd(shell or "cmd"):
+        raise UsageError("cmd.exe runs only the first line of a command; join the lines by &, put "
+                         "them into a .cmd file, or give them to a --shell such as powershell")
 
 
 # ─── reading: commands that change nothing ────────────────────────────────────────────────────
@@ -9506,13 +9517,6 @@ def finish_draft(draft: Row, folders: dict[str | None, str]) -> Row:
     return draft
 
 
-def refuse_lines(command: str, shell: str | None) -> None:
-    """Raise UsageError for a command of several lines: cmd.exe would run only the first."""
-    if "\n" in command and is_cmd(shell or "cmd"):
-        raise UsageError("cmd.exe runs only the first line of a command; join the lines by &, put "
-                         "them into a .cmd file, or give them to a --shell such as powershell")
-
-
 def open_jobs(path: str, pipe: int = 0) -> BinaryIO:
     """Open a file with jobs, or a `pipe` (a descriptor) whose jobs are added as they come.
 
@@ -9762,14 +9766,6 @@ def quote_input(word: str) -> str:
     return in_quotes(word)
 
 
-def check_each(args: Any) -> re.Pattern[str]:
-    """Return the checked template of --each; raises UsageError as check_template does."""
-    place = PLACE if args.colsep is None else COLUMN_PLACE
-    check = check_cmd_template if WINDOWS else check_template
-    check(args.each, place)
-    return place
-
-
 def check_cmd_template(template: str, place: re.Pattern[str]) -> None:
     """Do so for cmd.exe, in which only a quote or a caret can stand in the way."""
     for match in place.finditer(template):
@@ -9777,6 +9773,14 @@ def check_cmd_template(template: str, place: re.Pattern[str]) -> None:
         if before.count('"') % 2 or before.endswith("^"):
             raise UsageError("write %s outside of quotes and not behind ^: it is quoted by itself"
                              % match.group())
+
+
+def check_each(args: Any) -> re.Pattern[str]:
+    """Return the checked template of --each; raises UsageError as check_template does."""
+    place = PLACE if args.colsep is None else COLUMN_PLACE
+    check = check_cmd_template if WINDOWS else check_template
+    check(args.each, place)
+    return place
 
 
 def each_source(args: Any, options: Row, now: int) -> Iterator[Row]:
