@@ -14019,7 +14019,7 @@ def test_windows_late_output_of_a_daemon_puts_no_nuls_into_the_next(q: Queue) ->
         assert q("logs", job, "--stdout").out.split() == ["hi"]
 
 
-HOSTILE = [
+HOSTILE_TO_CMD = [
     "plain", "a b", "a&b", "a & echo INJ", 'q" & echo INJ "', '"', '""', '" "', "it's", "(x)", ")", "(", "<in", ">out",
     "a|more", "a^b", "^", "^^", "^&", '^"', "!x!", "100%", "a%b", "tail\\", "tail\\\"", "a\\\\b", "C:\\my dir\\",
     'x" && echo INJ && "', "& echo INJ", "| echo INJ", "{} {.}", ",;=", "ü ✓", "-x", "a\tb", "~", "$(x)", "`x`",
@@ -14028,13 +14028,13 @@ HOSTILE = [
 
 
 def test_windows_no_input_of_each_breaks_out_of_its_word(q: Queue) -> None:
-    inputs = [text for text in HOSTILE if isinstance(text, str)]
+    inputs = [text for text in HOSTILE_TO_CMD if isinstance(text, str)]
     program = python_file(q, "args.py", ECHO_ARGS)
     result = q("run", "-j", "2", "--each", program + " --in={} {}", "--", *inputs)
     assert [json.loads(line) for line in result.out.splitlines()] == [["--in=" + text, text] for text in inputs]
 
 
-@pytest.mark.parametrize("text", [text for text in HOSTILE if not isinstance(text, str)])
+@pytest.mark.parametrize("text", [text for text in HOSTILE_TO_CMD if not isinstance(text, str)])
 def test_windows_no_input_with_a_variable_is_expanded(q: Queue, text: str) -> None:
     program = python_file(q, "args.py", ECHO_ARGS)
     assert json.loads(q("run", "--each", program + " {}", "--", text).out) == [text]
