@@ -2183,14 +2183,14 @@ class Windows:
 class PollingBell(Bell):
     """The bell of a system without FIFOs: who sleeps looks every 20 ms, after a rest every 200.
 
-    Ringing changes the file `path`. There is no rest while a job runs.
+    Ringing makes the file `path` longer. There is no rest while a job runs.
     """
 
     def __init__(self, path: str = ""):
         self.fd = self.write_end = -1
-        self.path, self.rung, self.heard = path, 0, monotonic()
+        self.rings, self.heard = 0, monotonic()
         if path:
-            os.close(system.open(path, os.O_WRONLY | os.O_CREAT))
+            self.fd = system.open(path, os.O_RDONLY | os.O_CREAT)
 
     def watch(self, fd: int = -1) -> None:
         """Do nothing: this bell hears no descriptor."""
@@ -2198,17 +2198,20 @@ class PollingBell(Bell):
     hear_signals = forget = watch
 
     def wait(self, seconds: float) -> bool:
-        rung, pause = 0, 0.02
-        try:
-            rung = os.stat(self.path).st_mtime_ns
-        except OSError:
-            pass  # it has no file
-        if rung != self.rung or getattr(system, "busy", False):
-            self.rung, self.heard = rung, monotonic()
-        if monotonic() - self.heard > 5:
-            pause = 0.2
-        sleep(max(0.0, min(seconds, pause)))
+        end = monotonic() + seconds
+        while not self._was_rung() and monotonic() < end:
+            rests = monotonic() - self.heard > 5
+            sleep(max(0.0, min(end - monotonic(), 0.2 if rests else 0.02)))
+            if not rests or self.fd < 0:
+                break
         return True
+
+    def _was_rung(self) -> bool:
+        rings = os.lseek(self.fd, 0, os.SEEK_END) if self.fd >= 0 else 0
+        rung, self.rings = rings != self.rings, rings
+        if rung or getattr(system, "busy", False):
+            self.heard = monotonic()
+        return rung
 
 
 # Type checkers see Posix; only a run on Windows finds what the class Windows lacks.
@@ -2408,7 +2411,7 @@ def anyone_alive(db: str) -> bool:
 def ring(path: str, order: bytes = b"!") -> None:
     """Wake the process that sleeps on the bell `path`, if there is one; True if rung."""
     try:
-        fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | OPEN_BESIDE)
         try:
             if WINDOWS or stat.S_ISFIFO(os.fstat(fd).st_mode):
                 os.write(fd, order)

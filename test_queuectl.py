@@ -14193,17 +14193,26 @@ def test_windows_a_second_command_runs_where_the_first_failed(q: Queue) -> None:
 
 def test_windows_an_idle_bell_rests_until_it_is_rung(q: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     naps: list[float] = []
-    monkeypatch.setattr(queuectl, "sleep", naps.append)
+    clock = [100.0]
+
+    def nap(seconds: float) -> None:
+        naps.append(round(seconds, 3))
+        clock[0] += seconds
+
+    monkeypatch.setattr(queuectl, "sleep", nap)
+    monkeypatch.setattr(queuectl, "monotonic", lambda: clock[0])
     path = str(q.db.parent / "worker.bell")
     bell = queuectl.make_bell(path)
     bell.wait(9)
-    bell.heard -= 6
-    bell.wait(9)
-    bell.wait(0.1)
-    time.sleep(0.05)
+    assert naps == [0.02]
+    clock[0] += 5
+    bell.wait(0.5)
+    assert naps == [0.02, 0.2, 0.2, 0.1]
     queuectl.ring(path)
+    bell.wait(9)  # at once
     bell.wait(9)
-    assert naps == [0.02, 0.2, 0.1, 0.02]
+    assert naps == [0.02, 0.2, 0.2, 0.1, 0.02]
+    os.close(bell.fd)
 
 
 def test_windows_colours_need_a_console_that_knows_them(q: Queue) -> None:
