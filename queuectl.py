@@ -1988,9 +1988,8 @@ class Windows:
     own_codes = 1000
     busy = False  # whether the process of a run was alive at the last look
     LOCK_AT = 1 << 30
-    SHARED = 7  # others may read, write, and rename or remove it
-    # FILE_GENERIC_WRITE and FILE_READ_ATTRIBUTES, without FILE_WRITE_DATA: it writes at the end.
-    APPENDING = 0x120194
+    SHARED = 7  # others may read, write, rename and remove it
+    APPENDING = 0x120194  # FILE_GENERIC_WRITE | FILE_READ_ATTRIBUTES & ~FILE_WRITE_DATA
 
     def __init__(self) -> None:
         self.msvcrt: Any = __import__("msvcrt")
@@ -1998,10 +1997,10 @@ class Windows:
         # A bare name would be looked up in the job's folder first.
         self.shell = join(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "cmd.exe")
 
-    def _kernel(self, name: str, *arguments: Any, library: str = "kernel32") -> int:
+    def _kernel(self, name: str, *arguments: Any) -> int:
         """Call a function of Windows; numbers may be handles. Raises OSError if it fails."""
         ctypes: Any = __import__("ctypes")
-        function = getattr(ctypes.WinDLL(library, use_last_error=True), name)
+        function = getattr(ctypes.WinDLL("kernel32", use_last_error=True), name)
         function.restype = pointer = ctypes.c_void_p
         result = function(*[pointer(value) if isinstance(value, int) else value
                             for value in arguments])
@@ -2017,10 +2016,13 @@ class Windows:
         if flags & os.O_APPEND and flags & os.O_WRONLY:
             access = self.APPENDING
         creation = 4 if flags & os.O_CREAT else 3  # OPEN_ALWAYS, OPEN_EXISTING
-        return self._descriptor("CreateFileW", path, access, self.SHARED, None, creation, 128, None)
+        handle = self._kernel("CreateFileW", path, access, self.SHARED, None, creation, 128, None)
+        return int(self.msvcrt.open_osfhandle(handle, 0))
 
-    def _descriptor(self, name: str, *arguments: Any) -> int:
-        handle = self._kernel(name, *arguments)
+    def _appending(self, fd: int) -> int:
+        """Open a file again only to write at its end: so it can be truncated while a job writes."""
+        handle = self._kernel("ReOpenFile", self.msvcrt.get_osfhandle(fd), self.APPENDING,
+                              self.SHARED, 0)
         return int(self.msvcrt.open_osfhandle(handle, 0))
 
     def try_lock(self, fd: int, shared: bool = False) -> bool:
@@ -2067,11 +2069,11 @@ class Windows:
     def keep_standard_streams(self) -> None:
         """Have consoles follow escape sequences; those of before Windows 10 get no colours."""
         for stream in filter(os.isatty, (1, 2)):
-            mode: Any = __import__("ctypes").c_uint32()
+            mode: Any = __import__("ctypes").create_string_buffer(4)
             try:
                 console = self.msvcrt.get_osfhandle(stream)
                 self._kernel("GetConsoleMode", console, mode)
-                self._kernel("SetConsoleMode", console, mode.value | 4)
+                self._kernel("SetConsoleMode", console, mode.raw[0] | 4)
             except OSError:
                 os.environ.setdefault("NO_COLOR", "1")
 
@@ -2083,12 +2085,11 @@ class Windows:
 
     # Processes.
 
-    def prepare_reporter(self) -> None:
+    def prepare_worker(self, supervisor: int = 0) -> None:
         for name in ("SIGINT", "SIGBREAK"):  # the console sends them to every process
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
-    def prepare_worker(self, supervisor: int) -> None:
-        self.prepare_reporter()
+    prepare_reporter = prepare_worker
 
     def orphaned(self, supervisor: int, life: str) -> bool:
         return not self.held(life)
@@ -2098,16 +2099,12 @@ class Windows:
 
     def spawn(self, command: str, shell: str, env: Env, cwd: str, umask: int,
               out: int, err: int) -> int:
-        """Start `command` suspended, put it into a Job Object, then resume it: no child escapes.
-
-        It gets output files that only append, so that they can be truncated while it writes.
-        """
+        """Start `command` suspended, put it into a Job Object, then resume it: no child escapes."""
         import subprocess
         line = subprocess.list2cmdline([shell, "-c", command])
         if is_cmd(shell):
             line = '"%s" /d /v:off /s /c "%s"' % (shell, command)
-        streams = [self._descriptor("ReOpenFile", self.msvcrt.get_osfhandle(fd), self.APPENDING,
-                                    self.SHARED, 0) for fd in (out, err)]
+        streams = [self._appending(out), self._appending(err)]
         try:
             process = subprocess.Popen(
                 line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=streams[0],
@@ -2115,26 +2112,25 @@ class Windows:
         finally:
             for fd in streams:
                 os.close(fd)
-        for _, old in self.runs.values():  # of failed runs: none of their processes may live on
-            self._kernel("CloseHandle", old)
-        self.runs.clear()
+        while self.runs:  # of failed runs: none of their processes may live on
+            self._kernel("CloseHandle", self.runs.popitem()[1][1])
         try:
-            self.runs[process.pid] = process, self._resume_in_job(process)
+            self._resume_in_job(process)
         except OSError:
             process.kill()
             raise
-        self.busy = True
         return process.pid
 
-    def _resume_in_job(self, process: Any) -> int:
-        """Put a suspended process into a new Job Object and resume it; return the object."""
+    def _resume_in_job(self, process: Any) -> None:
+        """Put a suspended process into a new Job Object and resume it."""
         handle = self._kernel("CreateJobObjectW", None, None)
         self._kill_on_close(handle, True)
         self._kernel("AssignProcessToJobObject", handle, int(process._handle))
         ctypes: Any = __import__("ctypes")
         if ctypes.WinDLL("ntdll").NtResumeProcess(ctypes.c_void_p(int(process._handle))):
             raise OSError(errno.EAGAIN, "it can't be resumed")
-        return handle
+        self.runs[process.pid] = process, handle
+        self.busy = True
 
     def _kill_on_close(self, handle: int, kill: bool) -> None:
         """Set JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE in JOBOBJECT_EXTENDED_LIMIT_INFORMATION (9)."""
@@ -13178,6 +13174,7 @@ Examples:
 `queuectl help COMMAND` shows the options of a command.
 
 The database is --db PATH, else $QUEUECTL_DB, else ~/.queuectl/queue.db; it is made on first use.
+Tested on Linux; for Windows in wine alone, for macOS not at all. In cmd.exe write " instead of '.
 """
 ABOUT = "Background job queue in one file: runs shell commands, retries failures, loses nothing."
 EXAMPLES = """

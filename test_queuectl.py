@@ -14036,6 +14036,7 @@ def test_windows_no_input_of_each_breaks_out_of_its_word(q: Queue) -> None:
     program = python_file(q, "args.py", ECHO_ARGS)
     result = q("run", "-j", "2", "--each", program + " --in={} {}", "--", *inputs)
     assert [json.loads(line) for line in result.out.splitlines()] == [["--in=" + text, text] for text in inputs]
+    assert q("run", "--each", "echo {}", stdin="a b\r\nc\n").out.split("\r\n") == ['"a b"', "c", ""]
 
 
 @pytest.mark.parametrize("text", [text for text in HOSTILE_TO_CMD if not isinstance(text, str)])
