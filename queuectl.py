@@ -444,7 +444,11 @@ def parse_time(text: Any, now: int, name: str = "run_at") -> int:
 
 @lru_cache(16)
 def _show_second(second: int) -> str:
-    return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(second)[:6]
+    try:
+        return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(second)[:6]
+    except OSError:  # Windows knows no time before 1970 and after 3000
+        from datetime import datetime, timedelta
+        return (datetime(1970, 1, 1) + timedelta(seconds=second)).isoformat()
 
 
 def show_time(millis: int) -> str:
@@ -1373,7 +1377,7 @@ class PosixFiles:
         import fcntl
         self.fcntl = fcntl
         self.user = os.geteuid()
-        self.read_at, self.write_at = os.pread, os.pwrite
+        self.open, self.read_at, self.write_at = os.open, os.pread, os.pwrite
 
     def try_lock(self, fd: int, shared: bool = False) -> bool:
         """Take the lock on an open file; return False if another holds it. Raises OSError."""
@@ -1586,6 +1590,7 @@ class Posix(PosixFiles):
     childless = False  # the run just reaped was the last process below this one
     subreaper = False
     token_fd = TOKEN_FD
+    own_codes = 0  # what workers add to their exit codes
 
     def __init__(self) -> None:
         super().__init__()
@@ -1977,6 +1982,11 @@ class Bell:
         return True
 
 
+def is_cmd(shell: str) -> bool:
+    """Tell whether a shell is Windows' cmd.exe."""
+    return os.path.basename(shell).lower() in ("cmd", "cmd.exe")
+
+
 class Windows:
     """Windows: a run is a Job Object that ends with its worker; sleeping is polling.
 
@@ -1984,19 +1994,51 @@ class Windows:
     Tokens are not needed: the kernel ends the job's processes when the worker's handle closes.
     """
 
-    shell = "cmd.exe"
     longest_command = 8000
     linux = False
     start_method = "spawn"
     user = 0  # the rights of files on Windows are not checked
     childless = False
+    # Who kills a process chooses its exit code, often 0 or 1: those of workers are above.
+    own_codes = 1000
+    busy = False  # whether the process of a run was alive at the last look
     LOCK_AT = 1 << 30
+    SHARED = 7  # others may read, write, rename and remove it
+    APPENDING = 0x120194  # FILE_GENERIC_WRITE | FILE_READ_ATTRIBUTES & ~FILE_WRITE_DATA
 
     def __init__(self) -> None:
         self.msvcrt: Any = __import__("msvcrt")
         self.runs: dict[int, tuple[Any, int]] = {}  # pid: (Popen, handle of the Job Object)
+        # A bare name would be looked up in the job's folder first.
+        self.shell = join(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "cmd.exe")
+
+    def _kernel(self, name: str, *arguments: Any) -> int:
+        """Call a function of Windows; numbers may be handles. Raises OSError if it fails."""
+        ctypes: Any = __import__("ctypes")
+        function = getattr(ctypes.WinDLL("kernel32", use_last_error=True), name)
+        function.restype = pointer = ctypes.c_void_p
+        result = function(*[pointer(value) if isinstance(value, int) else value
+                            for value in arguments])
+        if result in (None, pointer(-1).value):
+            raise ctypes.WinError(ctypes.get_last_error())
+        return int(result)
 
     # Files.
+
+    def open(self, path: str, flags: int, mode: int = 0) -> int:
+        """Open a file as on POSIX: others may rename it, and writers only append if asked to."""
+        access = {os.O_RDONLY: 1 << 31, os.O_WRONLY: 1 << 30, os.O_RDWR: 3 << 30}[flags & 3]
+        if flags & os.O_APPEND and flags & os.O_WRONLY:
+            access = self.APPENDING
+        creation = 4 if flags & os.O_CREAT else 3  # OPEN_ALWAYS, OPEN_EXISTING
+        handle = self._kernel("CreateFileW", path, access, self.SHARED, None, creation, 128, None)
+        return int(self.msvcrt.open_osfhandle(handle, 0))
+
+    def _appending(self, fd: int) -> int:
+        """Open a file again only to write at its end: so it can be truncated while a job writes."""
+        handle = self._kernel("ReOpenFile", self.msvcrt.get_osfhandle(fd), self.APPENDING,
+                              self.SHARED, 0)
+        return int(self.msvcrt.open_osfhandle(handle, 0))
 
     def try_lock(self, fd: int, shared: bool = False) -> bool:
         os.lseek(fd, self.LOCK_AT, os.SEEK_SET)
@@ -2016,9 +2058,9 @@ class Windows:
 
     def held(self, path: str) -> bool:
         try:
-            fd = os.open(path, os.O_RDWR | OPEN_BESIDE)
-        except FileNotFoundError:
-            return False
+            fd = self.open(path, os.O_RDWR)
+        except OSError as error:
+            return not isinstance(error, FileNotFoundError)
         try:
             return not self.try_lock(fd)
         finally:
@@ -2039,6 +2081,17 @@ class Windows:
     def network_file_system(self, folder: str) -> str:
         return "a network share" if realpath(folder).startswith("\\\\") else ""
 
+    def keep_standard_streams(self) -> None:
+        """Have consoles follow escape sequences; those of before Windows 10 get no colours."""
+        for stream in filter(os.isatty, (1, 2)):
+            mode: Any = __import__("ctypes").create_string_buffer(4)
+            try:
+                console = self.msvcrt.get_osfhandle(stream)
+                self._kernel("GetConsoleMode", console, mode)
+                self._kernel("SetConsoleMode", console, mode.raw[0] | 4)
+            except OSError:
+                os.environ.setdefault("NO_COLOR", "1")
+
     def say(self, text: str, stream: int = 1) -> None:
         try:
             os.write(stream, text.encode("utf-8", "replace"))
@@ -2047,11 +2100,11 @@ class Windows:
 
     # Processes.
 
-    def prepare_reporter(self) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the console sends it to every process
+    def prepare_worker(self, supervisor: int = 0) -> None:
+        for name in ("SIGINT", "SIGBREAK"):  # the console sends them to every process
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
-    def prepare_worker(self, supervisor: int) -> None:
-        self.prepare_reporter()
+    prepare_reporter = prepare_worker
 
     def orphaned(self, supervisor: int, life: str) -> bool:
         return not self.held(life)
@@ -2059,46 +2112,54 @@ class Windows:
     native = staticmethod(str)
     environment = os.environ.copy
 
-    def _kernel(self, name: str, handle: int | None, *arguments: Any) -> Any:
-        """Call the function `name` of kernel32 whose first argument is a handle, or NULL."""
-        ctypes: Any = __import__("ctypes")
-        function = getattr(ctypes.WinDLL("kernel32", use_last_error=True), name)
-        function.restype = ctypes.c_void_p
-        return function(ctypes.c_void_p(handle), *arguments)
-
     def spawn(self, command: str, shell: str, env: Env, cwd: str, umask: int,
               out: int, err: int) -> int:
         """Start `command` suspended, put it into a Job Object, then resume it: no child escapes."""
         import subprocess
-        ctypes: Any = __import__("ctypes")
-        line = "%s /d /s /c \"%s\"" % (shell, command)
-        if shell != self.shell:
-            line = subprocess.list2cmdline([shell, "-c", command])
-        process = subprocess.Popen(
-            line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-            creationflags=0x4 | 0x200)  # SUSPENDED, NEW_PROCESS_GROUP
-        for _, old in self.runs.values():  # of failed runs: none of their processes may live on
-            self._kernel("CloseHandle", old)
-        self.runs.clear()
+        line = subprocess.list2cmdline([shell, "-c", command])
+        if is_cmd(shell):
+            line = '"%s" /d /v:off /s /c "%s"' % (shell, command)
+        streams = [self._appending(out), self._appending(err)]
+        try:
+            process = subprocess.Popen(
+                line, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=streams[0],
+                stderr=streams[1], creationflags=0x204)  # SUSPENDED, NEW_PROCESS_GROUP
+        finally:
+            for fd in streams:
+                os.close(fd)
+        while self.runs:  # of failed runs: none of their processes may live on
+            self._kernel("CloseHandle", self.runs.popitem()[1][1])
+        try:
+            self._resume_in_job(process)
+        except OSError:
+            process.kill()
+            raise
+        return process.pid
+
+    def _resume_in_job(self, process: Any) -> None:
+        """Put a suspended process into a new Job Object and resume it."""
         handle = self._kernel("CreateJobObjectW", None, None)
         self._kill_on_close(handle, True)
-        owned = ctypes.c_void_p(int(process._handle))  # type: ignore[attr-defined]
-        self._kernel("AssignProcessToJobObject", handle, owned)
-        ctypes.WinDLL("ntdll").NtResumeProcess(owned)
+        self._kernel("AssignProcessToJobObject", handle, int(process._handle))
+        ctypes: Any = __import__("ctypes")
+        if ctypes.WinDLL("ntdll").NtResumeProcess(ctypes.c_void_p(int(process._handle))):
+            raise OSError(errno.EAGAIN, "it can't be resumed")
         self.runs[process.pid] = process, handle
-        return process.pid
+        self.busy = True
 
     def _kill_on_close(self, handle: int, kill: bool) -> None:
         """Set JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE in JOBOBJECT_EXTENDED_LIMIT_INFORMATION (9)."""
-        info: Any = __import__("ctypes").create_string_buffer(144)
+        size = 144 if sys.maxsize > 1 << 32 else 112  # with addresses of 64 or 32 bits
+        info: Any = __import__("ctypes").create_string_buffer(size)
         info[16:20] = (kill * 0x2000).to_bytes(4, "little")  # LimitFlags
-        self._kernel("SetInformationJobObject", handle, 9, info, 144)
+        self._kernel("SetInformationJobObject", handle, 9, info, size)
 
     def reap(self, pid: int) -> int | None:
         if pid not in self.runs:
             return None
         process, handle = self.runs[pid]
         code: int | None = process.poll()
+        self.busy = code is None
         if code == 0:  # what a completed run left behind may live on
             del self.runs[pid]
             self._kill_on_close(handle, False)
@@ -2112,8 +2173,7 @@ class Windows:
             return {}
         # JOBOBJECT_BASIC_ACCOUNTING_INFORMATION (1), in which ActiveProcesses is the number at 40
         info: Any = __import__("ctypes").create_string_buffer(48)
-        handle = self.runs[leader.pid][1]
-        self._kernel("QueryInformationJobObject", handle, 1, info, 48, None)
+        self._kernel("QueryInformationJobObject", self.runs[leader.pid][1], 1, info, 48, None)
         return {leader.pid: ""} if any(info[40:44]) else {}
 
     def end_process(self, pid: int, started: str, kill: bool) -> None:
@@ -2124,18 +2184,24 @@ class Windows:
     def _nothing(self, *values: Any) -> None:
         """Do nothing: workers poll, for example the stop flag of their pool."""
 
-    prepare_parent = refuse_full = give_to_owner = check_room = keep_standard_streams = _nothing
-    reap_strangers = dismiss = stop = wake = punch = is_mount_point = is_stopped = _nothing
+    prepare_parent = refuse_full = give_to_owner = check_room = reap_strangers = _nothing
+    dismiss = stop = wake = punch = is_mount_point = is_stopped = _nothing
     distrust = hold_signals = let_through = _nothing
     sync = staticmethod(os.fsync)
     descriptors, place, ticks = set, str, os.getpid  # calling these returns an empty set, "", or 0
 
 
 class PollingBell(Bell):
-    """The bell of a system without FIFOs: it rings every 20 ms."""
+    """The bell of a system without FIFOs: who sleeps looks every 20 ms, after a rest every 200.
+
+    Ringing makes the file `path` longer. There is no rest while a job runs.
+    """
 
     def __init__(self, path: str = ""):
         self.fd = self.write_end = -1
+        self.rings, self.heard = 0, monotonic()
+        if path:
+            self.fd = system.open(path, os.O_RDONLY | os.O_CREAT)
 
     def watch(self, fd: int = -1) -> None:
         """Do nothing: this bell hears no descriptor."""
@@ -2143,8 +2209,20 @@ class PollingBell(Bell):
     hear_signals = forget = watch
 
     def wait(self, seconds: float) -> bool:
-        sleep(max(0.0, min(seconds, 0.02)))
+        end = monotonic() + seconds
+        while not self._was_rung() and monotonic() < end:
+            rests = monotonic() - self.heard > 5
+            sleep(max(0.0, min(end - monotonic(), 0.2 if rests else 0.02)))
+            if not rests or self.fd < 0:
+                break
         return True
+
+    def _was_rung(self) -> bool:
+        rings = os.lseek(self.fd, 0, os.SEEK_END) if self.fd >= 0 else 0
+        rung, self.rings = rings != self.rings, rings
+        if rung or getattr(system, "busy", False):
+            self.heard = monotonic()
+        return rung
 
 
 # Type checkers see Posix; only a run on Windows finds what the class Windows lacks.
@@ -2176,7 +2254,7 @@ def open_beside(path: str, flags: int) -> int:
     put a link there, to a file that only this user can write. Raises OSError if it can't be opened.
     """
     try:
-        fd = os.open(path, flags | OPEN_BESIDE, 0o600)
+        fd = system.open(path, flags | OPEN_BESIDE, 0o600)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -2344,9 +2422,9 @@ def anyone_alive(db: str) -> bool:
 def ring(path: str, order: bytes = b"!") -> None:
     """Wake the process that sleeps on the bell `path`, if there is one; True if rung."""
     try:
-        fd = os.open(path, os.O_WRONLY | OPEN_BESIDE)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | OPEN_BESIDE)
         try:
-            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            if WINDOWS or stat.S_ISFIFO(os.fstat(fd).st_mode):
                 os.write(fd, order)
         finally:
             os.close(fd)
@@ -2424,6 +2502,9 @@ def _put_aside(path: str) -> None:
         if (info.st_size > LONGEST_LOG and system.try_lock(fd)
                 and os.path.samestat(info, os.stat(path))):
             os.replace(path, path + ".1")
+    except PermissionError:
+        if WINDOWS:  # an idle worker still has the one before open
+            os.ftruncate(fd, 0)
     finally:
         os.close(fd)
 
@@ -2550,7 +2631,7 @@ class OutputFiles:
                 continue
             if system.punch(fd, start, end):
                 self.punched[index] = end
-            elif not WINDOWS:
+            else:
                 os.ftruncate(fd, half)
                 self.sizes[index] = half
         return total
@@ -5896,7 +5977,7 @@ def put_in_place(backup: str, db: str) -> str:
         if exists(db):
             fold_log(db)
             kept = keep_aside(db)
-        os.rename(part, db)
+        os.replace(part, db)
         sync_folder(dirname(db))
         return kept
     except OSError as error:
@@ -7558,9 +7639,9 @@ def worker_main(order: WorkerConfig) -> NoReturn:
         worker = Worker(order)
     except OSError as error:
         system.say("queuectl: a worker can't start: %s\n" % error, 2)
-        os._exit(EXIT_TROUBLED)
+        os._exit(system.own_codes + EXIT_TROUBLED)
     worker.handle_signals()
-    code = _exit_code(worker)
+    code = system.own_codes + _exit_code(worker)
     worker.sync_records()
     if not close_stores():
         os._exit(code)
@@ -7976,7 +8057,7 @@ class Pool:
         for process in [process for process in self.workers if process.exitcode is not None]:
             self.bell.forget(process.sentinel)
             age = monotonic() - self.workers.pop(process)
-            code = process.exitcode
+            code = process.exitcode - system.own_codes
             if code in (EXIT_FAILED, EXIT_INTERRUPTED):
                 self.code = max(self.code, code)
             elif code != EXIT_OK and not self.passed_on:
@@ -7987,8 +8068,8 @@ class Pool:
     def _delay(self, code: int, age: float) -> float:
         """Return the seconds until a worker that ended with `code` at this age is replaced."""
         if code != EXIT_DISMISSED:
-            why = "exit code %d" % code
-            if code < 0:
+            why = "exit code %d" % (code + system.own_codes)
+            if code < 0 and not WINDOWS:
                 why = signal_name(-code)
             self._tell("a worker died (%s); it is replaced" % why)
         if code == EXIT_TROUBLED:
@@ -8492,12 +8573,22 @@ LIMIT = option("-n --limit N", "show only the newest N jobs (default: 50; with -
 ALL = option("--all", "all of them")
 
 
+def cmd_word(text: str) -> str:
+    """Write text as one word for cmd.exe and the program that it starts.
+
+    In quotes cmd.exe takes all but `"`, `%` and `!` as it is. A word with one of these is escaped
+    by carets, its quotes too: then cmd.exe sees no quotes.
+    """
+    import subprocess
+    word = subprocess.list2cmdline([text])
+    if word[0] == '"' and not re.search('["%!]', text):
+        return word
+    return re.sub('[()%!^"<>&|]', r"^\g<0>", word)
+
+
 def join_words(words: Sequence[str]) -> str:
     """Write a command line that a shell reads as exactly these words."""
-    if WINDOWS:
-        import subprocess
-        return subprocess.list2cmdline(words)
-    return " ".join(map(shell_word, words))
+    return " ".join(map(cmd_word if WINDOWS else shell_word, words))
 
 
 def given_of(args: Any) -> Row:
@@ -8552,6 +8643,13 @@ def find_shell(name: str) -> str:
         raise UsageError("there is no shell %s here; name a program that is in your PATH, "
                          "or give its path" % quoted(name, 200))
     return as_utf8(abspath(found))
+
+
+def refuse_lines(command: str, shell: str | None) -> None:
+    """Raise UsageError for a command of several lines: cmd.exe would run only the first."""
+    if "\n" in command and is_cmd(shell or "cmd"):
+        raise UsageError("cmd.exe runs only the first line of a command; join the lines by &, put "
+                         "them into a .cmd file, or give them to a --shell such as powershell")
 
 
 # ─── reading: commands that change nothing ────────────────────────────────────────────────────
@@ -10042,6 +10140,8 @@ def edited_fields(args: Any, now: int) -> Row:
         draft["cwd"] = _folder(kept["cwd"])
     if "shell" in kept:
         draft["shell"] = find_shell(kept["shell"])
+    if WINDOWS:
+        refuse_lines(draft["command"], draft["shell"])
     names = {ALIASES.get(name, name) for name in given}
     if not names:
         raise UsageError("say what to change; see `queuectl edit --help`")
@@ -10159,6 +10259,8 @@ def finish_draft(draft: Row, folders: dict[str | None, str]) -> Row:
         folders[given] = _folder(given)
     if draft["shell"] is not None:
         draft["shell"] = find_shell(draft["shell"])
+    if WINDOWS:
+        refuse_lines(draft["command"], draft["shell"])
     most = system.longest_command
     for name, value in (draft["env"] or {}).items():
         if len(name.encode()) + len(value.encode()) + 2 > most:
@@ -10226,12 +10328,22 @@ def read_job(given: str | Row, now: int, options: Row) -> Row:
     return draft_of(fields, now, system.longest_command)
 
 
+def without_quotes(words: list[str]) -> list[str]:
+    """Take the single quotes from JSON: cmd.exe leaves them, but takes the double ones out."""
+    text = " ".join(words)
+    if text.startswith("'{") and text.endswith("}'"):
+        return [text[1:-1]]
+    return words
+
+
 def draft_of_words(words: list[str], literal: bool, now: int,
                    options: Row) -> Row:
     """Return the draft of one word (a shell command or JSON) or several (a command's words).
 
     Several words may also be JSON that a shell divided. Words behind `--` are `literal`: no JSON.
     """
+    if WINDOWS and not literal:
+        words = without_quotes(words)
     torn = words[0].startswith("{") and words[-1].endswith("}")
     if words == ["-"] and not literal:
         words, literal = [_script()], True
@@ -10406,11 +10518,20 @@ def quote_input(word: str) -> str:
     return in_quotes(word)
 
 
+def check_cmd_template(template: str, place: re.Pattern[str]) -> None:
+    """Do so for cmd.exe, in which only a quote or a caret can stand in the way."""
+    for match in place.finditer(template):
+        before = template[:match.start()]
+        if before.count('"') % 2 or before.endswith("^"):
+            raise UsageError("write %s outside of quotes and not behind ^: it is quoted by itself"
+                             % match.group())
+
+
 def check_each(args: Any) -> re.Pattern[str]:
     """Return the checked template of --each; raises UsageError as check_template does."""
     place = PLACE if args.colsep is None else COLUMN_PLACE
-    if not WINDOWS:
-        check_template(args.each, place)
+    check = check_cmd_template if WINDOWS else check_template
+    check(args.each, place)
     return place
 
 
@@ -10714,7 +10835,8 @@ def _start_detached(store: Store, name: str, count: int, words: Sequence[str],
         words, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, cwd=folder,
         env=dict(os.environ, QUEUECTL_POOL=name, QUEUECTL_DRAIN=drain),
         start_new_session=not WINDOWS,
-        creationflags=0x208 if WINDOWS else 0)  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+        # CREATE_NO_WINDOW, CREATE_NEW_PROCESS_GROUP
+        creationflags=0x8000200 if WINDOWS else 0)
     os.close(fd)
     _await_pool(process, store, name, count, log)
     complain("%s in the background, log in %s; `queuectl worker stop` ends them"
@@ -12010,7 +12132,14 @@ WantedBy={target}
 """
 
 
-@subcommand("service", "print a systemd unit that runs workers", """
+def logon_task(words: list[str]) -> str:
+    """Return the command that has Windows start detached workers whenever this user logs on."""
+    import subprocess
+    task = subprocess.list2cmdline([*words, "--detach"])
+    return "schtasks /create /f /tn queuectl /sc onlogon /tr " + cmd_word(task)
+
+
+@subcommand("service", "print a systemd unit that runs workers; on Windows, a line for schtasks", """
 mkdir -p ~/.config/systemd/user
 queuectl service --count 4 > ~/.config/systemd/user/queuectl.service
 queuectl service --count 4 --system > queuectl.service
@@ -12018,6 +12147,9 @@ queuectl service --count 4 --system > queuectl.service
     COUNT, SERVED,
     option("--system", "print a unit for the whole system, which root installs"))
 def cmd_service(args: Any) -> None:
+    if WINDOWS:
+        emit_text(logon_task(start_words(args.db, args.count, args.queue)) + "\n")
+        return
     install = "systemctl --user enable --now queuectl && loginctl enable-linger"
     user, target = "", "default.target"
     if args.system:
@@ -13804,6 +13936,7 @@ Examples:
 `queuectl help COMMAND` shows the options of a command.
 
 The database is --db PATH, else $QUEUECTL_DB, else ~/.queuectl/queue.db; it is made on first use.
+Tested on Linux; for Windows in wine alone, for macOS not at all. In cmd.exe write " instead of '.
 """
 ABOUT = "Background job queue in one file: runs shell commands, retries failures, loses nothing."
 EXAMPLES = """

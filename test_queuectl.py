@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import ctypes
 import hashlib
 import heapq
 import importlib.util
@@ -97,11 +98,13 @@ SCRIPT = (sys.executable, PROGRAM)
 LINUX = sys.platform.startswith("linux")
 FULL = os.environ.get("QUEUECTL_TEST_FULL") == "1"
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+WINDOWS = os.name == "nt"
+WINE = WINDOWS and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
 
-pytestmark = [
-    pytest.mark.skipif(os.name != "posix", reason="drives /bin/sh, signals and terminals"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Queue.look
-]
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Queue.look
+posix = pytest.mark.skipif(WINDOWS, reason="drives /bin/sh, signals and terminals")
+windows = pytest.mark.skipif(not WINDOWS, reason="needs Windows, or wine: see .ci/windows")
+not_wine = pytest.mark.skipif(WINE, reason="wine can't do that, and Windows can")
 linux = pytest.mark.skipif(not LINUX, reason="looks into /proc or /dev/full, or uses setsid(1)")
 full = pytest.mark.skipif(not FULL, reason="takes long: set QUEUECTL_TEST_FULL=1")
 
@@ -117,6 +120,26 @@ def can_unshare() -> bool:
 
 containers = pytest.mark.skipif(not (LINUX and ROOT and can_unshare()), reason="makes namespaces, as root of Linux may")
 not_root = pytest.mark.skipif(ROOT, reason="root may read and write everything")
+
+# What the tests of a room need (None: nothing): each entry is the line from which on they need it.
+NEEDS: list[tuple[int, Any]] = []
+
+
+def room(needs: Any) -> None:
+    """The tests from here to the next call need this; `mark_rooms` gives them the mark."""
+    NEEDS.append((sys._getframe(1).f_lineno, needs))
+
+
+def mark_rooms(names: dict[str, Any]) -> None:
+    """Mark the tests among these names. Those that need Windows aren't there elsewhere: see `test_windows`."""
+    for name, test in list(names.items()):
+        if name.startswith("test_"):
+            needs = [mark for line, mark in NEEDS if line < test.__code__.co_firstlineno][-1:]
+            if needs == [windows] and not WINDOWS:
+                del names[name]
+            elif needs not in ([], [None]):
+                names[name] = needs[0](test)
+
 
 Word = Union[str, bytes, Path]
 Job = Dict[str, Any]
@@ -421,7 +444,13 @@ class Queue:
         """That of pytest, without what would change how queuectl behaves."""
         ours = ("QUEUECTL_", "PYTEST_", "PYTHON", "LC_", "LANG", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
         env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        env.update(HOME=str(self.home), QUEUECTL_DB=str(self.db), TERM="xterm-256color", PYTHONDONTWRITEBYTECODE="1")
+        env.update(
+            HOME=str(self.home),
+            USERPROFILE=str(self.home),
+            QUEUECTL_DB=str(self.db),
+            TERM="xterm-256color",
+            PYTHONDONTWRITEBYTECODE="1",
+        )
         env["PATH"] = os.path.dirname(str(self.program[-1])) + os.pathsep + env["PATH"]  # as one that was installed
         env["LC_ALL"] = "C.UTF-8" if LINUX else "en_US.UTF-8"
         return env
@@ -444,6 +473,10 @@ class Queue:
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             pytest.fail(f"no end after 120 s: {Result(tuple(words), -1, repr(error.stdout), repr(error.stderr))}")
+        except OSError as error:
+            if not WINE or error.winerror != 1359:  # wine's CreateProcess has an "internal error" now and then
+                raise
+            return self.run(words, stdin, env, cwd)
         result = Result(tuple(words), done.returncode, decode(done.stdout), decode(done.stderr))
         print(result)
         return result
@@ -514,7 +547,11 @@ class Queue:
         """A pool that works meanwhile, is then asked to finish, and does so without an error."""
         pool = self.pool(*args, **options)
         yield pool
-        assert pool.stop() == 0, pool
+        if WINDOWS:  # where nobody can signal it
+            self("worker", "stop")
+        else:
+            pool.signal(signal.SIGTERM)
+        assert pool.wait() == 0, pool
 
     def wait_ready(self, pool: Background, workers: int) -> None:
         def ready() -> bool:
@@ -595,6 +632,10 @@ class Queue:
         wait_for((self.work / name).exists, timeout, f"the file {name}")
         return (self.work / name).read_text()
 
+    def log(self) -> str:
+        """What detached pools have written."""
+        return (self.db.parent / "queuectl.log").read_text()
+
     def lines(self, name: str) -> list[str]:
         path = self.work / name
         return path.read_text().splitlines() if path.exists() else []
@@ -619,6 +660,8 @@ class Queue:
     def close(self) -> None:
         """End everything that carries this folder; that is an error if its pools had ended and it had not."""
         left = self.left_over()
+        if WINDOWS:  # where killed pools leave workers, and pools in the background can't be found
+            self.here(["worker", "stop", "--now"])
         deadline = time.monotonic() + 10
         while True:
             for pool in self.background:
@@ -1073,7 +1116,7 @@ def test_objects_are_understood_where_they_are_unambiguous(text: str, fields: Jo
         "{command:a,command:b}",
         "{command:}",
         "{'command':'a'}",
-        '{"a":' * 100_000,
+        pytest.param('{"a":' * 100_000, id="deep"),
         "{nothing:1}",
     ],
 )
@@ -1345,6 +1388,7 @@ def test_a_database_is_not_migrated_under_workers_of_an_older_version(q: Queue) 
     q("enqueue", "true")
 
 
+@posix
 def test_a_slot_that_a_daemon_holds_is_given_up(tmp_path: Path) -> None:
     (tmp_path / "queue.db.d").mkdir()
     slot, same = (queuectl.OutputFiles(str(tmp_path / "queue.db"), "pool-1", 0) for _ in range(2))
@@ -1360,6 +1404,7 @@ def test_a_slot_that_a_daemon_holds_is_given_up(tmp_path: Path) -> None:
     same.close()
 
 
+@posix
 def test_output_that_is_too_long_keeps_head_and_tail(tmp_path: Path) -> None:
     (tmp_path / "queue.db.d").mkdir()
     slot = queuectl.OutputFiles(str(tmp_path / "queue.db"), "pool-1", 0)
@@ -1468,10 +1513,12 @@ def test_importing_it_runs_nothing_and_leaves_the_heavy_modules_alone() -> None:
         [sys.executable, "-S", "-B", "-c", code], cwd=str(PROGRAM.parent), stdout=subprocess.PIPE, check=True
     )
     if sys.version_info < (3, 12):
-        assert done.stdout == b"[]\n"
+        assert done.stdout.split() == [b"[]"]
 
 
 # The runner of these tests itself.
+
+room(posix)
 
 TINY = """
 import os, pathlib, pytest, time, warnings
@@ -1531,8 +1578,9 @@ def test_the_runner_leaves_a_run_without_a_terminal_to_pytest(q: Queue) -> None:
 
 
 @linux
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_of_the_tests_that_is_cut_off_leaves_nothing_behind(q: Queue, number: int) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+def test_a_run_of_the_tests_that_is_cut_off_leaves_nothing_behind(q: Queue, name: str) -> None:
+    number = getattr(signal, name)
     run = run_tiny(q, "waits")
     wait_for(lambda: len(q.lines("log")) == 2 * cores(), what="each fork to run a test")
     run.signal(number)
@@ -3092,12 +3140,12 @@ def test_settings_of_time_are_taken_when_a_job_is_enqueued(q: Queue) -> None:
 # =====================================================================================================
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_first_signal_finishes_running_jobs_and_starts_no_more(q: Queue, number: int) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_first_signal_finishes_running_jobs_and_starts_no_more(q: Queue, name: str) -> None:
     running, waiting = q.load([SLOW_GATE, "true"])
     pool = q.pool()
     q.wait_file("started")
-    pool.signal(number)
+    pool.signal(getattr(signal, name))
     q.touch("go")
     assert pool.wait() == 0
     assert (q.state(running), q.state(waiting)) == ("completed", "pending")
@@ -8533,7 +8581,7 @@ PLAIN = [
     "\ufeff", "\udcff", "\udcc3", "é\udcc3", "%s", "%n", "\\0", "\\c", "\x1b[31m", "x" * 300, "' '", "nul\\0",
     "a:b", ":~", "~:~root",
 ]  # fmt: skip
-BYTES = [os.fsdecode(bytes([byte])) for byte in [*range(1, 32), 127, *range(128, 138), 160, 194, 224, 240, 255]]
+BYTES = [decode(bytes([byte])) for byte in [*range(1, 32), 127, *range(128, 138), 160, 194, 224, 240, 255]]
 NAMES = [*PLAIN, *BYTES, *(out.replace("CMD", PAYLOADS[n % 3]) for n, out in enumerate(BREAKOUTS))]
 assert len(set(NAMES)) >= 200
 
@@ -14495,3 +14543,505 @@ def test_the_page_of_a_queue_that_does_not_exist_makes_none(q: Queue) -> None:
 def test_the_hooks_of_a_queue_are_told_from_those_of_another_name(store: Any) -> None:
     put(store, queue="on-dead", env={"QUEUECTL_QUEUE": "axb"})
     assert store.hooks_left("axb") and not store.hooks_left("a_b") and not store.hooks_left("AXB")
+
+
+# =====================================================================================================
+# Windows: values anywhere, the rest under wine (.ci/windows) or Windows itself
+# =====================================================================================================
+
+room(None)
+
+# What an input holds, and the word that cmd.exe is given for it.
+CMD_WORDS = {
+    "plain": "plain",
+    "a b": '"a b"',
+    "": '""',
+    "a&b": "a^&b",
+    "a & b": '"a & b"',
+    "(1) < 2 > 0 | ^": '"(1) < 2 > 0 | ^"',
+    "it's": "it's",
+    "%PATH%": "^%PATH^%",
+    "100 %": '^"100 ^%^"',
+    "!x! y": '^"^!x^! y^"',
+    'q" & echo INJ "': r'^"q\^" ^& echo INJ \^"^"',
+    'a"b': r'a\^"b',
+    "C:\\my dir\\": '"C:\\my dir\\\\"',
+    r"end\"": r'end\\\^"',
+    "x^y": "x^^y",
+}
+
+
+@pytest.mark.parametrize("text", CMD_WORDS)
+def test_a_word_is_quoted_for_cmd(text: str) -> None:
+    assert queuectl.cmd_word(text) == CMD_WORDS[text]
+
+
+@pytest.mark.parametrize("template", ['echo "{}"', 'echo "a" "{/} b"', "echo ^{}"])
+def test_a_placeholder_that_cmd_would_see_quoted_is_refused(template: str) -> None:
+    with pytest.raises(queuectl.UsageError, match="quoted by itself"):
+        queuectl.check_cmd_template(template, queuectl.PLACE)
+    queuectl.check_cmd_template('echo "a b" {} --in={.}', queuectl.PLACE)
+
+
+@pytest.mark.parametrize(
+    "words, read",
+    [
+        (["'{command:echo x}'"], ["{command:echo x}"]),
+        (["'{id:", "a,", "command:", "x}'"], ["{id: a, command: x}"]),
+        (["'{'", "x"], ["'{'", "x"]),
+        (["echo", "'{}'"], ["echo", "'{}'"]),
+    ],
+)
+def test_the_single_quotes_that_cmd_leaves_around_json_are_taken_off(words: list[str], read: list[str]) -> None:
+    assert queuectl.without_quotes(words) == read
+
+
+def test_a_command_of_several_lines_is_not_for_cmd() -> None:
+    for shell in (None, r"C:\Windows\System32\cmd.exe".replace("\\", os.sep), "CMD"):
+        with pytest.raises(queuectl.UsageError, match="only the first line"):
+            queuectl.refuse_lines("a\nb", shell)
+    queuectl.refuse_lines("a & b", None)
+    queuectl.refuse_lines("a\nb", "powershell.exe")
+
+
+def test_the_line_for_schtasks() -> None:
+    line = queuectl.logon_task(["C:\\py\\python.exe", "C:\\my dir\\queuectl.py", "worker", "start"])
+    words = r'^"C:\py\python.exe \^"C:\my dir\queuectl.py\^" worker start --detach^"'
+    assert line == "schtasks /create /f /tn queuectl /sc onlogon /tr " + words
+
+
+@pytest.mark.skipif(not WINDOWS, reason="the tests below need Windows, or wine: see .ci/windows")
+def test_windows() -> None:
+    pass
+
+
+room(windows)
+
+ECHO_ARGS = "import json, sys; print(json.dumps(sys.argv[1:]))"
+
+
+def python_file(q: Queue, name: str, text: str) -> str:
+    """A program in the folder where jobs run; the command that starts it."""
+    (q.work / name).write_text(text)
+    return queuectl.join_words([sys.executable, name])
+
+
+def terminate(pid: int, code: int) -> None:
+    """What Task Manager does; the exit code is the killer's choice."""
+    import _winapi as kernel
+
+    with suppress(OSError):  # it has ended
+        handle = kernel.OpenProcess(1, False, pid)
+        kernel.TerminateProcess(handle, code)
+        kernel.CloseHandle(handle)
+
+
+def line_of(q: Queue, line: str) -> Result:
+    """Start `queuectl` with a command line exactly as a shell passes it."""
+    program = subprocess.list2cmdline([str(word) for word in SCRIPT])
+    return q.run(f"{program} {line}")  # type: ignore[arg-type]
+
+
+# Every command of the contract, in an order in which they go on from each other.
+SESSION = """
+enqueue --id one "echo hello" | Enqueued: one
+enqueue --id bad --max-retries 1 --priority 5 "echo oops>&2& exit 3" | Enqueued: bad
+enqueue --id late --delay 1h "echo late" | Enqueued: late
+status | pending
+list | hello
+show one | echo hello
+why late | late
+edit late --priority 3 | Changed: late
+queue set default --concurrency 2 | default
+queue pause | Paused
+queue resume | Resumed
+queue list | default
+worker list
+worker start --drain --count 2 | one completed | 1
+logs one | hello
+logs bad --stderr | oops
+show bad --json | "exit_code": 3
+wait one
+stats | COMPLETED
+dlq list | bad
+dlq list --causes | exit code 3
+dlq retry bad | bad
+worker start --drain --max-jobs 1 | bad is dead | 1
+retry one | one
+cancel late | late
+retry late | late
+delete late | late
+schedule set night --cron "30 2 * * *" "echo night" | night
+schedule list | night
+schedule pause night | night
+schedule resume night | night
+schedule run night | night@
+schedule show night | 30 2
+schedule delete night | night
+config set max-retries 5 | 5
+config get max_retries | 5
+config unset max_retries | 3
+config show | backoff_base
+config list | System32
+backup copy.db | copy.db
+worker start --detach --count 2
+worker list | idle
+wait --timeout 30s
+worker stop | stopped
+restore copy.db | copy.db
+run --each "echo {}" "a b" c | "a b"
+run "echo one two" "echo three" | three
+purge --state completed
+dlq purge | 1 job
+service --count 2 | schtasks /create
+completion bash | complete
+doctor | Nothing is wrong
+help enqueue | --priority
+--version | queuectl
+"""
+
+
+def test_windows_every_command_of_the_contract(q: Queue) -> None:
+    for line in SESSION.strip().splitlines():
+        words, said, code = (part.strip() for part in f"{line}||".split("|")[:3])
+        result = q(*shlex.split(words), code=int(code or 0))
+        assert said in result.out + result.err, result
+
+
+# The faults that were found when it first ran there.
+
+
+@pytest.mark.parametrize("code", [0, 1, 10, 130])
+def test_windows_a_killed_worker_is_replaced_whatever_its_exit_code(q: Queue, code: int) -> None:
+    job = q.add(python_file(q, "job.py", GATE_PY), "--max-retries", "3")
+    pool = q.pool("--drain")
+    q.wait_file("began")
+    terminate(q.look("worker", "list")[0]["pid"], code)
+    q.touch("go")
+    assert pool.wait(30) == 0
+    assert q.state(job) == "completed"
+    assert f"a worker died (exit code {code}); it is replaced" in pool.err
+
+
+GATE_PY = """
+import os, time
+open("began", "a").write("x")
+while not os.path.exists("go"): time.sleep(0.05)
+"""
+
+
+def test_windows_a_detached_pool_has_no_window_and_writes_its_log(q: Queue) -> None:
+    look = "import ctypes; print('window', ctypes.WinDLL('kernel32').GetConsoleWindow())"
+    program = python_file(q, "look.py", look)
+    q("worker", "start", "--detach")
+    q("enqueue", "--id", "one", "--wait", program)
+    q("worker", "stop")
+    assert "window" in q("logs", "one", "--stdout").out
+    assert "one completed" in q.log()
+
+
+def test_windows_the_window_of_a_detached_pool_is_not_made(q: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def refuse(words: Any, **options: Any) -> NoReturn:
+        given.update(options)
+        raise OSError
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with suppress(BaseException):
+        q.here(["worker", "start", "--detach"])
+    assert given["creationflags"] == 0x0800_0200  # CREATE_NO_WINDOW | CREATE_NEW_PROCESS_GROUP
+
+
+FLOOD_PY = """
+import os, sys, time
+os.write(1, b"HEAD\\n")
+while not os.path.exists("go"): os.write(1, b"x" * 999 + b"\\n"); time.sleep(0.0002)
+os.write(1, b"TAIL\\n")
+"""
+
+
+def test_windows_output_without_end_is_bounded_and_has_no_nuls(q: Queue) -> None:
+    q.set("max_output_bytes", "20000")
+    q.add(python_file(q, "flood.py", FLOOD_PY), "--id", "flood")
+    with q.working() as pool:
+        files = q.db.parent / "queue.db.d"
+        wait_for(lambda: [f for f in files.glob("*.out") if f.stat().st_size > 30_000], what="output")
+        wait_for(lambda: all(f.stat().st_size < 30_000 for f in files.glob("*.out")), what="it to be cut")
+        assert not pool.ended
+        q.touch("go")
+        q.wait_state("flood", "completed")
+    out = q("logs", "flood", "--stdout").out
+    assert out.startswith("HEAD\n") and out.endswith("TAIL\n")
+    assert len(out) < 25_000 and "\0" not in out
+
+
+def test_windows_late_output_of_a_daemon_puts_no_nuls_into_the_next(q: Queue) -> None:
+    daemon = "import subprocess, sys; subprocess.Popen([sys.executable, 'later.py'])"
+    python_file(q, "later.py", "import time; time.sleep(0.5); print('late ' * 99)")
+    jobs = [python_file(q, "daemon.py", daemon), python_file(q, "nap.py", "import time; time.sleep(1)"), "echo hi"]
+    ids = q.load(jobs * 2)
+    q.drain()
+    for job in (ids[2], ids[5]):
+        assert q("logs", job, "--stdout").out.split() == ["hi"]
+
+
+HOSTILE_TO_CMD = [
+    "plain", "a b", "a&b", "a & echo INJ", 'q" & echo INJ "', '"', '""', '" "', "it's", "(x)", ")", "(", "<in", ">out",
+    "a|more", "a^b", "^", "^^", "^&", '^"', "!x!", "100%", "a%b", "tail\\", "tail\\\"", "a\\\\b", "C:\\my dir\\",
+    'x" && echo INJ && "', "& echo INJ", "| echo INJ", "{} {.}", ",;=", "ü ✓", "-x", "a\tb", "~", "$(x)", "`x`",
+    pytest.param("%PATH%", marks=not_wine), pytest.param('"%PATH%" & echo INJ', marks=not_wine),
+]  # fmt: skip
+
+
+def test_windows_no_input_of_each_breaks_out_of_its_word(q: Queue) -> None:
+    inputs = [text for text in HOSTILE_TO_CMD if isinstance(text, str)]
+    program = python_file(q, "args.py", ECHO_ARGS)
+    result = q("run", "-j", "2", "--each", program + " --in={} {}", "--", *inputs)
+    assert [json.loads(line) for line in result.out.splitlines()] == [["--in=" + text, text] for text in inputs]
+    assert q("run", "--each", "echo {}", stdin="a b\r\nc\n").out.split("\r\n") == ['"a b"', "c", ""]
+
+
+@pytest.mark.parametrize("text", [text for text in HOSTILE_TO_CMD if not isinstance(text, str)])
+def test_windows_no_input_with_a_variable_is_expanded(q: Queue, text: str) -> None:
+    program = python_file(q, "args.py", ECHO_ARGS)
+    assert json.loads(q("run", "--each", program + " {}", "--", text).out) == [text]
+
+
+def test_windows_the_words_of_a_command_arrive(q: Queue) -> None:
+    words = ["a b", "c&d", 'e"f', "(g)", "100 %", "tail\\"]
+    (q.work / "args.py").write_text(ECHO_ARGS)
+    q("enqueue", "--id", "one", sys.executable, "args.py", *words)
+    q("enqueue", json.dumps({"id": "two", "command": [sys.executable, "args.py", *words]}))
+    q.drain()
+    for job in ("one", "two"):
+        assert json.loads(q("logs", job, "--stdout").out) == words
+
+
+def test_windows_a_long_log_is_renewed_while_pools_have_it_open(q: Queue) -> None:
+    log = q.db.parent / "queuectl.log"
+    q("worker", "start", "--detach")
+    with open(log, "ab") as file:
+        file.write(b"old\n" * 300_000)
+    q("worker", "start", "--detach")
+    q("enqueue", "--wait", "echo hi")
+    q("worker", "stop")
+    wait_for(lambda: log.stat().st_size < 100_000, what="a log that is short again")
+    assert "completed" in log.read_text() and "\0" not in log.read_text()
+
+
+# What a shell makes of the line that a user types: the rest of the line as the program gets it.
+MANGLED = {
+    "cmd, single quotes": '\'{"id":"job1","command":"echo test"}\'',
+    "cmd, single quotes and blanks": '\'{"id": "job1", "command": "echo test"}\'',
+    "cmd, as the error advises": r'"{\"id\":\"job1\",\"command\":\"echo test\"}"',
+    "PowerShell 5, single quotes": '"{"id":"job1","command":"echo test"}"',
+    "PowerShell 5, no blank": '{"id":"job1","command":"hostname"}',
+    "PowerShell 5, with backslashes": r'"{\"id\":\"job1\",\"command\":\"echo test\"}"',
+    "PowerShell 7.3, single quotes": r'"{\"id\":\"job1\",\"command\":\"echo test\"}"',
+    "PowerShell 7.3, with backslashes": r'"{\\\"id\\\":\\\"job1\\\",\\\"command\\\":\\\"echo test\\\"}"',
+}
+
+
+@pytest.mark.parametrize("line", MANGLED.values(), ids=MANGLED)
+def test_windows_json_is_understood_from_every_shell(q: Queue, line: str) -> None:
+    assert line_of(q, "enqueue " + line).out == "Enqueued: job1\n"
+    assert q.show("job1")["command"] in ("echo test", "hostname")
+
+
+def test_windows_json_that_cmd_takes_apart(q: Queue) -> None:
+    program = subprocess.list2cmdline([str(word) for word in SCRIPT])
+    line = program + ' enqueue \'{"id":"job1","command":"echo test","max_retries":5}\''
+    assert q.run(f'cmd /d /c "{line}"').out == "Enqueued: job1\n"  # type: ignore[arg-type]
+    assert q.show("job1")["max_retries"] == 5
+
+
+# The lines of the seed that is written for PowerShell, as PowerShell 5 passes them on.
+POWERSHELL_SEED = r"""
+--version
+enqueue "echo Hello QueueCTL"
+enqueue "{\"id\":\"job1\",\"command\":\"echo test\",\"max_retries\":5}"
+enqueue "{\"id\":\"api-call\",\"command\":\"python api.py\",\"max_retries\":5}"
+enqueue "timeout /t 5 /nobreak"
+enqueue "python script.py"
+config set max-retries 5
+config set backoff-base 2
+config show
+status
+list
+list --state completed
+dlq list
+"""
+
+
+def test_windows_the_document_for_powershell(q: Queue) -> None:
+    for line in POWERSHELL_SEED.strip().splitlines():
+        assert line_of(q, line).code == 0
+    q.set("backoff_base", "0.01")
+    assert q("worker", "start", "--count", "2", "--drain", code=1).code == 1
+    assert line_of(q, "dlq retry api-call").code == 0
+    assert q.state("job1") == "completed"
+
+
+def test_windows_cmd_is_not_looked_up_in_the_jobs_folder(q: Queue) -> None:
+    shutil.copy(os.path.join(os.environ["SYSTEMROOT"], "System32", "hostname.exe"), q.work / "cmd.exe")
+    q("enqueue", "--id", "one", "echo mine")
+    q("enqueue", "--id", "two", "--shell", os.path.join(os.environ["SYSTEMROOT"], "System32", "cmd.exe"), "echo mine")
+    q.drain()
+    for job in ("one", "two"):
+        assert q("logs", job, "--stdout").out.strip() == "mine"
+
+
+def test_windows_a_command_of_several_lines_is_refused(q: Queue) -> None:
+    for words, options in (
+        (["enqueue", "-"], {"stdin": "echo a\necho b\n"}),
+        (["enqueue", json.dumps({"command": "echo a\necho b"})], {}),
+        (["run", "--commands", "echo a\necho b"], {}),
+    ):
+        assert "--shell" in q.fails(*words, code=2, **options).err
+    job = q.add("echo a")
+    q.fails("edit", job, "--command", "echo a\necho b", code=2)
+    q("enqueue", "-", stdin="echo one line\n")
+    q("enqueue", "--shell", sys.executable, "-", stdin="print(1)\nprint(2)\n", env={"QUEUECTL_DB": q.db})
+    q.drain()
+    assert [q("logs", job["id"], "--stdout").out.split() for job in q.jobs()] == [["a"], ["one", "line"], ["1", "2"]]
+
+
+def test_windows_a_life_file_that_nobody_may_open_is_alive(q: Queue) -> None:
+    path = str(q.db.parent / "life")
+    with open(path, "w"):
+        assert not queuectl.system.held(path)
+    assert not queuectl.system.held(path + "x")
+    assert queuectl.system.held(str(q.work))  # a folder can't be opened: PermissionError
+
+
+def test_windows_calls_that_fail_are_errors() -> None:
+    for name, *values in (("CloseHandle", 0x7FFF), ("SetInformationJobObject", 0x7FFF, 9, None, 0)):
+        with pytest.raises(OSError, match="WinError"):
+            queuectl.system._kernel(name, *values)
+
+
+def test_windows_a_job_object_of_this_python_takes_its_structure() -> None:
+    handle = queuectl.system._kernel("CreateJobObjectW", None, None)
+    queuectl.system._kill_on_close(handle, True)
+    queuectl.system._kill_on_close(handle, False)
+    queuectl.system._kernel("CloseHandle", handle)
+
+
+def test_windows_a_worker_ignores_the_keys_of_the_console() -> None:
+    code = (
+        "import queuectl, signal; queuectl.system.prepare_worker(0);"
+        "print(signal.getsignal(signal.SIGBREAK) is signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=str(PROGRAM.parent), stdout=subprocess.PIPE)
+    assert done.stdout.strip() == b"True"
+
+
+@not_wine
+def test_windows_ctrl_break_stops_a_pool(q: Queue) -> None:
+    pool = subprocess.Popen(
+        [*map(str, SCRIPT), "worker", "start"], env=q.env, cwd=str(q.work),
+        creationflags=subprocess.CREATE_NEW_PROCESS_GROUP,  # type: ignore[attr-defined]
+    )  # fmt: skip
+    wait_for(q.workers, what="a worker")
+    pool.send_signal(signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined]
+    assert pool.wait(20) == 0
+
+
+@not_wine
+def test_windows_a_second_command_runs_where_the_first_failed(q: Queue) -> None:
+    job = q.add("exit /b 0 || echo no")
+    q.drain()
+    assert q("logs", job, "--stdout").out == ""
+
+
+def test_windows_an_idle_bell_rests_until_it_is_rung(q: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+    clock = [100.0]
+
+    def nap(seconds: float) -> None:
+        naps.append(round(seconds, 3))
+        clock[0] += seconds
+
+    monkeypatch.setattr(queuectl, "sleep", nap)
+    monkeypatch.setattr(queuectl, "monotonic", lambda: clock[0])
+    path = str(q.db.parent / "worker.bell")
+    bell = queuectl.make_bell(path)
+    bell.wait(9)
+    assert naps == [0.02]
+    clock[0] += 5
+    bell.wait(0.5)
+    assert naps == [0.02, 0.2, 0.2, 0.1]
+    queuectl.ring(path)
+    bell.wait(9)  # at once
+    bell.wait(9)
+    assert naps == [0.02, 0.2, 0.2, 0.1, 0.02]
+    os.close(bell.fd)
+
+
+def test_windows_colours_need_a_console_that_knows_them(q: Queue) -> None:
+    assert "\x1b" not in q("list").out
+
+
+# Kills: no run beside another of its job, none lost.
+
+CHECKED_PY = """
+import msvcrt, os, sys, time
+name = os.environ["QUEUECTL_JOB_ID"]
+fd = os.open("lock." + name, os.O_RDWR | os.O_CREAT)
+try:
+    msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+except OSError:
+    open("overlap." + name, "w").close()
+time.sleep(0.3)
+open("done." + name, "a").write("x")
+"""
+
+
+def test_windows_killed_workers_and_pools_lose_nothing_and_run_nothing_twice(q: Queue) -> None:
+    program = python_file(q, "job.py", CHECKED_PY)
+    ids = q.load([{"command": program, "max_retries": 50}] * 24)
+    q.set("backoff_base", "0.01")
+    for number in range(2):
+        pool = q.pool("--count", "2")
+        for code in (0, 1):
+            time.sleep(0.3)
+            victims = [worker["pid"] for worker in q.look("worker", "list")]
+            terminate(random.choice(victims or [0]), code)
+        terminate(pool.process.pid, number % 2)
+        pool.wait()
+    q.drain("--count", "2")
+    assert not list(q.work.glob("overlap.*"))
+    assert set(q.states().values()) == {"completed"}
+    for job in ids:
+        runs = [run["state"] for run in q.show(job)["runs"]]
+        assert runs.count("completed") == 1 and set(runs) <= {"completed", "lost", "failed"}
+
+
+def test_windows_a_cancelled_job_ends_with_its_grandchildren(q: Queue) -> None:
+    python_file(q, "child.py", GATE_PY + "open('survived', 'w')\n")
+    tree = "import subprocess, sys, time; subprocess.Popen([sys.executable, 'child.py']); time.sleep(60)"
+    job = q.add(python_file(q, "tree.py", tree))
+    with q.working():
+        q.wait_file("began")
+        q("cancel", job)
+        q.wait_state(job, "cancelled")
+    q.touch("go")
+    time.sleep(0.3)
+    assert not (q.work / "survived").exists()
+
+
+def test_windows_time_outs_and_stop_now(q: Queue) -> None:
+    nap = python_file(q, "nap.py", "import time; time.sleep(60)")
+    slow = q.add(nap, "--timeout", "0.5", "--max-retries", "1")
+    q.drain(code=1)
+    assert "timed out" in q.show(slow)["last_error"]
+    again = q.add(nap)
+    pool = q.pool()
+    q.wait_state(again, "processing")
+    q("worker", "stop", "--now")
+    assert pool.wait() == 130
+    assert (q.state(again), q.show(again)["attempts"]) == ("pending", 0)
+
+
+mark_rooms(globals())
