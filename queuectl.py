@@ -10519,7 +10519,7 @@ def quote_input(word: str) -> str:
 
 
 def check_cmd_template(template: str, place: re.Pattern[str]) -> None:
-    """Do so for cmd.exe, in which only a quote or a caret can stand in the way."""
+    """Check a template for cmd.exe: there a quote or a caret before an input changes its quoting."""
     for match in place.finditer(template):
         before = template[:match.start()]
         if before.count('"') % 2 or before.endswith("^"):
