@@ -118,6 +118,7 @@ class Slurm(Engine):
     needs = "munged", "slurmctld", "slurmd", "srun", "scancel", "squeue", "scontrol"
     runner = "srun -Q -n1 -J $QUEUECTL_RUN sh -c {}"
     ender = "scancel -Q -n $QUEUECTL_RUN; squeue -h -o %i -n $QUEUECTL_RUN"
+    end_all = "scancel -u root"
 
     def start(self):
         key, munge, host = self.folder / "munge.key", self.folder / "munge", socket.gethostname().split(".")[0]
@@ -211,6 +212,7 @@ class Ssh(Engine):
 
 class Docker(Engine):
     needs = "dockerd", "containerd", "docker", "flock"
+    end_all = "docker kill $(docker ps -q)"
     restarts = True
 
     def start(self):
@@ -533,14 +535,16 @@ def down_during_recovery(t):
 
 
 def killed_and_down_at_once(t):
-    """The engine's daemon dies right after it has taken jobs, and so does the pool."""
+    """The engine's daemon dies right after it has taken jobs, and so does the pool.
+
+    dockerd is asked to end, for after a kill -9 its containerd keeps the next one from starting.
+    """
     ids = t.add(8, SLEEP)
     t.start(8)
     wait_for(lambda: t.log("begin"), "the first to begin")
     t.kill()
-    for daemon in ("slurmctld", "dockerd"):
-        if daemon in t.engine.daemons:
-            t.engine.daemons[daemon].kill()
+    if "slurmctld" in t.engine.daemons:
+        t.engine.daemons["slurmctld"].kill()
     t.engine.down()
     (t.folder / "second").touch()
     t.start(8)
@@ -630,7 +634,7 @@ def node_lost(t):
 
 def ended_by_a_person(t):
     ids = running(t)
-    subprocess.run(["sh", "-c", "scancel -u root || docker kill $(docker ps -q)"], env=t.env, capture_output=True)
+    subprocess.run(["sh", "-c", t.engine.end_all], env=t.env, capture_output=True)
     t.wait_ended(ids)
     t.check(ids, *TWICE)
 
