@@ -8638,6 +8638,8 @@ def _folder(given: str | None) -> str:
 def find_shell(name: str) -> str:
     """Return the path of a shell, given as a path or as a name to look for in PATH."""
     import shutil
+    if WINDOWS and name.lower() in ("cmd", "cmd.exe"):  # `which` looks in the current folder first
+        return system.shell
     found = shutil.which(name)
     if not found:
         raise UsageError("there is no shell %s here; name a program that is in your PATH, "

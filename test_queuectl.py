@@ -16,7 +16,7 @@ QUEUECTL_TEST_FULL=1 runs the tests of scale in full size, and those that take m
 Rooms: harness · values and store · saboteur jobs · seeds · enqueue · worker and pool · time · stop and signals ·
 reading · dlq, retry, delete, cancel · config · bad input · output faults · database faults · scale ·
 storms · found by attack · an operator's day · cancelled, selections, mending · what is going on, what was done ·
-schedules
+schedules · Windows (see .ci/windows)
 """
 
 from __future__ import annotations
@@ -14884,12 +14884,12 @@ def test_windows_the_document_for_powershell(q: Queue) -> None:
 
 
 def test_windows_cmd_is_not_looked_up_in_the_jobs_folder(q: Queue) -> None:
-    shutil.copy(os.path.join(os.environ["SYSTEMROOT"], "System32", "hostname.exe"), q.work / "cmd.exe")
-    q("enqueue", "--id", "one", "echo mine")
-    q("enqueue", "--id", "two", "--shell", os.path.join(os.environ["SYSTEMROOT"], "System32", "cmd.exe"), "echo mine")
-    q.drain()
-    for job in ("one", "two"):
-        assert q("logs", job, "--stdout").out.strip() == "mine"
+    shutil.copy(sys.executable, q.work / "cmd.exe")
+    path = os.path.join(os.environ["SYSTEMROOT"], "System32", "cmd.exe")
+    for number, options in enumerate(([], ["--shell", "cmd"], ["--shell", "CMD.exe"], ["--shell", path])):
+        q("enqueue", "--id", f"job{number}", *options, "echo mine")
+    q.drain(code=None)
+    assert [q("logs", job["id"], "--stdout").out.strip() for job in q.jobs()] == ["mine"] * 4
 
 
 def test_windows_a_command_of_several_lines_is_refused(q: Queue) -> None:
