@@ -6250,7 +6250,8 @@ class Ender:
     """Has an engine end a run, and learns whether it is gone there, without waiting.
 
     `is_gone` must be called again and again. Each call of the ender sees QUEUECTL_SIGNAL: TERM, and
-    KILL after the grace.
+    KILL after the grace. While a client lives, it may still submit the run: so what the engine says
+    counts only if no client lived (`client` finds none) when it first said that the run is gone.
     """
 
     leader = NOBODY  # the process of the ender that is asked now
@@ -6259,11 +6260,13 @@ class Ender:
     pipes: Sequence[int] = ()
     said = ""  # why the run is not surely gone, in the ender's own words
     met = False  # whether it has found the run alive
+    counts = False  # whether no client lived when it first said that the run is gone
     # Since when its answers are errors, or say that a run lives which it should have killed.
     stuck_since = FOREVER
 
-    def __init__(self, command: str, environment: JobEnvironment, grace: float):
+    def __init__(self, command: str, environment: JobEnvironment, grace: float, leader: Leader):
         self.command, self.environment = ASK % command, environment
+        self.client = members_of("/", (), leader)  # its session: no run's name begins with a slash
         self.kill_at, self.since = monotonic() + grace, show_time(now_millis())
 
     def is_gone(self) -> bool:
@@ -6325,9 +6328,16 @@ class Ender:
         if self.asked_at >= self.gone_since + GONE_AGAIN:
             return True
         self.stuck_since = FOREVER
-        self.gone_since = min(self.gone_since, monotonic())
+        if self.gone_since == FOREVER:
+            self.gone_since, self.counts = monotonic(), not self._client_lives()
         self.next_ask = self.gone_since + GONE_AGAIN
         return False
+
+    def _client_lives(self) -> bool:
+        try:
+            return bool(self.client())
+        except OSError:
+            return True  # it can't be seen now
 
     def doubt(self) -> None:
         """Forget that the run is gone: its client lived, and may have submitted it meanwhile."""
@@ -6352,7 +6362,7 @@ class Ender:
         return monotonic() > self.stuck_since + patience
 
     def stop(self) -> None:
-        """End the process of the ender, if there is one: no run's name begins with a slash."""
+        """End the process of the ender, if there is one."""
         if self.is_asking():
             end_processes(members_of("/", (), self.leader), 0.0, sleep, 1.0)
             self._close()
@@ -6411,7 +6421,7 @@ class EngineRun(Run):
         """Return what ends this run in its engine; None if it dies with its client."""
         if self.job.ender is None:
             return None
-        return Ender(self.job.ender, self.environment, grace)
+        return Ender(self.job.ender, self.environment, grace, self.leader)
 
     def look(self) -> None:
         """Read the words that have come; a client with a terminal writes them to its stdout.
@@ -6574,7 +6584,7 @@ class LostRun:
         self.engine: EngineRun | None = None
         self.ender: Ender | None = None
         if job.word and self.own:
-            self._prepare_engine()
+            self._prepare_engine(leader)
         if not self.own:
             # This is a copy of the queue whose worker it was. As long as there are any processes
             # of that queue, the job may be running there. The name of a worker begins with the id
@@ -6582,11 +6592,12 @@ class LostRun:
             original = self.worker.rsplit("-", 2)[0]
             self.orphans = members_of(original + "-", ())
 
-    def _prepare_engine(self) -> None:
+    def _prepare_engine(self, leader: Leader) -> None:
         store, job = self.store, self.job
         settings = store.settings()
         self.engine = EngineRun(job, self.worker, self.slot, output_limit(settings, job.queue))
         self.engine.prepare(job_environment(store, job.context), store.path)
+        self.engine.leader = leader
         self.engine.look()
         # Its engine may be gone for ever: a person has taken the runner away, and cancels the job.
         if self.row["cancel"] and not store.queue(job.queue)["runner"]:
@@ -6597,8 +6608,8 @@ class LostRun:
             self.ender.since = told.group(1)
 
     def end_client(self, pause: Pause) -> bool:
-        """End the processes of the run here; return whether there were any."""
-        return bool(self.orphans()) and end_processes(self.orphans, 0.0, pause, 1.0)
+        """End the processes of the run here; return whether that was possible."""
+        return end_processes(self.orphans, 0.0, pause, 1.0)
 
     def note_trouble(self, text: str) -> None:
         """Note in the dead worker's life file why its job is not given back."""
@@ -6711,11 +6722,11 @@ def _ask_engines(lost: list[LostRun], pause: Pause, leaves: Callable[[], Any]) -
             if not before and busy >= ENDERS_AT_ONCE:
                 left.append((run, ender))
             elif ender.is_gone():
-                if run.end_client(pause):
+                if ender.counts:
+                    gone.append(run)
+                elif run.end_client(pause):
                     ender.doubt()
                     left.append((run, ender))
-                else:
-                    gone.append(run)
             elif not ender.is_asking() and ender.is_stuck(0.0):
                 run.note_trouble(ender.trouble(run.job.id))
             else:
@@ -7358,7 +7369,7 @@ class Asking(Attending):
         ender, deadline = run.ender(grace), FOREVER
         while ender:
             if ender.is_gone():
-                if run.has_ended():
+                if ender.counts:
                     break
                 run.end(grace, self.bell.wait)
                 ender.doubt()

@@ -12778,6 +12778,34 @@ def test_what_was_submitted_but_is_not_visible_yet_does_not_run_beside_the_next_
     assert engine.stop(pool) == 0
 
 
+@pytest.mark.parametrize("who", ["client", "shell"])
+def test_a_client_that_submits_while_the_ender_is_asked_is_not_believed_gone(
+    q: Queue, engine: Engine, who: str
+) -> None:
+    """It lives when the engine first says "gone": by itself, or as the child of a shell that was killed."""
+    engine.on("delay", 1)
+    wait = "sleep 1.6" if who == "client" else "sleep 2.4"
+    script = q.work / "client"
+    script.write_text(f"#!/bin/sh\nif mkdir {q.work}/once 2>/dev/null; then {wait}; "
+                      f'printf %s "$1" >{engine.folder}/new; mv {engine.folder}/new {engine.folder}/$QUEUECTL_RUN.sub; '
+                      f'sleep 0.1; exit 255; fi\nexec {engine.runner.replace("{}", "")}"$1"\n')  # fmt: skip
+    script.chmod(0o755)
+    q.quick("queue", "set", "big", "--runner", f"x=1; {script} {{}}; exit $?", "--ender", engine.ender)
+    timeout = ["--timeout", "0.5"] if who == "client" else []
+    job = engine.add("sleep 2", *timeout, "--backoff-base", "0.1")
+    pool = engine.pool()
+    wait_for((q.work / "once").exists)
+    if who == "client":
+        q.quick("edit", job, "--timeout", "30")  # of the next run; this one has timed out
+    else:
+        (worker,) = beasts_below(first_inside(pool))
+        (shell,) = beasts_below(worker.pid)
+        shell.signal(signal.SIGKILL)
+    q.wait_state(job, "completed", 40)
+    assert len(engine.log("start")) in (1, 2) and engine.log("OVERLAP") == []
+    assert engine.stop(pool) == 0
+
+
 def test_words_may_be_late(q: Queue, engine: Engine) -> None:
     engine.on("late", 1)
     done, failed = engine.add("echo x >&2"), engine.add("exit 4", "--max-retries", "1")
