@@ -3171,7 +3171,8 @@ def next_job(queues: int) -> str:
     the number of queue names that are the statement's parameters; 0 means all queues. Each queue
     costs one seek in jobs_ready, however many jobs wait. A job counts against its queue's limit
     until its run is recorded, also if its worker is dead: its processes may still live. A queue
-    whose engine took no job rests, and then tries one; if the clock was set back, at once.
+    whose engine took no job rests, and then tries one; if the clock was set back, at once. That is
+    the one that was tried longest ago: the engine may take any but the first.
     """
     # Skips queues without waiting jobs, of which there may be thousands.
     from_busy, among = "INDEXED BY queues_busy", ""
@@ -3180,9 +3181,11 @@ def next_job(queues: int) -> str:
     return """SELECT seq, id, command, queue, attempts + 1, runs + 1, max_retries,
         timeout_seconds, backoff_base, context, env, policy, deferrals, chained, shell,
         runner, queues.ender, %s
-        FROM queues %s CROSS JOIN jobs ON seq = (
-            SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name
-            ORDER BY priority, seq LIMIT 1)
+        FROM queues %s CROSS JOIN jobs ON seq = CASE WHEN rests = 0
+            THEN (SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name
+                ORDER BY priority, seq LIMIT 1)
+            ELSE (SELECT seq FROM jobs WHERE ready = 1 AND queue = queues.name
+                ORDER BY updated_at, seq LIMIT 1) END
         WHERE pending + failed > 0 AND NOT paused AND NOT (SELECT paused FROM control)
             AND (concurrency IS NULL OR processing < concurrency)
             AND (rests = 0 OR (probe IS NULL AND rest_until - %s NOT BETWEEN 0 AND 60000)) %s
@@ -6222,7 +6225,8 @@ fi
 say "end $code"
 exit "$code"
 """
-WORD = rb"\r?\n?<queuectl %s (start|end \d+)>\r?\n?"
+# Before and after a word there is the same kind of line end; a CR before may be the job's own.
+WORD = rb"(\r?\n)?<queuectl %s (start|end \d+)>(?(1)\1|\r?\n?)"
 # Bytes at both ends of a client's streams in which words are sought; they are never cut.
 WORDS_WITHIN = 1 << 16
 # `echo` tells the ender's exit code, for a worker may have reaped its process with others.
@@ -6258,6 +6262,7 @@ class Ender:
     gone_since = FOREVER  # when it first said that the run is gone
     next_ask, nap = 0.0, SHORTEST_REST
     pipes: Sequence[int] = ()
+    out = err = b""  # what the ender that is asked now has printed
     said = ""  # why the run is not surely gone, in the ender's own words
     met = False  # whether it has found the run alive
     counts = False  # whether no client lived when it first said that the run is gone
@@ -6276,8 +6281,9 @@ class Ender:
             if now >= self.next_ask:
                 self._ask()
             return False
-        self.out += self._read(0)
-        self.err += self._read(1)
+        # What is longer than an answer is none, so the end is enough of it.
+        self.out = (self.out + self._read(0))[-4096:]
+        self.err = (self.err + self._read(1))[-4096:]
         late = now > self.asked_at + ANSWER_TIME
         if not re.search(rb"queuectl \d+\n\Z", self.out) and not self.closed and not late:
             return False
@@ -6432,7 +6438,7 @@ class EngineRun(Run):
         self.begun = self.begun or self.slot.emptied[1]
         for path in self.slot.paths:
             ends = read_beside(path, b"", ends_of)
-            for word in re.findall(WORD % self.name.encode(), ends):
+            for _, word in re.findall(WORD % self.name.encode(), ends):
                 self.begun = True
                 if word == b"end 0" or (word != b"start" and not self.killed):
                     self.code = int(word[4:])

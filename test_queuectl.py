@@ -12587,6 +12587,7 @@ def test_output_of_a_run_in_an_engine_is_what_it_printed(q: Queue, engine: Engin
                        "--max-retries", "1")  # fmt: skip
     bare = engine.add("printf out; printf err >&2")
     lines = engine.add("printf '\\n\\n' >&2; printf '\\n' >&2")
+    carriage = engine.add("printf '100%%\\r' >&2")
     tiny = engine.add("seq 1000 >&2")
     q.set("max_output_bytes", "1024")
     engine.drain(4)
@@ -12596,6 +12597,7 @@ def test_output_of_a_run_in_an_engine_is_what_it_printed(q: Queue, engine: Engin
     run = q.show(bare)["runs"][0]
     assert (run["stdout"], run["stderr"]) == ("out", "err")
     assert q.show(lines)["runs"][0]["stderr"] == "\n\n\n"
+    assert q.show(carriage)["runs"][0]["stderr"] == "100%\r"
     printed = q.show(tiny)["runs"][0]["stderr"]
     assert printed.startswith("1\n2\n") and printed.endswith("999\n1000\n") and "queuectl " not in printed
 
@@ -12686,13 +12688,16 @@ def test_the_rest_of_a_queue_grows_and_ends_with_a_probe_that_begins(store: Any)
     ended = round(time.time() * 1000) - 61_000  # so that each rest is over
     for job in [take(store), take(store)]:  # handed over together: that counts once
         end(store, job, queuectl.UNSTARTED, ended)
-    rests = []
+    rests: list[int] = []
+    tried: list[int] = []
     for _ in range(8):
-        rests.append(store.queue("big")["next_try_at"] - ended)
+        rests.append(store.queue("big")["next_try_at"] - ended - len(tried))
         job = take(store)
+        tried.append(job.seq)
         assert (job.attempts, job.runs) == (1, 1) and take(store) is None
-        end(store, job, queuectl.UNSTARTED, ended)
+        end(store, job, queuectl.UNSTARTED, ended + len(tried))
     assert rests == [1000 * seconds for seconds in (1, 2, 4, 8, 16, 32, 60, 60)]
+    assert len(set(tried)) == 3  # an engine that refuses the first may take another
     end(store, take(store), queuectl.UNSTARTED, ended + 61_000)
     assert take(store) is None  # it rests now
     end(store, job, queuectl.UNSTARTED, ended + 200_000)
