@@ -101,6 +101,7 @@ class Engine:
     """An engine that runs here. `down` stops what clients talk to, and `up` starts it again."""
 
     needs = ()
+    forgets = 0  # seconds in which what it has taken is not on its disk yet
     restarts = False  # whether stopping its daemon ends the jobs
 
     def __init__(self, folder):
@@ -127,6 +128,7 @@ class Engine:
 
 class Slurm(Engine):
     end_all = "scancel -u root"
+    forgets = 8
     needs = "munged", "slurmctld", "slurmd", "srun", "scancel", "squeue", "scontrol"
 
     def start(self):
@@ -331,6 +333,11 @@ class Trial:
         lines = log.read_text().splitlines() if log.exists() else []
         return collections.Counter(line.split()[1] for line in lines if line.split()[0] == word)
 
+    def start_words(self):
+        """How many clients have shown the start word."""
+        files = [path for path in (self.folder / "queue.db.d").iterdir() if path.is_file()]
+        return sum(path.read_bytes().count(b" start>") for path in files)
+
     def wait_begun(self, ids, times=1):
         wait_for(lambda: all(self.log("begin")[name] >= times for name in ids), f"{ids} to begin")
 
@@ -377,7 +384,7 @@ def running(t, count=4, job=SLEEP, workers=0, **fields):
     ids = t.add(count, job, **fields)
     t.start(workers or count)
     t.wait_begun(ids)
-    time.sleep(0.5)  # the start words are under way
+    wait_for(lambda: t.start_words() >= count, "the start words")
     (t.folder / "second").touch()
     return ids
 
@@ -548,10 +555,11 @@ def down_during_recovery(t):
 
 
 def killed_and_down_at_once(t):
-    """The engine's daemon dies right after it has taken jobs, and so does the pool."""
+    """The engine's daemon dies soon after it has taken jobs, and so does the pool."""
     ids = t.add(8, SLEEP)
     t.start(8)
     wait_for(lambda: t.log("begin"), "the first to begin")
+    time.sleep(t.engine.forgets)
     t.kill()
     for daemon in ("slurmctld", "dockerd"):
         if daemon in t.engine.daemons:
