@@ -12861,6 +12861,19 @@ def test_old_marks_of_runs_are_removed_there(q: Queue, engine: Engine) -> None:
     assert (marks / "young").exists()
 
 
+def test_a_job_that_ignores_sigterm_keeps_its_wrapper(q: Queue) -> None:
+    """Slurm loses sight of processes whose parent is gone, and calls a run gone that lives on."""
+    command = "trap '' TERM; touch begun; until [ -e go ]; do sleep 0.02; done; exit 3"
+    words = ["sh", "-c", queuectl.WRAPPER, "p-1-1-1_1234567f", str(q.work), "022", "/bin/sh", command]
+    wrapper = q.launch(["env", "QUEUECTL_RUN=p-1-1-1_1234567f", f"HOME={q.home}", *words])
+    wait_for((q.work / "begun").exists, what="the job to begin")
+    wrapper.process.terminate()
+    time.sleep(0.2)
+    assert not wrapper.ended
+    (q.work / "go").touch()
+    assert wrapper.wait() == 3 and "<queuectl p-1-1-1_1234567f end 3>" in wrapper.err
+
+
 def test_a_time_out_a_cancel_and_a_stop_reach_the_engine(q: Queue, engine: Engine) -> None:
     command = "trap '' TERM; touch $QUEUECTL_JOB_ID; while :; do sleep 0.1; done"
     there = str(engine.file(""))

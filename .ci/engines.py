@@ -83,6 +83,17 @@ def kill(pid):
         os.kill(pid, signal.SIGKILL)
 
 
+def recipes():
+    """The runners and enders that the README gives, by queue."""
+    commands = re.search(r"```sh\n(queuectl queue set big .*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
+    program = f'"{sys.executable}" "{ROOT}/queuectl.py"'
+    with tempfile.TemporaryDirectory() as folder:
+        function = f'queuectl() {{ {program} --db "{folder}/queue.db" "$@"; }}'
+        script = f"{function}\n{{ {commands} }} >&2\nqueuectl queue list --json"
+        told = subprocess.run(["sh", "-euc", script], capture_output=True, check=True).stdout
+    return {queue["name"]: (queue["runner"], queue["ender"]) for queue in json.loads(told)}
+
+
 # Engines.
 
 
@@ -90,6 +101,7 @@ class Engine:
     """An engine that runs here. `down` stops what clients talk to, and `up` starts it again."""
 
     needs = ()
+    forgets = 0  # seconds in which what it has taken is not on its disk yet
     restarts = False  # whether stopping its daemon ends the jobs
 
     def __init__(self, folder):
@@ -115,12 +127,12 @@ class Engine:
 
 
 class Slurm(Engine):
-    needs = "munged", "slurmctld", "slurmd", "srun", "scancel", "squeue", "scontrol"
-    runner = "srun -Q -n1 -J $QUEUECTL_RUN sh -c {}"
-    ender = "scancel -Q -n $QUEUECTL_RUN; squeue -h -o %i -n $QUEUECTL_RUN"
     end_all = "scancel -u root"
+    forgets = 8
+    needs = "munged", "slurmctld", "slurmd", "srun", "scancel", "squeue", "scontrol"
 
     def start(self):
+        self.runner, self.ender = recipes()["big"]
         key, munge, host = self.folder / "munge.key", self.folder / "munge", socket.gethostname().split(".")[0]
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -176,11 +188,7 @@ class Ssh(Engine):
             "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
         )
         self.ssh = f"ssh -F {folder}/ssh_config there"
-        self.runner = self.ssh + " {}"
-        self.ender = self.ssh + (
-            ' "cd /proc && pids=\\$(grep -lzx QUEUECTL_RUN=$QUEUECTL_RUN [0-9]*/environ 2>/dev/null | cut -d/ -f1)'
-            '; [ -z \\"\\$pids\\" ] || { echo \\$pids; kill -s $QUEUECTL_SIGNAL \\$pids; }"'
-        )
+        self.runner, self.ender = (text.replace("ssh web1", self.ssh) for text in recipes()["web1"])
         # Process 1 there only starts sshd again, so that connections live on without the listener.
         self.launch(*INSIDE, "sh", "-c", f"while :; do [ -e {folder}/down ] || {sshd} -D -f {folder}/sshd_config; "
                                          "sleep 0.1; done")  # fmt: skip
@@ -211,8 +219,8 @@ class Ssh(Engine):
 
 
 class Docker(Engine):
-    needs = "dockerd", "containerd", "docker", "flock"
     end_all = "docker kill $(docker ps -q)"
+    needs = "dockerd", "containerd", "docker", "flock"
     restarts = True
 
     def start(self):
@@ -223,9 +231,9 @@ class Docker(Engine):
         tar = subprocess.Popen(["tar", "-C", self.image(), "-c", "."], stdout=subprocess.PIPE)
         subprocess.run(["docker", "import", "-", "trial"], stdin=tar.stdout, stdout=subprocess.DEVNULL,
                        env=self.env, check=True)  # fmt: skip
-        self.runner = ("docker run --rm --network none --name $QUEUECTL_RUN "
-                       f"-v {self.folder}:{self.folder} trial sh -c {{}}")  # fmt: skip
-        self.ender = "docker rm -f $QUEUECTL_RUN >/dev/null 2>&1; docker ps -aqf name=^$QUEUECTL_RUN$"
+        words = f"docker run --network none -v {self.folder}:{self.folder}"
+        runner, self.ender = recipes()["boxed"]
+        self.runner = runner.replace("docker run", words).replace("python:3", "trial")
 
     def image(self):
         """A folder with a shell and what the jobs here need."""
@@ -246,12 +254,19 @@ class Docker(Engine):
         return succeeds("docker", "run", "--rm", "--network", "none", "trial", "sleep", "0", env=self.env)
 
     def up(self):
+        # A containerd that nobody has reaped would be taken for a living one.
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / "exec" / "containerd" / "containerd.pid").unlink()
         self.launch("dockerd", "--storage-driver", "vfs", "--bridge=none", "--iptables=false", "-H", self.socket,
                     "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec",
                     "--pidfile", f"{self.folder}/docker.pid")  # fmt: skip
 
     def down(self):
         self.end("dockerd")
+
+    def stop(self):
+        succeeds("sh", "-c", "docker rm -f $(docker ps -aq)", env=self.env)
+        super().stop()
 
 
 ENGINES = {"slurm": Slurm, "ssh": Ssh, "docker": Docker}
@@ -318,6 +333,11 @@ class Trial:
         lines = log.read_text().splitlines() if log.exists() else []
         return collections.Counter(line.split()[1] for line in lines if line.split()[0] == word)
 
+    def start_words(self):
+        """How many clients have shown the start word."""
+        files = [path for path in (self.folder / "queue.db.d").iterdir() if path.is_file()]
+        return sum(path.read_bytes().count(b" start>") for path in files)
+
     def wait_begun(self, ids, times=1):
         wait_for(lambda: all(self.log("begin")[name] >= times for name in ids), f"{ids} to begin")
 
@@ -364,7 +384,7 @@ def running(t, count=4, job=SLEEP, workers=0, **fields):
     ids = t.add(count, job, **fields)
     t.start(workers or count)
     t.wait_begun(ids)
-    time.sleep(0.5)  # the start words are under way
+    wait_for(lambda: t.start_words() >= count, "the start words")
     (t.folder / "second").touch()
     return ids
 
@@ -535,16 +555,15 @@ def down_during_recovery(t):
 
 
 def killed_and_down_at_once(t):
-    """The engine's daemon dies right after it has taken jobs, and so does the pool.
-
-    dockerd is asked to end, for after a kill -9 its containerd keeps the next one from starting.
-    """
+    """The engine's daemon dies soon after it has taken jobs, and so does the pool."""
     ids = t.add(8, SLEEP)
     t.start(8)
     wait_for(lambda: t.log("begin"), "the first to begin")
+    time.sleep(t.engine.forgets)
     t.kill()
-    if "slurmctld" in t.engine.daemons:
-        t.engine.daemons["slurmctld"].kill()
+    for daemon in ("slurmctld", "dockerd"):
+        if daemon in t.engine.daemons:
+            t.engine.daemons[daemon].kill()
     t.engine.down()
     (t.folder / "second").touch()
     t.start(8)
@@ -604,6 +623,17 @@ def connection_cut(t):
     t.check(ids, *TWICE)
 
 
+def host_restarted(t):
+    ids = running(t)
+    host = t.engine.daemons["unshare"]
+    host.kill()
+    host.wait()
+    time.sleep(3)
+    t.engine.launch(*host.args)
+    t.wait_ended(ids)
+    t.check(ids, *TWICE)
+
+
 def node_drained(t):
     ids = t.add(3, JOB % "sleep 3", max_retries=1)
     t.start(2)
@@ -618,30 +648,28 @@ def node_drained(t):
 
 
 def node_lost(t):
-    """All that runs on the node is gone, and Slurm is told so."""
+    """The node loses power until Slurm notices. Of one that is back sooner, it says for ever that the job runs."""
     ids = running(t)
-    t.engine.daemons["slurmd"].kill()
-    t.engine.daemons["slurmd"].wait()
-    for process in Path("/proc").glob("[0-9]*"):
+    slurmd = t.engine.daemons["slurmd"]
+    slurmd.kill()
+    slurmd.wait()
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            environment = (process / "environ").read_bytes()
-            if str(t.engine.conf).encode() in environment and b"slurmstepd" in (process / "cmdline").read_bytes():
-                for _, pid in below(process.name):
+            step = (path / "cmdline").read_bytes().startswith(b"slurmstepd")
+            if step and os.fsencode(t.engine.conf) in (path / "environ").read_bytes():
+                for pid in [int(path.name), *(pid for _, pid in below(path.name))]:
                     kill(pid)
-                kill(int(process.name))
-    t.engine.update("state=down", "reason=x")
-    wait_for(lambda: any(len(t.outcome(name)[2]) > 1 or t.outcome(name)[2][:1] == ["lost"] for name in ids), "an end")
-    t.engine.launch("slurmd", "-D")
-    t.engine.update("state=resume")
+    wait_for(lambda: b"down" in subprocess.check_output(["sinfo", "-h"], env=t.env), "Slurm to notice")
+    t.engine.launch(*slurmd.args)
     t.wait_ended(ids)
     t.check(ids, *TWICE)
 
 
 def ended_by_a_person(t):
     ids = running(t)
-    subprocess.run(["sh", "-c", t.engine.end_all], env=t.env, capture_output=True)
+    check(succeeds("sh", "-c", t.engine.end_all, env=t.env), t.engine.end_all)
     t.wait_ended(ids)
-    t.check(ids)
+    t.check(ids)  # the first run says 143 if it hears SIGTERM; else it is lost
 
 
 EVERYWHERE = [
@@ -650,7 +678,7 @@ EVERYWHERE = [
 ]  # fmt: skip
 SCENARIOS = {
     "slurm": [*EVERYWHERE, node_drained, node_lost, ended_by_a_person],
-    "ssh": [*EVERYWHERE, connection_cut, memory],
+    "ssh": [*EVERYWHERE, connection_cut, host_restarted, memory],
     "docker": [*EVERYWHERE, ended_by_a_person],
 }
 
@@ -696,6 +724,7 @@ def main():
     parser.add_argument("--only", metavar="WORDS", default="", help="scenarios whose names have these words")
     args = parser.parse_args()
     os.environ["PATH"] += ":/usr/sbin:/sbin"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the engines are stopped then, too
     wrong = sum([try_engine(kind, args.only) for kind in args.engines or ENGINES])
     print(f"engines: {f'{wrong} FAULTS' if wrong else 'ok'}")
     return 1 if wrong else 0
