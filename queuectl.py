@@ -1240,6 +1240,9 @@ def times_between(following: Callable[[int], int], after: int, until: int) -> li
 # `system`, at the end of the section, is the one in use. So have `Bell` and `PollingBell`.
 
 WINDOWS = os.name == "nt"
+# What workers add to their exit codes. On Windows who kills a process chooses its exit code, which
+# is often 0 or 1.
+OWN_CODES = 1000 if WINDOWS else 0
 SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # processes, memory, files
 if TYPE_CHECKING:
     Env = dict[Any, Any]  # environment variables in native form
@@ -1590,7 +1593,6 @@ class Posix(PosixFiles):
     childless = False  # the run just reaped was the last process below this one
     subreaper = False
     token_fd = TOKEN_FD
-    own_codes = 0  # what workers add to their exit codes
 
     def __init__(self) -> None:
         super().__init__()
@@ -1999,8 +2001,6 @@ class Windows:
     start_method = "spawn"
     user = 0  # the rights of files on Windows are not checked
     childless = False
-    # Who kills a process chooses its exit code, often 0 or 1: those of workers are above.
-    own_codes = 1000
     busy = False  # whether the process of a run was alive at the last look
     LOCK_AT = 1 << 30
     SHARED = 7  # others may read, write, rename and remove it
@@ -7656,9 +7656,9 @@ def worker_main(order: WorkerConfig) -> NoReturn:
         worker = Worker(order)
     except OSError as error:
         system.say("queuectl: a worker can't start: %s\n" % error, 2)
-        os._exit(system.own_codes + EXIT_TROUBLED)
+        os._exit(OWN_CODES + EXIT_TROUBLED)
     worker.handle_signals()
-    code = system.own_codes + _exit_code(worker)
+    code = OWN_CODES + _exit_code(worker)
     worker.sync_records()
     if not close_stores():
         os._exit(code)
@@ -8074,7 +8074,7 @@ class Pool:
         for process in [process for process in self.workers if process.exitcode is not None]:
             self.bell.forget(process.sentinel)
             age = monotonic() - self.workers.pop(process)
-            code = process.exitcode - system.own_codes
+            code = process.exitcode - OWN_CODES
             if code in (EXIT_FAILED, EXIT_INTERRUPTED):
                 self.code = max(self.code, code)
             elif code != EXIT_OK and not self.passed_on:
@@ -8085,7 +8085,7 @@ class Pool:
     def _delay(self, code: int, age: float) -> float:
         """Return the seconds until a worker that ended with `code` at this age is replaced."""
         if code != EXIT_DISMISSED:
-            why = "exit code %d" % (code + system.own_codes)
+            why = "exit code %d" % (code + OWN_CODES)
             if code < 0 and not WINDOWS:
                 why = signal_name(-code)
             self._tell("a worker died (%s); it is replaced" % why)
