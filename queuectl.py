@@ -9095,6 +9095,8 @@ def output_from(fd: int, start: int, limit: int) -> tuple[bytes, int]:
     size = os.fstat(fd).st_size
     if start == 0:
         return head_and_tail(fd, limit), size
+    if size == 0:  # truncated just now; the mark comes with what is printed next, or the record
+        return b"", start
     if size < start:
         return EMPTIED + read_between(fd, 0, size), size
     if size - start <= limit:
