@@ -4824,9 +4824,15 @@ class Reading(Administration):
         """
         for queue in self.queues():
             served = not queues or queue["name"] in queues
-            if served and not queue["paused"] and (queue["processing"] or queue["failed"]):
+            if served and not queue["paused"] and (
+                    queue["processing"] or queue["failed"] or self._keeps_ready(queue)):
                 return False
         return not self.ready(queues, self.pulse()[1], now)
+
+    def _keeps_ready(self, queue: Row) -> bool:
+        """Tell whether a queue has jobs that could start if it did not rest."""
+        return bool(queue["rest_why"] and self.rows(
+            "SELECT 1 FROM jobs WHERE ready = 1 AND queue = ? LIMIT 1", queue["name"]))
 
     def is_busy(self, queue: str) -> bool:
         """Tell whether a job of a queue, or a hook of one, has not ended."""
@@ -5645,9 +5651,6 @@ class Store(Scheduling):
         if found is None:
             return None
         job = Job._make((*found, self._free_place(found[3]), now, None))
-        if job.runner:
-            job = job._replace(word=os.urandom(4).hex())
-            self.execute("UPDATE queues SET probe = ? WHERE name = ? AND rests", job.seq, job.queue)
         waited = max(0, now - job.since)
         if pool and job.queue != HOOK_QUEUE:
             turn = self.execute(
@@ -5655,6 +5658,9 @@ class Store(Scheduling):
                     WHERE name = ? AND jobs_left > 0""", pool)
             if not turn:
                 return None
+        if job.runner:
+            job = job._replace(word=os.urandom(4).hex())
+            self.execute("UPDATE queues SET probe = ? WHERE name = ? AND rests", job.seq, job.queue)
         self.execute(
             """UPDATE jobs SET state = 'processing', ready = 0, due = NULL,
                 attempts = attempts + 1, runs = runs + 1, worker = ?, slot = ?, place = ?,
@@ -5766,7 +5772,8 @@ class Store(Scheduling):
     def hold_queue(self, job: Job, why: str) -> None:
         """Start no more jobs of a queue until it is known what became of a job in its engine."""
         self.execute("UPDATE queues SET rests = max(rests, 1), rest_why = ?, probe = ? "
-                     "WHERE name = ? AND probe IS NULL", why, job.seq, job.queue)
+                     "WHERE name = ? AND probe IS NULL AND runner IS NOT NULL",
+                     why, job.seq, job.queue)
 
     def is_probe(self, job: Job) -> bool:
         return bool(self.rows("SELECT 1 FROM queues WHERE name = ? AND probe = ?",
@@ -6295,6 +6302,8 @@ class Ender:
 
     def _ask(self) -> None:
         cwd, umask, env = self.environment
+        if not isdir(cwd):  # the job may have removed it
+            cwd = "/"
         name = "KILL" if monotonic() >= self.kill_at else "TERM"
         env = {**env, **native_items({"QUEUECTL_SIGNAL": name})}
         self.asked_at, self.closed = monotonic(), False
@@ -6306,6 +6315,7 @@ class Ender:
             self.leader = Leader(pid, first, system.ticks())
         except OSError as error:
             self._close()
+            self.stuck_since = min(self.stuck_since, self.asked_at)
             self._put_off("can't be started: %s" % error.strerror)
         for fd in theirs:
             os.close(fd)
@@ -6455,7 +6465,7 @@ class EngineRun(Run):
         self.exit_code = self.code
         if ending == UNSTARTED:
             lines = self.read()[1].decode("utf-8", "replace").split("\n")
-            error = ": ".join([str(error), *filter(None, lines[-4:-2])])
+            error = shorten(": ".join([str(error), *filter(None, lines[-4:-2])]), 300)
         return super().result(ending, error)
 
 
@@ -9452,7 +9462,9 @@ def why_running(store: Store, job: Row, now: int) -> str:
     trouble = trouble_of(store.path, worker)
     if not is_alive(store.path, worker):
         if job["word"] and trouble:
-            return "%s; any live or new worker goes on asking" % clean(trouble)
+            return ("%s; any live or new worker goes on asking; if the engine is gone for ever, "
+                    "`queuectl queue set %s --runner none` and `queuectl cancel %s` give the run up"
+                    % (clean(trouble), job["queue"], name))
         return ("its worker %s has died; the next worker ends what is left of the run: "
                 "`queuectl worker start`" % worker)
     if trouble:

@@ -12723,6 +12723,42 @@ def test_the_rest_of_a_queue_grows_and_ends_with_a_probe_that_begins(store: Any)
     assert [take(store).runs for _ in range(3)] == [1, 1, 1]
 
 
+def test_a_claim_that_may_not_be_made_leaves_no_probe(store: Any) -> None:
+    store.set_engine("big", "run {}", None)
+    for _ in range(2):
+        put(store, queue="big")
+    end(store, take(store), queuectl.UNSTARTED, round(time.time() * 1000) - 61_000)
+    with store.transaction():
+        store.add_pool("none left", 1, [], 0, NOW)
+        assert store.claim("none left-1", 0, (), store.pulse()[1], NOW, "none left") is None
+    assert take(store) is not None
+
+
+def test_a_drain_waits_for_a_queue_that_rests(store: Any) -> None:
+    store.set_engine("big", "run {}", None)
+    put(store, queue="big")
+    end(store, take(store), queuectl.UNSTARTED, round(time.time() * 1000))
+    with store.transaction():
+        store.execute("UPDATE queues SET rest_why = 'it is closed'")
+    assert take(store) is None and not store.drained((), NOW)
+    store.set_engine("big", None, None)
+    job = take(store)
+    with store.transaction():
+        store.hold_queue(job, "its engine is down")  # it began there; its queue runs here by now
+    assert store.queue("big")["rest_why"] is None
+    end(store, job, queuectl.COMPLETED, NOW)
+    assert store.drained((), NOW)
+
+
+def test_an_ender_of_a_job_that_has_removed_its_folder_is_asked(q: Queue) -> None:
+    q.quick("queue", "set", "big", "--runner", "sh -c {}", "--ender", "true")
+    folder = q.work / "gone"
+    folder.mkdir()
+    job = q.add("rmdir ../gone; exit 3", "--queue", "big", "--cwd", str(folder), "--max-retries", "1")
+    q.drain(code=1)
+    assert outcome(q, job) == ("dead", 3, 1, ["failed"])
+
+
 def test_a_lost_node_costs_an_attempt_whatever_the_client_says(q: Queue, engine: Engine) -> None:
     job = engine.add(
         "[ -e second ] || { touch begun; sleep 300; }", "--cwd", str(engine.file("")), "--backoff-base", "0.1"
