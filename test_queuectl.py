@@ -12529,6 +12529,14 @@ class Engine:
     def add(self, command: str, *options: str) -> str:
         return self.q.add(command, "--queue", "big", *options)
 
+    def running(self) -> tuple[str, Background]:
+        """A job that runs there, and its pool. If it must be run again, it ends at once."""
+        command = "[ -e second ] || { touch begun; sleep 300; }"
+        job, pool = self.add(command, "--cwd", str(self.file("")), "--backoff-base", "0.1"), self.pool()
+        self.wait_file("begun")
+        self.file("second").touch()
+        return job, pool
+
     def on(self, switch: str, value: float = 1) -> None:
         (self.folder / switch).write_text(str(value))
 
@@ -12760,12 +12768,7 @@ def test_an_ender_of_a_job_that_has_removed_its_folder_is_asked(q: Queue) -> Non
 
 
 def test_a_lost_node_costs_an_attempt_whatever_the_client_says(q: Queue, engine: Engine) -> None:
-    job = engine.add(
-        "[ -e second ] || { touch begun; sleep 300; }", "--cwd", str(engine.file("")), "--backoff-base", "0.1"
-    )
-    pool = engine.pool()
-    engine.wait_file("begun")
-    engine.file("second").touch()
+    job, pool = engine.running()
     engine.on("lose")
     q.wait_state(job, "completed")
     assert outcome(q, job) == ("completed", 0, 2, ["lost", "completed"])
@@ -12788,12 +12791,7 @@ def test_a_client_that_dies_takes_its_job_along(q: Queue, engine: Engine) -> Non
 
 
 def test_a_run_that_is_not_surely_gone_stays_until_it_is(q: Queue, engine: Engine) -> None:
-    job = engine.add(
-        "[ -e second ] || { touch begun; sleep 300; }", "--cwd", str(engine.file("")), "--backoff-base", "0.1"
-    )
-    pool = engine.pool()
-    engine.wait_file("begun")
-    engine.file("second").touch()
+    job, pool = engine.running()
     engine.on("down")
     os.kill(engine.client(), signal.SIGKILL)
     said = wait_for(lambda: q.status()["troubles"], what="the ender's words")
@@ -12812,12 +12810,7 @@ def test_a_run_that_is_not_surely_gone_stays_until_it_is(q: Queue, engine: Engin
 
 @pytest.mark.parametrize("switch", ["babbles", "slow"])
 def test_an_ender_that_says_anything_or_is_slow_is_waited_for(q: Queue, engine: Engine, switch: str) -> None:
-    job = engine.add(
-        "[ -e second ] || { touch begun; sleep 300; }", "--cwd", str(engine.file("")), "--backoff-base", "0.1"
-    )
-    pool = engine.pool()
-    engine.wait_file("begun")
-    engine.file("second").touch()
+    job, pool = engine.running()
     engine.on(switch)
     os.kill(engine.client(), signal.SIGKILL)
     if switch == "babbles":
@@ -12952,10 +12945,7 @@ def test_a_time_out_a_cancel_and_a_stop_reach_the_engine(q: Queue, engine: Engin
 
 
 def test_a_stop_asks_an_engine_once_and_leaves_the_rest_to_the_next_pool(q: Queue, engine: Engine) -> None:
-    job = engine.add("[ -e second ] || { touch begun; sleep 300; }", "--cwd", str(engine.file("")))
-    pool = engine.pool()
-    engine.wait_file("begun")
-    engine.file("second").touch()
+    job, pool = engine.running()
     engine.on("down")
     q("worker", "stop", "--now", code=None)
     pool.wait(15)
@@ -13022,12 +13012,7 @@ def test_a_dead_workers_run_that_had_ended_is_recorded_by_its_end_word(q: Queue,
 
 
 def test_a_run_keeps_the_engine_that_it_began_with(q: Queue, engine: Engine) -> None:
-    job = engine.add(
-        "[ -e second ] || { touch begun; sleep 300; }", "--cwd", str(engine.file("")), "--backoff-base", "0.1"
-    )
-    pool = engine.pool()
-    engine.wait_file("begun")
-    engine.file("second").touch()
+    job, pool = engine.running()
     q.quick("queue", "set", "big", "--runner", "echo to another engine; false {}", "--ender", "echo never asked")
     os.kill(engine.client(), signal.SIGKILL)
     wait_for(lambda: q.show(job)["runs"][0]["state"] == "lost", what="the first run's record")
