@@ -5636,17 +5636,8 @@ class Store(Scheduling):
         many, some are made ready instead of a claim, so that the mutex is not held for long. `pool`
         is given if its claims count against --max-jobs.
         """
-        if due <= now:
-            if self.scheduling:  # before _expire: the job of a missed time may have expired
-                self.make_due(now)
-            if self._expire(now):
-                return None
-            made_ready = self.execute(
-                """UPDATE jobs SET ready = 1 WHERE seq IN (SELECT seq FROM jobs
-                    WHERE ready = 0 AND due IS NOT NULL AND due <= ? ORDER BY due LIMIT %d)"""
-                % READY_AT_ONCE, now)
-            if made_ready == READY_AT_ONCE:
-                return None
+        if due <= now and self._make_ready(now):
+            return None
         found = self.next(queues)
         if found is None:
             return None
@@ -5668,6 +5659,18 @@ class Store(Scheduling):
                 WHERE seq = ?""",
             worker, slot, job.place, waited, now, now, now, job.ender, job.word, job.seq)
         return job
+
+    def _make_ready(self, now: int) -> bool:
+        """Do what is due; return whether that was so much that the mutex must be freed now."""
+        if self.scheduling:  # before _expire: the job of a missed time may have expired
+            self.make_due(now)
+        if self._expire(now):
+            return True
+        made_ready = self.execute(
+            """UPDATE jobs SET ready = 1 WHERE seq IN (SELECT seq FROM jobs
+                WHERE ready = 0 AND due IS NOT NULL AND due <= ? ORDER BY due LIMIT %d)"""
+            % READY_AT_ONCE, now)
+        return made_ready == READY_AT_ONCE
 
     def _free_place(self, queue: str) -> int:
         """Return the lowest number from 1 that no running job of a queue has."""
@@ -6762,7 +6765,19 @@ def _settle_lost(store: Store, lost: list[LostRun], pause: Pause, tell: Tell, po
     end_processes(
         lambda: {pid: started for orphans in own for pid, started in orphans().items()},
         store.settings()["kill_grace_seconds"], pause, 1.0)
-    return sum([run.give_back(tell, pool) for run in lost])
+    count = sum([run.give_back(tell, pool) for run in lost])
+    if count:
+        ring_all(store.path)
+    return count
+
+
+def _open_recovery_lock(folder: str) -> int:
+    """Open the file whose lock one recovering process holds. Raises Unavailable."""
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        return open_private(join(folder, "recovery.lock"), os.O_RDWR)
+    except OSError as error:
+        raise Unavailable("%s can't be used: %s" % (folder, error.strerror)) from error
 
 
 def recover(store: Store, pause: Pause, tell: Tell,
@@ -6779,29 +6794,20 @@ def recover(store: Store, pause: Pause, tell: Tell,
     if not isdir(folder) and not store.lost_jobs():
         return 0
     refuse_untrusted(store.path)
-    try:
-        os.makedirs(folder, 0o700, exist_ok=True)
-        lock = open_private(join(folder, "recovery.lock"), os.O_RDWR)
-    except OSError as error:
-        raise Unavailable("%s can't be used: %s" % (folder, error.strerror)) from error
+    lock = _open_recovery_lock(folder)
     try:
         if not system.try_lock(lock):
             return 0
         store.queue_id()
         lost = [LostRun(store, row) for row in store.lost_jobs()]
         here = [run for run in lost if not run.ender]
-        count = _settle_lost(store, here, pause, tell, pool)
         # Those who wait for these jobs don't wait for the engines of others.
-        if count:
-            ring_all(store.path)
-        gone = _ask_engines(lost, pause, leaves)
-        count += _settle_lost(store, gone, pause, tell, pool)
+        count = _settle_lost(store, here, pause, tell, pool)
+        count += _settle_lost(store, _ask_engines(lost, pause, leaves), pause, tell, pool)
         _forget_dead(store)
+        return count
     finally:
         os.close(lock)
-    if count:
-        ring_all(store.path)
-    return count
 
 
 # Sweeping forgets jobs that ended long ago.
