@@ -14563,7 +14563,7 @@ def test_a_run_makes_no_jobs_of_schedules(q: Queue) -> None:
     q("run", "sleep 1.5")
     assert schedules(q)["x"]["made"] == 0
     q.drain()
-    assert schedules(q)["x"]["made"] == 1 and schedules(q)["x"]["missed"] >= 0
+    assert schedules(q)["x"]["made"] >= 1  # two where a second begins while it drains
 
 
 def test_a_storm_over_schedules(q: Queue) -> None:
