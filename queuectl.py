@@ -5118,6 +5118,7 @@ class Endings(Reading):
     """
 
     unsettled = False  # whether the job that ended last here must still take others along
+    with_hooks = True  # whether the end of a job adds jobs of on_end and on_dead
 
     def follow_up(self, seq: int, state: str, settings: Settings, now: int) -> bool:
         """Do what follows from the end of a job; return whether other jobs can start, or ended too.
@@ -5234,7 +5235,7 @@ class Endings(Reading):
         """
         settings = self.settings()
         commands = settings["on_end"], died and settings["on_dead"]
-        if job["queue"] == HOOK_QUEUE or not any(commands):
+        if not self.with_hooks or job["queue"] == HOOK_QUEUE or not any(commands):
             return False
         path = os.fsencode(os.environ.get("PATH", os.defpath))
         caller = path.decode("utf-8", "replace"), 0o077, ""
@@ -6245,6 +6246,7 @@ ANSWER_TIME = 60.0  # seconds that an ender may take
 GONE_AGAIN = 2.0  # seconds between two answers "gone": a submitted job may not be visible before
 SHORTEST_REST, LONGEST_REST_OF_ENDER = 0.1, 10.0  # seconds between other answers
 KILL_TIME = 5.0  # seconds that an engine may take to kill a run
+LINGER_TIME = 5.0  # seconds that a client may go on after the end word
 ENDERS_AT_ONCE = 16  # in recovery
 
 
@@ -6387,7 +6389,7 @@ class Ender:
             self._close()
 
     def _close(self) -> None:
-        system.reap(0)
+        # Its process is not reaped here: that would also take the exit code of a job of this worker.
         for fd in self.pipes:
             os.close(fd)
         self.leader, self.pipes = NOBODY, ()
@@ -6405,6 +6407,7 @@ class EngineRun(Run):
     """
 
     code: int | None = None  # the exit code that the end word has told
+    told_at = FOREVER  # when the end word was found
     begun = False  # whether the start word has come
     killed = False  # whether the ender has found it alive, and so has ended it
     noted = False  # whether the worker has noted that
@@ -6455,6 +6458,14 @@ class EngineRun(Run):
                 self.begun = True
                 if word == b"end 0" or (word != b"start" and not self.killed):
                     self.code = int(word[4:])
+                    self.told_at = min(self.told_at, monotonic())
+
+    def has_ended(self) -> bool:
+        """Tell whether the client has ended, or goes on after the end word.
+
+        A process that the job left behind may hold it: here, such a job has ended, too.
+        """
+        return super().has_ended() or monotonic() > self.told_at + LINGER_TIME
 
     def read(self) -> list[bytes]:
         """Read what the run has printed, without its words."""
@@ -6567,7 +6578,6 @@ def _pool_of(worker: str) -> str:
 #
 #     recovery lock                 one process at a time; the others leave it the work
 #       look for lost jobs          processing, and the life lock of their worker is free
-#       ask their engines           one round; runs that are not surely gone stay as they are
 #       end their processes         SIGTERM, grace, SIGKILL; all together, without the mutex
 #       for each lost job
 #         look again                if a process still lives, the job stays as it is
@@ -6579,6 +6589,8 @@ def _pool_of(worker: str) -> str:
 #     ring every worker
 #
 # * Ending processes takes seconds. Nobody may hold the write mutex so long; hence a lock for this.
+# * An engine that can't be reached takes a minute. So lost runs in engines have a lock of their own,
+#   and a worker asks their engines beside its other work: see EngineRound.
 # * The recovering process may be killed at any moment. Then the job is as it was, or recorded; its
 #   output files are removed with the dead worker's other files.
 # * A person may cancel the job between the look and the record. The record looks again, in its
@@ -6727,37 +6739,6 @@ def _forget_dead(store: Store) -> None:
 LAST_ROUND = 10.0
 
 
-def _ask_engines(lost: list[LostRun], pause: Pause, leaves: Callable[[], Any]) -> list[LostRun]:
-    """Have engines end lost runs, in one round; return those that are surely gone from there.
-
-    The round ends early if the worker `leaves`.
-    """
-    gone: list[LostRun] = []
-    asked = [(run, run.ender) for run in lost if run.ender]
-    while asked and not leaves():
-        busy, left = sum(ender.is_asking() for _, ender in asked), []
-        for run, ender in asked:
-            before = ender.is_asking()
-            if not before and busy >= ENDERS_AT_ONCE:
-                left.append((run, ender))
-            elif ender.is_gone():
-                if ender.counts:
-                    gone.append(run)
-                elif run.end_client(pause):
-                    ender.doubt()
-                    left.append((run, ender))
-            elif not ender.is_asking() and ender.is_stuck(0.0):
-                run.note_trouble(ender.trouble(run.job.id))
-            else:
-                left.append((run, ender))
-            busy += ender.is_asking() - before
-        asked = left
-        pause(SHORTEST_LOOK)
-    for _, ender in asked:
-        ender.stop()
-    return gone
-
-
 def _settle_lost(store: Store, lost: list[LostRun], pause: Pause, tell: Tell, pool: str) -> int:
     """End what is left here of lost runs, and give their jobs back; return how many."""
     # This does not touch the original's processes.
@@ -6771,43 +6752,119 @@ def _settle_lost(store: Store, lost: list[LostRun], pause: Pause, tell: Tell, po
     return count
 
 
-def _open_recovery_lock(folder: str) -> int:
-    """Open the file whose lock one recovering process holds. Raises Unavailable."""
+def _take_recovery_lock(folder: str, name: str) -> int:
+    """Take a lock that one recovering process holds; return -1 if another does.
+
+    Raises Unavailable.
+    """
     try:
         os.makedirs(folder, 0o700, exist_ok=True)
-        return open_private(join(folder, "recovery.lock"), os.O_RDWR)
+        lock = open_private(join(folder, name), os.O_RDWR)
     except OSError as error:
         raise Unavailable("%s can't be used: %s" % (folder, error.strerror)) from error
+    if system.try_lock(lock):
+        return lock
+    os.close(lock)
+    return -1
 
 
-def recover(store: Store, pause: Pause, tell: Tell,
-            pool: str = "", leaves: Callable[[], Any] = lambda: True) -> int:
+def recover(store: Store, pause: Pause, tell: Tell, pool: str = "") -> int:
     """End the processes of lost runs, and give their jobs back; return how many jobs.
 
+    Lost runs in engines stay as they are, for only workers execute anything: see EngineRound.
     `tell` is called with a line for each. If a job has no try left and dies, that counts for a
-    drain of `pool`. A worker asks the engines of lost runs until it `leaves`; other callers don't,
-    for only workers execute anything. Raises QueueError if others could have written the database,
-    for it names the processes that are ended. Raises Unavailable or OSError if it can't be done
-    now.
+    drain of `pool`. Raises QueueError if others could have written the database, for it names the
+    processes that are ended. Raises Unavailable or OSError if it can't be done now.
     """
     folder = folder_path(store.path)
     if not isdir(folder) and not store.lost_jobs():
         return 0
     refuse_untrusted(store.path)
-    lock = _open_recovery_lock(folder)
+    lock = _take_recovery_lock(folder, "recovery.lock")
+    if lock < 0:
+        return 0
     try:
-        if not system.try_lock(lock):
-            return 0
         store.queue_id()
         lost = [LostRun(store, row) for row in store.lost_jobs()]
         here = [run for run in lost if not run.ender]
-        # Those who wait for these jobs don't wait for the engines of others.
         count = _settle_lost(store, here, pause, tell, pool)
-        count += _settle_lost(store, _ask_engines(lost, pause, leaves), pause, tell, pool)
         _forget_dead(store)
         return count
     finally:
         os.close(lock)
+
+
+class EngineRound:
+    """One round of recovery in engines: a worker has them end lost runs, beside its other work.
+
+    `step` must be called again and again until the round `is_over`. A run leaves the round when it
+    is surely gone, or when its engine could not be reached or did not end it; then a later round
+    asks again. One worker at a time does this: it holds `lock` as long as its round lasts.
+    """
+
+    def __init__(self, store: Store, pause: Pause, lock: int):
+        """`pause` sleeps while processes of a run are ended here."""
+        self.store, self.pause, self.lock = store, pause, lock
+        # Read under the lock: the round before may have given back some.
+        lost = [LostRun(store, row) for row in store.lost_jobs() if row["word"]]
+        self.asked = [(run, run.ender) for run in lost if run.ender]
+
+    def is_over(self) -> bool:
+        return not self.asked
+
+    def patience(self) -> float:
+        """Return the seconds for which nobody needs to call `step`."""
+        if self.is_over():
+            return 0.0
+        return max(SHORTEST_LOOK, min(ender.patience() for _, ender in self.asked))
+
+    def step(self, tell: Tell, pool: str) -> int:
+        """Ask whoever is to be asked now; give back the jobs of runs that are gone; return how many.
+
+        `tell` and `pool` are as in `recover`.
+        """
+        busy = sum(ender.is_asking() for _, ender in self.asked)
+        left, gone = [], []
+        for run, ender in self.asked:
+            busy -= ender.is_asking()
+            if busy >= ENDERS_AT_ONCE:
+                left.append((run, ender))
+            elif not ender.is_gone():
+                if ender.is_asking() or not ender.is_stuck(0.0):
+                    left.append((run, ender))
+                else:
+                    run.note_trouble(ender.trouble(run.job.id))
+            elif ender.counts:
+                gone.append(run)
+            elif run.end_client(self.pause):
+                ender.doubt()
+                left.append((run, ender))
+            busy += ender.is_asking()
+        self.asked = left
+        return _settle_lost(self.store, gone, self.pause, tell, pool)
+
+    def stop(self) -> None:
+        """End the round, with the enders that are asked now."""
+        for _, ender in self.asked:
+            ender.stop()
+        os.close(self.lock)
+
+
+def begin_round(store: Store, pause: Pause) -> EngineRound | None:
+    """Begin a round; None if no lost run is in an engine, or if another worker is at it.
+
+    `pause` is as in EngineRound. Raises Unavailable or OSError if it can't be done now.
+    """
+    if not any(row["word"] for row in store.lost_jobs()):
+        return None
+    lock = _take_recovery_lock(folder_path(store.path), "engines.lock")
+    if lock < 0:
+        return None
+    try:
+        return EngineRound(store, pause, lock)
+    except BaseException:
+        os.close(lock)
+        raise
 
 
 # Sweeping forgets jobs that ended long ago.
@@ -6914,7 +6971,7 @@ def take_life_lock(db: str, name: str) -> int:
 
 # How a detached pool drains. Nobody reads its exit code, so it does not count deaths. The pool of a
 # `run` (WHOLE) also waits for jobs that are not due yet; others (DUE) do not. The pool of a `doctor`
-# (PROBING) leaves runs that are not surely gone.
+# (PROBING) leaves runs that are not surely gone, and its jobs set off no hooks.
 DUE, WHOLE, PROBING = "due", "whole", "probing"
 
 WorkerConfig = namedtuple(
@@ -6929,8 +6986,8 @@ must close."""
 class Records:
     """What a worker knows; how it writes messages, commits, and syncs its records.
 
-    A worker has five layers: this one, Turns (between two runs), Attending (one run), Asking (one
-    run in an engine), and Worker (from start to end).
+    A worker has six layers: this one, Turns (between two runs), Recovering (runs of dead workers),
+    Attending (one run), Asking (one run in an engine), and Worker (from start to end).
     """
 
     store: Store
@@ -7199,7 +7256,63 @@ class Turns(Records):
         self.say(line)
 
 
-class Attending(Turns):
+class Recovering(Turns):
+    """Recovery of jobs whose workers have died, now and then, and with engines beside other work."""
+
+    round: EngineRound | None = None
+
+    def patrol(self) -> None:
+        """Now and then while others run jobs: look for workers that died with their supervisor."""
+        began = monotonic()
+        try:
+            others = self.store.holders() - {self.name}
+            self.unpatrolled = bool(others)
+            if not all(is_alive(self.db, name) for name in others):
+                self.recover()
+        except Unavailable:
+            pass  # the next patrol will find the same
+        now = monotonic()
+        interval = self.settings["poll_interval_ms"] / 1000
+        # A process that can't be ended takes seconds; spend as many on work before the next look.
+        self.next_patrol = now + max(1.0, interval, now - began)
+
+    def recover(self) -> None:
+        """Give back lost jobs, and begin a round with the engines of those that run elsewhere."""
+        try:
+            self._have_given_back(recover(self.store, self.bell.wait, self.say, self.pool))
+            if self.round is None:
+                self.round = begin_round(self.store, self.bell.wait)
+        except (Unavailable, OSError):
+            self.unpatrolled = True
+
+    def _have_given_back(self, count: int) -> None:
+        if count:
+            self.seen = -1
+            self.sync_records()
+
+    def ask_engines(self) -> None:
+        """Go on with a round that has begun."""
+        if self.round is None:
+            return
+        try:
+            self._have_given_back(self.round.step(self.say, self.pool))
+            if self.round.is_over():
+                self.stop_round()
+        except (QueueError, OSError):  # a later round finds the same
+            self.stop_round()
+
+    def round_wait(self) -> float:
+        """Return the seconds until `ask_engines` has something to do."""
+        return self.round.patience() if self.round else FOREVER
+
+    def stop_round(self) -> None:
+        """End a round that has begun; what is left is for a later one, of any worker."""
+        if self.round:
+            self.round.stop()
+        self.round, self.unpatrolled = None, True
+
+
+class Attending(Recovering):
     """One run of a claimed job: start it, wait for it, decide when it must end, judge it."""
 
     def execute(self, job: Job) -> RunResult | None:
@@ -7250,7 +7363,8 @@ class Attending(Turns):
     def _attend(self, run: Run) -> RunResult | None:
         """Sleep until the run ends, or until there is a reason to end it."""
         while True:
-            self.bell.wait(min(run.patience(), self._sync_wait()))
+            self.bell.wait(min(run.patience(), self._sync_wait(), self.round_wait()))
+            self.ask_engines()
             if run.has_ended():
                 return self._judge(run)
             if self.unsynced:
@@ -7363,7 +7477,7 @@ class Asking(Attending):
         if run.code is not None:
             ending = ""
         gone = run.code == 0 or self._is_gone(run)
-        if run.code != 0 or not run.has_ended():
+        if run.code != 0 or run.exit_code is None:
             run.end(self.settings["kill_grace_seconds"], self.bell.wait)
         if not gone:
             return None
@@ -7407,7 +7521,8 @@ class Asking(Attending):
             if ender.is_stuck(patience) or monotonic() > deadline:
                 self._leave_run(run, ender, hurry)
                 return False
-            self.bell.wait(min(ender.patience(), self._sync_wait()))
+            self.bell.wait(min(ender.patience(), self._sync_wait(), self.round_wait()))
+            self.ask_engines()
         self.tell_trouble("")
         run.killed = bool(ender and ender.met)
         return True
@@ -7464,9 +7579,10 @@ class Worker(Asking):
         self.commit(self._register)
         self.follow(self.store.pulse()[0])
         # First recover: processes of lost runs must not go on while others lock the database.
-        self._recover()
+        self.recover()
         self.commit(self.start_delays_anew)
         self._loop()
+        self.stop_round()
         self._sync_at_last()
         self._deregister()
         if self.leave == 2:
@@ -7479,6 +7595,7 @@ class Worker(Asking):
             try:
                 store = open_trusted(self.db, self.order.file, patience=TICK)
                 store.scheduling = not self.order.run
+                store.with_hooks = self.order.drain != PROBING
                 store.defer_sync()
                 return store
             except (Unavailable, OSError) as error:
@@ -7526,9 +7643,10 @@ class Worker(Asking):
         while not self.leave:
             if self.sync_failed:
                 self.sync_records()
+            self.ask_engines()
             news = self._has_news()
             if self.unpatrolled and monotonic() >= self.next_patrol:
-                self._patrol()
+                self.patrol()
             self._sweep()
             if news and self._may_claim():
                 job = self.record_and_claim(None)
@@ -7600,7 +7718,7 @@ class Worker(Asking):
     def _idle(self) -> None:
         """Sleep until the bell, a signal, or the exact time of the next retry or schedule."""
         pause = self.settings["poll_interval_ms"] / 1000
-        pause = min(pause, self.next_due / 1000 - time.time())
+        pause = min(pause, self.next_due / 1000 - time.time(), self.round_wait())
         rest = self.rest_until - monotonic()
         if rest > 0:
             pause = min(pause, rest)
@@ -7609,31 +7727,6 @@ class Worker(Asking):
         if self.clock_was_set_back():
             self.commit(self.start_delays_anew)
             self.seen = -1
-
-    # Recovery and sweeping.
-
-    def _patrol(self) -> None:
-        """Now and then while others run jobs: look for workers that died with their supervisor."""
-        began = monotonic()
-        try:
-            others = self.store.holders() - {self.name}
-            self.unpatrolled = bool(others)
-            if not all(is_alive(self.db, name) for name in others):
-                self._recover()
-        except Unavailable:
-            pass  # the next patrol will find the same
-        now = monotonic()
-        interval = self.settings["poll_interval_ms"] / 1000
-        # A process that can't be ended takes seconds; spend as many on work before the next look.
-        self.next_patrol = now + max(1.0, interval, now - began)
-
-    def _recover(self) -> None:
-        try:
-            if recover(self.store, self.bell.wait, self.say, self.pool, lambda: self.leave):
-                self.seen = -1
-                self.sync_records()
-        except (Unavailable, OSError):
-            self.unpatrolled = True
 
     def _sweep(self) -> None:
         now = monotonic()
@@ -9819,6 +9912,7 @@ def try_engine(args: Any) -> int:
         raise QueueError("all queues are paused; `queuectl queue resume` resumes them")
     name = _run_harmless(args, queue)
     store = open_trusted(args.db, tell=complain)
+    store.with_hooks = False
     jobs = list(store.jobs(Selection(queues=(name,))))
     findings = list(_findings_of_engine(store, jobs))
     _forget_harmless(store, name, [job["seq"] for job in jobs])
