@@ -12080,6 +12080,25 @@ def cmd_backup(args: Any) -> None:
     emit("Backed up: %s in %s" % (jobs_in(store), path))
 
 
+def _settle_before_restore(db: str) -> None:
+    """Give back the lost jobs of a database that is to be replaced: the backup knows nothing of them.
+
+    Otherwise a job would run beside what a killed worker has left of it. Raises QueueError if there
+    are runs that can't be ended from here.
+    """
+    left = []
+    try:
+        store = open_trusted(db, tell=complain)
+        recover(store, sleep, complain)
+        left = [row["id"] for row in store.lost_jobs()]
+        store.close()
+    except (QueueError, OSError) as error:
+        complain("%s; what killed workers have left running is not ended" % error)
+    if left:
+        raise QueueError("%s may still be running, and the backup does not know it; `queuectl why "
+                         "%s` says more" % (" ".join(left[:5]), left[0]))
+
+
 @subcommand(
     "restore", "put a backup in the database's place",
     "\nqueuectl worker stop\nqueuectl restore /mnt/queue-backup.db\n",
@@ -12092,6 +12111,8 @@ def cmd_restore(args: Any) -> None:
     if not is_queue(args.file):
         raise QueueError("%s is not a backup of a queue" % args.file)
     make_folder(dirname(args.db))
+    if exists(args.db):
+        _settle_before_restore(args.db)
     kept = put_in_place(abspath(args.file), args.db)
     emit("Restored: %s from %s" % (jobs_in(args.store), args.file))
     if kept:

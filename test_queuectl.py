@@ -6391,6 +6391,20 @@ def test_a_backup_is_restored(q: Queue, damage: str) -> None:
         assert len(q("list", "--json", "--db", kept).json()) == 4
 
 
+def test_a_restored_job_does_not_run_beside_what_a_killed_worker_left(q: Queue) -> None:
+    q.add("echo begin >>log; [ -e again ] || { touch again; sleep 300; }; echo end >>log", "--id", "a")
+    pool = q.pool()
+    q.wait_file("again")
+    q("backup", "b.db")
+    for pid in [pool.process.pid, *children(pool.process.pid)]:
+        kill(pid, signal.SIGKILL)
+    pool.wait()
+    assert "a was lost with its worker" in q("restore", "b.db").err
+    assert not q.processes()
+    q.drain()
+    assert q.lines("log") == ["begin", "begin", "end"]
+
+
 def test_only_a_backup_is_restored(q: Queue) -> None:
     (q.work / "notes.txt").write_text("x" * 5000)
     assert "not a backup" in q.fails("restore", "notes.txt").err
@@ -8236,7 +8250,7 @@ nth = int(sys.argv.pop(1))
 calls = []
 def killing(real):
     def call(*args, **options):
-        calls.append(1)
+        calls.extend(args[:1] if ".db.d/" not in str(args[0]) else ())
         if len(calls) == nth:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **options)
@@ -13022,6 +13036,20 @@ def test_nobody_waits_for_the_engine_of_a_lost_run(q: Queue, engine: Engine) -> 
     q.wait_state(lost, "completed")
     assert outcome(q, lost) == ("completed", 0, 2, ["lost", "completed"])
     assert engine.stop(pool) == 0
+
+
+def test_no_backup_replaces_a_queue_whose_lost_run_is_in_an_engine(q: Queue, engine: Engine) -> None:
+    lost, pool = engine.running()
+    q("backup", "b.db")
+    os.kill(first_inside(pool), signal.SIGKILL)
+    pool.wait()
+    assert f"{lost} may still be running" in q.fails("restore", "b.db").err
+    pool = engine.pool("--queue", "none")
+    wait_for(lambda: q.state(lost) != "processing")
+    assert engine.stop(pool) == 0
+    q("restore", "b.db")
+    engine.drain()
+    assert (q.state(lost), len(engine.log("start"))) == ("completed", 2)
 
 
 def test_an_engine_that_says_gone_and_then_fails_has_confirmed_nothing(q: Queue, engine: Engine) -> None:
