@@ -6080,6 +6080,11 @@ def native_items(texts: dict[str, str]) -> Env:
     return {system.native(name): system.native(value) for name, value in texts.items()}
 
 
+def with_folder(environment: JobEnvironment) -> JobEnvironment:
+    """Return an environment in which a command can start here, though its folder may be gone."""
+    return environment if isdir(environment.cwd) else environment._replace(cwd="/")
+
+
 class Run:
     """One run of a claimed job: its shell, its deadline, its output, its end."""
 
@@ -6100,8 +6105,15 @@ class Run:
 
     def start(self, environment: JobEnvironment, db: str, shell: str) -> str:
         """Start the command in its environment; return why that failed, or ""."""
+        return self.spawn(self.with_variables(environment, db), shell)
+
+    def with_variables(self, environment: JobEnvironment, db: str) -> JobEnvironment:
+        env = {**environment.env, **native_items(self.variables(db))}
+        return environment._replace(env=env)
+
+    def spawn(self, environment: JobEnvironment, shell: str) -> str:
+        """Start the command; return why that failed, or ""."""
         cwd, umask, env = environment
-        env = {**env, **native_items(self.variables(db))}
         try:
             first = system.ticks()
             self.pid = system.spawn(self.command, shell, env, cwd, umask,
@@ -6306,9 +6318,7 @@ class Ender:
         return self._judge()
 
     def _ask(self) -> None:
-        cwd, umask, env = self.environment
-        if not isdir(cwd):  # the job may have removed it
-            cwd = "/"
+        cwd, umask, env = with_folder(self.environment)  # the job may have removed it
         name = "KILL" if monotonic() >= self.kill_at else "TERM"
         env = {**env, **native_items({"QUEUECTL_SIGNAL": name})}
         self.asked_at, self.closed = monotonic(), False
@@ -6419,11 +6429,7 @@ class EngineRun(Run):
 
     def prepare(self, environment: JobEnvironment, db: str) -> None:
         """Take the environment of client and ender. The folder may exist in the engine only."""
-        cwd, umask, env = environment
-        if not isdir(cwd):
-            cwd = "/"
-        env = {**env, **native_items(self.variables(db))}
-        self.environment = JobEnvironment(cwd, umask, env)
+        self.environment = with_folder(self.with_variables(environment, db))
 
     def start(self, environment: JobEnvironment, db: str, shell: str) -> str:
         """Start the runner with the job as one word; return why that failed, or ""."""
@@ -6437,7 +6443,7 @@ class EngineRun(Run):
                  shell, command]
         job = "exec " + " ".join(map(in_quotes, words))
         self.command = self.job.runner.replace("{}", in_quotes(job))
-        return super().start(self.environment, db, system.shell)
+        return self.spawn(self.environment, system.shell)
 
     def ender(self, grace: float) -> Ender | None:
         """Return what ends this run in its engine; None if it dies with its client."""
