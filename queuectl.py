@@ -6218,7 +6218,8 @@ class Run:
 # perhaps on another node with the same home: the folder that mkdir makes prevents a second run. One
 # run in 256 removes the folders of runs that began more than a month ago. The wrapper outlives the
 # SIGTERM of an engine that ends all processes of a run: without their parent, an engine may lose
-# sight of those that go on. The command gets the signal as if there were no trap.
+# sight of those that go on. The command gets the signal as if there were no trap. The word is then
+# `cut`: if an engine signals a child before its shell, the shell goes on, perhaps to exit code 0.
 WRAPPER = """\
 say() {
     printf '\\n<queuectl %s %s>\\n' "$run" "$1" >&2
@@ -6235,7 +6236,8 @@ if ! mkdir "$begun" 2>/dev/null && test -d "$begun"; then
     echo "queuectl: the engine has started $run again; it does not run twice" >&2
     exit 1
 fi
-trap : TERM
+word=end
+trap 'word=cut' TERM
 say start
 umask "$2"
 if cd -- "$1"; then
@@ -6245,11 +6247,11 @@ else
     echo "queuectl: can't start in the folder $1" >&2
     code=126
 fi
-say "end $code"
+say "$word $code"
 exit "$code"
 """
 # Before and after a word there is the same kind of line end; a CR before may be the job's own.
-WORD = rb"(\r?\n)?<queuectl %s (start|end \d+)>(?(1)\1|\r?\n?)"
+WORD = rb"(\r?\n)?<queuectl %s (start|(?:end|cut) \d+)>(?(1)\1|\r?\n?)"
 # Bytes at both ends of a client's streams in which words are sought; they are never cut.
 WORDS_WITHIN = 1 << 16
 # `echo` tells the ender's exit code, for a worker may have reaped its process with others.
@@ -6419,8 +6421,9 @@ class EngineRun(Run):
     code: int | None = None  # the exit code that the end word has told
     told_at = FOREVER  # when the end word was found
     begun = False  # whether the start word has come
-    killed = False  # whether the ender has found it alive, and so has ended it
     noted = False  # whether the worker has noted that
+    asked = False  # whether an ender was asked, which may have sent it a SIGTERM
+    killed = False  # whether it lived when an ender was asked: words that come later are not its own
     held = False  # whether its queue starts no more jobs until it is surely gone
 
     def __init__(self, job: Job, worker: str, slot: OutputFiles, limit: int):
@@ -6449,22 +6452,26 @@ class EngineRun(Run):
         """Return what ends this run in its engine; None if it dies with its client."""
         if self.job.ender is None:
             return None
+        self.asked = True
         return Ender(self.job.ender, self.environment, grace, self.leader)
 
     def look(self) -> None:
-        """Read the words that have come; a client with a terminal writes them to its stdout.
-
-        After the ender has ended the run, an exit code of a failure is not the job's own.
-        """
+        """Read the words that have come; a client with a terminal writes them to its stdout."""
         # A job that truncates its stderr takes the start word away.
         self.begun = self.begun or self.slot.emptied[1]
         for path in self.slot.paths:
             ends = read_beside(path, b"", ends_of)
             for _, word in re.findall(WORD % self.name.encode(), ends):
                 self.begun = True
-                if word == b"end 0" or (word != b"start" and not self.killed):
+                if self._is_own(word):
                     self.code = int(word[4:])
                     self.told_at = min(self.told_at, monotonic())
+
+    def _is_own(self, word: bytes) -> bool:
+        """Tell whether a word tells the job's own exit code, and not that of its end by an ender."""
+        if self.killed or word == b"start":
+            return False
+        return word.startswith(b"end") or not self.asked
 
     def has_ended(self) -> bool:
         """Tell whether the client has ended, or goes on after the end word.
@@ -6635,6 +6642,7 @@ class LostRun:
         self.engine = EngineRun(job, self.worker, self.slot, output_limit(settings, job.queue))
         self.engine.prepare(job_environment(store, job.context), store.path)
         self.engine.leader = leader
+        self.engine.asked = True  # perhaps, by its worker or by recovery that was cut off
         self.engine.look()
         # Its engine may be gone for ever: a person has taken the runner away, and cancels the job.
         if self.row["cancel"] and not store.queue(job.queue)["runner"]:
@@ -6706,7 +6714,8 @@ class LostRun:
         """Return how the run ended: ending, reason, whether it is final."""
         engine = self.engine
         if engine:
-            engine.killed = bool(self.ender and self.ender.met)
+            # Its engine may have signalled a child before the shell, which then went on to its end.
+            engine.killed = bool(self.ender)
             engine.look()
             # Recovery that was cut off may have ended the run.
             if engine.code not in (None, *SHUTDOWN_CODES):

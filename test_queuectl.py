@@ -12426,11 +12426,21 @@ def start(name):
                                          start_new_session=True, env=env)
 
 def send(name, number):
+    if number and os.path.exists("child"):  # its shell goes on
+        group = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and group_of(int(pid)) == running[name].pid]
+        os.kill(max(group), number)
+        return True
     try:
         os.killpg(running[name].pid, number)
     except ProcessLookupError:
         return False
     return True
+
+def group_of(pid):
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
 
 def serve():
     while True:
@@ -13006,6 +13016,31 @@ def test_worker_pool_and_client_may_die_together(q: Queue, engine: Engine, down:
     for job in jobs:
         assert outcome(q, job) == ("completed", 0, 2, ["lost", "completed"])
     assert engine.stop(next_pool) == 0
+
+
+def test_a_shell_that_goes_on_when_its_engine_kills_its_child_has_not_completed(q: Queue, engine: Engine) -> None:
+    """As Slurm does, which signals children first: the job then ends with 0, but not by itself."""
+    job = engine.add("[ -e second ] || { touch begun; sleep 300; }; echo on", "--cwd", str(engine.file("")),
+                     "--backoff-base", "0.1")  # fmt: skip
+    pool = engine.pool()
+    engine.wait_file("begun")
+    engine.file("second").touch()
+    engine.on("child")
+    (worker,) = beasts_below(first_inside(pool))
+    worker.signal(signal.SIGKILL)
+    q.wait_state(job, "completed")
+    assert outcome(q, job) == ("completed", 0, 2, ["lost", "completed"])
+    assert engine.stop(pool) == 0
+
+
+def test_a_word_after_a_sigterm_is_believed_if_no_ender_was_asked(q: Queue, engine: Engine) -> None:
+    """An engine may end a job by itself, for example because its time is over; then its exit code counts."""
+    signalled = "trap 'exit %d' TERM; kill -TERM $PPID; kill -TERM $$; exit 1"
+    graceful, failed = engine.add(signalled % 0), engine.add(signalled % 3, "--max-retries", "1")
+    engine.drain(2)
+    assert outcome(q, graceful) == ("completed", 0, 1, ["completed"])
+    assert outcome(q, failed) == ("dead", 3, 1, ["failed"])
+    assert "cut" not in q("logs", graceful).out
 
 
 def enders(q: Queue) -> list[int]:
