@@ -5950,7 +5950,7 @@ def fold_log(db: str) -> None:
     old = sqlite3.connect(db, isolation_level=None)
     try:
         old.execute(CHECKPOINT).fetchall()
-    except sqlite3.Error:
+    except (sqlite3.Error, UnicodeDecodeError):  # the latter from a message about a damaged schema
         pass
     finally:
         old.close()
@@ -12095,20 +12095,34 @@ def cmd_backup(args: Any) -> None:
     emit("Backed up: %s in %s" % (jobs_in(store), path))
 
 
-def _settle_before_restore(db: str) -> None:
-    """Give back the lost jobs of a database that is to be replaced: the backup knows nothing of them.
+def _recover_before_restore(db: str) -> list[str]:
+    """Give back the lost jobs of a database that is to be replaced; return those that may still run.
 
     Otherwise a job would run beside what a killed worker has left of it. Raises QueueError if there
     are runs that can't be ended from here.
     """
-    left = []
     try:
         store = open_trusted(db, tell=complain)
-        recover(store, sleep, complain)
-        left = [row["id"] for row in store.lost_jobs()]
-        store.close()
-    except (QueueError, OSError) as error:
-        complain("%s; what killed workers have left running is not ended" % error)
+        try:
+            recover(store, sleep, complain)
+            left = [row["id"] for row in store.lost_jobs() if store.is_own(row["worker"])]
+            if left and store.damage():
+                raise QueueError("%s is damaged" % db)
+            return left
+        finally:
+            store.close()
+    except Exception as error:  # what is read from a damaged database may raise any
+        complain("what killed workers have left running is not ended: %s" % error)
+        return []
+
+
+def _settle_before_restore(db: str) -> None:
+    """End what killed workers have left running: the backup knows nothing of it.
+
+    Otherwise a job would run beside what is left of it. Raises QueueError if there are runs that
+    can't be ended from here.
+    """
+    left = _recover_before_restore(db)
     if left:
         raise QueueError("%s may still be running, and the backup does not know it; `queuectl why "
                          "%s` says more" % (" ".join(left[:5]), left[0]))

@@ -6405,6 +6405,44 @@ def test_a_restored_job_does_not_run_beside_what_a_killed_worker_left(q: Queue) 
     assert q.lines("log") == ["begin", "begin", "end"]
 
 
+@pytest.mark.parametrize("damage", ["text", "settings", "page", "schema"])
+def test_a_damaged_database_is_replaced_though_nobody_can_end_what_it_has_running(
+    q: Queue, unshare: list[str], damage: str
+) -> None:
+    """Whatever is read from it may be of any kind. If its lost run is in an engine, no worker can end that any more."""
+    q.add("true", "--id", "old")
+    q("backup", "b.db")
+    lost_in_an_engine(q, unshare, "echo it lives")
+    db = sqlite3.connect(str(q.db))
+    if damage == "text":
+        db.execute("UPDATE jobs SET worker = NULL")
+    elif damage == "settings":
+        db.execute("INSERT INTO settings VALUES ('poll_interval_ms', '{')")
+    else:
+        change = "rootpage = 2" if damage == "page" else "name = CAST(x'ff' AS TEXT), sql = 'CREATE'"
+        db.execute("PRAGMA writable_schema = 1")
+        db.execute(f"UPDATE sqlite_master SET {change} WHERE name = 'jobs_expiring'")
+    db.commit()
+    db.close()
+    done = q("restore", "b.db")
+    assert "what killed workers have left running is not ended" in done.err
+    assert q.states() == {"old": "pending"}
+
+
+def test_a_copy_is_replaced_while_jobs_of_the_original_run(q: Queue) -> None:
+    q.add("touch begun; sleep 300", "--id", "a")
+    with q.working():
+        q.wait_file("begun")
+        q("backup", "b.db")
+        copy = q.folder / "copy" / "queue.db"
+        copy.parent.mkdir(mode=0o700)
+        shutil.copy(q.db, copy)
+        shutil.copy(f"{q.db}-wal", f"{copy}-wal")
+        q("restore", "b.db", "--db", str(copy))
+        assert q.state("a") == "processing"
+        q("cancel", "a", code=None)
+
+
 def test_only_a_backup_is_restored(q: Queue) -> None:
     (q.work / "notes.txt").write_text("x" * 5000)
     assert "not a backup" in q.fails("restore", "notes.txt").err
@@ -13071,6 +13109,19 @@ def test_nobody_waits_for_the_engine_of_a_lost_run(q: Queue, engine: Engine) -> 
     q.wait_state(lost, "completed")
     assert outcome(q, lost) == ("completed", 0, 2, ["lost", "completed"])
     assert engine.stop(pool) == 0
+
+
+def lost_in_an_engine(q: Queue, unshare: list[str], ender: str, count: int = 1, *options: str) -> list[str]:
+    """Jobs of a queue `far` whose workers and clients were killed; the ender alone says what is still there."""
+    q.quick("queue", "set", "far", "--runner", "sh -c {}", "--ender", ender)
+    jobs = [q.add(f"echo $QUEUECTL_RUN >far{number}; sleep 300", "--queue", "far", "--backoff-base", "300", *options)
+            for number in range(count)]  # fmt: skip
+    pool = q.launch([*unshare, *q.program, "worker", "start", "--queue", "far", "--count", str(count)])
+    for number in range(count):
+        q.wait_file(f"far{number}")
+    os.kill(first_inside(pool), signal.SIGKILL)
+    pool.wait()
+    return jobs
 
 
 def test_no_backup_replaces_a_queue_whose_lost_run_is_in_an_engine(q: Queue, engine: Engine) -> None:
