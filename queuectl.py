@@ -5118,7 +5118,7 @@ class Endings(Reading):
     """
 
     unsettled = False  # whether the job that ended last here must still take others along
-    with_hooks = True  # whether the end of a job adds jobs of on_end and on_dead
+    hookless = ""  # the queue whose jobs add none of on_end and on_dead when they end
 
     def follow_up(self, seq: int, state: str, settings: Settings, now: int) -> bool:
         """Do what follows from the end of a job; return whether other jobs can start, or ended too.
@@ -5235,7 +5235,7 @@ class Endings(Reading):
         """
         settings = self.settings()
         commands = settings["on_end"], died and settings["on_dead"]
-        if not self.with_hooks or job["queue"] == HOOK_QUEUE or not any(commands):
+        if job["queue"] in (HOOK_QUEUE, self.hookless) or not any(commands):
             return False
         path = os.fsencode(os.environ.get("PATH", os.defpath))
         caller = path.decode("utf-8", "replace"), 0o077, ""
@@ -7610,7 +7610,8 @@ class Worker(Asking):
             try:
                 store = open_trusted(self.db, self.order.file, patience=TICK)
                 store.scheduling = not self.order.run
-                store.with_hooks = self.order.drain != PROBING
+                if self.order.drain == PROBING:
+                    store.hookless = self.order.queues[0]
                 store.defer_sync()
                 return store
             except (Unavailable, OSError) as error:
@@ -9927,7 +9928,7 @@ def try_engine(args: Any) -> int:
         raise QueueError("all queues are paused; `queuectl queue resume` resumes them")
     name = _run_harmless(args, queue)
     store = open_trusted(args.db, tell=complain)
-    store.with_hooks = False
+    store.hookless = name
     jobs = list(store.jobs(Selection(queues=(name,))))
     findings = list(_findings_of_engine(store, jobs))
     _forget_harmless(store, name, [job["seq"] for job in jobs])

@@ -13285,6 +13285,20 @@ def test_run_in_a_queue_uses_its_engine(q: Queue, engine: Engine) -> None:
     assert len(engine.log("start")) == 2
 
 
+def test_doctor_takes_no_hooks_from_other_jobs(q: Queue) -> None:
+    """Its workers also give back lost jobs, and cancel those that have expired."""
+    q.quick("queue", "set", "big", "--runner", "sh -c {}", "--ender", "none")
+    q.add("touch begun; sleep 300", "--max-retries", "1")
+    pool = q.pool()
+    q.wait_file("begun")
+    for pid in [pool.process.pid, *children(pool.process.pid)]:
+        kill(pid, signal.SIGKILL)
+    pool.wait()
+    q.set("on_dead", "echo hook")
+    q("doctor", "--queue", "big")
+    assert [job["command"] for job in q.jobs()] == ["touch begun; sleep 300", "echo hook"]
+
+
 def test_doctor_tries_an_engine_step_by_step(q: Queue, engine: Engine) -> None:
     asked = [*engine.unshare, *q.program, "doctor", "--queue", "big"]
     q.set("on_dead", "true")
