@@ -6262,6 +6262,7 @@ SHORTEST_REST, LONGEST_REST_OF_ENDER = 0.1, 10.0  # seconds between other answer
 KILL_TIME = 5.0  # seconds that an engine may take to kill a run
 LINGER_TIME = 5.0  # seconds that a client may go on after the end word
 ENDERS_AT_ONCE = 16  # in recovery
+STEP_TIME = 0.2  # seconds after which a step of recovery looks at no other run
 
 
 def ends_of(fd: int) -> bytes:
@@ -6287,6 +6288,7 @@ class Ender:
     leader = NOBODY  # the process of the ender that is asked now
     gone_since = FOREVER  # when it first said that the run is gone
     next_ask, nap = 0.0, SHORTEST_REST
+    kill_at = FOREVER  # from when on it is asked to kill
     pipes: Sequence[int] = ()
     out = err = b""  # what the ender that is asked now has printed
     said = ""  # why the run is not surely gone, in the ender's own words
@@ -6298,7 +6300,7 @@ class Ender:
     def __init__(self, command: str, environment: JobEnvironment, grace: float, leader: Leader):
         self.command, self.environment = ASK % command, environment
         self.client = members_of("/", (), leader)  # its session: no run's name begins with a slash
-        self.kill_at, self.since = monotonic() + grace, show_time(now_millis())
+        self.grace, self.since = grace, show_time(now_millis())
 
     def is_gone(self) -> bool:
         """Ask if it is time, or read the answer; return whether the run is surely gone."""
@@ -6321,6 +6323,8 @@ class Ender:
 
     def _ask(self) -> None:
         cwd, umask, env = with_folder(self.environment)  # the job may have removed it
+        # The grace begins now: in recovery, a run may have waited for its turn to be asked about.
+        self.kill_at = min(self.kill_at, monotonic() + self.grace)
         name = "KILL" if monotonic() >= self.kill_at else "TERM"
         env = {**env, **native_items({"QUEUECTL_SIGNAL": name})}
         self.asked_at, self.closed = monotonic(), False
@@ -6720,7 +6724,8 @@ class LostRun:
             # Recovery that was cut off may have ended the run.
             if engine.code not in (None, *SHUTDOWN_CODES):
                 return verdict(self.job, engine.code, settings)
-        if self.row["cancel"]:
+        # A person may have cancelled it while its engine was asked.
+        if self.store.orders_of(self.job.seq)[0]:
             return CANCELLED, "cancelled", False
         if not self.own:
             return STOPPED, "it ran in the queue that this one was copied from", False
@@ -6754,13 +6759,14 @@ def _forget_dead(store: Store) -> None:
 LAST_ROUND = 10.0
 
 
-def _settle_lost(store: Store, lost: list[LostRun], pause: Pause, tell: Tell, pool: str) -> int:
+def _settle_lost(store: Store, lost: list[LostRun], grace: float,
+                 pause: Pause, tell: Tell, pool: str) -> int:
     """End what is left here of lost runs, and give their jobs back; return how many."""
     # This does not touch the original's processes.
     own = [run.orphans for run in lost if run.own]
     end_processes(
         lambda: {pid: started for orphans in own for pid, started in orphans().items()},
-        store.settings()["kill_grace_seconds"], pause, 1.0)
+        grace, pause, 1.0)
     count = sum([run.give_back(tell, pool) for run in lost])
     if count:
         ring_all(store.path)
@@ -6802,7 +6808,8 @@ def recover(store: Store, pause: Pause, tell: Tell, pool: str = "") -> int:
         store.queue_id()
         lost = [LostRun(store, row) for row in store.lost_jobs()]
         here = [run for run in lost if not run.ender]
-        count = _settle_lost(store, here, pause, tell, pool)
+        grace = store.settings()["kill_grace_seconds"]
+        count = _settle_lost(store, here, grace, pause, tell, pool)
         _forget_dead(store)
         return count
     finally:
@@ -6839,10 +6846,12 @@ class EngineRound:
         `tell` and `pool` are as in `recover`.
         """
         busy = sum(ender.is_asking() for _, ender in self.asked)
-        left, gone = [], []
+        gone: list[LostRun] = []
+        left, end = [], monotonic() + STEP_TIME
         for run, ender in self.asked:
             busy -= ender.is_asking()
-            if busy >= ENDERS_AT_ONCE:
+            # To look for the processes of each takes long, and this worker's own run can't wait.
+            if busy >= ENDERS_AT_ONCE or gone or monotonic() > end:
                 left.append((run, ender))
             elif not ender.is_gone():
                 if ender.is_asking() or not ender.is_stuck(0.0):
@@ -6856,7 +6865,8 @@ class EngineRound:
                 left.append((run, ender))
             busy += ender.is_asking()
         self.asked = left
-        return _settle_lost(self.store, gone, self.pause, tell, pool)
+        # What is left here of their clients gets no grace: this worker's own run can't wait.
+        return _settle_lost(self.store, gone, 0.0, self.pause, tell, pool)
 
     def stop(self) -> None:
         """End the round, with the enders that are asked now."""

@@ -13124,6 +13124,76 @@ def lost_in_an_engine(q: Queue, unshare: list[str], ender: str, count: int = 1, 
     return jobs
 
 
+ASKING_ONE_AT_A_TIME = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import queuectl
+queuectl.ENDERS_AT_ONCE = 1
+sys.exit(queuectl.main())
+"""
+
+
+def test_a_lost_run_that_waits_for_its_turn_is_first_asked_to_end(q: Queue, unshare: list[str]) -> None:
+    q.set("kill_grace_seconds", "0.5")
+    ender = f"cd {q.work}; [ -e $QUEUECTL_RUN ] || echo $QUEUECTL_SIGNAL >$QUEUECTL_RUN; sleep 0.8"
+    jobs = lost_in_an_engine(q, unshare, ender, 3)
+    pool = q.launch([*q.program[:-1], "-c", ASKING_ONE_AT_A_TIME, PROGRAM.parent, "worker", "start"])
+    for job in jobs:
+        q.wait_state(job, "failed", 40)
+    assert [file.read_text() for file in q.work.glob("*_*")] == ["TERM\n"] * 3
+    q("worker", "stop")
+    assert pool.wait() == 0
+
+
+def test_a_lost_run_that_is_cancelled_while_its_ender_is_asked_is_cancelled(q: Queue, unshare: list[str]) -> None:
+    ender = f"cd {q.work}; touch asked; until [ -e go ]; do sleep 0.05; done"
+    (job,) = lost_in_an_engine(q, unshare, ender, 1, "--max-retries", "1")
+    with q.working():
+        q.wait_file("asked")
+        q("cancel", job, code=None)
+        (q.work / "go").touch()
+        wait_for(lambda: q.state(job) != "processing")
+    assert q.state(job) == "cancelled"
+
+
+TELLING_OF_STEPS = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+steps = sys.argv.pop(1)
+import queuectl
+real = queuectl.EngineRound.step
+def step(self, *args):
+    count = real(self, *args)
+    with open(steps, "a") as file:
+        file.write("%d\\n" % count)
+    return count
+queuectl.EngineRound.step = step
+sys.exit(queuectl.main())
+"""
+
+
+def test_a_worker_gives_back_one_lost_run_at_a_time(q: Queue, unshare: list[str]) -> None:
+    """To look for its processes takes long on a machine that has many; the worker's own run would wait so long."""
+    jobs = lost_in_an_engine(q, unshare, "sleep 0.5", 6)
+    pool = q.launch([*q.program[:-1], "-c", TELLING_OF_STEPS, PROGRAM.parent, q.work / "steps", "worker", "start"])
+    for job in jobs:
+        q.wait_state(job, "failed")
+    q("worker", "stop")
+    assert pool.wait() == 0
+    assert sorted(q.lines("steps"))[-7:] == ["0"] + ["1"] * 6
+
+
+def test_what_is_left_of_a_lost_client_gets_no_grace(q: Queue, unshare: list[str]) -> None:
+    """The worker that recovers it can't wait so long: it may run another job meanwhile."""
+    q.set("kill_grace_seconds", "600")
+    (job,) = lost_in_an_engine(q, unshare, f"touch {q.work}/asked")
+    stubborn = "trap '' TERM; touch trapped; while :; do sleep 0.1; done"
+    q.launch(["sh", "-c", stubborn], {"QUEUECTL_RUN": q.lines("far0")[0]})
+    q.wait_file("trapped")
+    with q.working():
+        q.wait_state(job, "failed")
+
+
 def test_no_backup_replaces_a_queue_whose_lost_run_is_in_an_engine(q: Queue, engine: Engine) -> None:
     lost, pool = engine.running()
     q("backup", "b.db")
