@@ -6260,7 +6260,8 @@ ANSWER_TIME = 60.0  # seconds that an ender may take
 GONE_AGAIN = 2.0  # seconds between two answers "gone": a submitted job may not be visible before
 SHORTEST_REST, LONGEST_REST_OF_ENDER = 0.1, 10.0  # seconds between other answers
 KILL_TIME = 5.0  # seconds that an engine may take to kill a run
-LINGER_TIME = 5.0  # seconds that a client may go on after the end word
+LINGER_TIME = 5.0  # seconds that a client may go on after the end word without any output
+LONGEST_LINGER = 60.0  # seconds that it may go on after the end word
 ENDERS_AT_ONCE = 16  # in recovery
 STEP_TIME = 0.2  # seconds after which a step of recovery looks at no other run
 
@@ -6424,6 +6425,7 @@ class EngineRun(Run):
 
     code: int | None = None  # the exit code that the end word has told
     told_at = FOREVER  # when the end word was found
+    silent_since, heard = FOREVER, -1  # after the end word: since when `printed` is the same
     begun = False  # whether the start word has come
     noted = False  # whether the worker has noted that
     asked = False  # whether an ender was asked, which may have sent it a SIGTERM
@@ -6470,6 +6472,8 @@ class EngineRun(Run):
                 if self._is_own(word):
                     self.code = int(word[4:])
                     self.told_at = min(self.told_at, monotonic())
+        if self.code is not None and self.heard != self.printed:
+            self.heard, self.silent_since = self.printed, monotonic()
 
     def _is_own(self, word: bytes) -> bool:
         """Tell whether a word tells the job's own exit code, and not that of its end by an ender."""
@@ -6480,9 +6484,11 @@ class EngineRun(Run):
     def has_ended(self) -> bool:
         """Tell whether the client has ended, or goes on after the end word.
 
-        A process that the job left behind may hold it: here, such a job has ended, too.
+        A process that the job left behind may hold it: here, such a job has ended, too. But a slow
+        line may bring the rest of stdout long after the word, which came by stderr.
         """
-        return super().has_ended() or monotonic() > self.told_at + LINGER_TIME
+        last = min(self.silent_since + LINGER_TIME, self.told_at + LONGEST_LINGER)
+        return super().has_ended() or monotonic() > last
 
     def read(self) -> list[bytes]:
         """Read what the run has printed, without its words."""
@@ -12109,8 +12115,7 @@ def cmd_backup(args: Any) -> None:
 def _recover_before_restore(db: str) -> list[str]:
     """Give back the lost jobs of a database that is to be replaced; return those that may still run.
 
-    Otherwise a job would run beside what a killed worker has left of it. Raises QueueError if there
-    are runs that can't be ended from here.
+    If the database is damaged, nobody can end them any more: then there is only a warning.
     """
     try:
         store = open_trusted(db, tell=complain)

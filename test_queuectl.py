@@ -13225,6 +13225,23 @@ def test_an_engine_that_says_gone_and_then_fails_has_confirmed_nothing(q: Queue,
     assert engine.stop(pool) == 0
 
 
+def test_output_that_comes_long_after_the_end_word_is_waited_for(q: Queue) -> None:
+    """A slow line brings it; the word came by stderr."""
+    runner = "sh -c {} >out; for i in 1 2 3 4 5 6 7 8; do sleep 1; echo $i; done"
+    q.quick("queue", "set", "big", "--runner", runner, "--ender", "none")
+    job = q.add("true", "--queue", "big")
+    q.drain()
+    assert q.show(job)["runs"][0]["stdout"].split() == list("12345678")
+
+
+def test_a_job_has_ended_with_its_end_word_though_a_daemon_never_stops_printing(q: Queue) -> None:
+    (q.work / "short.py").write_text(ASKING_ONE_AT_A_TIME.replace("ENDERS_AT_ONCE", "LONGEST_LINGER"))
+    q.quick("queue", "set", "big", "--runner", "sh -c {}; while sleep 0.2; do echo; done", "--ender", "none")
+    job = q.add("true", "--queue", "big")
+    assert q.run([*q.program[:-1], "short.py", PROGRAM.parent, "worker", "start", "--drain"]).code == 0
+    assert outcome(q, job) == ("completed", 0, 1, ["completed"])
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_job_has_ended_with_its_end_word_though_a_daemon_holds_its_client(
     q: Queue, engine: Engine, code: int
