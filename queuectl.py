@@ -12144,13 +12144,17 @@ def _settle_before_restore(db: str) -> None:
                          "%s` says more" % (" ".join(left[:5]), left[0]))
 
 
+def _refuse_workers(db: str) -> None:
+    if anyone_alive(db):
+        raise QueueError("workers still use %s; `queuectl worker stop` first" % db)
+
+
 @subcommand(
     "restore", "put a backup in the database's place",
     "\nqueuectl worker stop\nqueuectl restore /mnt/queue-backup.db\n",
     option("file FILE", "the backup"))
 def cmd_restore(args: Any) -> None:
-    if anyone_alive(args.db):
-        raise QueueError("workers still use %s; `queuectl worker stop` first" % args.db)
+    _refuse_workers(args.db)
     if not isfile(args.file):
         raise QueueError("there is no file %s" % args.file)
     if not is_queue(args.file):
@@ -12158,6 +12162,7 @@ def cmd_restore(args: Any) -> None:
     make_folder(dirname(args.db))
     if exists(args.db):
         _settle_before_restore(args.db)
+        _refuse_workers(args.db)  # that took a while, and a pool may have been started
     kept = put_in_place(abspath(args.file), args.db)
     emit("Restored: %s from %s" % (jobs_in(args.store), args.file))
     if kept:

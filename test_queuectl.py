@@ -6443,6 +6443,23 @@ def test_a_copy_is_replaced_while_jobs_of_the_original_run(q: Queue) -> None:
         q("cancel", "a", code=None)
 
 
+def test_a_pool_that_starts_while_a_restore_ends_lost_runs_keeps_its_database(q: Queue) -> None:
+    q.set("kill_grace_seconds", "60")
+    q.add("trap 'touch asked' TERM; touch begun; until [ -e go ]; do sleep 0.05; done")
+    pool = q.pool()
+    q.wait_file("begun")
+    q("backup", "b.db")
+    for pid in [pool.process.pid, *children(pool.process.pid)]:
+        kill(pid, signal.SIGKILL)
+    pool.wait()
+    restore = q.start("restore", "b.db")
+    q.wait_file("asked")
+    with q.working("--queue", "none"):
+        (q.work / "go").touch()
+        assert restore.wait() == 1
+        assert "workers still use" in restore.err
+
+
 def test_only_a_backup_is_restored(q: Queue) -> None:
     (q.work / "notes.txt").write_text("x" * 5000)
     assert "not a backup" in q.fails("restore", "notes.txt").err
