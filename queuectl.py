@@ -3425,6 +3425,9 @@ def prepare_place(path: str) -> None:
                          "%s-wal away" % (path, path))
 
 
+NOT_A_FILE = "%s is not a file; name a database with --db"
+
+
 def refuse_strange_file(path: str) -> None:
     """Raise QueueError for a path that SQLite would open, but that is no sound database.
 
@@ -3432,7 +3435,7 @@ def refuse_strange_file(path: str) -> None:
     """
     info, folder = os.stat(path), folder_path(path)
     if not stat.S_ISREG(info.st_mode):
-        raise QueueError("%s is not a file; name a database with --db" % path)
+        raise QueueError(NOT_A_FILE % path)
     if info.st_nlink > 1:
         raise QueueError("%s has %d names (hard links), each with a log and a lock of its own, "
                          "which would damage it; `find / -xdev -samefile %s` lists them: remove "
@@ -6789,10 +6792,13 @@ def _take_recovery_lock(folder: str, name: str) -> int:
         lock = open_private(join(folder, name), os.O_RDWR)
     except OSError as error:
         raise Unavailable("%s can't be used: %s" % (folder, error.strerror)) from error
-    if system.try_lock(lock):
-        return lock
-    os.close(lock)
-    return -1
+    taken = False
+    try:
+        taken = system.try_lock(lock)
+    finally:
+        if not taken:
+            os.close(lock)
+    return lock if taken else -1
 
 
 def recover(store: Store, pause: Pause, tell: Tell, pool: str = "") -> int:
@@ -12155,6 +12161,8 @@ def _refuse_workers(db: str) -> None:
     option("file FILE", "the backup"))
 def cmd_restore(args: Any) -> None:
     _refuse_workers(args.db)
+    if exists(args.db) and not isfile(args.db):
+        raise QueueError(NOT_A_FILE % args.db)
     if not isfile(args.file):
         raise QueueError("there is no file %s" % args.file)
     if not is_queue(args.file):

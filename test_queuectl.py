@@ -6464,6 +6464,7 @@ def test_only_a_backup_is_restored(q: Queue) -> None:
     (q.work / "notes.txt").write_text("x" * 5000)
     assert "not a backup" in q.fails("restore", "notes.txt").err
     assert "no file" in q.fails("restore", "nothing.db").err
+    assert "is not a file" in q.fails("restore", "notes.txt", "--db", ".").err
 
 
 def call_it_python3(q: Queue) -> None:

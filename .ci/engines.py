@@ -220,6 +220,7 @@ class Ssh(Engine):
 
 class Docker(Engine):
     end_all = "docker kill $(docker ps -q)"
+    forgets = 3  # a container that dockerd was just starting runs on, unknown to the next dockerd
     needs = "dockerd", "containerd", "docker", "flock"
     restarts = True
 
