@@ -6221,8 +6221,9 @@ class Run:
 # perhaps on another node with the same home: the folder that mkdir makes prevents a second run. One
 # run in 256 removes the folders of runs that began more than a month ago. The wrapper outlives the
 # SIGTERM of an engine that ends all processes of a run: without their parent, an engine may lose
-# sight of those that go on. The command gets the signal as if there were no trap. The word is then
-# `cut`: if an engine signals a child before its shell, the shell goes on, perhaps to exit code 0.
+# sight of those that go on. The command gets the signal as if there were no trap. After it the word
+# is `cut`, not `end`, for the exit code may mean nothing: if the engine signals a child before the
+# shell, the shell may go on and exit with 0.
 WRAPPER = """\
 say() {
     printf '\\n<queuectl %s %s>\\n' "$run" "$1" >&2
@@ -6254,7 +6255,7 @@ say "$word $code"
 exit "$code"
 """
 # Before and after a word there is the same kind of line end; a CR before may be the job's own.
-WORD = rb"(\r?\n)?<queuectl %s (start|(?:end|cut) \d+)>(?(1)\1|\r?\n?)"
+WORD = rb"(\r?\n)?<queuectl %s (start|end|cut)(?: (\d+))?>(?(1)\1|\r?\n?)"
 # Bytes at both ends of a client's streams in which words are sought; they are never cut.
 WORDS_WITHIN = 1 << 16
 # `echo` tells the ender's exit code, for a worker may have reaped its process with others.
@@ -6266,6 +6267,7 @@ KILL_TIME = 5.0  # seconds that an engine may take to kill a run
 LINGER_TIME = 5.0  # seconds that a client may go on after the end word without any output
 LONGEST_LINGER = 60.0  # seconds that it may go on after the end word
 ENDERS_AT_ONCE = 16  # in recovery
+FOUND_ALIVE = "it was found alive; "
 STEP_TIME = 0.2  # seconds after which a step of recovery looks at no other run
 
 
@@ -6410,14 +6412,15 @@ class Ender:
 
     def _close(self) -> None:
         # Its process is not reaped here: that would also take the exit code of a job of this worker.
+        # The next `has_ended` or `_idle` reaps it.
         for fd in self.pipes:
             os.close(fd)
         self.leader, self.pipes = NOBODY, ()
 
     def trouble(self, job: str) -> str:
         """Say that a job is not surely gone, since when, and in the ender's own words."""
-        return "%s is not surely gone from its engine, since %s; the ender says: %s" % (
-            job, self.since, self.said or "nothing yet")
+        return "%s is not surely gone from its engine, since %s; %sthe ender says: %s" % (
+            job, self.since, FOUND_ALIVE * self.met, self.said or "nothing yet")
 
 
 class EngineRun(Run):
@@ -6431,8 +6434,8 @@ class EngineRun(Run):
     silent_since, heard = FOREVER, -1  # after the end word: since when `printed` is the same
     begun = False  # whether the start word has come
     noted = False  # whether the worker has noted that
-    asked = False  # whether an ender was asked, which may have sent it a SIGTERM
-    killed = False  # whether it lived when an ender was asked: words that come later are not its own
+    asked = False  # whether an ender may have been asked, and so may have sent a SIGTERM
+    deaf = False  # whether words that come from now on may be an ender's doing, and don't count
     held = False  # whether its queue starts no more jobs until it is surely gone
 
     def __init__(self, job: Job, worker: str, slot: OutputFiles, limit: int):
@@ -6470,25 +6473,25 @@ class EngineRun(Run):
         self.begun = self.begun or self.slot.emptied[1]
         for path in self.slot.paths:
             ends = read_beside(path, b"", ends_of)
-            for _, word in re.findall(WORD % self.name.encode(), ends):
+            for _, word, code in re.findall(WORD % self.name.encode(), ends):
                 self.begun = True
-                if self._is_own(word):
-                    self.code = int(word[4:])
+                if self._counts(word):
+                    self.code = int(code)
                     self.told_at = min(self.told_at, monotonic())
         if self.code is not None and self.heard != self.printed:
             self.heard, self.silent_since = self.printed, monotonic()
 
-    def _is_own(self, word: bytes) -> bool:
-        """Tell whether a word tells the job's own exit code, and not that of its end by an ender."""
-        if self.killed or word == b"start":
+    def _counts(self, word: bytes) -> bool:
+        """Tell whether a word brings an exit code that no ender has caused."""
+        if self.deaf or word == b"start":
             return False
-        return word.startswith(b"end") or not self.asked
+        return word == b"end" or not self.asked
 
     def has_ended(self) -> bool:
         """Tell whether the client has ended, or goes on after the end word.
 
-        A process that the job left behind may hold it: here, such a job has ended, too. But a slow
-        line may bring the rest of stdout long after the word, which came by stderr.
+        A process that the job left behind may keep the client from ending; the run counts as ended
+        all the same. But a slow line may bring the rest of stdout long after the word on stderr.
         """
         last = min(self.silent_since + LINGER_TIME, self.told_at + LONGEST_LINGER)
         return super().has_ended() or monotonic() > last
@@ -6615,14 +6618,25 @@ def _pool_of(worker: str) -> str:
 #     ring every worker
 #
 # * Ending processes takes seconds. Nobody may hold the write mutex so long; hence a lock for this.
-# * An engine that can't be reached takes a minute. So lost runs in engines have a lock of their own,
-#   and a worker asks their engines beside its other work: see EngineRound.
+# * To learn that an engine can't be reached may take a minute. So lost runs in engines have a lock of
+#   their own, and a worker has their enders asked beside its own job: see EngineRound.
 # * The recovering process may be killed at any moment. Then the job is as it was, or recorded; its
 #   output files are removed with the dead worker's other files.
 # * A person may cancel the job between the look and the record. The record looks again, in its
 #   transaction, and changes nothing if the job is no longer in that very run.
 # * Dead workers are forgotten in a transaction, because workers are created in one: so nobody sees
 #   a life file whose lock is not taken yet.
+
+
+def in_engine(store: Store, row: Row) -> bool:
+    """Tell whether an ender must end a lost run; `row` is one of `store.lost_jobs()`.
+
+    A person gives up a run whose engine is gone for ever by taking the runner away and cancelling
+    the job. The runs in a copy of the queue are those of the original.
+    """
+    if row["ender"] is None or not store.is_own(row["worker"]):
+        return False
+    return not row["cancel"] or bool(store.queue(row["queue"])["runner"])
 
 
 class LostRun:
@@ -6656,14 +6670,23 @@ class LostRun:
         self.engine.prepare(job_environment(store, job.context), store.path)
         self.engine.leader = leader
         self.engine.asked = True  # perhaps, by its worker or by recovery that was cut off
+        trouble = trouble_of(store.path, self.worker)
+        self.engine.deaf = FOUND_ALIVE in trouble
         self.engine.look()
-        # Its engine may be gone for ever: a person has taken the runner away, and cancels the job.
-        if self.row["cancel"] and not store.queue(job.queue)["runner"]:
-            return
-        self.ender = self.engine.ender(settings["kill_grace_seconds"])
-        told = re.search(r"since (\S+);", trouble_of(store.path, self.worker))
+        if in_engine(store, self.row):
+            self.ender = self.engine.ender(settings["kill_grace_seconds"])
+        told = re.search(r"since (\S+);", trouble)
         if told and self.ender:
             self.ender.since = told.group(1)
+
+    def expect_end(self) -> None:
+        """Before its ender is asked first: see if it has ended by itself; what comes later is no word.
+
+        An engine may signal a child before the shell, which then goes on, perhaps to exit code 0.
+        """
+        if self.engine:
+            self.engine.look()
+            self.engine.deaf = True
 
     def end_client(self, pause: Pause) -> bool:
         """End the processes of the run here; return whether that was possible."""
@@ -6727,10 +6750,8 @@ class LostRun:
         """Return how the run ended: ending, reason, whether it is final."""
         engine = self.engine
         if engine:
-            # Its engine may have signalled a child before the shell, which then went on to its end.
-            engine.killed = bool(self.ender)
             engine.look()
-            # Recovery that was cut off may have ended the run.
+            # Exit codes of SIGTERM and SIGKILL may come from recovery that was cut off.
             if engine.code not in (None, *SHUTDOWN_CODES):
                 return verdict(self.job, engine.code, settings)
         # A person may have cancelled it while its engine was asked.
@@ -6746,7 +6767,7 @@ class LostRun:
         return LOST, "the worker %s was lost while it ran this job" % self.worker, False
 
 
-def _forget_dead(store: Store) -> None:
+def forget_dead(store: Store) -> None:
     """Remove dead workers and pools, and their files, unless a worker still has a job."""
     names = set(names_beside(store.path, ".life"))
     names.update(entry["name"] for entry in store.pools() + store.workers())
@@ -6782,7 +6803,7 @@ def _settle_lost(store: Store, lost: list[LostRun], grace: float,
     return count
 
 
-def _take_recovery_lock(folder: str, name: str) -> int:
+def _try_lock_file(folder: str, name: str) -> int:
     """Take a lock that one recovering process holds; return -1 if another does.
 
     Raises Unavailable.
@@ -6804,7 +6825,8 @@ def _take_recovery_lock(folder: str, name: str) -> int:
 def recover(store: Store, pause: Pause, tell: Tell, pool: str = "") -> int:
     """End the processes of lost runs, and give their jobs back; return how many jobs.
 
-    Lost runs in engines stay as they are, for only workers execute anything: see EngineRound.
+    Lost runs that an ender must end stay as they are, for only workers execute anything: see
+    EngineRound.
     `tell` is called with a line for each. If a job has no try left and dies, that counts for a
     drain of `pool`. Raises QueueError if others could have written the database, for it names the
     processes that are ended. Raises Unavailable or OSError if it can't be done now.
@@ -6813,16 +6835,15 @@ def recover(store: Store, pause: Pause, tell: Tell, pool: str = "") -> int:
     if not isdir(folder) and not store.lost_jobs():
         return 0
     refuse_untrusted(store.path)
-    lock = _take_recovery_lock(folder, "recovery.lock")
+    lock = _try_lock_file(folder, "recovery.lock")
     if lock < 0:
         return 0
     try:
         store.queue_id()
-        lost = [LostRun(store, row) for row in store.lost_jobs()]
-        here = [run for run in lost if not run.ender]
+        here = [LostRun(store, row) for row in store.lost_jobs() if not in_engine(store, row)]
         grace = store.settings()["kill_grace_seconds"]
         count = _settle_lost(store, here, grace, pause, tell, pool)
-        _forget_dead(store)
+        forget_dead(store)
         return count
     finally:
         os.close(lock)
@@ -6832,15 +6853,16 @@ class EngineRound:
     """One round of recovery in engines: a worker has them end lost runs, beside its other work.
 
     `step` must be called again and again until the round `is_over`. A run leaves the round when it
-    is surely gone, or when its engine could not be reached or did not end it; then a later round
-    asks again. One worker at a time does this: it holds `lock` as long as its round lasts.
+    is surely gone, or when its engine could not be reached or did not end it, or when its client
+    can't be ended here; then a later round asks again. One worker at a time does this: it holds
+    `lock` as long as its round lasts.
     """
 
     def __init__(self, store: Store, pause: Pause, lock: int):
         """`pause` sleeps while processes of a run are ended here."""
         self.store, self.pause, self.lock = store, pause, lock
         # Read under the lock: the round before may have given back some.
-        lost = [LostRun(store, row) for row in store.lost_jobs() if row["word"]]
+        lost = [LostRun(store, row) for row in store.lost_jobs() if in_engine(store, row)]
         self.asked = [(run, run.ender) for run in lost if run.ender]
 
     def is_over(self) -> bool:
@@ -6853,7 +6875,7 @@ class EngineRound:
         return max(SHORTEST_LOOK, min(ender.patience() for _, ender in self.asked))
 
     def step(self, tell: Tell, pool: str) -> int:
-        """Ask whoever is to be asked now; give back the jobs of runs that are gone; return how many.
+        """Ask for a moment; give back at most one job whose run is gone; return how many.
 
         `tell` and `pool` are as in `recover`.
         """
@@ -6863,22 +6885,32 @@ class EngineRound:
         for run, ender in self.asked:
             busy -= ender.is_asking()
             # To look for the processes of each takes long, and this worker's own run can't wait.
-            if busy >= ENDERS_AT_ONCE or gone or monotonic() > end:
-                left.append((run, ender))
-            elif not ender.is_gone():
-                if ender.is_asking() or not ender.is_stuck(0.0):
-                    left.append((run, ender))
-                else:
-                    run.note_trouble(ender.trouble(run.job.id))
-            elif ender.counts:
-                gone.append(run)
-            elif run.end_client(self.pause):
-                ender.doubt()
+            if (busy >= ENDERS_AT_ONCE or gone or monotonic() > end
+                    or self._stays(run, ender, gone)):
                 left.append((run, ender))
             busy += ender.is_asking()
         self.asked = left
         # What is left here of their clients gets no grace: this worker's own run can't wait.
         return _settle_lost(self.store, gone, 0.0, self.pause, tell, pool)
+
+    def _stays(self, run: LostRun, ender: Ender, gone: list[LostRun]) -> bool:
+        """Ask about one run; tell whether the round goes on with it."""
+        if ender.kill_at == FOREVER:
+            run.expect_end()
+        met = ender.met
+        is_gone = ender.is_gone()
+        if ender.met > met:  # the next round must know, if this one is cut off
+            run.note_trouble(ender.trouble(run.job.id))
+        if not is_gone:
+            if ender.is_asking() or not ender.is_stuck(0.0):
+                return True
+            run.note_trouble(ender.trouble(run.job.id))
+        elif ender.counts:
+            gone.append(run)
+        elif run.end_client(self.pause):
+            ender.doubt()
+            return True
+        return False
 
     def stop(self) -> None:
         """End the round, with the enders that are asked now."""
@@ -6888,13 +6920,13 @@ class EngineRound:
 
 
 def begin_round(store: Store, pause: Pause) -> EngineRound | None:
-    """Begin a round; None if no lost run is in an engine, or if another worker is at it.
+    """Begin a round; None if no ender must end a lost run, or if another worker is at it.
 
     `pause` is as in EngineRound. Raises Unavailable or OSError if it can't be done now.
     """
-    if not any(row["word"] for row in store.lost_jobs()):
+    if not any(in_engine(store, row) for row in store.lost_jobs()):
         return None
-    lock = _take_recovery_lock(folder_path(store.path), "engines.lock")
+    lock = _try_lock_file(folder_path(store.path), "engines.lock")
     if lock < 0:
         return None
     try:
@@ -7316,31 +7348,37 @@ class Recovering(Turns):
     def recover(self) -> None:
         """Give back lost jobs, and begin a round with the engines of those that run elsewhere."""
         try:
-            self._have_given_back(recover(self.store, self.bell.wait, self.say, self.pool))
+            self._note_given_back(recover(self.store, self.bell.wait, self.say, self.pool))
             if self.round is None:
                 self.round = begin_round(self.store, self.bell.wait)
         except (Unavailable, OSError):
             self.unpatrolled = True
 
-    def _have_given_back(self, count: int) -> None:
+    def _note_given_back(self, count: int) -> None:
         if count:
             self.seen = -1
             self.sync_records()
 
-    def ask_engines(self) -> None:
+    def step_round(self) -> None:
         """Go on with a round that has begun."""
         if self.round is None:
             return
         try:
-            self._have_given_back(self.round.step(self.say, self.pool))
+            self._note_given_back(self.round.step(self.say, self.pool))
             if self.round.is_over():
                 self.stop_round()
+                forget_dead(self.store)
         except (QueueError, OSError):  # a later round finds the same
             self.stop_round()
 
     def round_wait(self) -> float:
-        """Return the seconds until `ask_engines` has something to do."""
+        """Return the seconds until `step_round` has something to do."""
         return self.round.patience() if self.round else FOREVER
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, also while a run is being ended, and then go on with a round that has begun."""
+        self.bell.wait(min(seconds, self.round_wait()))
+        self.step_round()
 
     def stop_round(self) -> None:
         """End a round that has begun; what is left is for a later one, of any worker."""
@@ -7400,8 +7438,7 @@ class Attending(Recovering):
     def _attend(self, run: Run) -> RunResult | None:
         """Sleep until the run ends, or until there is a reason to end it."""
         while True:
-            self.bell.wait(min(run.patience(), self._sync_wait(), self.round_wait()))
-            self.ask_engines()
+            self.wait(min(run.patience(), self._sync_wait()))
             if run.has_ended():
                 return self._judge(run)
             if self.unsynced:
@@ -7412,7 +7449,7 @@ class Attending(Recovering):
             self._look_at(run)
 
     def _interrupt(self, run: Run, ending: str, error: str) -> RunResult | None:
-        run.end(self.settings["kill_grace_seconds"], self.bell.wait)
+        run.end(self.settings["kill_grace_seconds"], self.wait)
         return run.result(ending, error)
 
     def _look_at(self, run: Run) -> None:
@@ -7454,7 +7491,7 @@ class Attending(Recovering):
         code = run.exit_code or 0
         if code == 0 and not run.lost:
             return run.result(COMPLETED)
-        run.end_leftovers(self.settings["kill_grace_seconds"], self.bell.wait)
+        run.end_leftovers(self.settings["kill_grace_seconds"], self.wait)
         if run.lost:
             return run.result(LOST, "its exit code was lost")
         if code in SHUTDOWN_CODES and self._is_to_leave():
@@ -7515,7 +7552,7 @@ class Asking(Attending):
             ending = ""
         gone = run.code == 0 or self._is_gone(run)
         if run.code != 0 or run.exit_code is None:
-            run.end(self.settings["kill_grace_seconds"], self.bell.wait)
+            run.end(self.settings["kill_grace_seconds"], self.wait)
         if not gone:
             return None
         client = run.exit_code
@@ -7544,12 +7581,15 @@ class Asking(Attending):
             if ender.is_gone():
                 if ender.counts:
                     break
-                run.end(grace, self.bell.wait)
+                run.end(grace, self.wait)
                 ender.doubt()
             run.bound_output()
             self._hears_cancel(run)  # for the orders; the record of the run sees the mark
             if self.unsynced:
                 self.sync_records()
+            if ender.met and not run.deaf:
+                run.deaf = True
+                note_trouble(self.life, ender.trouble(run.job.id))  # for recovery, if this dies
             if ender.is_stuck(0.0):
                 self._hold_queue(run, ender)
             hurry, patience = self.leave == 2 or self.order.drain == PROBING, LAST_ROUND
@@ -7558,10 +7598,9 @@ class Asking(Attending):
             if ender.is_stuck(patience) or monotonic() > deadline:
                 self._leave_run(run, ender, hurry)
                 return False
-            self.bell.wait(min(ender.patience(), self._sync_wait(), self.round_wait()))
-            self.ask_engines()
+            self.wait(min(ender.patience(), self._sync_wait()))
         self.tell_trouble("")
-        run.killed = bool(ender and ender.met)
+        note_trouble(self.life, "")
         return True
 
     def _hold_queue(self, run: EngineRun, ender: Ender) -> None:
@@ -7615,11 +7654,13 @@ class Worker(Asking):
         self.store = self._open()
         self.commit(self._register)
         self.follow(self.store.pulse()[0])
-        # First recover: processes of lost runs must not go on while others lock the database.
-        self.recover()
-        self.commit(self.start_delays_anew)
-        self._loop()
-        self.stop_round()
+        try:
+            # First recover: processes of lost runs must not go on while others lock the database.
+            self.recover()
+            self.commit(self.start_delays_anew)
+            self._loop()
+        finally:
+            self.stop_round()
         self._sync_at_last()
         self._deregister()
         if self.leave == 2:
@@ -7681,7 +7722,7 @@ class Worker(Asking):
         while not self.leave:
             if self.sync_failed:
                 self.sync_records()
-            self.ask_engines()
+            self.step_round()
             news = self._has_news()
             if self.unpatrolled and monotonic() >= self.next_patrol:
                 self.patrol()
@@ -8258,7 +8299,7 @@ class Pool:
             recover(store, self.bell.wait, self._tell, self.name)
             died = store.pool(self.name)["died"]
             with store.transaction():
-                # A run that is not surely gone needs the row, as in _forget_dead.
+                # A run that is not surely gone needs the row, as in forget_dead.
                 if self.name not in map(_pool_of, store.holders()):
                     store.forget(self.name)
             remove_files(self.db, self.name)
@@ -12121,8 +12162,10 @@ def cmd_backup(args: Any) -> None:
 def _recover_before_restore(db: str) -> list[str]:
     """Give back the lost jobs of a database that is to be replaced; return those that may still run.
 
-    If the database is damaged, nobody can end them any more: then there is only a warning.
+    If the database is damaged, nobody can end them any more: then there is only a warning. Raises
+    QueueError if others could have written it, and Unavailable if it can't be written now.
     """
+    refuse_untrusted(db)
     try:
         store = open_trusted(db, tell=complain)
         try:
@@ -12133,6 +12176,8 @@ def _recover_before_restore(db: str) -> list[str]:
             return left
         finally:
             store.close()
+    except Unavailable:
+        raise
     except Exception as error:  # what is read from a damaged database may raise any
         complain("what killed workers have left running is not ended: %s" % error)
         return []
@@ -12146,8 +12191,9 @@ def _settle_before_restore(db: str) -> None:
     """
     left = _recover_before_restore(db)
     if left:
-        raise QueueError("%s may still be running, and the backup does not know it; `queuectl why "
-                         "%s` says more" % (" ".join(left[:5]), left[0]))
+        raise QueueError("%s may still be running, and the backup does not know it; `queuectl worker "
+                         "start` has it ended, `queuectl why %s` says more"
+                         % (" ".join(left[:5]), left[0]))
 
 
 def _refuse_workers(db: str) -> None:

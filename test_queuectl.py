@@ -6460,6 +6460,22 @@ def test_a_pool_that_starts_while_a_restore_ends_lost_runs_keeps_its_database(q:
         assert "workers still use" in restore.err
 
 
+def test_nothing_is_restored_over_what_others_could_have_written(q: Queue) -> None:
+    """For what killed workers have left must be ended first, and it is named there."""
+    q.add("sleep 300; true", "--id", "a")
+    pool = q.pool()
+    q.wait_state("a", "processing")
+    q("backup", "b.db")
+    for pid in [pool.process.pid, *children(pool.process.pid)]:
+        kill(pid, signal.SIGKILL)
+    pool.wait()
+    q.db.parent.chmod(0o777)
+    assert "chmod" in q.fails("restore", "b.db").err
+    q.db.parent.chmod(0o700)
+    q("restore", "b.db")
+    assert not q.processes()
+
+
 def test_only_a_backup_is_restored(q: Queue) -> None:
     (q.work / "notes.txt").write_text("x" * 5000)
     assert "not a backup" in q.fails("restore", "notes.txt").err
@@ -13005,7 +13021,7 @@ def test_a_job_that_ignores_sigterm_keeps_its_wrapper(q: Queue) -> None:
     time.sleep(0.2)
     assert not wrapper.ended
     (q.work / "go").touch()
-    assert wrapper.wait() == 3 and "<queuectl p-1-1-1_1234567f end 3>" in wrapper.err
+    assert wrapper.wait() == 3 and "<queuectl p-1-1-1_1234567f cut 3>" in wrapper.err
 
 
 def test_a_time_out_a_cancel_and_a_stop_reach_the_engine(q: Queue, engine: Engine) -> None:
@@ -13086,6 +13102,70 @@ def test_a_shell_that_goes_on_when_its_engine_kills_its_child_has_not_completed(
     worker.signal(signal.SIGKILL)
     q.wait_state(job, "completed")
     assert outcome(q, job) == ("completed", 0, 2, ["lost", "completed"])
+    assert engine.stop(pool) == 0
+
+
+def test_recovery_that_is_cut_off_leaves_word_that_it_found_a_run_alive(q: Queue, engine: Engine) -> None:
+    job = engine.add("[ -e second ] || { touch begun; sleep 300; }; echo on", "--cwd", str(engine.file("")),
+                     "--backoff-base", "0.1")  # fmt: skip
+    pool = engine.pool()
+    engine.wait_file("begun")
+    engine.file("second").touch()
+    engine.on("child")
+    (worker,) = beasts_below(first_inside(pool))
+    worker.signal(signal.SIGKILL)
+    wait_for(lambda: any("it was found alive" in trouble for trouble in q.status()["troubles"]))
+    engine.wait_log("end")
+    assert engine.stop(pool) == 0 and q.state(job) == "processing"
+    pool = engine.pool()
+    q.wait_state(job, "completed")
+    assert outcome(q, job) == ("completed", 0, 1, ["stopped", "completed"])
+    assert engine.stop(pool) == 0
+
+
+def test_a_lost_run_that_ends_by_itself_before_its_ender_is_asked_counts() -> None:
+    """Many wait for their turn; each is looked at just before."""
+    seen: list[str] = []
+
+    class Asked:
+        kill_at, met, counts, stuck = queuectl.FOREVER, False, True, False
+
+        def is_asking(self) -> bool:
+            return "asked" in seen and "answered" not in seen
+
+        def is_gone(self) -> bool:
+            self.kill_at = 1.0
+            seen.append("answered" if "asked" in seen else "asked")
+            return "answered" in seen
+
+        def is_stuck(self, patience: float) -> bool:
+            return False
+
+    class Lost:
+        def expect_end(self) -> None:
+            seen.append("looked")
+
+    run = Lost()
+    round_ = queuectl.EngineRound.__new__(queuectl.EngineRound)
+    gone: list[Any] = []
+    ender = Asked()
+    assert round_._stays(run, ender, gone) and not round_._stays(run, ender, gone)
+    assert (seen, gone) == (["looked", "asked", "answered"], [run])
+
+
+def test_a_worker_that_ends_its_own_run_goes_on_with_its_round(q: Queue, engine: Engine) -> None:
+    lost, pool = engine.running()
+    q.set("kill_grace_seconds", "12")
+    engine.on("slow", 0.5)
+    os.kill(first_inside(pool), signal.SIGKILL)
+    pool.wait()
+    local = q.add("trap '' TERM; while :; do sleep 0.1; done", "--timeout", "0.2", "--max-retries", "1")
+    pool = engine.pool()
+    wait_for(lambda: q.show(lost)["runs"][0]["state"] == "lost", what="the lost run's record")
+    assert q.state(local) == "processing"
+    q.wait_state(local, "dead")
+    q.wait_state(lost, "completed")
+    q("doctor")  # the dead worker and its pool are forgotten
     assert engine.stop(pool) == 0
 
 
