@@ -6217,7 +6217,8 @@ class Run:
 # ender must have exited with 0 and printed nothing to stdout, twice: see Ender.
 
 # What runs in the engine. $0 is the name of the run, $1 the folder, $2 the umask, $3 the shell and
-# $4 the command. An engine may start the same run again by itself, after a preemption for example,
+# $4 the command. A variable `run` could be one of the job's, which an assignment would change; hence
+# the long names. An engine may start the same run again by itself, after a preemption for example,
 # perhaps on another node with the same home: the folder that mkdir makes prevents a second run. One
 # run in 256 removes the folders of runs that began more than a month ago. The wrapper outlives the
 # SIGTERM of an engine that ends all processes of a run: without their parent, an engine may lose
@@ -6226,33 +6227,33 @@ class Run:
 # shell, the shell may go on and exit with 0.
 WRAPPER = """\
 say() {
-    printf '\\n<queuectl %s %s>\\n' "$run" "$1" >&2
+    printf '\\n<queuectl %s %s>\\n' "$queuectl_run" "$1" >&2
 }
-run=$0
-home=${HOME:-/tmp}
-test -w "$home" || home=/tmp
-begun=$home/.queuectl-runs/$run
-mkdir -p "$home/.queuectl-runs" 2>/dev/null
-case $run in
-    *00) find "$home/.queuectl-runs" -type d -mtime +30 -exec rmdir {} \\; 2>/dev/null ;;
+queuectl_run=$0
+queuectl_home=${HOME:-/tmp}
+test -w "$queuectl_home" || queuectl_home=/tmp
+queuectl_begun=$queuectl_home/.queuectl-runs/$queuectl_run
+mkdir -p "$queuectl_home/.queuectl-runs" 2>/dev/null
+case $queuectl_run in
+    *00) find "$queuectl_home/.queuectl-runs" -type d -mtime +30 -exec rmdir {} \\; 2>/dev/null ;;
 esac
-if ! mkdir "$begun" 2>/dev/null && test -d "$begun"; then
-    echo "queuectl: the engine has started $run again; it does not run twice" >&2
+if ! mkdir "$queuectl_begun" 2>/dev/null && test -d "$queuectl_begun"; then
+    echo "queuectl: the engine has started $queuectl_run again; it does not run twice" >&2
     exit 1
 fi
-word=end
-trap 'word=cut' TERM
+queuectl_word=end
+trap 'queuectl_word=cut' TERM
 say start
 umask "$2"
 if cd -- "$1"; then
     "$3" -c "$4" </dev/null
-    code=$?
+    queuectl_code=$?
 else
     echo "queuectl: can't start in the folder $1" >&2
-    code=126
+    queuectl_code=126
 fi
-say "$word $code"
-exit "$code"
+say "$queuectl_word $queuectl_code"
+exit "$queuectl_code"
 """
 # Before and after a word there is the same kind of line end; a CR before may be the job's own.
 WORD = rb"(\r?\n)?<queuectl %s (start|end|cut)(?: (\d+))?>(?(1)\1|\r?\n?)"

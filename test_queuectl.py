@@ -13399,6 +13399,15 @@ def test_a_run_in_an_engine_that_is_gone_for_ever_can_be_given_up(q: Queue, engi
     engine.off("down")
 
 
+def test_the_wrapper_changes_no_variable_of_a_job(q: Queue) -> None:
+    q.quick("queue", "set", "near", "--runner", "sh -c {}", "--ender", "none")
+    names = ["run", "home", "begun", "code", "word"]
+    options = [part for name in names for part in ("--env", f"{name}=mine")]
+    job = q.add("echo " + " ".join("$" + name for name in names), "--queue", "near", *options)
+    q.drain()
+    assert q("logs", job, "--stdout").out == "mine mine mine mine mine\n"
+
+
 def test_an_engine_without_ender_dies_with_its_client(q: Queue) -> None:
     q.quick("queue", "set", "nice", "--runner", "nice -n 5 sh -c {}", "--ender", "none")
     fine, dead = q.add("nice", "--queue", "nice"), q.add("exit 7", "--queue", "nice", "--max-retries", "1")
