@@ -7601,7 +7601,7 @@ class Asking(Attending):
                 return False
             self.wait(min(ender.patience(), self._sync_wait()))
         self.tell_trouble("")
-        note_trouble(self.life, "")
+        note_trouble(self.life, "")  # what was noted above without telling it
         return True
 
     def _hold_queue(self, run: EngineRun, ender: Ender) -> None:
